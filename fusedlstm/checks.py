@@ -1,0 +1,120 @@
+"""Every error that a user can cause. Texts and types are torch.nn's where it has one."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedlstm import engines
+
+
+def backend(value: str) -> str:
+    if value not in engines.BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(engines.BACKENDS)}, got {value!r}")
+    return value
+
+
+def no_projection(proj_size: int) -> None:
+    if proj_size > 0:
+        raise NotImplementedError(f"proj_size: projections are not supported yet, expected 0, got {proj_size}")
+
+
+def _same_device_and_dtype(
+    input: Tensor, hx: tuple[Tensor, Tensor], weight: Tensor, names: tuple[str, str], dtypes: bool
+) -> None:
+    for name, state in zip(names, hx, strict=True):
+        if state.device != input.device:
+            raise RuntimeError(
+                f"Input and hidden tensors are not at the same device, found input tensor at {input.device} "
+                f"and {name} at {state.device}"
+            )
+        if dtypes and state.dtype != input.dtype:
+            raise ValueError(f"{name}: expected the dtype of input ({input.dtype}), got {state.dtype}")
+    if weight.device != input.device:
+        raise RuntimeError(
+            f"Input and parameter tensors are not at the same device, found input tensor at {input.device} "
+            f"and parameter tensor at {weight.device}"
+        )
+
+
+def _two_states(hx) -> None:
+    if isinstance(hx, Tensor) or len(hx) != 2:
+        came = "a tensor" if isinstance(hx, Tensor) else f"{len(hx)}"
+        raise RuntimeError(f"lstm expects two hidden states, got {came}")
+    for name, state in zip(("hx[0]", "hx[1]"), hx, strict=True):
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(state).__name__}")
+
+
+def lstm_input(module, input: Tensor, hx) -> None:
+    """Check what `LSTM.forward` was given, before anything is reshaped."""
+    if isinstance(input, PackedSequence):
+        raise NotImplementedError("input: PackedSequence is not supported yet, expected a Tensor")
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    batched = input.dim() == 3
+    autocast = torch._C._is_any_autocast_enabled()
+    weight = module._flat_weights[0]
+    if input.dtype != weight.dtype and not autocast:
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    if input.size(-1) != module.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got {input.size(-1)}"
+        )
+    if input.size(1 if batched and module.batch_first else 0) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if hx is None:
+        if weight.device != input.device:
+            _same_device_and_dtype(input, (), weight, (), False)
+        return
+    _two_states(hx)
+    h_dim, c_dim = hx[0].dim(), hx[1].dim()
+    if batched and (h_dim != 3 or c_dim != 3):
+        raise RuntimeError(
+            f"For batched 3-D input, hx and cx should also be 3-D but got ({h_dim}-D, {c_dim}-D) tensors"
+        )
+    if not batched and (h_dim != 2 or c_dim != 2):
+        raise RuntimeError(
+            f"For unbatched 2-D input, hx and cx should also be 2-D but got ({h_dim}-D, {c_dim}-D) tensors"
+        )
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    expected = (rows, input.size(0 if module.batch_first else 1), module.hidden_size)
+    for k, state in enumerate(hx):
+        # torch.nn checks after it has added the batch axis, and prints the sizes with it.
+        size = tuple(state.shape) if batched else (state.size(0), 1, state.size(1))
+        wanted = expected if batched else (rows, 1, module.hidden_size)
+        if size != wanted:
+            raise RuntimeError(f"Expected hidden[{k}] size {wanted}, got {list(size)}")
+    _same_device_and_dtype(input, hx, weight, ("hx[0]", "hx[1]"), dtypes=not autocast)
+
+
+def lstm_cell_input(module, input: Tensor, hx) -> None:
+    """Check what `LSTMCell.forward` was given, before anything is reshaped."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if input.size(-1) != module.input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
+        )
+    autocast = torch._C._is_any_autocast_enabled()
+    if input.dtype != module.weight_ih.dtype and not autocast:
+        raise ValueError(f"input: expected the dtype of the weights ({module.weight_ih.dtype}), got {input.dtype}")
+    if hx is None:
+        if module.weight_ih.device != input.device:
+            _same_device_and_dtype(input, (), module.weight_ih, (), False)
+        return
+    _two_states(hx)
+    for k, state in enumerate(hx):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
+        if state.dim() != input.dim():
+            raise RuntimeError(f"LSTMCell: Expected hx[{k}] to be {input.dim()}D like input, got {state.dim()}D instead")
+        if input.dim() == 2 and state.size(0) != input.size(0):
+            raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
+        if state.size(-1) != module.hidden_size:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.size(-1)}, expected {module.hidden_size}"
+            )
+    _same_device_and_dtype(input, hx, module.weight_ih, ("hx[0]", "hx[1]"), dtypes=not autocast)

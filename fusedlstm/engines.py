@@ -1,0 +1,61 @@
+"""Which engine serves a call, and why.
+
+| engine | what runs |
+|---|---|
+| `triton` | the kernels: on a GPU, or interpreted on CPU tensors with `TRITON_INTERPRET=1` |
+| `torch` | ATen: oneDNN on a CPU, cuDNN on a GPU |
+| `reference` | the specification in plain torch, any dtype, slow |
+
+`auto` is `triton` on a GPU for what the kernels serve, else `torch`. An engine asked for by name serves the call or
+raises: nothing falls back in silence. `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets the kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def requested(backend: str) -> str:
+    """The backend of a module, after `FUSEDLSTM_BACKEND`."""
+    if backend == "auto":
+        backend = os.environ.get("FUSEDLSTM_BACKEND") or "auto"
+        if backend not in BACKENDS:
+            raise ValueError(f"FUSEDLSTM_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the kernels cannot serve a call, or None if they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return (
+            f"the kernels need a CUDA or ROCm device, got tensors on {device.type!r} "
+            "(TRITON_INTERPRET=1 interprets them on CPU tensors)"
+        )
+    if dtype not in TRITON_DTYPES:
+        return f"the kernels serve float32, float16 and bfloat16, got {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference".
+
+    Raises:
+        RuntimeError: `triton` was asked for and cannot serve; the text names the reason.
+    """
+    engine = requested(backend)
+    if engine == "auto":
+        return "triton" if device.type == "cuda" and why_not_triton(device, dtype) is None else "torch"
+    if engine == "triton" and (reason := why_not_triton(device, dtype)):
+        raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
+    return engine

@@ -1,0 +1,160 @@
+r"""The specification: every cell's equations in plain torch, any dtype, forward and written-out backward.
+
+Dimensions: T steps, B batch, I input size, H hidden size, G gates, D directions, S states beside h.
+
+A recurrence maps `preact_x` (the input part of the preactivations) and the initial states to all h:
+
+.. math::
+    \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
+    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{step}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
+
+A cell is a `step` and its `step_backward`; everything else here is the same for every cell.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedlstm import cells
+
+State = tuple[Tensor, ...]  # h first, each [B, H]
+Gates = tuple[Tensor, ...]  # each [B, H]
+
+
+class Step(NamedTuple):
+    """The equations of a cell: one step, and the gradients of one step."""
+
+    forward: Callable[[Gates, Gates, State], tuple[Gates, State]]
+    backward: Callable[[Gates, State, State, State], tuple[Gates, State]]
+
+
+def lstm_step(preact_x: Gates, preact_h: Gates, state: State) -> tuple[Gates, State]:
+    r"""i, f, o = \sigma(\cdot), g = \tanh(\cdot); c' = f c + i g; h' = o \tanh(c')."""
+    preact_i, preact_f, preact_g, preact_o = (x + h for x, h in zip(preact_x, preact_h, strict=True))
+    _, c = state
+    i = torch.sigmoid(preact_i)
+    f = torch.sigmoid(preact_f)
+    g = torch.tanh(preact_g)
+    o = torch.sigmoid(preact_o)
+    c = f * c + i * g
+    h = o * torch.tanh(c)
+    return (i, f, g, o), (h, c)
+
+
+def lstm_step_backward(gates: Gates, state_prev: State, state: State, dstate: State) -> tuple[Gates, State]:
+    r"""Gradients of the preactivations, and of the previous state (h: without the way through `weight_hh`).
+
+    With dh and dc the gradients of h' and c': do = dh tanh(c'), dc += dh o (1 - tanh(c')^2), then
+    di = dc g, df = dc c, dg = dc i, and the previous dc is dc f. \sigma' = y (1 - y), \tanh' = 1 - y^2.
+    """
+    i, f, g, o = gates
+    _, c_prev = state_prev
+    _, c = state
+    dh, dc = dstate
+    tanh_c = torch.tanh(c)
+    dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    dpreact_i = dc * g * i * (1 - i)
+    dpreact_f = dc * c_prev * f * (1 - f)
+    dpreact_g = dc * i * (1 - g * g)
+    dpreact_o = dh * tanh_c * o * (1 - o)
+    return (dpreact_i, dpreact_f, dpreact_g, dpreact_o), (torch.zeros_like(dh), dc * f)
+
+
+STEPS = {cells.LSTM.name: Step(lstm_step, lstm_step_backward)}
+
+
+def steps_of(T: int, direction: int) -> range:
+    """The order in which a direction visits the steps."""
+    return range(T) if direction == 0 else range(T - 1, -1, -1)
+
+
+def recurrence_fwd(
+    cell: str,
+    preact_x: Tensor,  # [D, T, B, G * H]
+    weight_hh: list[Tensor],  # D times [G * H, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All T steps of one layer, both directions; plain autograd can differentiate it.
+
+    Returns:
+        output [T, B, D * H], h_n [D, B, H], c_n [S, D, B, H], and for the backward
+        gates [D, T, B, G * H] (after the nonlinearity), c_seq [S, D, T, B, H].
+    """
+    num_gates, step = cells.CELLS[cell].num_gates, STEPS[cell].forward
+    D, T = preact_x.shape[:2]
+    output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
+    for d in range(D):
+        state = (hx[d], *cx[:, d])
+        states, gates = [None] * T, [None] * T
+        for t in steps_of(T, d):
+            preact_h = state[0] @ weight_hh[d].t()
+            gates[t], state = step(preact_x[d, t].chunk(num_gates, -1), preact_h.chunk(num_gates, -1), state)
+            states[t] = state
+        output.append(torch.stack([s[0] for s in states]))
+        h_n.append(state[0])
+        c_n.append(torch.stack(state[1:]))
+        gates_seq.append(torch.stack([torch.cat(g, -1) for g in gates]))
+        c_seq.append(torch.stack([torch.stack(s[1:]) for s in states], 1))
+    return (
+        torch.cat(output, -1),
+        torch.stack(h_n),
+        torch.stack(c_n, 1),
+        torch.stack(gates_seq),
+        torch.stack(c_seq, 1),
+    )
+
+
+def recurrence_bwd(
+    cell: str,
+    grad_output: Tensor,  # [T, B, D * H]
+    grad_h_n: Tensor,  # [D, B, H]
+    grad_c_n: Tensor,  # [S, D, B, H]
+    weight_hh: list[Tensor],  # D times [G * H, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    output: Tensor,  # [T, B, D * H]
+    gates: Tensor,  # [D, T, B, G * H]
+    c_seq: Tensor,  # [S, D, T, B, H]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that must be found step by step; those of the weights follow from them as one product each.
+
+    Returns:
+        grad_preact [D, T, B, G * H], grad_hx [D, B, H], grad_cx [S, D, B, H].
+    """
+    num_gates, step_backward = cells.CELLS[cell].num_gates, STEPS[cell].backward
+    D, T, _, _ = gates.shape
+    output, grad_output = (x.unflatten(-1, (D, -1)) for x in (output, grad_output))  # [T, B, D, H]
+    grad_preact, grad_hx, grad_cx = [], [], []
+    for d in range(D):
+        order = steps_of(T, d)
+        dstate = (grad_h_n[d], *grad_c_n[:, d])
+        dpreacts = [None] * T
+        for step, t in reversed(list(enumerate(order))):
+            state = (output[t, :, d], *c_seq[:, d, t])
+            state_prev = (hx[d], *cx[:, d])
+            if step > 0:
+                t_prev = order[step - 1]
+                state_prev = (output[t_prev, :, d], *c_seq[:, d, t_prev])
+            dstate = (dstate[0] + grad_output[t, :, d], *dstate[1:])
+            dpreact, dstate = step_backward(gates[d, t].chunk(num_gates, -1), state_prev, state, dstate)
+            dpreacts[t] = torch.cat(dpreact, -1)
+            dstate = (dstate[0] + dpreacts[t] @ weight_hh[d], *dstate[1:])
+        grad_preact.append(torch.stack(dpreacts))
+        grad_hx.append(dstate[0])
+        grad_cx.append(torch.stack(dstate[1:]))
+    return torch.stack(grad_preact), torch.stack(grad_hx), torch.stack(grad_cx, 1)
+
+
+def layer(
+    cell: str,
+    input: Tensor,  # [T, B, I]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh [G*H, H] (, bias_ih, bias_hh [G*H])
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer with its input product; returns output [T, B, D * H], h_n [D, B, H], c_n [S, D, B, H]."""
+    preact_x = torch.stack([input @ p[0].t() + (sum(p[2:]) if len(p) > 2 else 0) for p in parameters])
+    return recurrence_fwd(cell, preact_x, [p[1] for p in parameters], hx, cx)[:3]
