@@ -1,7 +1,9 @@
 """Every error that a user can cause. Texts and types are torch.nn's where it has one."""
 
+import importlib
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import engines
@@ -118,3 +120,27 @@ def lstm_cell_input(module, input: Tensor, hx) -> None:
                 f"hidden{k} has inconsistent hidden_size: got {state.size(-1)}, expected {module.hidden_size}"
             )
     _same_device_and_dtype(input, hx, module.weight_ih, ("hx[0]", "hx[1]"), dtypes=not autocast)
+
+
+def traced(module, layer: int, direction: int) -> None:
+    """Check what `gate_trace` was asked for."""
+    if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
+        raise TypeError(f"module: expected a fusedlstm.LSTM or a torch.nn.LSTM, got {type(module).__name__}")
+    no_projection(module.proj_size)
+    directions = 2 if module.bidirectional else 1
+    if not 0 <= layer < module.num_layers:
+        raise ValueError(f"layer: expected 0 to {module.num_layers - 1}, got {layer}")
+    if not 0 <= direction < directions:
+        raise ValueError(f"direction: expected 0 to {directions - 1}, got {direction}")
+
+
+def needs(library: str, extra: str):
+    """Import and return a library that only an extra installs."""
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        package = library.partition(".")[0]
+        if error.name != package:
+            raise
+        pip = {"sklearn": "scikit-learn"}.get(package, package)
+        raise ModuleNotFoundError(f'{pip} is not installed: pip install "fusedlstm[{extra}]"', name=package) from None

@@ -81,7 +81,7 @@ def recurrence_fwd(
 
     Returns:
         output [T, B, D * H], h_n [D, B, H], c_n [S, D, B, H], and for the backward
-        gates [D, T, B, G * H] (after the nonlinearity), c_seq [S, D, T, B, H].
+        gates [T, B, D * G * H] (after the nonlinearity), c_seq [S, T, B, D * H].
     """
     num_gates, step = cells.CELLS[cell].num_gates, STEPS[cell].forward
     D, T = preact_x.shape[:2]
@@ -102,8 +102,8 @@ def recurrence_fwd(
         torch.cat(output, -1),
         torch.stack(h_n),
         torch.stack(c_n, 1),
-        torch.stack(gates_seq),
-        torch.stack(c_seq, 1),
+        torch.cat(gates_seq, -1),
+        torch.cat(c_seq, -1),
     )
 
 
@@ -116,36 +116,36 @@ def recurrence_bwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D * H]
-    gates: Tensor,  # [D, T, B, G * H]
-    c_seq: Tensor,  # [S, D, T, B, H]
+    gates: Tensor,  # [T, B, D * G * H]
+    c_seq: Tensor,  # [S, T, B, D * H]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that must be found step by step; those of the weights follow from them as one product each.
 
     Returns:
-        grad_preact [D, T, B, G * H], grad_hx [D, B, H], grad_cx [S, D, B, H].
+        grad_preact [T, B, D * G * H], grad_hx [D, B, H], grad_cx [S, D, B, H].
     """
     num_gates, step_backward = cells.CELLS[cell].num_gates, STEPS[cell].backward
-    D, T, _, _ = gates.shape
-    output, grad_output = (x.unflatten(-1, (D, -1)) for x in (output, grad_output))  # [T, B, D, H]
+    T, D = gates.shape[0], len(weight_hh)
+    output, grad_output, gates, c_seq = (x.unflatten(-1, (D, -1)) for x in (output, grad_output, gates, c_seq))
     grad_preact, grad_hx, grad_cx = [], [], []
     for d in range(D):
         order = steps_of(T, d)
         dstate = (grad_h_n[d], *grad_c_n[:, d])
         dpreacts = [None] * T
         for step, t in reversed(list(enumerate(order))):
-            state = (output[t, :, d], *c_seq[:, d, t])
+            state = (output[t, :, d], *c_seq[:, t, :, d])
             state_prev = (hx[d], *cx[:, d])
             if step > 0:
                 t_prev = order[step - 1]
-                state_prev = (output[t_prev, :, d], *c_seq[:, d, t_prev])
+                state_prev = (output[t_prev, :, d], *c_seq[:, t_prev, :, d])
             dstate = (dstate[0] + grad_output[t, :, d], *dstate[1:])
-            dpreact, dstate = step_backward(gates[d, t].chunk(num_gates, -1), state_prev, state, dstate)
+            dpreact, dstate = step_backward(gates[t, :, d].chunk(num_gates, -1), state_prev, state, dstate)
             dpreacts[t] = torch.cat(dpreact, -1)
             dstate = (dstate[0] + dpreacts[t] @ weight_hh[d], *dstate[1:])
         grad_preact.append(torch.stack(dpreacts))
         grad_hx.append(dstate[0])
         grad_cx.append(torch.stack(dstate[1:]))
-    return torch.stack(grad_preact), torch.stack(grad_hx), torch.stack(grad_cx, 1)
+    return torch.cat(grad_preact, -1), torch.stack(grad_hx), torch.stack(grad_cx, 1)
 
 
 def layer(

@@ -1,0 +1,160 @@
+"""The named shapes of the field: plain data, importable without torch.
+
+T steps, B batch, I input size, H hidden size. I = H unless given, one layer and one direction unless given.
+"""
+
+from dataclasses import dataclass
+
+MODES = ("fwdbwd", "infer", "fwd")
+GPU_DTYPES = ("bfloat16", "float16", "float32")
+
+# Features beyond a dense stack that `fusedlstm.LSTM` serves. A shape that needs another one is pending.
+SERVED: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem.
+
+    Attributes:
+        id: unique, no spaces.
+        T, B, I, H: steps, batch, input size, hidden size (per direction).
+        layers, bidirectional: as in `torch.nn.LSTM`.
+        proj: size of the projected h, 0 for none.
+        heads: number of blocks on the diagonal of `weight_hh`.
+        resets: share of the (t, b) pairs at which the state starts anew.
+        lengths: shortest and longest sequence of a packed batch, or None for a dense one.
+        alternating: every second layer runs backwards in time.
+        modes, dtypes: what is measured; dtypes on a GPU (a CPU runs float32).
+        sets: lists of the runner that hold the shape ("gpu", "cpu", "rehearsal").
+        telling: place in the order of a run that may be cut short, 0 first.
+        source: where the sizes come from.
+    """
+
+    id: str
+    T: int
+    B: int
+    I: int
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    proj: int = 0
+    heads: int = 1
+    resets: float = 0.0
+    lengths: tuple[int, int] | None = None
+    alternating: bool = False
+    modes: tuple[str, ...] = MODES
+    dtypes: tuple[str, ...] = GPU_DTYPES
+    sets: tuple[str, ...] = ("gpu",)
+    telling: int = 2
+    source: str = ""
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Features beyond a dense stack of full-size layers."""
+        features = {
+            "proj_size": self.proj > 0,
+            "heads": self.heads > 1,
+            "resets": self.resets > 0,
+            "packed": self.lengths is not None,
+            "alternating": self.alternating,
+        }
+        return tuple(name for name, needed in features.items() if needed)
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """What it needs and the package does not serve yet; empty if it can be measured."""
+        return tuple(name for name in self.needs if name not in SERVED)
+
+    @property
+    def layer_inputs(self) -> tuple[int, ...]:
+        """Input size of every layer."""
+        return (self.I, *[self.directions * (self.proj or self.H)] * (self.layers - 1))
+
+    def flops(self, mode: str) -> float:
+        """Floating-point operations of the matrix products; the backward does each twice, for inputs and weights."""
+        recurrent = (self.proj or self.H) // self.heads
+        rows = self.T * self.B * 4 * self.H * self.directions
+        forward = sum(2.0 * rows * (inputs + recurrent) for inputs in self.layer_inputs)
+        return forward * (3 if mode == "fwdbwd" else 1)
+
+    def min_bytes(self, mode: str, itemsize: int) -> float:
+        """Fewest bytes moved: input, output and weights once; training also their gradients."""
+        D, out = self.directions, self.directions * (self.proj or self.H)
+        data = self.T * self.B * sum(inputs + out for inputs in self.layer_inputs)
+        weights = sum(D * 4 * self.H * (inputs + (self.proj or self.H)) for inputs in self.layer_inputs)
+        return float((data + weights) * itemsize * (3 if mode == "fwdbwd" else 1))
+
+
+def _shape(id: str, T: int, B: int, H: int, I: int | None = None, **kwargs) -> Shape:
+    return Shape(id=id, T=T, B=B, I=H if I is None else I, H=H, **kwargs)
+
+
+BOTH = ("gpu", "cpu")
+INFER = ("infer",)
+
+SHAPES: list[Shape] = [
+    _shape("S1", 100, 32, 32, sets=BOTH, telling=1, source="small time series"),
+    _shape("S2", 365, 256, 64, I=32, telling=1, source="hydrology"),
+    _shape("S3", 100, 16, 128, sets=BOTH, telling=1, source="small layer"),
+    _shape("S4", 1000, 8, 128, telling=0, source="long and thin"),
+    _shape("S5", 512, 64, 160, I=64, telling=0, source="cuDNN's small-H cliff (H 129 to 192, B >= 9)"),
+    _shape("S6", 512, 512, 128, telling=1, source="cuDNN small-H with no batch guard"),
+    _shape("M1", 100, 64, 512, telling=0, source="PyTorch fastrnns"),
+    _shape("M2-B16", 150, 16, 256, sets=BOTH, telling=1, source="DeepBench"),
+    _shape("M2-B64", 150, 64, 256, telling=0, source="DeepBench"),
+    _shape("M3", 128, 128, 256, resets=0.03, source="reinforcement learning (TorchRL)"),
+    _shape("M3-dense", 128, 128, 256, source="M3 without its resets"),
+    _shape("M4", 100, 64, 512, lengths=(30, 99), source="fastrnns, variable length"),
+    _shape("M5", 40, 16, 512, layers=2, sets=BOTH, telling=1, source="RNN-T prediction net"),
+    _shape("F1", 1024, 16, 768, telling=0, source="FlashRNN's figure"),
+    # B = 16 and T = 1024 of the sweeps are F1.
+    *[_shape(f"F2-B{B}", 1024, B, 768, source="FlashRNN's batch sweep") for B in (2, 8, 32, 64, 128, 256)],
+    *[_shape(f"F3-T{T}", T, 16, 768, source="FlashRNN's length sweep") for T in (256, 512, 2048)],
+    *[
+        _shape(f"F4-{heads}x{768 // heads}", 1024, 16, 768, heads=heads, source="FlashRNN's head sweep")
+        for heads in (48, 24, 12, 6, 3)
+    ],
+    _shape("L1", 50, 128, 1024, telling=0, source="GNMT"),
+    _shape("L2", 557, 16, 1024, I=240, layers=2, telling=1, source="RNN-T encoder"),
+    _shape(
+        "L3", 800, 64, 1024, layers=5, alternating=True, modes=INFER, dtypes=("float16",), source="basecalling (Bonito)"
+    ),
+    _shape("L3-layer", 800, 64, 1024, modes=INFER, dtypes=("float16",), telling=0, source="one layer of L3"),
+    _shape("L4-I400", 70, 80, 1150, I=400, telling=1, source="AWD-LSTM, layer 1 of 3"),
+    _shape("L4-I1150", 70, 80, 1150, source="AWD-LSTM, layer 2 of 3"),
+    _shape("L4-H400", 70, 80, 400, I=1150, source="AWD-LSTM, layer 3 of 3"),
+    _shape("L5", 25, 128, 2048, telling=0, source="DeepBench"),
+    _shape("L6", 20, 128, 4096, I=512, proj=512, layers=2, source="ELMo"),
+    # DeepSpeech 2 adds the two directions up, so layers 2 to 5 take I = 1024 and the stack is no nn.LSTM.
+    _shape("B1-I1312", 750, 64, 1024, I=1312, bidirectional=True, lengths=(250, 750), source="DeepSpeech 2, layer 1"),
+    _shape("B1-I1024", 750, 64, 1024, bidirectional=True, lengths=(250, 750), source="DeepSpeech 2, layers 2 to 5"),
+    _shape("B1-dense", 750, 64, 1024, bidirectional=True, telling=1, source="B1-I1024 with all lengths 750"),
+    _shape("I1-H256", 1, 1, 256, modes=INFER, sets=BOTH, telling=1, source="streaming, one step"),
+    _shape("I1-H1024", 1, 1, 1024, modes=INFER, sets=BOTH, telling=1, source="streaming, one step"),
+    _shape("I2", 150, 1, 256, modes=INFER, sets=BOTH, telling=1, source="inference of one sequence"),
+    _shape("X1-T65536", 65536, 4, 128, source="longer than cuDNN takes (T > 65535)"),
+    _shape("X1-T100000", 100000, 4, 128, source="longer than cuDNN takes (T > 65535)"),
+    # Without a GPU: small enough to end in seconds on two cores.
+    _shape("C1", 100, 32, 128, sets=("cpu",), telling=0, source="the CPU default's cost over torch.nn.LSTM"),
+    _shape("C2", 128, 32, 128, sets=("cpu",), telling=0, source="CPU table of the shapes' list"),
+    _shape("C3", 70, 16, 1150, I=400, sets=("cpu",), telling=1, source="L4-I400 at B 16"),
+    _shape("C4", 512, 1, 64, sets=("cpu",), telling=1, source="long, one sequence"),
+    _shape("C5", 64, 16, 128, bidirectional=True, layers=2, sets=("cpu",), telling=1, source="two bidirectional layers"),
+    # The rehearsal of a GPU run, and the tests.
+    _shape("R1", 7, 3, 8, sets=("rehearsal",), telling=0, source="rehearsal"),
+    _shape("R2", 5, 2, 6, I=4, layers=2, bidirectional=True, modes=INFER, sets=("rehearsal",), source="rehearsal"),
+    _shape("R3", 5, 2, 8, proj=4, sets=("rehearsal",), source="rehearsal of a pending shape"),
+]
+
+BY_ID: dict[str, Shape] = {shape.id: shape for shape in SHAPES}
+
+
+def in_set(name: str) -> list[Shape]:
+    """Shapes of "gpu", "cpu", "rehearsal" or "all", most telling first (the file's order within a rank)."""
+    shapes = [shape for shape in SHAPES if name == "all" or name in shape.sets]
+    return sorted(shapes, key=lambda shape: shape.telling)

@@ -1,0 +1,150 @@
+"""How a time is taken.
+
+All candidates of a case run in rounds, in one process: each round times every candidate once, beginning with another
+one each time, so that a drift of the machine falls on all alike. A sample is the mean of `inner` calls in a row. The
+ratio to the baseline is taken within each round; p20, p50 and p80 are over rounds.
+
+On a GPU a sample lies between two device events. A call shorter than a few hundred microseconds is timed a second time
+as replay of a CUDA graph, where the host's share is gone. On a CPU the clock is `time.perf_counter`.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+CPU_SAMPLE_MS = 2.0  # a sample is at least this long: timer and scheduler noise
+GPU_SAMPLE_MS = 0.5
+GRAPH_BELOW_MS = 0.4
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one case: `ms[name]` holds one sample a round, in milliseconds a call."""
+
+    ms: dict[str, list[float]]
+    protocol: str
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """p50, p20, p80, linear between neighbours."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return statistics.median(values), cuts[1], cuts[7]
+
+
+def ratios(samples: Samples, baseline: str, name: str) -> list[float]:
+    """Per round: time of the baseline over time of `name`, so that above 1 is faster."""
+    return [b / t for b, t in zip(samples.ms[baseline], samples.ms[name], strict=True)]
+
+
+def _plan(call_ms: dict[str, float], sample_ms: float, budget_s: float) -> tuple[dict[str, int], int]:
+    """Calls per sample of each candidate, and the number of rounds that the budget pays for."""
+    inner = {name: max(1, math.ceil(sample_ms / max(ms, 1e-4))) for name, ms in call_ms.items()}
+    round_s = sum(inner[name] * ms for name, ms in call_ms.items()) / 1e3
+    return inner, min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / max(round_s, 1e-6))))
+
+
+def _rounds(names: list[str], rounds: int):
+    """Names in the order of each round."""
+    for r in range(rounds):
+        k = r % len(names)
+        yield names[k:] + names[:k]
+
+
+def time_cpu(calls: dict[str, Callable], budget_s: float) -> Samples:
+    """Time calls on the host clock; `budget_s` seconds for all of them together, beside the warm-up."""
+    clock = time.perf_counter
+    call_ms = {}
+    for name, call in calls.items():
+        call()
+        times = []
+        for _ in range(3):
+            start = clock()
+            call()
+            times.append((clock() - start) * 1e3)
+        call_ms[name] = min(times)
+    inner, rounds = _plan(call_ms, CPU_SAMPLE_MS, budget_s)
+    ms = {name: [] for name in calls}
+    for order in _rounds(list(calls), rounds):
+        for name in order:
+            call, n = calls[name], inner[name]
+            start = clock()
+            for _ in range(n):
+                call()
+            ms[name].append((clock() - start) * 1e3 / n)
+    return Samples(ms, f"perf_counter interleaved rounds={rounds}")
+
+
+def _event_samples(calls: dict[str, Callable], call_ms: dict[str, float], budget_s: float) -> tuple[dict, int]:
+    import torch
+
+    inner, rounds = _plan(call_ms, GPU_SAMPLE_MS, budget_s)
+    ms = {name: [] for name in calls}
+    for order in _rounds(list(calls), rounds):
+        events = []
+        for name in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(inner[name]):
+                calls[name]()
+            end.record()
+            events.append((name, start, end))
+        torch.cuda.synchronize()
+        for name, start, end in events:
+            ms[name].append(start.elapsed_time(end) / inner[name])
+    return ms, rounds
+
+
+def _estimate_ms(calls: dict[str, Callable]) -> dict[str, float]:
+    import torch
+
+    call_ms = {}
+    for name, call in calls.items():
+        for _ in range(2):
+            call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(3):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        call_ms[name] = start.elapsed_time(end) / 3
+    return call_ms
+
+
+def time_gpu(calls: dict[str, Callable], budget_s: float) -> Samples:
+    """Time calls between device events."""
+    ms, rounds = _event_samples(calls, _estimate_ms(calls), budget_s)
+    return Samples(ms, f"events interleaved rounds={rounds}")
+
+
+def time_gpu_graph(calls: dict[str, Callable], budget_s: float) -> Samples:
+    """Time replays of one CUDA graph per call.
+
+    Raises:
+        RuntimeError: a call cannot be captured.
+    """
+    import torch
+
+    graphs, kept = {}, []
+    stream = torch.cuda.Stream()
+    for name, call in calls.items():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a capture wants its warm-up on a side stream
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept.append(call())
+        graphs[name] = graph
+    replays = {name: graph.replay for name, graph in graphs.items()}
+    ms, rounds = _event_samples(replays, _estimate_ms(replays), budget_s)
+    return Samples(ms, f"graph interleaved rounds={rounds}")

@@ -1,0 +1,132 @@
+"""What a trained layer does inside: its gates and states, step by step, and their picture."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedlstm import cells, checks, reference
+
+
+class GateTrace(NamedTuple):
+    """Everything that one direction of one layer computed; step t is step t of the input, also in reverse."""
+
+    i: Tensor  # [T, B, H]  input gate, 0 to 1
+    f: Tensor  # [T, B, H]  forget gate, 0 to 1
+    g: Tensor  # [T, B, H]  candidate, -1 to 1
+    o: Tensor  # [T, B, H]  output gate, 0 to 1
+    h: Tensor  # [T, B, H]  hidden state after the step, -1 to 1
+    c: Tensor  # [T, B, H]  cell state after the step, unbounded
+
+
+@torch.no_grad()
+def gate_trace(
+    module: nn.RNNBase,
+    input: Tensor,  # [T, B, I], [B, T, I] with the module's batch_first, or [T, I]
+    hx: tuple[Tensor, Tensor] | None = None,  # each [L * D, B, H] or [L * D, H]
+    layer: int = 0,
+    direction: int = 0,
+) -> GateTrace:
+    """Compute the gates and states of one layer and direction by the specification, whatever engine the module uses.
+
+    Args:
+        module: a `fusedlstm.LSTM` or a `torch.nn.LSTM`.
+        input: as for the module's `forward`; any dtype and device that plain torch serves.
+        hx: h and c before step 0; zero if not given.
+        layer: 0 is the layer that reads `input`.
+        direction: 0 is forward, 1 is reverse.
+
+    Returns:
+        i, f, g, o, h and c, each [T, B, H] (B = 1 if `input` is not batched), without gradients. Dropout between
+        layers is off, as in `eval()`.
+
+    Raises:
+        TypeError: `module` is not an LSTM.
+        ValueError: it has no such layer or direction. Errors of `input` and `hx` are those of `fusedlstm.LSTM`.
+
+    Precision: that of `fusedlstm.reference` in the dtype of `input`.
+    """
+    checks.traced(module, layer, direction)
+    module._update_flat_weights()
+    checks.lstm_input(module, input, hx)
+    D = 2 if module.bidirectional else 1
+    x = input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if module.batch_first else input
+    if hx is None:
+        zeros = x.new_zeros(module.num_layers * D, x.size(1), module.hidden_size)
+        hx = (zeros, zeros)
+    elif input.dim() == 2:
+        hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+    per_direction = 4 if module.bias else 2
+    for k in range(layer + 1):
+        rows = slice(k * D, (k + 1) * D)
+        flat = module._flat_weights[k * D * per_direction : (k + 1) * D * per_direction]
+        parameters = [flat[d * per_direction : (d + 1) * per_direction] for d in range(D)]
+        preact_x = torch.stack([x @ p[0].t() + (sum(p[2:]) if module.bias else 0) for p in parameters])
+        x, _, _, gates, c_seq = reference.recurrence_fwd(
+            cells.LSTM.name, preact_x, [p[1] for p in parameters], hx[0][rows], hx[1][rows].unsqueeze(0)
+        )
+    h = x.unflatten(-1, (D, -1))[:, :, direction]
+    return GateTrace(*gates[direction].chunk(cells.LSTM.num_gates, -1), h=h, c=c_seq[0, direction])
+
+
+# Gates are shares from 0 to 1 and get a sequential map; g, c and h have a sign and get a diverging one around zero.
+_PANELS = {
+    "i": ("input gate  $i$", "viridis"),
+    "f": ("forget gate  $f$", "viridis"),
+    "o": ("output gate  $o$", "viridis"),
+    "g": ("candidate  $g$", "RdBu_r"),
+    "c": ("cell state  $c$", "RdBu_r"),
+    "h": ("hidden state  $h$", "RdBu_r"),
+}
+
+
+def plot_gates(trace: GateTrace, *, sample: int = 0, figure=None, period: int | None = None):
+    """Draw the gates and states of one sequence as heat maps, unit by step.
+
+    Args:
+        sample: which sequence of the batch.
+        figure: a matplotlib `Figure` or `SubFigure` to draw on; a new one of 12 by 7 inches if not given.
+        period: draw a tick every so many steps; matplotlib's choice if not given.
+
+    Returns:
+        The figure. Units are in the same order in all six panels: by the mean step of the changes of their cell state,
+        earliest on top.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        IndexError: the batch has no such sample.
+    """
+    checks.needs("matplotlib.figure", "demo")
+    from matplotlib.figure import Figure
+
+    if figure is None:
+        figure = Figure(figsize=(12, 7), layout="constrained")
+    maps = {name: value[:, sample].detach().float().cpu() for name, value in trace._asdict().items()}  # each [T, H]
+    order = _order_of_activity(maps["c"])
+    T, H = maps["c"].shape
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for panel, (name, (title, colours)) in zip(panels.flat, _PANELS.items(), strict=True):
+        values = maps[name][:, order].t().numpy()  # [H, T]
+        low, high = (0, 1) if colours == "viridis" else (-1, 1)
+        if name == "c":
+            # c has no bound; a few units that count far must not wash out the others.
+            high = max(float(maps["c"].abs().quantile(0.98)), 1e-6)
+            low = -high
+        image = panel.imshow(
+            values, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest", extent=(0, T, H, 0)
+        )
+        panel.set_title(title, fontsize=11)
+        figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05, extend="both" if name == "c" else "neither")
+        if period:
+            panel.set_xticks(range(0, T + 1, period))
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("unit")
+    return figure
+
+
+def _order_of_activity(c: Tensor) -> Tensor:  # [T, H] -> [H]
+    change = torch.diff(c, dim=0, prepend=torch.zeros_like(c[:1])).abs()
+    steps = torch.arange(len(c), dtype=c.dtype).unsqueeze(1)
+    return ((change * steps).sum(0) / change.sum(0).clamp_min(1e-12)).argsort()

@@ -1,0 +1,204 @@
+"""Triton's interpreter, made fit for these kernels: right bfloat16, and programs that run side by side.
+
+Used when `TRITON_INTERPRET=1` was set before triton was imported. Two things are wrong in the stock interpreter (3.6 and
+3.7) for us, and both without an error:
+
+- bfloat16: `tl.dot` multiplies bit patterns, and a cast from float32 truncates. `repair_bfloat16` mends both. Other
+  arithmetic on bfloat16 stays wrong, so the kernels compute in float32.
+- programs run one after another, so one that waits for another never ends. `side_by_side` runs each in a thread of its
+  own and passes a baton between them, in a schedule that a seed determines; a deadlock is detected.
+"""
+
+import contextlib
+import inspect
+import random
+import threading
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter as stock
+
+
+_stock_call = stock.GridExecutor.__call__
+
+
+class Deadlock(RuntimeError):
+    """Every program of a launch waits, and none can go on."""
+
+
+def repair_bfloat16() -> None:
+    """Make `tl.dot` exact for bfloat16, and round float32 to bfloat16 to the nearest even value."""
+    if getattr(stock, "_fusedlstm_repaired", False):
+        return
+    stock._fusedlstm_repaired = True
+    stock_convert = stock._convert_float
+
+    def as_float32(handle):
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data.astype(np.float32)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(as_float32(a), as_float32(b))
+        return stock.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    def convert_float(data, input_dtype, output_dtype, rounding_mode):
+        if input_dtype == tl.float32 and output_dtype == tl.bfloat16:
+            bits = np.ascontiguousarray(data).view(np.uint32)
+            rounded = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+            rounded[np.isnan(data)] = 0x7FC0
+            return rounded.reshape(data.shape)
+        if input_dtype == tl.bfloat16 and output_dtype == tl.float32:
+            return (data.astype(np.uint32) << 16).reshape(data.shape)
+        return stock_convert(data, input_dtype, output_dtype, rounding_mode)
+
+    stock.InterpreterBuilder.create_dot = create_dot
+    stock._convert_float = convert_float
+
+
+class _Scheduler:
+    """One baton for all programs of a launch: whoever holds it runs."""
+
+    def __init__(self, programs: list[tuple[int, int, int]], seed: int | None, patience: int) -> None:
+        self.programs = programs
+        self.running = set(range(len(programs)))
+        self.baton = [threading.Semaphore(0) for _ in programs]
+        self.random = None if seed is None else random.Random(seed)
+        self.patience = patience
+        self.idle = 0
+        self.error: BaseException | None = None
+
+    def _next(self, me: int) -> int:
+        waiting = sorted(self.running)
+        if self.random:
+            return self.random.choice(waiting)
+        return next((k for k in waiting if k > me), waiting[0])
+
+    def _take(self, me: int) -> None:
+        self.baton[me].acquire()
+        if self.error:
+            raise self.error
+        stock.interpreter_builder.set_grid_idx(*self.programs[me])
+
+    def switch(self, me: int, progress: bool) -> None:
+        """Hand the baton on and wait until it is back."""
+        self.idle = 0 if progress else self.idle + 1
+        if self.idle > self.patience * len(self.running):
+            raise Deadlock(f"no progress in {self.idle} polls; waiting programs: {sorted(self.running)}")
+        other = self._next(me)
+        if other != me:
+            self.baton[other].release()
+            self._take(me)
+
+    def run(self, me: int, body) -> None:
+        try:
+            self._take(me)
+            body()
+        except BaseException as error:
+            self.error = self.error or error
+        self.running.discard(me)
+        self.idle = 0
+        if self.error:
+            for k in self.running:
+                self.baton[k].release()
+        elif self.running:
+            self.baton[self._next(me)].release()
+
+
+_local = threading.local()  # the scheduler and the number of the program that this thread runs
+
+
+def _yielding(name: str):
+    """An interpreter operation after which the baton may go on."""
+    operation = getattr(stock.InterpreterBuilder, name)
+
+    def yielding(self, *args, **kwargs):
+        result = operation(self, *args, **kwargs)
+        scheduler = getattr(_local, "scheduler", None)
+        if scheduler is not None:
+            progress = True
+            if name == "create_atomic_rmw":
+                # Adding zero is a poll; it is progress only if it saw a new value.
+                seen = result.data.tobytes()
+                progress = bool((args[2].data != 0).any()) or seen != _local.seen
+                _local.seen = seen
+            scheduler.switch(_local.program, progress)
+        return result
+
+    return operation, yielding
+
+
+def replace_grid(run_programs):
+    """Return a `GridExecutor.__call__` that hands `run_programs` the kernel, its arguments and its program ids."""
+
+    def __call__(self, *args, **kwargs):
+        names = inspect.getfullargspec(self.fn).args
+        kwargs = {name: value for name, value in kwargs.items() if name in names}
+        args_host, kwargs_host = self._init_args_hst(args, kwargs)
+        patched = stock._patch_lang(self.fn)
+        try:
+            bound = inspect.getcallargs(self.fn, *args_host, **kwargs_host)
+            bound = {k: v if k in self.constexprs else stock._implicit_cvt(v) for k, v in bound.items()}
+            grid = self.grid(bound) if callable(self.grid) else self.grid
+            grid = (*grid, 1, 1)[:3]
+            stock.interpreter_builder.set_grid_dim(*grid)
+            run_programs(self.fn, bound, list(np.ndindex(*grid)))
+        finally:
+            patched.restore()
+        self._restore_args_dev(args, args_host, kwargs, kwargs_host)
+
+    return __call__
+
+
+def active() -> bool:
+    """Whether launches already go to a scheduler."""
+    return stock.GridExecutor.__call__ is not _stock_call
+
+
+@contextlib.contextmanager
+def side_by_side(seed: int | None = None, yield_on_memory: bool = False, patience: int = 200):
+    """Run the programs of every launch concurrently, in a schedule that `seed` determines.
+
+    Args:
+        seed: of the schedule; None is round robin.
+        yield_on_memory: hand the baton on at every load and store too, not only at atomics. A barrier that does not
+            wait is caught only so.
+        patience: polls without progress, a program, after which the launch is a deadlock.
+
+    Raises:
+        Deadlock: all programs wait.
+    """
+    builder = stock.InterpreterBuilder
+    names = ["create_atomic_rmw"] + ["create_masked_load", "create_masked_store"] * yield_on_memory
+    saved = {}
+    for name in names:
+        saved[name], replacement = _yielding(name)
+        setattr(builder, name, replacement)
+    saved_call = stock.GridExecutor.__call__
+    saved_options = stock.interpreter_builder.options
+    stock.interpreter_builder.options = stock.InterpreterOptions(debug=True, sanitize_overflow=False)
+
+    def run_programs(fn, args, programs):
+        scheduler = _Scheduler(programs, seed, patience)
+
+        def body(me):
+            _local.scheduler, _local.program, _local.seen = scheduler, me, None
+            scheduler.run(me, lambda: fn(**args))
+
+        threads = [threading.Thread(target=body, args=(k,), daemon=True) for k in range(len(programs))]
+        for thread in threads:
+            thread.start()
+        scheduler.baton[scheduler._next(-1)].release()
+        for thread in threads:
+            thread.join()
+        if scheduler.error:
+            raise scheduler.error
+
+    stock.GridExecutor.__call__ = replace_grid(run_programs)
+    try:
+        yield
+    finally:
+        stock.GridExecutor.__call__ = saved_call
+        stock.interpreter_builder.options = saved_options
+        for name, operation in saved.items():
+            setattr(builder, name, operation)

@@ -1,0 +1,221 @@
+"""From a plan and tensors to a kernel launch: allocation, arguments, and what the compiler is told."""
+
+import contextlib
+import dataclasses
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from fusedlstm import cells, engines
+from fusedlstm import plan as planning
+from fusedlstm.kernels.cells import STEPS
+from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
+from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
+from fusedlstm.plan import Plan
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
+FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr")
+
+if engines.interpreting():
+    from fusedlstm import interpreter
+
+    interpreter.repair_bfloat16()
+
+
+def constants(plan: Plan, **flags: bool) -> dict:
+    """The compile-time arguments of the plan's kernel. Flags: SAVE forward, HAS_GRAD_OUTPUT backward."""
+    cell = cells.CELLS[plan.cell]
+    return {
+        "H": plan.hidden,
+        "G": cell.num_gates,
+        "S": cell.num_cell_states,
+        "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
+        "GROUP": plan.group,
+        "BLOCK_B": plan.block_b,
+        "BLOCK_H": plan.block_h,
+        "BLOCK_K": plan.block_k,
+        "RESIDENT": plan.resident,
+        "TRANSPOSED": plan.transposed,
+        "PRECISION": plan.precision,
+        "STAGES": plan.stages,
+        "SPIN_LIMIT": planning.SPIN_LIMIT,
+        **flags,
+    }
+
+
+def signature(plan: Plan) -> dict[str, str]:
+    """The types of the arguments that are not compile-time constants."""
+    names = KERNELS[plan.pass_].arg_names
+    types = {name: "*" + plan.dtype for name in names if name.endswith("_ptr")}
+    types |= {name: "*fp32" for name in FLOAT32_POINTERS if name in types} | {"arrived_ptr": "*i32"}
+    return types | {name: "i32" for name in names if name in "TBD" or name.startswith(("rows_", "stride_"))}
+
+
+def options(plan: Plan) -> dict:
+    """What the compiler is told beside the arguments. `debug` is what keeps the assertion of a bounded wait."""
+    return {
+        "num_warps": plan.num_warps,
+        "num_stages": 1,
+        "launch_cooperative_grid": plan.group > 1,
+        "debug": True,
+        "sanitize_overflow": False,
+    }
+
+
+@functools.cache
+def device_limits(index: int | None) -> planning.DeviceLimits:
+    """Limits of a device by its index; None is the interpreter, which plays an sm_90."""
+    if index is None:
+        return planning.DEVICES["sm_90"]
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        known = planning.DEVICES["gfx942"]
+    elif properties.major >= 12:
+        known = planning.DEVICES["sm_120"]
+    elif properties.major >= 10:
+        known = planning.DEVICES["sm_100"]
+    elif properties.major == 9:
+        known = planning.DEVICES["sm_90"]
+    else:
+        known = planning.DEVICES["sm_80"]
+    smem_bytes = getattr(properties, "shared_memory_per_block_optin", 0) or known.smem_bytes
+    return dataclasses.replace(
+        known, name=properties.name, num_sms=properties.multi_processor_count, smem_bytes=smem_bytes
+    )
+
+
+def plan_for(cell: str, preact_or_gates: Tensor, T: int, B: int, H: int, D: int, pass_: str) -> Plan:
+    """The plan for tensors like `preact_or_gates`, from its dtype and device."""
+    device = preact_or_gates.device
+    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    limits = device_limits(device.index if device.type == "cuda" else None)
+    return planning.plan(cell, T, B, H, DTYPES[preact_or_gates.dtype], D, limits, pass_, precision)
+
+
+def recurrence_fwd(
+    cell: str,
+    preact_x: Tensor,  # [D, T, B, G*H], rows of G*H contiguous
+    weight_hh: list[Tensor],  # D times [G*H, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    save: bool,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `reference.recurrence_fwd` does.
+
+    `gates` (dtype of `preact_x`) and `c_seq` (float32) are empty unless `save`.
+    """
+    D, T, B, GH = preact_x.shape
+    H, S = hx.size(-1), cx.size(0)
+    new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
+    output, h_n, c_n = new(T, B, D * H), new(D, B, H), new(S, D, B, H)
+    gates = new((T, B, D * GH) if save else 0)
+    c_seq = new((S, T, B, D * H) if save else 0, dtype=torch.float32)
+    if B == 0:
+        return output, h_n, c_n, gates, c_seq
+    plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd")
+    weight_hh = _rows_contiguous(weight_hh)
+    _launch(
+        plan,
+        preact_x_ptr=preact_x,
+        weight_hh_ptr=weight_hh[0],
+        weight_hh_reverse_ptr=weight_hh[-1],
+        hx_ptr=hx.contiguous(),
+        cx_ptr=cx.float().contiguous(),
+        output_ptr=output,
+        h_n_ptr=h_n,
+        c_n_ptr=c_n,
+        gates_ptr=gates,
+        c_seq_ptr=c_seq,
+        arrived_ptr=_counters(plan, output.device),
+        T=T,
+        B=B,
+        D=D,
+        rows_preact_d=preact_x.stride(0) // GH,
+        rows_preact_t=preact_x.stride(1) // GH,
+        rows_preact_b=preact_x.stride(2) // GH,
+        stride_weight_row=weight_hh[0].stride(0),
+        **constants(plan, SAVE=save),
+    )
+    return output, h_n, c_n, gates, c_seq
+
+
+def recurrence_bwd(
+    cell: str,
+    grad_output: Tensor | None,  # [T, B, D*H]
+    grad_h_n: Tensor,  # [D, B, H]
+    grad_c_n: Tensor,  # [S, D, B, H]
+    weight_hh: list[Tensor],  # D times [G*H, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    output: Tensor,  # [T, B, D*H]
+    gates: Tensor,  # [T, B, D*G*H]
+    c_seq: Tensor,  # [S, T, B, D*H]
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel. Returns grad_preact, grad_hx, grad_cx as `reference.recurrence_bwd` does."""
+    T, B, DH = output.shape
+    D, _, H = hx.shape
+    grad_preact, grad_hx, grad_cx = torch.empty_like(gates), hx.new_empty(D, B, H), cx.new_empty(cx.shape)
+    if B == 0:
+        return grad_preact, grad_hx, grad_cx
+    plan = plan or plan_for(cell, gates, T, B, H, D, "bwd")
+    weight_hh = _rows_contiguous(weight_hh)
+    if grad_output is not None and not _rows_of(grad_output, DH):
+        grad_output = grad_output.contiguous()
+    _launch(
+        plan,
+        grad_output_ptr=output if grad_output is None else grad_output,
+        grad_h_n_ptr=grad_h_n.contiguous(),
+        grad_c_n_ptr=grad_c_n.contiguous(),
+        weight_hh_ptr=weight_hh[0],
+        weight_hh_reverse_ptr=weight_hh[-1],
+        hx_ptr=hx.contiguous(),
+        cx_ptr=cx.float().contiguous(),
+        output_ptr=output.contiguous(),
+        gates_ptr=gates,
+        c_seq_ptr=c_seq,
+        grad_preact_ptr=grad_preact,
+        grad_hx_ptr=grad_hx,
+        grad_cx_ptr=grad_cx,
+        arrived_ptr=_counters(plan, output.device),
+        T=T,
+        B=B,
+        D=D,
+        rows_grad_output_t=0 if grad_output is None else grad_output.stride(0) // DH,
+        rows_grad_output_b=0 if grad_output is None else grad_output.stride(1) // DH,
+        stride_weight_row=weight_hh[0].stride(0),
+        **constants(plan, HAS_GRAD_OUTPUT=grad_output is not None),
+    )
+    return grad_preact, grad_hx, grad_cx
+
+
+def _launch(plan: Plan, **arguments) -> None:
+    device = arguments["hx_ptr"].device
+    if device.type == "cuda":
+        around = torch.cuda.device(device)
+    else:
+        around = contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
+    with around:
+        KERNELS[plan.pass_][plan.grid](**arguments, **options(plan))
+
+
+def _counters(plan: Plan, device: torch.device) -> Tensor:
+    """One counter a batch tile and direction, at zero."""
+    shape = (plan.grid[2], plan.tiles_b, planning.COUNTER_STRIDE) if plan.group > 1 else 1
+    return torch.zeros(shape, dtype=torch.int32, device=device)
+
+
+def _rows_contiguous(weights: list[Tensor]) -> list[Tensor]:
+    """Weights whose rows are contiguous and equally far apart, as the kernels address them."""
+    if all(w.stride() == weights[0].stride() and w.stride(1) == 1 for w in weights):
+        return weights
+    return [w.contiguous() for w in weights]
+
+
+def _rows_of(x: Tensor, width: int) -> bool:
+    """Whether every row of the last axis is contiguous and starts at a multiple of `width` from the first."""
+    return x.stride(-1) == 1 and all(stride > 0 and stride % width == 0 for stride in x.stride()[:-1])

@@ -1,0 +1,107 @@
+"""Compile a kernel for a target without a GPU, and read what the compiler made of it.
+
+Works in a process in which `TRITON_INTERPRET` is not set. The NVIDIA tools used here ship inside Triton.
+"""
+
+import collections
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedlstm import launch
+from fusedlstm.plan import Plan
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX_INSTRUCTIONS = ("UTCHMMA", "UTCMMA", "HGMMA", "HMMA", "v_mfma")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel in numbers. `spill_bytes` are of local memory, a thread."""
+
+    regs: int
+    spill_bytes: int
+    smem_bytes: int
+    mma: str  # the widest matrix instruction, with its count in the whole kernel
+    asm: dict[str, str]  # ttgir, and ptx and sass or amdgcn
+    counts: collections.Counter  # machine instructions of the whole kernel
+
+
+def compile_kernel(kernel, signature: dict[str, str], constants: dict, arch: str, **options) -> Compiled:
+    """Compile `kernel`, whose pointers are taken as 16-byte aligned, as the just-in-time compiler would.
+
+    Args:
+        signature: type of every argument that is not a constant, such as "*bf16", "i32".
+        constants: values of the `tl.constexpr` arguments.
+        arch: one of `TARGETS`.
+    """
+    names = kernel.arg_names
+    types = {name: "constexpr" if name in constants else signature[name] for name in names}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if types[name].startswith("*")}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    compiled = triton.compile(ASTSource(kernel, types, values, aligned), target=TARGETS[arch], options=options)
+    asm = {"ttgir": compiled.asm["ttgir"]}
+    if "cubin" in compiled.asm:
+        asm["ptx"] = compiled.asm["ptx"]
+        regs, spill_bytes, asm["sass"] = _read_cubin(compiled.asm["cubin"])
+        counts = collections.Counter(_sass_operations(asm["sass"]))
+    else:
+        asm["amdgcn"] = compiled.asm["amdgcn"]
+        metadata = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)$", asm["amdgcn"], re.M))
+        regs = int(metadata["vgpr_count"])
+        spill_bytes = 4 * int(metadata["vgpr_spill_count"])
+        counts = collections.Counter(re.findall(r"^\s+([a-z]\w+)", asm["amdgcn"], re.M))
+    return Compiled(regs, spill_bytes, compiled.metadata.shared, _matrix_instruction(counts), asm, counts)
+
+
+def compile_plan(plan: Plan, **flags: bool) -> Compiled:
+    """Compile the kernel of `plan` for its architecture, as a launch would. Flags as in `launch.constants`."""
+    kernel = launch.KERNELS[plan.pass_]
+    constants = launch.constants(plan, **(flags or {"SAVE" if plan.pass_ == "fwd" else "HAS_GRAD_OUTPUT": True}))
+    return compile_kernel(kernel, launch.signature(plan), constants, plan.arch, **launch.options(plan))
+
+
+def loop_operations(sass: str) -> collections.Counter:
+    """Machine instructions of the longest loop: the one over time."""
+    lines = sass.splitlines()
+    labels = {m[1]: k for k, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    start, end = 0, 0
+    for k, line in enumerate(lines):
+        m = re.search(r"BRA.*?(\.L_x_\d+)", line)
+        if m and labels.get(m[1], k) < k and k - labels[m[1]] > end - start:
+            start, end = labels[m[1]], k
+    return collections.Counter(_sass_operations("\n".join(lines[start : end + 1])))
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        sass = subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    return int(found[1]), int(found[2]) + int(found[3]), sass
+
+
+def _sass_operations(sass: str) -> list[str]:
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.M)
+
+
+def _matrix_instruction(counts: collections.Counter) -> str:
+    for name in MATRIX_INSTRUCTIONS:
+        total = sum(n for operation, n in counts.items() if operation.startswith(name))
+        if total:
+            return f"{name} x{total}"
+    return "none"

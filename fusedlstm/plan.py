@@ -1,0 +1,325 @@
+"""How a recurrence runs on a device: a pure function from sizes and device limits to a plan.
+
+A program owns `block_h` hidden units of one batch tile of `block_b` rows. Programs that share a batch tile and a
+direction form a group and exchange h (forward) or the gradients of the preactivations (backward) at every step.
+
+| schedule | weights | exchange |
+|---|---|---|
+| `single` | on chip | none: a group of one, all hidden units in one program |
+| `resident` | the program's slice stays on chip for all steps | group barrier |
+| `streamed` | read from L2 at every step | group barrier |
+
+Every group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
+most as many programs as the device holds, and walks the remaining batch tiles one after another.
+
+The choice is the candidate with the least predicted time. The prediction counts bytes, matrix operations and waits; its
+constants come from data sheets and are not yet fitted to measurements, so that it orders candidates and promises nothing.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from fusedlstm import cells
+
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
+SPIN_LIMIT = 1 << 26  # polls before a wait is an error; tens of seconds
+
+
+class PlanError(RuntimeError):
+    """No plan fits the device; the text says what was asked and what the device has."""
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a plan may use, and how fast it is (peak rates of the data sheet, dense)."""
+
+    arch: str
+    name: str
+    num_sms: int
+    smem_bytes: int  # a program may have
+    warp_size: int
+    half_tflops: float
+    tf32_tflops: float
+    fp32_tflops: float
+    l2_tbps: float
+    wide_mma: bool  # the fast matrix instruction needs 64 rows (wgmma, tcgen05)
+    weights_in_registers: bool = False  # Triton keeps a loop-invariant operand there, not in shared memory
+    barrier_us: float = 1.2  # assumed
+
+
+# Sources: NVIDIA A100, H100/H200, B200 and RTX Blackwell data sheets and CUDA programming guide (shared memory);
+# AMD CDNA 3 white paper. L2 rates are of the order that public microbenchmarks find.
+DEVICES = {
+    "sm_80": DeviceLimits("sm_80", "A100", 108, 163 << 10, 32, 312, 156, 19.5, 4.0, wide_mma=False),
+    "sm_90": DeviceLimits("sm_90", "H100/H200", 132, 227 << 10, 32, 990, 495, 67, 5.5, wide_mma=True),
+    "sm_100": DeviceLimits("sm_100", "B200", 148, 227 << 10, 32, 2250, 1100, 80, 9.0, wide_mma=True),
+    "sm_120": DeviceLimits("sm_120", "RTX 5090", 170, 99 << 10, 32, 210, 105, 105, 5.0, wide_mma=False),
+    "gfx942": DeviceLimits(
+        "gfx942", "MI300X", 304, 64 << 10, 64, 1300, 650, 163, 8.0, wide_mma=False, weights_in_registers=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch: every compile-time number of a kernel, its grid, and what it is expected to cost."""
+
+    cell: str
+    direction_count: int
+    pass_: str  # "fwd" or "bwd"
+    arch: str
+    dtype: str
+    hidden: int
+    schedule: str  # "single", "resident" or "streamed"
+    block_b: int
+    block_h: int
+    block_k: int
+    transposed: bool
+    precision: str  # of float32 products: "tf32" or "ieee"
+    num_warps: int
+    stages: int  # of the streamed loop
+    grid: tuple[int, int, int]  # programs of a group, groups that run side by side a direction, directions
+    tiles_b: int  # batch tiles; grid[1] of them run at once
+    smem_bytes: int  # at most, a program
+    regs: int  # roughly, a thread
+    step_us: float  # predicted, all batch tiles
+    why: str
+
+    @property
+    def group(self) -> int:
+        """Programs that exchange data."""
+        return self.grid[0]
+
+    @property
+    def resident(self) -> bool:
+        return self.schedule != "streamed"
+
+    @property
+    def barriers_per_step(self) -> int:
+        return 0 if self.group == 1 else 1
+
+    @property
+    def walked(self) -> int:
+        """Batch tiles that a program walks, one after another."""
+        return math.ceil(self.tiles_b / self.grid[1])
+
+
+def plan(
+    cell: str,
+    steps: int,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str = "tf32",
+) -> Plan:
+    """Choose how one layer runs.
+
+    Args:
+        cell: a name of `fusedlstm.cells.CELLS`.
+        steps, batch, hidden: T, B, H; at least 1. T does not change the choice.
+        dtype: "fp32", "fp16" or "bf16".
+        directions: 1 or 2; both run in one launch.
+        limits: of the device; `DEVICES` has one an architecture.
+        pass_: "fwd" or "bwd".
+        precision: of float32 products, "tf32" or "ieee".
+
+    Raises:
+        PlanError: nothing fits; the text names the size and the limit.
+    """
+    if min(steps, batch, hidden) < 1:
+        raise PlanError(f"steps, batch and hidden: expected at least 1, got {steps}, {batch} and {hidden}")
+    if limits.arch.startswith("gfx"):
+        precision = "ieee"  # Triton takes tf32 on few AMD targets
+    candidates = [
+        candidate
+        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision)
+        if (
+            candidate := _candidate(
+                cell, batch, hidden, dtype, directions, limits, pass_, precision, schedule, block_b, block_h
+            )
+        )
+    ]
+    if not candidates:
+        raise PlanError(
+            f"hidden={hidden} with {directions} direction(s) in {dtype} does not fit {limits.name}: a group must be on "
+            f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
+        )
+    return min(candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
+
+
+def explain(
+    hidden: int, batch: int = 64, steps: int = 100, dtype: str = "bf16", arch: str = "sm_90", directions: int = 1
+) -> str:
+    """Both plans of an LSTM layer in words, as `python -m fusedlstm plan` prints them."""
+    limits = DEVICES[arch]
+    text = [f"LSTM layer: T={steps} B={batch} H={hidden} {dtype}, {directions} direction(s), {arch} ({limits.name})"]
+    for pass_, title in (("fwd", "forward"), ("bwd", "backward")):
+        p = plan("lstm", steps, batch, hidden, dtype, directions, limits, pass_)
+        text += [
+            f"\n{title}: {p.schedule} - {p.why}",
+            f"  tile           {p.block_b} batch rows x {p.block_h} hidden units, reduction in chunks of {p.block_k}"
+            + (", transposed dot" if p.transposed else ""),
+            f"  grid           {p.grid[0]} programs a group x {p.grid[1]} groups x {p.grid[2]} direction(s), "
+            f"{p.num_warps} warps each; {p.walked} batch tile(s) a group, one after another",
+            f"  shared memory  at most {p.smem_bytes / 1024:.0f} of {limits.smem_bytes >> 10} KiB; "
+            f"about {p.regs} registers a thread",
+            f"  synchronised   {p.barriers_per_step} barrier(s) a step",
+            f"  predicted      {p.step_us:.2f} us a step, {p.step_us * steps / 1000:.3f} ms in all "
+            "(an ordering of candidates, not a measurement)",
+        ]
+    return "\n".join(text)
+
+
+def _tilings(hidden: int, batch: int, dtype: str, precision: str):
+    """Schedules and tiles worth a look: (schedule, block_b, block_h)."""
+    ieee = dtype == "fp32" and precision == "ieee"
+    rows = [b for b in (16, 32, 64) if b == 16 or b < 2 * batch]
+    if not ieee and hidden <= 128:
+        for block_b in rows:
+            yield "single", block_b, max(16, _power_of_2(hidden))
+    for block_b in rows:
+        for block_h in (8, 16, 32, 64):
+            if block_h < hidden:
+                if not ieee:  # a resident tile of IEEE products spills whatever its size
+                    yield "resident", block_b, block_h
+                yield "streamed", block_b, block_h
+    if ieee and hidden <= 64:
+        yield "streamed", 16, max(16, _power_of_2(hidden))
+
+
+def _candidate(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str,
+    schedule: str,
+    block_b: int,
+    block_h: int,
+) -> Plan | None:
+    """The plan with these tiles, or None if it does not fit."""
+    itemsize = ITEMSIZE[dtype]
+    ieee = dtype == "fp32" and precision == "ieee"
+    gates = cells.CELLS[cell].num_gates
+    columns = block_h * (_power_of_2(gates) if pass_ == "fwd" else 1)  # N of the dot
+    reduction = hidden * (1 if pass_ == "fwd" else gates)  # K of the dot
+    group = 1 if schedule == "single" else math.ceil(hidden / block_h)
+    if group * directions > limits.num_sms:
+        return None
+    if (group == 1) != (schedule == "single") and not ieee:
+        return None
+
+    if schedule == "single":
+        block_k, chunks = block_h, (1 if pass_ == "fwd" else gates)
+    else:
+        widest = 32 if ieee else 64 if dtype == "fp32" else 128
+        block_k = min(widest, max(16, _power_of_2(reduction)))
+        chunks = math.ceil(reduction / block_k)
+    slice_bytes = chunks * block_k * columns * itemsize
+    exchange_bytes = block_b * block_k * itemsize
+    stages = 1 if schedule != "streamed" else 2 if ieee else 3
+    if schedule == "streamed":
+        smem_bytes = stages * (block_k * columns * itemsize + exchange_bytes)
+    else:
+        smem_bytes = exchange_bytes + (0 if limits.weights_in_registers else slice_bytes)
+    smem_bytes += 4 * block_b * columns  # a change of layout may stage the accumulators
+    if smem_bytes > limits.smem_bytes:
+        return None
+
+    num_warps = _num_warps(block_b, block_h, columns, schedule, limits)
+    threads = num_warps * limits.warp_size
+    regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
+    if regs > 255:
+        return None
+    transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
+
+    tiles_b = math.ceil(batch / block_b)
+    groups = min(tiles_b, limits.num_sms // (group * directions)) if group > 1 else tiles_b
+    walked = math.ceil(tiles_b / groups)
+
+    matrix_rows = columns if transposed else block_b
+    tflops = limits.fp32_tflops if ieee else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
+    if limits.wide_mma and matrix_rows < 64:
+        tflops *= 0.6  # the narrow instruction
+    math_us = 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
+    l2_bytes = 0 if group == 1 else block_b * reduction * itemsize
+    if schedule == "streamed":
+        l2_bytes += slice_bytes
+    l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
+    pointwise_us = 0.3 + 0.002 * block_b * block_h / num_warps
+    step_us = math_us + l2_us + pointwise_us + (limits.barrier_us if group > 1 else 0.0)
+    waves = math.ceil(tiles_b * group * directions / limits.num_sms) if group == 1 else walked
+    return Plan(
+        cell=cell,
+        direction_count=directions,
+        pass_=pass_,
+        arch=limits.arch,
+        dtype=dtype,
+        hidden=hidden,
+        schedule=schedule,
+        block_b=block_b,
+        block_h=block_h,
+        block_k=block_k,
+        transposed=transposed,
+        precision=precision if dtype == "fp32" else "tf32",
+        num_warps=num_warps,
+        stages=stages,
+        grid=(group, groups, directions),
+        tiles_b=tiles_b,
+        smem_bytes=smem_bytes,
+        regs=regs,
+        step_us=step_us * waves,
+        why=_why(schedule, hidden, slice_bytes, group, limits),
+    )
+
+
+def _why(schedule: str, hidden: int, slice_bytes: int, group: int, limits: DeviceLimits) -> str:
+    place = "registers" if limits.weights_in_registers else "shared memory"
+    if schedule == "single":
+        return f"all of weight_hh ({slice_bytes >> 10} KiB) stays in the {place} of one program; nobody waits"
+    if schedule == "resident":
+        return f"{group} programs hold {slice_bytes >> 10} KiB of weight_hh each in {place} for all steps"
+    return f"a slice of weight_hh ({slice_bytes >> 10} KiB a program) is read from L2 at every step"
+
+
+def _num_warps(block_b: int, block_h: int, columns: int, schedule: str, limits: DeviceLimits) -> int:
+    """Four warps, or eight where the tile of the dot or of the cell is large."""
+    return 8 if block_b * max(columns, 4 * block_h) >= 8192 else 4
+
+
+def _registers(
+    block_b: int,
+    block_h: int,
+    block_k: int,
+    columns: int,
+    itemsize: int,
+    threads: int,
+    schedule: str,
+    slice_bytes: int,
+    limits: DeviceLimits,
+) -> int:
+    """A rough count of 32-bit registers a thread: accumulators, the tiles of the cell, one chunk on its way."""
+    accumulators = block_b * columns / threads
+    cell_tiles = 14 * block_b * block_h / threads
+    chunk = block_b * block_k * itemsize / 4 / threads
+    weights = slice_bytes / 4 / threads if limits.weights_in_registers and schedule != "streamed" else 0
+    return round(48 + accumulators + cell_tiles + chunk + weights)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def with_tiles(base: Plan, **changes) -> Plan:
+    """The same plan with other tiles: for tests and for tuning. The caller answers for its fitting."""
+    changed = dataclasses.replace(base, **changes)
+    group = 1 if changed.schedule == "single" else math.ceil(changed.hidden / changed.block_h)
+    return dataclasses.replace(changed, grid=(group, *changed.grid[1:]))

@@ -1,0 +1,147 @@
+r"""All T steps of one layer, forward, for any cell.
+
+.. math::
+    \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
+    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
+
+Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D directions.
+
+A program owns BLOCK_H hidden units, with all their gates, for one batch tile and one direction, through all steps; its
+states never leave its registers. The GROUP programs of one batch tile and direction need each other's h: every program
+writes its part of h_t into `output`, arrives, and reads the whole of it after the wait. A group of one keeps h in
+registers. Direction 1 runs from the last step to the first.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedlstm.kernels import barrier
+from fusedlstm.kernels.product import exchanged_product, local_product, resident_weight
+from fusedlstm.kernels.tiles import load_tuple, split_gates, store_tuple
+
+
+@triton.jit(do_not_specialize=["T", "B", "D", "rows_preact_d", "rows_preact_t", "rows_preact_b"])
+def recurrence_fwd_kernel(
+    # inputs
+    preact_x_ptr,  # [D, T, B, G*H]  x_t @ weight_ih^T + biases
+    weight_hh_ptr,  # [G*H, H]  direction 0
+    weight_hh_reverse_ptr,  # [G*H, H]  direction 1
+    hx_ptr,  # [D, B, H]
+    cx_ptr,  # [S, D, B, H]  float32
+    # outputs
+    output_ptr,  # [T, B, D*H]  h of every step
+    h_n_ptr,  # [D, B, H]
+    c_n_ptr,  # [S, D, B, H]
+    gates_ptr,  # [T, B, D*G*H]  after the nonlinearity; written if SAVE
+    c_seq_ptr,  # [S, T, B, D*H]  float32; written if SAVE
+    arrived_ptr,  # [D, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
+    # sizes
+    T,
+    B,
+    D,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    # strides: rows of G*H elements in preact_x; elements in weight_hh
+    rows_preact_d,
+    rows_preact_t,
+    rows_preact_b,
+    stride_weight_row,
+    # cell, tiling and flags
+    STEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    SAVE: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
+):
+    G_PADDED: tl.constexpr = triton.next_power_of_2(G)
+    N: tl.constexpr = G_PADDED * BLOCK_H
+    GH: tl.constexpr = G * H
+    CHUNK: tl.constexpr = H if GROUP == 1 else BLOCK_K
+
+    pid_h = tl.program_id(0)
+    pid_d = tl.program_id(2).to(tl.int64)
+    offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    offs_b = tl.arange(0, BLOCK_B)
+    offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
+    offs_seq = offs_b[:, None] * (D * H) + offs_h[None, :]
+    offs_gates = offs_b[:, None] * (D * GH) + offs_h[None, :]
+    offs_preact = offs_b.to(tl.int64)[:, None] * rows_preact_b * GH + offs_h[None, :]
+
+    # this program's columns of weight_hh^T, gate-major: column n is gate n // BLOCK_H of unit n % BLOCK_H
+    column = tl.arange(0, N)
+    unit = pid_h * BLOCK_H + column % BLOCK_H
+    mask_n = (unit < H) & (column // BLOCK_H < G)
+    offs_n = (column // BLOCK_H * H + unit) * stride_weight_row
+    weight_ptr = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr)
+    if RESIDENT:
+        w = resident_weight(weight_ptr, offs_n, mask_n, 1, H, CHUNK, BLOCK_K, TRANSPOSED)
+    else:
+        w = ()
+
+    num_tiles_b = tl.cdiv(B, BLOCK_B)
+    for tile_b in range(tl.program_id(1).to(tl.int64), num_tiles_b, tl.num_programs(1)):
+        row = tile_b * BLOCK_B
+        mask_b = row + offs_b < B
+        mask = mask_b[:, None] & mask_h[None, :]
+        counter_ptr = arrived_ptr + (pid_d * num_tiles_b + tile_b) * 32
+        row_state = pid_d * B + row
+        stride_state = D.to(tl.int64) * B * H
+        stride_seq = stride_state * T
+
+        state = load_tuple(hx_ptr + row_state * H, offs_state, mask, 0, 1)
+        if S > 0:
+            state = state + load_tuple(cx_ptr + row_state * H, offs_state, mask, stride_state, S)
+        h_ptr = hx_ptr + row_state * H
+        stride_h = H
+
+        for step in range(T):
+            t = step + pid_d * (T - 1 - 2 * step)
+
+            preact_row = pid_d * rows_preact_d + t * rows_preact_t + row * rows_preact_b
+            preact_x = load_tuple(preact_x_ptr + preact_row * GH, offs_preact, mask, H, G)
+            if GROUP == 1:
+                acc = local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
+            else:
+                barrier.wait(counter_ptr, GROUP * step, SPIN_LIMIT)
+                acc = exchanged_product(
+                    h_ptr,
+                    stride_h,
+                    mask_b,
+                    w,
+                    weight_ptr,
+                    offs_n,
+                    mask_n,
+                    1,
+                    H,
+                    N,
+                    BLOCK_B,
+                    BLOCK_K,
+                    RESIDENT,
+                    TRANSPOSED,
+                    PRECISION,
+                    STAGES,
+                )
+            preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
+
+            gates, state = STEP(preact_x, preact_h, state)
+
+            row_seq = (t * B + row) * D + pid_d
+            h_ptr = output_ptr + row_seq * H
+            stride_h = D * H
+            store_tuple(h_ptr, offs_seq, mask, 0, state, 0, 1)
+            if GROUP > 1:
+                barrier.arrive(counter_ptr)
+            if SAVE:  # nobody waits for these
+                store_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, gates, 0, G)
+                store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, state, 1, S)
+
+        store_tuple(h_n_ptr + row_state * H, offs_state, mask, 0, state, 0, 1)
+        store_tuple(c_n_ptr + row_state * H, offs_state, mask, stride_state, state, 1, S)

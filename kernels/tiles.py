@@ -1,0 +1,55 @@
+"""Tuples of tiles: a gate or a state is one tile [BLOCK_B, BLOCK_H], a cell has a tuple of them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tuple(
+    ptr,  # element (0, 0) of the first tile
+    offs,  # [BLOCK_B, BLOCK_H]
+    mask,  # [BLOCK_B, BLOCK_H]
+    stride,  # elements from one tile to the next
+    COUNT: tl.constexpr,
+):
+    """COUNT >= 1 tiles, as float32."""
+    tiles = (tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32),)
+    for k in tl.static_range(1, COUNT):
+        tiles = tiles + (tl.load(ptr + k * stride + offs, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def store_tuple(
+    ptr,
+    offs,  # [BLOCK_B, BLOCK_H]
+    mask,  # [BLOCK_B, BLOCK_H]
+    stride,
+    tiles,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Tiles FIRST to FIRST + COUNT - 1, rounded to the type of `ptr`."""
+    for k in tl.static_range(COUNT):
+        tl.store(ptr + k * stride + offs, tiles[FIRST + k].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def split_gates(
+    acc,  # [BLOCK_B, GATES_PADDED * BLOCK_H], gate-major: column = gate * BLOCK_H + unit
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GATES_PADDED: tl.constexpr,
+):
+    """One tile a gate. Gate-major columns make the split a renaming of registers."""
+    tl.static_assert(GATES_PADDED == 1 or GATES_PADDED == 2 or GATES_PADDED == 4, "gates: 1, 2 or up to 4")
+    if GATES_PADDED == 1:
+        gates = (acc,)
+    elif GATES_PADDED == 2:
+        gates = tl.split(tl.permute(tl.reshape(acc, (BLOCK_B, 2, BLOCK_H)), (0, 2, 1)))
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(acc, (BLOCK_B, 2, 2, BLOCK_H)), (0, 3, 1, 2)))
+        gate_0, gate_2 = tl.split(even)
+        gate_1, gate_3 = tl.split(odd)
+        gates = (gate_0, gate_1, gate_2, gate_3)
+    return gates
