@@ -144,7 +144,9 @@ SHAPES: list[Shape] = [
     _shape("C2", 128, 32, 128, sets=("cpu",), telling=0, source="CPU table of the shapes' list"),
     _shape("C3", 70, 16, 1150, I=400, sets=("cpu",), telling=1, source="L4-I400 at B 16"),
     _shape("C4", 512, 1, 64, sets=("cpu",), telling=1, source="long, one sequence"),
-    _shape("C5", 64, 16, 128, bidirectional=True, layers=2, sets=("cpu",), telling=1, source="two bidirectional layers"),
+    _shape(
+        "C5", 64, 16, 128, bidirectional=True, layers=2, sets=("cpu",), telling=1, source="two bidirectional layers"
+    ),
     # The rehearsal of a GPU run, and the tests.
     _shape("R1", 7, 3, 8, sets=("rehearsal",), telling=0, source="rehearsal"),
     _shape("R2", 5, 2, 6, I=4, layers=2, bidirectional=True, modes=INFER, sets=("rehearsal",), source="rehearsal"),

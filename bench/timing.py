@@ -88,7 +88,6 @@ def _event_samples(calls: dict[str, Callable], call_ms: dict[str, float], budget
         events = []
         for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
             start.record()
             for _ in range(inner[name]):
                 calls[name]()

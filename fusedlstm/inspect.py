@@ -56,17 +56,26 @@ def gate_trace(
         hx = (zeros, zeros)
     elif input.dim() == 2:
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    per_direction = 4 if module.bias else 2
-    for k in range(layer + 1):
+    cell, per_direction = cells.LSTM.name, 4 if module.bias else 2
+    flat = module._flat_weights
+    parameters = [flat[k : k + per_direction] for k in range(0, len(flat), per_direction)]  # per layer and direction
+    for k in range(layer):
         rows = slice(k * D, (k + 1) * D)
-        flat = module._flat_weights[k * D * per_direction : (k + 1) * D * per_direction]
-        parameters = [flat[d * per_direction : (d + 1) * per_direction] for d in range(D)]
-        preact_x = torch.stack([x @ p[0].t() + (sum(p[2:]) if module.bias else 0) for p in parameters])
-        x, _, _, gates, c_seq = reference.recurrence_fwd(
-            cells.LSTM.name, preact_x, [p[1] for p in parameters], hx[0][rows], hx[1][rows].unsqueeze(0)
-        )
-    h = x.unflatten(-1, (D, -1))[:, :, direction]
-    return GateTrace(*gates[direction].chunk(cells.LSTM.num_gates, -1), h=h, c=c_seq[0, direction])
+        x = reference.layer(cell, x, hx[0][rows], hx[1][rows].unsqueeze(0), parameters[rows])[0]
+
+    # The direction by itself, turned forward: step t of a reverse direction is its step T - 1 - t.
+    row = layer * D + direction
+    weight_ih, weight_hh, *biases = parameters[row]
+    preact_x = x @ weight_ih.t() + (sum(biases) if biases else 0)  # [T, B, 4H]
+    if direction == 1:
+        preact_x = preact_x.flip(0)
+    h, _, _, gates, c_seq = reference.recurrence_fwd(
+        cell, preact_x.unsqueeze(0), [weight_hh], hx[0][row : row + 1], hx[1][row : row + 1].unsqueeze(0)
+    )
+    T, B = x.shape[:2]
+    i, f, g, o = gates.reshape(T, B, -1).chunk(4, -1)
+    trace = GateTrace(i, f, g, o, h, c_seq.reshape(T, B, -1))
+    return GateTrace(*(value.flip(0) for value in trace)) if direction == 1 else trace
 
 
 # Gates are shares from 0 to 1 and get a sequential map; g, c and h have a sign and get a diverging one around zero.

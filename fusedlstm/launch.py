@@ -37,6 +37,7 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "BLOCK_B": plan.block_b,
         "BLOCK_H": plan.block_h,
         "BLOCK_K": plan.block_k,
+        "LOCAL": plan.local,
         "RESIDENT": plan.resident,
         "TRANSPOSED": plan.transposed,
         "PRECISION": plan.precision,
@@ -59,7 +60,7 @@ def options(plan: Plan) -> dict:
     return {
         "num_warps": plan.num_warps,
         "num_stages": 1,
-        "launch_cooperative_grid": plan.group > 1,
+        "launch_cooperative_grid": not plan.local,
         "debug": True,
         "sanitize_overflow": False,
     }
@@ -205,7 +206,7 @@ def _launch(plan: Plan, **arguments) -> None:
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
     """One counter a batch tile and direction, at zero."""
-    shape = (plan.grid[2], plan.tiles_b, planning.COUNTER_STRIDE) if plan.group > 1 else 1
+    shape = (plan.grid[2], plan.tiles_b, planning.COUNTER_STRIDE) if not plan.local else 1
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
 

@@ -16,7 +16,6 @@ The choice is the candidate with the least predicted time. The prediction counts
 constants come from data sheets and are not yet fitted to measurements, so that it orders candidates and promises nothing.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -93,12 +92,17 @@ class Plan:
         return self.grid[0]
 
     @property
+    def local(self) -> bool:
+        """Whether nothing is exchanged."""
+        return self.schedule == "single"
+
+    @property
     def resident(self) -> bool:
         return self.schedule != "streamed"
 
     @property
     def barriers_per_step(self) -> int:
-        return 0 if self.group == 1 else 1
+        return 0 if self.local else 1
 
     @property
     def walked(self) -> int:
@@ -214,8 +218,6 @@ def _candidate(
     group = 1 if schedule == "single" else math.ceil(hidden / block_h)
     if group * directions > limits.num_sms:
         return None
-    if (group == 1) != (schedule == "single") and not ieee:
-        return None
 
     if schedule == "single":
         block_k, chunks = block_h, (1 if pass_ == "fwd" else gates)
@@ -242,7 +244,7 @@ def _candidate(
     transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
 
     tiles_b = math.ceil(batch / block_b)
-    groups = min(tiles_b, limits.num_sms // (group * directions)) if group > 1 else tiles_b
+    groups = min(tiles_b, limits.num_sms // (group * directions)) if schedule != "single" else tiles_b
     walked = math.ceil(tiles_b / groups)
 
     matrix_rows = columns if transposed else block_b
@@ -250,13 +252,13 @@ def _candidate(
     if limits.wide_mma and matrix_rows < 64:
         tflops *= 0.6  # the narrow instruction
     math_us = 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
-    l2_bytes = 0 if group == 1 else block_b * reduction * itemsize
+    l2_bytes = 0 if schedule == "single" else block_b * reduction * itemsize
     if schedule == "streamed":
         l2_bytes += slice_bytes
     l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
     pointwise_us = 0.3 + 0.002 * block_b * block_h / num_warps
-    step_us = math_us + l2_us + pointwise_us + (limits.barrier_us if group > 1 else 0.0)
-    waves = math.ceil(tiles_b * group * directions / limits.num_sms) if group == 1 else walked
+    step_us = math_us + l2_us + pointwise_us + (0.0 if schedule == "single" else limits.barrier_us)
+    waves = math.ceil(tiles_b * group * directions / limits.num_sms) if schedule == "single" else walked
     return Plan(
         cell=cell,
         direction_count=directions,
@@ -316,10 +318,3 @@ def _registers(
 
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def with_tiles(base: Plan, **changes) -> Plan:
-    """The same plan with other tiles: for tests and for tuning. The caller answers for its fitting."""
-    changed = dataclasses.replace(base, **changes)
-    group = 1 if changed.schedule == "single" else math.ceil(changed.hidden / changed.block_h)
-    return dataclasses.replace(changed, grid=(group, *changed.grid[1:]))

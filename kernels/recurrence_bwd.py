@@ -8,8 +8,8 @@ Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D direc
 
 A program owns BLOCK_H hidden units for one batch tile and one direction through all steps, and carries the gradients of
 their states in registers. dh of a unit needs the gradients of all preactivations of its batch tile: every program
-writes its part into `grad_preact`, arrives, and reads the whole of it after the wait. A group of one keeps them in
-registers. The gradients of the weights and of the input follow from `grad_preact` outside, one product each.
+writes its part into `grad_preact`, arrives, and reads the whole of it after the wait. A group of one that is LOCAL
+keeps them in registers. The gradients of the weights and of the input follow from `grad_preact` outside, one product each.
 """
 
 import triton
@@ -55,6 +55,7 @@ def recurrence_bwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LOCAL: tl.constexpr,
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,7 +64,7 @@ def recurrence_bwd_kernel(
     SPIN_LIMIT: tl.constexpr,
 ):
     GH: tl.constexpr = G * H
-    CHUNK: tl.constexpr = H if GROUP == 1 else BLOCK_K
+    CHUNK: tl.constexpr = H if LOCAL else BLOCK_K
 
     pid_h = tl.program_id(0)
     pid_d = tl.program_id(2).to(tl.int64)
@@ -125,7 +126,7 @@ def recurrence_bwd_kernel(
 
             dpreact_ptr = grad_preact_ptr + row_seq * GH
             store_tuple(dpreact_ptr, offs_gates, mask, H, dpreact, 0, G)
-            if GROUP == 1:
+            if LOCAL:
                 dh_recurrent = local_product(dpreact, w, G, BLOCK_H, BLOCK_B, TRANSPOSED, PRECISION)
             else:
                 barrier.arrive(counter_ptr)

@@ -8,8 +8,8 @@ Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D direc
 
 A program owns BLOCK_H hidden units, with all their gates, for one batch tile and one direction, through all steps; its
 states never leave its registers. The GROUP programs of one batch tile and direction need each other's h: every program
-writes its part of h_t into `output`, arrives, and reads the whole of it after the wait. A group of one keeps h in
-registers. Direction 1 runs from the last step to the first.
+writes its part of h_t into `output`, arrives, and reads the whole of it after the wait. A group of one that is
+LOCAL keeps h in registers. Direction 1 runs from the last step to the first.
 """
 
 import triton
@@ -53,6 +53,7 @@ def recurrence_fwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LOCAL: tl.constexpr,
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,7 +64,7 @@ def recurrence_fwd_kernel(
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H
-    CHUNK: tl.constexpr = H if GROUP == 1 else BLOCK_K
+    CHUNK: tl.constexpr = H if LOCAL else BLOCK_K
 
     pid_h = tl.program_id(0)
     pid_d = tl.program_id(2).to(tl.int64)
@@ -107,7 +108,7 @@ def recurrence_fwd_kernel(
 
             preact_row = pid_d * rows_preact_d + t * rows_preact_t + row * rows_preact_b
             preact_x = load_tuple(preact_x_ptr + preact_row * GH, offs_preact, mask, H, G)
-            if GROUP == 1:
+            if LOCAL:
                 acc = local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
             else:
                 barrier.wait(counter_ptr, GROUP * step, SPIN_LIMIT)
@@ -137,7 +138,7 @@ def recurrence_fwd_kernel(
             h_ptr = output_ptr + row_seq * H
             stride_h = D * H
             store_tuple(h_ptr, offs_seq, mask, 0, state, 0, 1)
-            if GROUP > 1:
+            if not LOCAL:
                 barrier.arrive(counter_ptr)
             if SAVE:  # nobody waits for these
                 store_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, gates, 0, G)

@@ -1,0 +1,126 @@
+"""What the compiler makes of every plan for the field's shapes, on every target, without a GPU.
+
+`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.shapes import SHAPES, Shape
+from fusedlstm.plan import DEVICES, Plan, plan
+
+RESULTS = Path(__file__).parent / "results" / "kernels.csv"
+DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
+COLUMNS = "shape dtype pass target schedule tiles warps regs spill_bytes smem_bytes mma barriers_per_step".split()
+
+
+def shapes() -> list[Shape]:
+    """The shapes whose recurrence the kernels serve: lengths and resets do not change the machine code."""
+    return [s for s in SHAPES if "gpu" in s.sets and not s.proj and s.heads == 1]
+
+
+def plans() -> list[tuple[str, str, Plan]]:
+    """(shape id, dtype name, plan) for all shapes, dtypes, passes and targets."""
+    return [
+        (s.id, name, plan("lstm", s.T, s.B, s.H, name.split("-")[0], s.directions, limits, pass_, precision))
+        for s in shapes()
+        for name, precision in DTYPES.items()
+        for pass_ in ("fwd", "bwd")
+        for limits in DEVICES.values()
+    ]
+
+
+def compile_key(p: Plan) -> tuple:
+    """What the machine code depends on: plans that share it share a compilation."""
+    tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.precision, p.num_warps, p.stages)
+    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, *tiles)
+
+
+def compile_numbers(p: Plan) -> tuple:
+    """(regs, spill_bytes, smem_bytes, mma) of one plan, or the error in words."""
+    from fusedlstm import offline
+
+    try:
+        c = offline.compile_plan(p)
+    except Exception as error:
+        return (-1, -1, -1, f"{type(error).__name__}: {str(error)[:200]}")
+    return c.regs, c.spill_bytes, c.smem_bytes, c.mma
+
+
+def compile_all(distinct: dict[tuple, Plan]) -> dict[tuple, tuple]:
+    """Compile each once, on all cores; shows a bar."""
+    # Spawned, not forked: torch has started threads by now.
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        numbers = pool.imap(compile_numbers, distinct.values(), chunksize=1)
+        return dict(zip(distinct, track(numbers, "compiling", len(distinct)), strict=True))
+
+
+def faults(p: Plan, numbers: tuple) -> list[str]:
+    """What is wrong with a compiled plan: a spill, too much shared memory, a lost matrix instruction."""
+    regs, spill_bytes, smem_bytes, mma = numbers
+    if regs < 0:
+        return [f"does not compile: {mma}"]
+    found = []
+    if spill_bytes:
+        found.append(f"spills {spill_bytes} bytes a thread")
+    if smem_bytes > DEVICES[p.arch].smem_bytes:
+        found.append(f"{smem_bytes} bytes of shared memory, {DEVICES[p.arch].smem_bytes} at most")
+    if mma == "none" and not (p.dtype == "fp32" and p.precision == "ieee"):
+        found.append("no matrix instruction")
+    rows = p.block_b if not p.transposed else p.block_h * (4 if p.pass_ == "fwd" else 1)
+    if p.arch == "sm_90" and rows >= 64 and p.precision != "ieee" and not mma.startswith("HGMMA"):
+        found.append(f"{rows} rows and no wgmma but {mma}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--target", choices=DEVICES, help="this one only (the table is then not written)")
+    args = parser.parse_args()
+    rows = [(s, d, p) for s, d, p in plans() if args.target in (None, p.arch)]
+    distinct = {compile_key(p): p for _, _, p in rows}
+    numbers = compile_all(distinct)
+
+    bad = [(p, faults(p, numbers[key])) for key, p in distinct.items()]
+    table = Table("H", "dtype", "pass", "target", "schedule", "tiles", "warps", "regs", "spill", "smem KiB", "mma")
+    for key, p in distinct.items():
+        regs, spill_bytes, smem_bytes, mma = numbers[key]
+        dtype = "fp32-ieee" if p.dtype == "fp32" and p.precision == "ieee" else p.dtype
+        tiles = f"{p.block_b}x{p.block_h}x{p.block_k}{' T' if p.transposed else ''}"
+        table.add_row(
+            *map(str, (p.hidden, dtype, p.pass_, p.arch, p.schedule, tiles, p.num_warps, regs, spill_bytes)),
+            f"{smem_bytes / 1024:.0f}",
+            mma,
+        )
+    console = Console(width=130)
+    console.print(table)
+    if not args.target:
+        with args.out.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            for shape_id, dtype, p in rows:
+                tiles = f"{p.block_b}x{p.block_h}x{p.block_k}" + ("T" if p.transposed else "")
+                compiled = numbers[compile_key(p)]
+                writer.writerow(
+                    [shape_id, dtype, p.pass_, p.arch, p.schedule, tiles, p.num_warps, *compiled, p.barriers_per_step]
+                )
+        console.print(f"{len(rows)} rows, {len(distinct)} kernels -> {args.out.name}")
+    for p, found in bad:
+        for fault in found:
+            console.print(
+                f"[red]{p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} "
+                f"{p.block_b}x{p.block_h}x{p.block_k} w{p.num_warps} {'T' if p.transposed else ''}: {fault}"
+            )
+    return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,20 @@
+"""Three kinds of tests, a process each, since Triton decides at import whether it interprets:
+
+tests/cpu       no kernel runs
+tests/kernels   the kernels: interpreted on CPU tensors, or compiled where there is a GPU
+tests/compiled  the kernels compiled for every target, without a GPU
+"""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    folders = {item.path.parent.name for item in items}
+    if {"kernels", "compiled"} <= folders and not torch.cuda.is_available():
+        raise pytest.UsageError("tests/kernels and tests/compiled need a process each: make test")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

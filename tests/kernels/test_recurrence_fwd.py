@@ -1,0 +1,96 @@
+"""kernels/recurrence_fwd.py: every tensor it returns, against the specification."""
+
+import pytest
+import torch
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled
+
+from fusedlstm import launch, reference
+
+NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
+FORMS = [
+    ("single", False),
+    ("single", True),
+    ("resident", False),
+    ("resident", True),
+    ("streamed", False),
+    ("streamed", True),
+]
+# Tiles are 16 x 16 x 16: every size below, at, above and more than twice a block, T at its edges.
+SIZES = [(1, 1, 1), (2, 3, 13), (17, 3, 16), (2, 16, 17), (1, 17, 16), (2, 37, 37)]
+
+
+def check(inputs, plan, same_dtype_inputs=None):
+    ours = launch.recurrence_fwd("lstm", **inputs, save=True, plan=plan)
+    torch_results = reference.recurrence_fwd("lstm", **(same_dtype_inputs or cast(inputs, inputs["hx"].dtype)))
+    exact = reference.recurrence_fwd("lstm", **cast(inputs, torch.float64))
+    for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
+        assert_accurate(name, a, b, c)
+    return ours
+
+
+@pytest.mark.parametrize(("T", "B", "H"), SIZES, ids=lambda n: str(n))
+@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_specification(device, dtype, schedule, transposed, T, B, H):
+    inputs = recurrence_inputs(T, B, H, 1, DTYPES[dtype], device)
+    check(inputs, tiled("fwd", B, H, dtype, schedule=schedule, transposed=transposed, precision="ieee"))
+
+
+@pytest.mark.parametrize("schedule", ["single", "resident"])
+def test_two_directions(device, schedule):
+    inputs = recurrence_inputs(3, 5, 20, 2, torch.float32, device)
+    check(inputs, tiled("fwd", 5, 20, "fp32", schedule=schedule, directions=2, precision="ieee"))
+
+
+@pytest.mark.parametrize(("block_b", "block_h", "block_k"), [(16, 8, 32), (32, 16, 64), (16, 32, 16)])
+def test_other_tiles(device, block_b, block_h, block_k):
+    inputs = recurrence_inputs(2, 35, 70, 1, torch.float16, device)
+    check(inputs, tiled("fwd", 35, 70, "fp16", block_b=block_b, block_h=block_h, block_k=block_k))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_walked_batch_tiles(device, groups):
+    """Five batch tiles by one or two groups, one after another."""
+    inputs = recurrence_inputs(2, 70, 20, 1, torch.float32, device)
+    check(inputs, tiled("fwd", 70, 20, "fp32", groups=groups, precision="ieee"))
+
+
+def test_strides(device):
+    """Rows of preact_x in batch-major order, as a batch-first input leaves them; a weight that is a slice."""
+    inputs = recurrence_inputs(3, 5, 20, 1, torch.float32, device)
+    preact = inputs["preact_x"]
+    inputs["preact_x"] = preact.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.full((80, 48), float("nan"), device=device)
+    wide[:, :20] = inputs["weight_hh"][0]
+    inputs["weight_hh"] = [wide[:, :20]]
+    assert not inputs["preact_x"].is_contiguous()
+    check(inputs, tiled("fwd", 5, 20, "fp32", precision="ieee"))
+
+
+def test_saves_nothing_for_inference(device):
+    inputs = recurrence_inputs(3, 5, 20, 1, torch.float32, device)
+    plan = tiled("fwd", 5, 20, "fp32", precision="ieee")
+    saved = launch.recurrence_fwd("lstm", **inputs, save=True, plan=plan)
+    output, h_n, c_n, gates, c_seq = launch.recurrence_fwd("lstm", **inputs, save=False, plan=plan)
+    assert gates.numel() == c_seq.numel() == 0
+    assert torch.equal(output, saved[0]) and torch.equal(h_n, saved[1]) and torch.equal(c_n, saved[2])
+
+
+def test_saturated_preactivations(device):
+    """Preactivations of +-50 and +-1e4 saturate the gates and stay finite."""
+    inputs = recurrence_inputs(2, 3, 16, 1, torch.float32, device)
+    inputs["preact_x"] = inputs["preact_x"].sign() * torch.tensor([50.0, 1e4], device=device).view(1, 2, 1, 1)
+    check(inputs, tiled("fwd", 3, 16, "fp32", precision="ieee"))
+
+
+def test_tiny_values_keep_their_relative_accuracy(device):
+    inputs = recurrence_inputs(2, 3, 16, 1, torch.float32, device)
+    inputs = {k: [w * 1e-6 for w in v] if isinstance(v, list) else v * 1e-6 for k, v in inputs.items()}
+    check(inputs, tiled("fwd", 3, 16, "fp32", precision="ieee"))
+
+
+def test_same_bits_every_time(device):
+    inputs = recurrence_inputs(3, 5, 40, 1, torch.float32, device)
+    plan = tiled("fwd", 5, 40, "fp32", precision="ieee")
+    first, second = (launch.recurrence_fwd("lstm", **inputs, save=True, plan=plan) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,110 @@
+"""What the tests share: the accuracy rule, inputs, and plans with tiles of the test's choice."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fusedlstm import cells
+from fusedlstm.plan import Plan
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """RMS error of `x` relative to `exact`, which is float64; absolute where `exact` is zero."""
+    difference = (x.double() - exact).norm().item()
+    size = exact.norm().item()
+    return difference / size if size else difference
+
+
+def assert_accurate(name: str, ours: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    """The one accuracy rule: at most twice the error of torch in the same dtype, plus two ulps."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    assert torch.isfinite(ours).all(), f"{name}: not finite"
+    # A result in float32 from half-precision inputs is held to the dtype of the inputs.
+    eps = max(torch.finfo(x.dtype).eps for x in (ours, same_dtype))
+    err_ours, err_torch = error(ours.cpu(), exact), error(same_dtype.cpu(), exact)
+    limit = 2 * err_torch + 2 * eps
+    assert err_ours <= limit, f"{name}: error {err_ours:.2e}, torch {err_torch:.2e}, limit {limit:.2e}"
+
+
+def tiled(
+    pass_: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    *,
+    schedule: str = "resident",
+    block_b: int = 16,
+    block_h: int = 16,
+    block_k: int = 16,
+    transposed: bool = False,
+    directions: int = 1,
+    groups: int | None = None,
+    cell: str = "lstm",
+    precision: str = "tf32",
+) -> Plan:
+    """A plan with these tiles; `groups` batch tiles run side by side (default all), the rest are walked."""
+    if schedule == "single":
+        block_h = block_k = max(16, 1 << (hidden - 1).bit_length())
+    group = math.ceil(hidden / block_h)
+    tiles_b = math.ceil(batch / block_b)
+    return Plan(
+        cell=cell,
+        direction_count=directions,
+        pass_=pass_,
+        arch="sm_90",
+        dtype=dtype,
+        hidden=hidden,
+        schedule=schedule,
+        block_b=block_b,
+        block_h=block_h,
+        block_k=block_k,
+        transposed=transposed,
+        precision=precision,
+        num_warps=4,
+        stages=2,
+        grid=(group, groups or tiles_b, directions),
+        tiles_b=tiles_b,
+        smem_bytes=0,
+        regs=0,
+        step_us=0.0,
+        why="a test",
+    )
+
+
+def recurrence_inputs(T: int, B: int, H: int, D: int, dtype: torch.dtype, device="cpu", cell="lstm", seed=0) -> dict:
+    """preact_x, weight_hh, hx and cx of a recurrence; the values are rounded to `dtype`."""
+    spec = cells.CELLS[cell]
+    G, S = spec.num_gates, spec.num_cell_states
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
+
+    return {
+        "preact_x": randn(D, T, B, G * H),
+        "weight_hh": [randn(G * H, H, scale=H**-0.5) for _ in range(D)],
+        "hx": randn(D, B, H),
+        "cx": randn(S, D, B, H),
+    }
+
+
+def cast(tree, dtype: torch.dtype, device="cpu"):
+    """Tensors of a dict or list in another dtype."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to(device=device, dtype=dtype)
+    if isinstance(tree, dict):
+        return {k: cast(v, dtype, device) for k, v in tree.items()}
+    return type(tree)(cast(v, dtype, device) for v in tree)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values as a view with gaps into a buffer of NaN, so that reading beside the view shows."""
+    buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan)
+    view = buffer[..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
