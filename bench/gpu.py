@@ -31,6 +31,7 @@ PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-v", "--maxfa
 PYTEST_ARGS = (*PYTEST, "tests/kernels")
 PYTEST_WORKERS = 4  # with pytest-xdist, if it is there: most of the time goes into compiling kernels
 REHEARSAL_PYTEST_ARGS = (*PYTEST, "tests/cpu/test_bench.py", "-k", "shapes")
+REHEARSAL_BENCH_ARGS = "--set rehearsal --seconds-per-case 0.02 --threads 1 --provider fusedlstm --roofs"
 OUR_KERNELS = "recurrence"  # in the name of every kernel that racecheck shall look at
 
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
@@ -169,21 +170,7 @@ def parts(out: Path, csv: Path, rehearse: bool) -> list[Part]:
             Part("tests", [python, *REHEARSAL_PYTEST_ARGS], 60, True, judge_tests),
             Part("memcheck", target, 60, True, judge_sanitizer),
             Part("racecheck", [], 60, True, judge_sanitizer, skip="rehearsal"),
-            Part(
-                "bench",
-                [
-                    *bench,
-                    "--set",
-                    "rehearsal",
-                    "--seconds-per-case",
-                    "0.02",
-                    "--threads",
-                    "1",
-                    "--provider",
-                    "fusedlstm",
-                ],
-                None,
-            ),
+            Part("bench", [*bench, *REHEARSAL_BENCH_ARGS.split()], None),
         ]
     workers = ["-n", str(PYTEST_WORKERS)] if importlib.util.find_spec("xdist") else []
     return [

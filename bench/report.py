@@ -45,7 +45,7 @@ def table(measured: list[rows.Row], kind: str = "") -> tuple[list[str], list[lis
         {p for found in values.values() for p, metric in found if metric == latency} - {BASELINE, AGAIN, OURS}
     )
     header = ["shape", "T, B, I, H", "mode", "dtype", "torch.nn.LSTM ms", "fusedlstm ms", "ratio", "noise"]
-    header += ["bound ms"] + [f"{name} ratio" for name in others]
+    header += ["bound ms"] * bool(roofs) + [f"{name} ratio" for name in others]
     order = {shape.id: k for k, shape in enumerate(SHAPES)}
     lines = []
     for (shape, mode, dtype), found in sorted(
@@ -75,7 +75,7 @@ def table(measured: list[rows.Row], kind: str = "") -> tuple[list[str], list[lis
                 p50(OURS, latency),
                 f"{float(ratio['p50']):.2f}" if ratio else "-",
                 f"{float(noise['p20']):.2f} … {float(noise['p80']):.2f}" if noise else "-",
-                _number(bound) if bound else "-",
+                *([_number(bound) if bound else "-"] if roofs else []),
                 *[f"{float(found[n, speedup]['p50']):.2f}" if (n, speedup) in found else "-" for n in others],
             ]
         )

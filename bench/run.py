@@ -37,9 +37,11 @@ def plan_cases(
     grid.sort(key=lambda case: (case[2] == "fwd", case[0].telling > 0))  # stable
     cases = [Case(shape.id, dtype, mode, fast) for shape, dtype, mode in grid]
     if slow:
-        # How slow a loop over cells is hardly depends on the dtype.
-        slowest = [c for c in grid if device == "cpu" or dtypes or c[1] == c[0].dtypes[0]]
-        slowest.sort(key=lambda case: case[0].T * case[0].layers)
+        # How slow a loop over cells is hardly depends on the dtype, and fwd lies between the other modes.
+        slowest = [
+            c for c in grid if (dtypes or c[1] == c[0].dtypes[0] or device == "cpu") and (modes or c[2] != "fwd")
+        ]
+        slowest.sort(key=lambda case: case[0].flops(case[2]))
         baseline = (registry.BASELINE, *slow)
         cases += [Case(shape.id, dtype, mode, baseline, write_baseline=False) for shape, dtype, mode in slowest]
     return cases
@@ -195,6 +197,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds-per-case", type=float, help="timing of three providers; default 2 (CPU), 0.6 (GPU)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--warm", type=int, help="processes that compile ahead; default up to 12 on a GPU")
+    parser.add_argument("--roofs", action="store_true", help="measure the machine's rates; always on a GPU")
     parser.add_argument("--plugin", help="Python file that registers more providers")
     return parser.parse_args(argv)
 
@@ -256,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         warm = options.warm if options.warm is not None else (max(1, min(12, (os.cpu_count() or 1) - 2)) if gpu else 0)
         if warm and importlib.util.find_spec("triton"):
             run.say(compile_ahead(cases, settings, warm, WARM_SHARE * options.time_limit))
-        run.run(cases, sorted({case.dtype for case in cases}))
+        run.run(cases, sorted({case.dtype for case in cases}) if gpu or options.roofs else [])
     finally:
         run.close()
     report.show(rows.read(out))

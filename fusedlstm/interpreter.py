@@ -17,6 +17,7 @@ import threading
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter as stock
+from triton.runtime.errors import InterpreterError
 
 
 _stock_call = stock.GridExecutor.__call__
@@ -95,6 +96,8 @@ class _Scheduler:
             self._take(me)
             body()
         except BaseException as error:
+            while isinstance(error, InterpreterError) and error.__cause__:
+                error = error.__cause__  # the stock interpreter wraps what a nested function raises
             self.error = self.error or error
         self.running.discard(me)
         self.idle = 0

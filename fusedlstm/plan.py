@@ -141,7 +141,7 @@ def plan(
         precision = "ieee"  # Triton takes tf32 on few AMD targets
     candidates = [
         candidate
-        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision)
+        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_)
         if (
             candidate := _candidate(
                 cell, batch, hidden, dtype, directions, limits, pass_, precision, schedule, block_b, block_h
@@ -179,21 +179,38 @@ def explain(
     return "\n".join(text)
 
 
-def _tilings(hidden: int, batch: int, dtype: str, precision: str):
-    """Schedules and tiles worth a look: (schedule, block_b, block_h)."""
+def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str):
+    """Schedules and tiles worth a look: (schedule, block_b, block_h). What spills is left out (see `docs/plan.md`)."""
     ieee = dtype == "fp32" and precision == "ieee"
-    rows = [b for b in (16, 32, 64) if b == 16 or b < 2 * batch]
-    if not ieee and hidden <= 128:
-        for block_b in rows:
+    for block_b in (16, 32, 64):
+        if block_b > 16 and block_b >= 2 * batch:
+            continue
+        if hidden <= 128 and not ieee:
             yield "single", block_b, max(16, _power_of_2(hidden))
-    for block_b in rows:
+        # A resident loop is unrolled over its chunks: with IEEE products, or with 64 rows and a long reduction, it spills.
+        fits_registers = not ieee and (block_b < 64 or (pass_ == "fwd" and dtype != "fp32"))
         for block_h in (8, 16, 32, 64):
-            if block_h < hidden:
-                if not ieee:  # a resident tile of IEEE products spills whatever its size
+            if block_h < hidden or block_h == 8:
+                if fits_registers:
                     yield "resident", block_b, block_h
                 yield "streamed", block_b, block_h
-    if ieee and hidden <= 64:
-        yield "streamed", 16, max(16, _power_of_2(hidden))
+
+
+def _block_k(schedule: str, block_b: int, block_h: int, dtype: str, ieee: bool, pass_: str, reduction: int) -> int:
+    """Chunk of the reduction. A chunk of x passes through registers, so that more rows mean shorter chunks."""
+    if schedule == "single":
+        return block_h
+    if ieee:
+        widest = 16
+    elif schedule == "streamed":
+        widest = 64 if dtype != "fp32" else 32
+    elif dtype == "fp32":
+        widest = 32 if block_b > 16 and pass_ == "fwd" else 64
+    elif pass_ == "bwd":
+        widest = 4096 // block_b
+    else:
+        widest = 128 if block_b < 64 else 64
+    return min(widest, max(16, _power_of_2(reduction)))
 
 
 def _candidate(
@@ -219,12 +236,8 @@ def _candidate(
     if group * directions > limits.num_sms:
         return None
 
-    if schedule == "single":
-        block_k, chunks = block_h, (1 if pass_ == "fwd" else gates)
-    else:
-        widest = 32 if ieee else 64 if dtype == "fp32" else 128
-        block_k = min(widest, max(16, _power_of_2(reduction)))
-        chunks = math.ceil(reduction / block_k)
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction)
+    chunks = math.ceil(reduction / (hidden if schedule == "single" else block_k))
     slice_bytes = chunks * block_k * columns * itemsize
     exchange_bytes = block_b * block_k * itemsize
     stages = 1 if schedule != "streamed" else 2 if ieee else 3
@@ -236,7 +249,7 @@ def _candidate(
     if smem_bytes > limits.smem_bytes:
         return None
 
-    num_warps = _num_warps(block_b, block_h, columns, schedule, limits)
+    num_warps = _num_warps(block_b, block_h, columns)
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
@@ -292,9 +305,9 @@ def _why(schedule: str, hidden: int, slice_bytes: int, group: int, limits: Devic
     return f"a slice of weight_hh ({slice_bytes >> 10} KiB a program) is read from L2 at every step"
 
 
-def _num_warps(block_b: int, block_h: int, columns: int, schedule: str, limits: DeviceLimits) -> int:
+def _num_warps(block_b: int, block_h: int, columns: int) -> int:
     """Four warps, or eight where the tile of the dot or of the cell is large."""
-    return 8 if block_b * max(columns, 4 * block_h) >= 8192 else 4
+    return 8 if columns >= 128 or block_b * max(columns, 4 * block_h) >= 8192 else 4
 
 
 def _registers(

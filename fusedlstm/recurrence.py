@@ -181,6 +181,7 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 def _input_product(input: Tensor, parameters: list) -> Tensor:
     """preact_x [D, T, B, G*H] of all steps and directions: one product, its rows in the order of `input` in memory."""
     T, B, _ = input.shape
+    D, GH = len(parameters), parameters[0][0].size(0)
     batch_major = input.stride(0) < input.stride(1)
     rows = (input.transpose(0, 1) if batch_major else input).flatten(0, 1)
     weight_ih = _cat([p[0] for p in parameters])  # [D*G*H, I]
@@ -189,8 +190,8 @@ def _input_product(input: Tensor, parameters: list) -> Tensor:
     else:
         preact = rows @ weight_ih.t()
     if batch_major:
-        return preact.view(B, T, len(parameters), -1).permute(2, 1, 0, 3)
-    return preact.view(T, B, len(parameters), -1).permute(2, 0, 1, 3)
+        return preact.view(B, T, D, GH).permute(2, 1, 0, 3)
+    return preact.view(T, B, D, GH).permute(2, 0, 1, 3)
 
 
 def _recurrent_weight_gradient(grad_preact: Tensor, output: Tensor, hx: Tensor, direction: int) -> Tensor:

@@ -1,14 +1,17 @@
 """The benchmark: shapes, rows, timing, report, and a rehearsal of the GPU run on a CPU."""
 
+import contextlib
 import csv
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import gpu, registry, report, rows, shapes, timing
+from bench import environment, gpu, registry, report, rows, shapes, timing, worker
 from bench import run as bench_run
 from bench.worker import Case, Settings
 
@@ -172,6 +175,52 @@ def test_run_survives_providers_that_fail(tmp_path, capsys):
     assert not {provider for _, provider, _ in measured} & {"raises", "wrong", "dies", "hangs"}
 
 
+class FakeEvent:
+    """A device event on the host clock."""
+
+    def __init__(self, enable_timing):
+        self.at = 0.0
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class FakeGraph:
+    def replay(self):
+        time.sleep(1e-4)
+
+
+def test_gpu_path_with_a_make_believe_device(monkeypatch):
+    """All of `measure` that only a GPU takes, on the device "cpu:0" with torch.cuda replaced."""
+    nothing = {name: lambda *args: None for name in ("synchronize", "reset_peak_memory_stats")}
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    context = {name: lambda *args: contextlib.nullcontext() for name in ("stream", "graph")}
+    made = {"Event": FakeEvent, "CUDAGraph": FakeGraph, "Stream": lambda: stream, "current_stream": lambda: stream}
+    told = {"memory_allocated": lambda: 1 << 20, "max_memory_allocated": lambda: 3 << 20}
+    for name, value in (nothing | context | made | told | {"get_device_name": lambda index: "Make-believe"}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    environment.facts.cache_clear()
+    events = []
+    settings = Settings("cpu:0", threads=1, seconds_per_case=0.02)
+    case = Case("R1", "float32", "fwdbwd", ("torch", "fusedlstm", "fusedlstm-triton"))
+    worker.measure(case, settings, lambda *event: events.append(event))
+    environment.facts.cache_clear()
+    measured = {(e[1]["provider"], e[1]["metric"]): e[1] for e in events if e[0] == "row"}
+    assert measured["fusedlstm", "peak_memory"]["p50"] == "2"
+    assert measured["torch", "latency"]["protocol"].startswith("events interleaved rounds=")
+    assert measured["torch", "latency"]["protocol"].endswith(" tf32=1")
+    assert measured["fusedlstm", "latency"]["device"] == "Make-believe"
+    assert ("fusedlstm", "speedup") in measured and ("torch", "speedup") not in measured
+    # fusedlstm-triton has no kernels for CPU tensors and must say so, not fall back.
+    assert [e[1] for e in events if e[0] == "failed"] == ["fusedlstm-triton"]
+
+    samples = timing.time_gpu_graph({"torch": lambda: 1, "fusedlstm": lambda: 2}, budget_s=0.01)
+    assert samples.protocol.startswith("graph") and all(0.05 < ms < 5 for ms in samples.ms["fusedlstm"])
+
+
 def test_rehearsal_goes_on_behind_a_broken_part(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--rehearse", "--break", "memcheck"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -191,6 +240,7 @@ def test_rehearsal_goes_on_behind_a_broken_part(tmp_path):
     assert "pending, not served yet: R3 (proj_size)" in (tmp_path / "log-bench.txt").read_text()
     measured = rows.read(tmp_path / "rehearsal.csv")
     assert {r["provider"] for r in measured if r["op"] == "lstm"} == {"torch", "fusedlstm"}
+    assert {r["metric"] for r in measured if r["op"] == "roof"} == {"matmul", "copy"}
     assert all(r["device"] and r["torch"] and r["commit"] and r["date"] and r["protocol"] for r in measured)
     assert done.stdout.rstrip().splitlines()[-1].startswith(f"{len(measured)} rows; ")
 

@@ -105,7 +105,8 @@ def test_train_command(data, monkeypatch, tmp_path, capsys):
     assert len(pixels.view(-1, 3)[::7].mul(255).byte().unique(dim=0)) > 200  # colours: a blank picture has one
 
 
-def test_info_says_which_engine(capsys):
+def test_info_says_which_engine(monkeypatch, capsys):
+    monkeypatch.delenv("FUSEDLSTM_BACKEND", raising=False)
     command.main(["info"])
     said = capsys.readouterr().out
     assert f"fusedlstm {fusedlstm.__version__}, torch {torch.__version__}" in said

@@ -1,0 +1,209 @@
+"""recurrence.py and the module above it: outputs and every gradient, kernels against torch.nn.LSTM and float64.
+
+Each case forces the tiles, so that the group, its weights and the form of its dot are what the test names.
+"""
+
+import pytest
+import torch
+from support import DTYPES, assert_accurate, tiled
+from torch import nn
+
+import fusedlstm
+from fusedlstm import launch
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Make every launch use tiles of the test's choice."""
+
+    def choose(**kwargs):
+        def plan_for(cell, x, T, B, H, D, pass_):
+            return tiled(pass_, B, H, launch.DTYPES[x.dtype], directions=D, precision="ieee", **kwargs)
+
+        monkeypatch.setattr(launch, "plan_for", plan_for)
+
+    return choose
+
+
+def run(module, input, hx, cx, grads, transform):
+    """Outputs and gradients of input, h_0, c_0 and all parameters, through output, h_n and c_n."""
+    input, hx, cx = (x.detach().clone().requires_grad_() for x in (input, hx, cx))
+    output, (h_n, c_n) = module(transform(input), (hx, cx))
+    torch.autograd.backward([output, h_n, c_n], [g.to(output.device, output.dtype) for g in grads])
+    results = {"output": output, "h_n": h_n, "c_n": c_n, "input.grad": input.grad, "h_0.grad": hx.grad}
+    results["c_0.grad"] = cx.grad
+    return results | {f"{name}.grad": p.grad for name, p in module.named_parameters()}
+
+
+def check(device, dtype, T, B, I, H, transform=lambda x: x, **options):
+    torch.manual_seed(1)
+    stock = nn.LSTM(I, H, **options).to(dtype)
+    ours = fusedlstm.LSTM(I, H, **options, backend="triton").to(dtype)
+    ours.load_state_dict(stock.state_dict())
+    exact = nn.LSTM(I, H, **options).double()
+    exact.load_state_dict({k: v.double() for k, v in stock.state_dict().items()})
+    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    lead = (B, T) if options.get("batch_first") else (T, B)
+    input = torch.randn(*lead, I).to(dtype)
+    hx, cx = torch.randn(rows, B, H).to(dtype), torch.randn(rows, B, H).to(dtype)
+    width = H * (2 if options.get("bidirectional") else 1)
+    grads = [torch.randn(*lead, width).to(dtype), torch.randn(rows, B, H).to(dtype), torch.randn(rows, B, H).to(dtype)]
+    result = run(ours.to(device), *(x.to(device) for x in (input, hx, cx)), grads, transform)
+    result_torch = run(stock, input, hx, cx, grads, lambda x: x)
+    result_exact = run(exact, input.double(), hx.double(), cx.double(), grads, lambda x: x)
+    assert result.keys() == result_exact.keys()
+    for name, value in result.items():
+        assert_accurate(name, value.detach(), result_torch[name].detach(), result_exact[name].detach())
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("schedule", ["single", "resident", "streamed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_gradients(device, tiles, dtype, schedule, transposed):
+    tiles(schedule=schedule, transposed=transposed)
+    check(device, DTYPES[dtype], T=3, B=17, I=5, H=19)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 1), (1, 16, 33), (17, 3, 16), (2, 33, 7)])
+def test_sizes(device, tiles, dtype, T, B, H):
+    tiles(schedule="resident")
+    check(device, DTYPES[dtype], T=T, B=B, I=3, H=H)
+
+
+OPTIONS = {
+    "no bias": {"bias": False},
+    "two layers": {"num_layers": 2},
+    "bidirectional": {"bidirectional": True},
+    "two bidirectional layers, batch first": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "batch first, no bias": {"batch_first": True, "bias": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options(device, options):
+    """With the plan's own tiles."""
+    check(device, torch.float32, T=3, B=3, I=5, H=7, **options)
+
+
+def test_strided_input(device):
+    """An input with gaps of NaN between its rows, and one whose axes lie the other way round."""
+
+    def gaps(x):
+        wide = torch.cat([x, x.detach() * float("nan")], -1)
+        return wide[..., : x.size(-1)]
+
+    check(device, torch.float32, T=3, B=3, I=5, H=7, transform=gaps)
+    check(device, torch.float32, 3, 3, 5, 7, transform=lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2], ids=["output", "h_n", "c_n"])
+def test_gradient_through_one_result(device, kept):
+    """The other two have no gradient at all, and nothing is made up for them."""
+    stock, ours = nn.LSTM(5, 7), fusedlstm.LSTM(5, 7, backend="triton")
+    ours.load_state_dict(stock.state_dict())
+    input = torch.randn(3, 2, 5)
+    found = []
+    for module, place in ((stock, "cpu"), (ours.to(device), device)):
+        x = input.to(place).requires_grad_()
+        output, (h_n, c_n) = module(x)
+        (output, h_n, c_n)[kept].square().sum().backward()
+        found.append([x.grad.cpu(), *(p.grad.cpu() for p in module.parameters())])
+        input = input.detach()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_only_where_wanted(device):
+    ours = fusedlstm.LSTM(5, 7, backend="triton").to(device)
+    ours.weight_ih_l0.requires_grad_(False)
+    ours.bias_hh_l0.requires_grad_(False)
+    x = torch.randn(3, 2, 5, device=device)
+    ours(x)[0].sum().backward()
+    assert x.grad is None and ours.weight_ih_l0.grad is None and ours.bias_hh_l0.grad is None
+    assert ours.weight_hh_l0.grad.abs().sum() > 0 and ours.bias_ih_l0.grad.abs().sum() > 0
+    assert ours.weight_hh_l0.grad.isfinite().all()
+
+
+def test_second_backward_and_bias_gradients_apart(device):
+    """retain_graph gives the same gradients again; the two biases do not share memory."""
+    ours = fusedlstm.LSTM(5, 7, backend="triton").to(device)
+    output, _ = ours(torch.randn(3, 2, 5, device=device))
+    output.sum().backward(retain_graph=True)
+    once = [p.grad.clone() for p in ours.parameters()]
+    output.sum().backward()
+    for p, g in zip(ours.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g, rtol=0, atol=0)
+    ours.bias_ih_l0.grad.zero_()
+    assert ours.bias_hh_l0.grad.abs().sum() > 0
+
+
+def test_state_passing(device):
+    """A run in two chunks equals one run, gradients across the cut included."""
+    ours = fusedlstm.LSTM(5, 7, backend="triton").to(device)
+    x = torch.randn(5, 2, 5, device=device)
+    whole, (h, c) = ours(x)
+    (whole.sum() + h.square().sum() + c.sum()).backward()
+    grads = [p.grad.clone() for p in ours.parameters()]
+    ours.zero_grad()
+    first, state = ours(x[:2])
+    second, (h2, c2) = ours(x[2:], state)
+    (first.sum() + second.sum() + h2.square().sum() + c2.sum()).backward()
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=1e-6, atol=1e-7)
+    for p, g in zip(ours.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
+
+
+def test_permuting_the_batch_permutes_the_result(device):
+    ours = fusedlstm.LSTM(5, 20, backend="triton").to(device)
+    x = torch.randn(3, 19, 5, device=device)
+    order = torch.randperm(19, device=device)
+    # The input product may sum a row in another order where it lies elsewhere.
+    torch.testing.assert_close(ours(x[:, order])[0], ours(x)[0][:, order], rtol=1e-5, atol=1e-6)
+
+
+def test_empty_batch(device):
+    ours = fusedlstm.LSTM(5, 7, backend="triton").to(device)
+    output, (h_n, c_n) = ours(torch.zeros(3, 0, 5, device=device))
+    assert output.shape == (3, 0, 7) and h_n.shape == c_n.shape == (1, 0, 7)
+    output.sum().backward()
+    assert all(p.grad.abs().sum() == 0 for p in ours.parameters())
+
+
+def test_double_backward(device):
+    """create_graph differentiates the gradients through the specification."""
+    stock, ours = nn.LSTM(3, 4), fusedlstm.LSTM(3, 4, backend="triton")
+    ours.load_state_dict(stock.state_dict())
+    found = []
+    input = torch.randn(3, 2, 3)
+    for module, place in ((stock, "cpu"), (ours.to(device), device)):
+        x = input.clone().to(place).requires_grad_()
+        (grad,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append([x.grad.cpu(), *(p.grad.cpu() for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_cell(device):
+    stock, ours = nn.LSTMCell(5, 7), fusedlstm.LSTMCell(5, 7, backend="triton")
+    ours.load_state_dict(stock.state_dict())
+    input, hx, cx = torch.randn(3, 5), torch.randn(3, 7), torch.randn(3, 7)
+    found = []
+    for module, place in ((stock, "cpu"), (ours.to(device), device)):
+        x = input.to(place).detach().requires_grad_()
+        h, c = module(x, (hx.to(place), cx.to(place)))
+        (h.square().sum() + c.sum()).backward()
+        found.append([h.cpu(), c.cpu(), x.grad.cpu(), *(p.grad.cpu() for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast(device):
+    """bfloat16 autocast runs the kernels in bfloat16 and returns bfloat16; gradients stay float32."""
+    ours = fusedlstm.LSTM(5, 7, backend="triton").to(device)
+    with torch.autocast(device, torch.bfloat16):
+        output, (h_n, c_n) = ours(torch.randn(3, 2, 5, device=device))
+    assert output.dtype == h_n.dtype == c_n.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in ours.parameters())
