@@ -18,7 +18,20 @@ from fusedlstm.plan import DEVICES, Plan, plan
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
-COLUMNS = "shape dtype pass target schedule tiles warps regs spill_bytes smem_bytes mma barriers_per_step".split()
+COLUMNS = [
+    "shape",
+    "dtype",
+    "pass",
+    "target",
+    "schedule",
+    "tiles",
+    "warps",
+    "regs",
+    "spill_bytes",
+    "smem_bytes",
+    "mma",
+    "barriers_per_step",
+]
 
 
 def shapes() -> list[Shape]:

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train an LSTM on handwritten digits, and time it beside torch.nn.LSTM")
-    train.add_argument("--epochs", type=positive, default=40, help="passes over the data (40)")
+    train.add_argument("--epochs", type=positive, default=50, help="passes over the data (50)")
     train.add_argument("--hidden", type=positive, default=128, help="units (128)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--backend", choices=("auto", "triton", "torch", "reference"), default="auto")

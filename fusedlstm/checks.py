@@ -97,9 +97,7 @@ def lstm_cell_input(module, input: Tensor, hx) -> None:
     if input.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if input.size(-1) != module.input_size:
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
-        )
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}")
     autocast = torch._C._is_any_autocast_enabled()
     if input.dtype != module.weight_ih.dtype and not autocast:
         raise ValueError(f"input: expected the dtype of the weights ({module.weight_ih.dtype}), got {input.dtype}")
@@ -112,7 +110,9 @@ def lstm_cell_input(module, input: Tensor, hx) -> None:
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
         if state.dim() != input.dim():
-            raise RuntimeError(f"LSTMCell: Expected hx[{k}] to be {input.dim()}D like input, got {state.dim()}D instead")
+            raise RuntimeError(
+                f"LSTMCell: Expected hx[{k}] to be {input.dim()}D like input, got {state.dim()}D instead"
+            )
         if input.dim() == 2 and state.size(0) != input.size(0):
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
         if state.size(-1) != module.hidden_size:

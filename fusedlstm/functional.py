@@ -32,19 +32,31 @@ def lstm(
     Returns:
         output [T, B, D * H] (or [B, T, D * H]), h_n and c_n [L * D, B, H].
     """
-    dtype = input.dtype
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-    engine = engines.choose(backend, input.device, dtype)
+    device_type = input.device.type
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+        # Cast here, once and to the dtype that was asked for: ATen's own rules are float16 whatever was asked on CUDA,
+        # and an error on a CPU without bfloat16 instructions.
+        dtype = torch.get_autocast_dtype(device_type)
+        input, hx, weights = input.to(dtype), tuple(s.to(dtype) for s in hx), [w.to(dtype) for w in weights]
+        with torch.autocast(device_type, enabled=False):
+            return lstm(
+                input,
+                hx,
+                weights,
+                bias=bias,
+                num_layers=num_layers,
+                dropout=dropout,
+                training=training,
+                bidirectional=bidirectional,
+                batch_first=batch_first,
+                backend=backend,
+            )
+    engine = engines.choose(backend, input.device, input.dtype)
     if engine == "torch":
-        return torch_engine.lstm(
-            input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first
-        )
+        return torch_engine.lstm(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
 
     from fusedlstm import recurrence  # imports triton, which the torch engine does without
 
-    if dtype != input.dtype:  # autocast: everything in one dtype
-        input, hx, weights = input.to(dtype), tuple(s.to(dtype) for s in hx), [w.to(dtype) for w in weights]
     directions = 2 if bidirectional else 1
     per_direction = 4 if bias else 2
     x = input.transpose(0, 1) if batch_first else input
@@ -53,9 +65,7 @@ def lstm(
         if layer > 0 and dropout > 0 and training:
             x = dropout_fn(x, dropout)
         first = layer * directions
-        parameters = [
-            weights[k * per_direction : (k + 1) * per_direction] for k in range(first, first + directions)
-        ]
+        parameters = [weights[k * per_direction : (k + 1) * per_direction] for k in range(first, first + directions)]
         x, (h, c) = recurrence.layer(
             "lstm", x, tuple(s[first : first + directions] for s in hx), parameters, engine=engine
         )

@@ -19,7 +19,6 @@ import triton.language as tl
 from triton.runtime import interpreter as stock
 from triton.runtime.errors import InterpreterError
 
-
 _stock_call = stock.GridExecutor.__call__
 
 

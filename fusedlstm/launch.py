@@ -5,7 +5,6 @@ import dataclasses
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
 from fusedlstm import cells, engines
@@ -52,7 +51,7 @@ def signature(plan: Plan) -> dict[str, str]:
     names = KERNELS[plan.pass_].arg_names
     types = {name: "*" + plan.dtype for name in names if name.endswith("_ptr")}
     types |= {name: "*fp32" for name in FLOAT32_POINTERS if name in types} | {"arrived_ptr": "*i32"}
-    return types | {name: "i32" for name in names if name in "TBD" or name.startswith(("rows_", "stride_"))}
+    return types | {name: "i32" for name in names if name in "TBD" or name.startswith("rows_")}
 
 
 def options(plan: Plan) -> dict:
@@ -120,7 +119,7 @@ def recurrence_fwd(
     if B == 0:
         return output, h_n, c_n, gates, c_seq
     plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd")
-    weight_hh = _rows_contiguous(weight_hh)
+    weight_hh = [w.contiguous() for w in weight_hh]
     _launch(
         plan,
         preact_x_ptr=preact_x,
@@ -140,7 +139,6 @@ def recurrence_fwd(
         rows_preact_d=preact_x.stride(0) // GH,
         rows_preact_t=preact_x.stride(1) // GH,
         rows_preact_b=preact_x.stride(2) // GH,
-        stride_weight_row=weight_hh[0].stride(0),
         **constants(plan, SAVE=save),
     )
     return output, h_n, c_n, gates, c_seq
@@ -166,7 +164,7 @@ def recurrence_bwd(
     if B == 0:
         return grad_preact, grad_hx, grad_cx
     plan = plan or plan_for(cell, gates, T, B, H, D, "bwd")
-    weight_hh = _rows_contiguous(weight_hh)
+    weight_hh = [w.contiguous() for w in weight_hh]
     if grad_output is not None and not _rows_of(grad_output, DH):
         grad_output = grad_output.contiguous()
     _launch(
@@ -190,7 +188,6 @@ def recurrence_bwd(
         D=D,
         rows_grad_output_t=0 if grad_output is None else grad_output.stride(0) // DH,
         rows_grad_output_b=0 if grad_output is None else grad_output.stride(1) // DH,
-        stride_weight_row=weight_hh[0].stride(0),
         **constants(plan, HAS_GRAD_OUTPUT=grad_output is not None),
     )
     return grad_preact, grad_hx, grad_cx
@@ -210,13 +207,6 @@ def _counters(plan: Plan, device: torch.device) -> Tensor:
     """One counter a batch tile and direction, at zero."""
     shape = (plan.grid[2], plan.tiles_b, planning.COUNTER_STRIDE) if not plan.local else 1
     return torch.zeros(shape, dtype=torch.int32, device=device)
-
-
-def _rows_contiguous(weights: list[Tensor]) -> list[Tensor]:
-    """Weights whose rows are contiguous and equally far apart, as the kernels address them."""
-    if all(w.stride() == weights[0].stride() and w.stride(1) == 1 for w in weights):
-        return weights
-    return [w.contiguous() for w in weights]
 
 
 def _rows_of(x: Tensor, width: int) -> bool:

@@ -87,9 +87,7 @@ class LSTM(nn.RNNBase):
             input = input.unsqueeze(batch_dim)
         if hx is None:
             rows = self.num_layers * (2 if self.bidirectional else 1)
-            zeros = torch.zeros(
-                rows, input.size(batch_dim), self.hidden_size, dtype=input.dtype, device=input.device
-            )
+            zeros = torch.zeros(rows, input.size(batch_dim), self.hidden_size, dtype=input.dtype, device=input.device)
             hx = (zeros, zeros)
         elif not batched:
             hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))

@@ -141,7 +141,7 @@ def plan(
         precision = "ieee"  # Triton takes tf32 on few AMD targets
     candidates = [
         candidate
-        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_)
+        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_, limits)
         if (
             candidate := _candidate(
                 cell, batch, hidden, dtype, directions, limits, pass_, precision, schedule, block_b, block_h
@@ -179,24 +179,29 @@ def explain(
     return "\n".join(text)
 
 
-def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str):
-    """Schedules and tiles worth a look: (schedule, block_b, block_h). What spills is left out (see `docs/plan.md`)."""
+def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str, limits: DeviceLimits):
+    """Schedules and tiles worth a look: (schedule, block_b, block_h). What spills is left out (see `docs/design.md`)."""
     ieee = dtype == "fp32" and precision == "ieee"
     for block_b in (16, 32, 64):
         if block_b > 16 and block_b >= 2 * batch:
             continue
         if hidden <= 128 and not ieee:
             yield "single", block_b, max(16, _power_of_2(hidden))
-        # A resident loop is unrolled over its chunks: with IEEE products, or with 64 rows and a long reduction, it spills.
-        fits_registers = not ieee and (block_b < 64 or (pass_ == "fwd" and dtype != "fp32"))
+        # A resident loop is unrolled over its chunks, and spills with IEEE products or with many rows.
+        if dtype == "fp32":
+            most_rows = 0 if ieee else 16
+        else:
+            most_rows = 64 if pass_ == "fwd" else 32
         for block_h in (8, 16, 32, 64):
             if block_h < hidden or block_h == 8:
-                if fits_registers:
+                if block_b <= most_rows:
                     yield "resident", block_b, block_h
                 yield "streamed", block_b, block_h
 
 
-def _block_k(schedule: str, block_b: int, block_h: int, dtype: str, ieee: bool, pass_: str, reduction: int) -> int:
+def _block_k(
+    schedule: str, block_b: int, block_h: int, dtype: str, ieee: bool, pass_: str, reduction: int, wide_mma: bool
+) -> int:
     """Chunk of the reduction. A chunk of x passes through registers, so that more rows mean shorter chunks."""
     if schedule == "single":
         return block_h
@@ -207,7 +212,7 @@ def _block_k(schedule: str, block_b: int, block_h: int, dtype: str, ieee: bool, 
     elif dtype == "fp32":
         widest = 32 if block_b > 16 and pass_ == "fwd" else 64
     elif pass_ == "bwd":
-        widest = 4096 // block_b
+        widest = (4096 if wide_mma or block_b == 16 else 2048) // block_b
     else:
         widest = 128 if block_b < 64 else 64
     return min(widest, max(16, _power_of_2(reduction)))
@@ -236,7 +241,7 @@ def _candidate(
     if group * directions > limits.num_sms:
         return None
 
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction)
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, limits.wide_mma)
     chunks = math.ceil(reduction / (hidden if schedule == "single" else block_k))
     slice_bytes = chunks * block_k * columns * itemsize
     exchange_bytes = block_b * block_k * itemsize
@@ -249,7 +254,7 @@ def _candidate(
     if smem_bytes > limits.smem_bytes:
         return None
 
-    num_warps = _num_warps(block_b, block_h, columns)
+    num_warps = _num_warps(block_b, block_h, columns, narrow=ieee or not limits.wide_mma)
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
@@ -305,9 +310,10 @@ def _why(schedule: str, hidden: int, slice_bytes: int, group: int, limits: Devic
     return f"a slice of weight_hh ({slice_bytes >> 10} KiB a program) is read from L2 at every step"
 
 
-def _num_warps(block_b: int, block_h: int, columns: int) -> int:
+def _num_warps(block_b: int, block_h: int, columns: int, narrow: bool) -> int:
     """Four warps, or eight where the tile of the dot or of the cell is large."""
-    return 8 if columns >= 128 or block_b * max(columns, 4 * block_h) >= 8192 else 4
+    large = columns >= 128 or block_b * max(columns, 4 * block_h) >= 8192 or (narrow and block_b >= 64)
+    return 8 if large else 4
 
 
 def _registers(

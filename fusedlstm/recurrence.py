@@ -8,7 +8,7 @@ input product before the loop, and those of the weights, biases and input after 
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, engines, reference
+from fusedlstm import engines, reference
 
 
 @torch.library.custom_op("fusedlstm::recurrence_fwd", mutates_args=())
@@ -60,9 +60,7 @@ def recurrence_bwd(
     if gates.is_cuda or engines.interpreting():
         from fusedlstm import launch
 
-        return launch.recurrence_bwd(
-            cell, grad_output, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq
-        )
+        return launch.recurrence_bwd(cell, grad_output, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     return reference.recurrence_bwd(
@@ -158,9 +156,7 @@ def layer(
             output, h_n, c_n, _, _ = RecurrenceFunction.apply(cell, len(parameters), input, hx, cx, *flat)
         else:
             preact_x = _input_product(input, parameters)
-            output, h_n, c_n, _, _ = recurrence_fwd(
-                cell, preact_x, [p[1] for p in parameters], hx, cx, save=False
-            )
+            output, h_n, c_n, _, _ = recurrence_fwd(cell, preact_x, [p[1] for p in parameters], hx, cx, save=False)
     return output, (h_n, *c_n.unbind(0))
 
 
@@ -196,7 +192,9 @@ def _input_product(input: Tensor, parameters: list) -> Tensor:
 
 def _recurrent_weight_gradient(grad_preact: Tensor, output: Tensor, hx: Tensor, direction: int) -> Tensor:
     """sum over t of grad_preact_t^T h_{t-1}: [G*H, H]. grad_preact [T, B, G*H], output [T, B, H], hx [B, H]."""
-    first, later, earlier = (0, slice(1, None), slice(None, -1)) if direction == 0 else (-1, slice(None, -1), slice(1, None))
+    first, later, earlier = (
+        (0, slice(1, None), slice(None, -1)) if direction == 0 else (-1, slice(None, -1), slice(1, None))
+    )
     from_hx = grad_preact[first].t() @ hx
     return torch.addmm(from_hx, grad_preact[later].flatten(0, 1).t(), output[earlier].flatten(0, 1))
 

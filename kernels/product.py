@@ -23,7 +23,7 @@ def weight_tile(
     weight_ptr,
     offs_n,  # [N] element offsets of the columns
     mask_n,  # [N]
-    stride_k,
+    STRIDE_K: tl.constexpr,
     q,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -31,9 +31,9 @@ def weight_tile(
     TRANSPOSED: tl.constexpr,
 ):
     """Chunk q of w: [BLOCK_K, N], or [N, BLOCK_K] if TRANSPOSED."""
-    offs_k = tl.arange(0, BLOCK_K) * stride_k
+    offs_k = tl.arange(0, BLOCK_K) * STRIDE_K
     mask_k = _mask_k(q, K, CHUNK, BLOCK_K)
-    chunk_ptr = weight_ptr + q * CHUNK * stride_k
+    chunk_ptr = weight_ptr + q * CHUNK * STRIDE_K
     if TRANSPOSED:
         w = tl.load(chunk_ptr + offs_n[:, None] + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
     else:
@@ -46,16 +46,16 @@ def resident_weight(
     weight_ptr,
     offs_n,  # [N]
     mask_n,  # [N]
-    stride_k,
+    STRIDE_K: tl.constexpr,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """All chunks of w, as a tuple of tiles."""
-    w = (weight_tile(weight_ptr, offs_n, mask_n, stride_k, 0, K, CHUNK, BLOCK_K, TRANSPOSED),)
+    w = (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, 0, K, CHUNK, BLOCK_K, TRANSPOSED),)
     for q in tl.static_range(1, tl.cdiv(K, CHUNK)):
-        w = w + (weight_tile(weight_ptr, offs_n, mask_n, stride_k, q, K, CHUNK, BLOCK_K, TRANSPOSED),)
+        w = w + (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, K, CHUNK, BLOCK_K, TRANSPOSED),)
     return w
 
 
@@ -120,7 +120,7 @@ def exchanged_product(
     weight_ptr,
     offs_n,  # [N]
     mask_n,  # [N]
-    stride_k,
+    STRIDE_K: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -139,7 +139,7 @@ def exchanged_product(
     else:
         for q in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
             x = _exchanged_tile(x_ptr, stride_row, mask_b, q, K, BLOCK_B, BLOCK_K, TRANSPOSED)
-            w_q = weight_tile(weight_ptr, offs_n, mask_n, stride_k, q, K, BLOCK_K, BLOCK_K, TRANSPOSED)
+            w_q = weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, K, BLOCK_K, BLOCK_K, TRANSPOSED)
             acc = _dot(x, w_q, acc, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         acc = tl.trans(acc)

@@ -45,10 +45,9 @@ def recurrence_bwd_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
-    # strides: rows of D*H elements in grad_output; elements in weight_hh
+    # strides of grad_output, in rows of D*H elements
     rows_grad_output_t,
     rows_grad_output_b,
-    stride_weight_row,
     # cell, tiling and flags
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -78,7 +77,7 @@ def recurrence_bwd_kernel(
 
     weight_ptr = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr)
     if RESIDENT:
-        w = resident_weight(weight_ptr, offs_h, mask_h, stride_weight_row, GH, CHUNK, BLOCK_K, TRANSPOSED)
+        w = resident_weight(weight_ptr, offs_h, mask_h, H, GH, CHUNK, BLOCK_K, TRANSPOSED)
     else:
         w = ()
 
@@ -139,7 +138,7 @@ def recurrence_bwd_kernel(
                     weight_ptr,
                     offs_h,
                     mask_h,
-                    stride_weight_row,
+                    H,
                     GH,
                     BLOCK_H,
                     BLOCK_B,

@@ -42,11 +42,10 @@ def recurrence_fwd_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
-    # strides: rows of G*H elements in preact_x; elements in weight_hh
+    # strides of preact_x, in rows of G*H elements
     rows_preact_d,
     rows_preact_t,
     rows_preact_b,
-    stride_weight_row,
     # cell, tiling and flags
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -80,7 +79,7 @@ def recurrence_fwd_kernel(
     column = tl.arange(0, N)
     unit = pid_h * BLOCK_H + column % BLOCK_H
     mask_n = (unit < H) & (column // BLOCK_H < G)
-    offs_n = (column // BLOCK_H * H + unit) * stride_weight_row
+    offs_n = (column // BLOCK_H * H + unit) * H
     weight_ptr = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr)
     if RESIDENT:
         w = resident_weight(weight_ptr, offs_n, mask_n, 1, H, CHUNK, BLOCK_K, TRANSPOSED)

@@ -106,5 +106,3 @@ def strided(x: Tensor) -> Tensor:
     view = buffer[..., : x.shape[-1]]
     view.copy_(x)
     return view
-
-

@@ -12,10 +12,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support import assert_accurate, cast, recurrence_inputs, tiled
 
 from fusedlstm import launch, reference
 from fusedlstm.kernels import barrier
+from support import assert_accurate, cast, recurrence_inputs, tiled
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
 

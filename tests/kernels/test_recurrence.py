@@ -5,11 +5,11 @@ Each case forces the tiles, so that the group, its weights and the form of its d
 
 import pytest
 import torch
-from support import DTYPES, assert_accurate, tiled
 from torch import nn
 
 import fusedlstm
 from fusedlstm import launch
+from support import DTYPES, assert_accurate, tiled
 
 
 @pytest.fixture

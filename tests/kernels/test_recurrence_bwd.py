@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
 
 from fusedlstm import launch, reference
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")
 FORMS = [
@@ -61,9 +61,7 @@ def test_equals_specification(device, dtype, schedule, transposed, T, B, H):
 
 @pytest.mark.parametrize("schedule", ["single", "resident"])
 def test_two_directions(device, schedule):
-    plans = [
-        tiled(pass_, 5, 20, "fp32", schedule=schedule, directions=2, precision="ieee") for pass_ in ("fwd", "bwd")
-    ]
+    plans = [tiled(pass_, 5, 20, "fp32", schedule=schedule, directions=2, precision="ieee") for pass_ in ("fwd", "bwd")]
     check(3, 5, 20, 2, "fp32", device, *plans)
 
 

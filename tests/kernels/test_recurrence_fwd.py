@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled
 
 from fusedlstm import launch, reference
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled
 
 NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
 FORMS = [

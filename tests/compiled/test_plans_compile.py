@@ -1,0 +1,97 @@
+"""Every tiling that the plan chooses, compiled for every target without a GPU.
+
+`make kernels` compiles all shapes of the field and commits the table. Here each (target, pass, dtype, schedule, tiles,
+form) is compiled once, at the hardest of the field's sizes that uses it; the table is then held against the plans.
+"""
+
+import csv
+
+import pytest
+
+from bench import kernels
+from fusedlstm import offline
+from fusedlstm.plan import DEVICES, plan
+
+
+def hardest():
+    """One plan for every tiling: the one with the longest reduction. fp16 has the machine code of bf16."""
+    chosen = {}
+    for _, dtype, p in kernels.plans():
+        tiling = (p.arch, p.pass_, dtype, p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.num_warps)
+        if dtype != "fp16" and (tiling not in chosen or chosen[tiling].hidden < p.hidden):
+            chosen[tiling] = p
+    return {"-".join(map(str, key)): p for key, p in chosen.items()}
+
+
+HARDEST = hardest()
+
+
+@pytest.mark.parametrize("name", HARDEST)
+def test_compiles_within_the_limits(name):
+    p = HARDEST[name]
+    numbers = kernels.compile_numbers(p)
+    found = kernels.faults(p, numbers)
+    assert not found, f"{numbers}: {found}"
+    assert numbers[2] <= p.smem_bytes, f"plan expected at most {p.smem_bytes} bytes of shared memory, got {numbers[2]}"
+
+
+def test_the_committed_table_is_of_these_plans():
+    """bench/results/kernels.csv: a row for every shape, dtype, pass and target, with the plan of today, and no fault."""
+    with kernels.RESULTS.open() as file:
+        rows = {(r["shape"], r["dtype"], r["pass"], r["target"]): r for r in csv.DictReader(file)}
+    expected = {(shape, dtype, p.pass_, p.arch): p for shape, dtype, p in kernels.plans()}
+    assert rows.keys() == expected.keys()
+    for key, p in expected.items():
+        row = rows[key]
+        tiles = f"{p.block_b}x{p.block_h}x{p.block_k}" + ("T" if p.transposed else "")
+        assert (row["schedule"], row["tiles"], int(row["warps"])) == (p.schedule, tiles, p.num_warps), key
+        numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
+        assert not kernels.faults(p, numbers), (key, kernels.faults(p, numbers))
+
+
+def sm_90(pass_, hidden=512, batch=64):
+    return plan("lstm", 100, batch, hidden, "bf16", 1, DEVICES["sm_90"], pass_)
+
+
+@pytest.fixture(scope="module", params=["fwd", "bwd"])
+def resident(request):
+    return offline.compile_plan(sm_90(request.param))
+
+
+def test_resident_weights_are_loaded_outside_the_loop(resident):
+    """In the intermediate code the weights are put into shared memory before the first loop."""
+    before, _, inside = resident.asm["ttgir"].partition("scf.for")
+    assert before.count("ttg.local_alloc") >= 4
+    assert "ttng.warp_group_dot" in inside or "tt.dot" in inside
+
+
+def test_barrier_instructions(resident):
+    """One release a step after a CTA barrier with no store between, an acquiring poll, every exchanged load past L1."""
+    ptx = resident.asm["ptx"]
+    assert ptx.count(".release.gpu") == 1
+    before = ptx.partition(".release.gpu")[0]
+    assert "st.global" not in before[before.rindex("bar.sync") :]
+    assert ptx.count("ld.global.gpu.acquire") + ptx.count(".acquire.gpu") == 1
+    assert "ld.volatile" not in ptx
+    assert ptx.count("ld.global.cg") > 0 or ptx.count(".L1::no_allocate") > 0 or "ld.global.cg" in ptx
+    assert "__assertfail" in ptx, "the wait is bounded"
+
+
+def test_matrix_instruction_in_the_loop():
+    forward = offline.compile_plan(sm_90("fwd"))
+    assert offline.loop_operations(forward.asm["sass"])["HGMMA"] >= 4
+
+
+def test_inference_and_missing_gradient_compile():
+    assert offline.compile_plan(sm_90("fwd"), SAVE=False).spill_bytes == 0
+    assert offline.compile_plan(sm_90("bwd"), HAS_GRAD_OUTPUT=False).spill_bytes == 0
+
+
+def test_nothing_is_specialised_on_length_or_batch():
+    """T and B are run-time arguments that Triton may not specialise on: a new length compiles nothing."""
+    from fusedlstm.launch import KERNELS
+
+    for kernel in KERNELS.values():
+        for name in ("T", "B"):
+            parameter = kernel.params[kernel.arg_names.index(name)]
+            assert parameter.do_not_specialize and not parameter.is_constexpr

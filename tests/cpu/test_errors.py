@@ -1,0 +1,148 @@
+"""checks.py and engines.py: torch.nn's type and text where it has one, a clear one where not."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fusedlstm
+from fusedlstm import engines
+
+X = torch.zeros(5, 2, 3)
+H = torch.zeros(1, 2, 4)
+
+
+def both_raise(make):
+    """The error of stock and of ours; they must agree in type and text."""
+    raised = []
+    for module in (nn, fusedlstm):
+        with pytest.raises((ValueError, RuntimeError, TypeError)) as info:
+            make(module)
+        raised.append(info.value)
+    stock, ours = raised
+    assert type(ours) is type(stock)
+    assert str(ours) == str(stock)
+
+
+CONSTRUCTORS = {
+    "bias": {"bias": 1},
+    "batch_first": {"batch_first": 1},
+    "input_size type": {"input_size": 3.0},
+    "hidden_size type": {"hidden_size": "4"},
+    "input_size": {"input_size": 0},
+    "hidden_size": {"hidden_size": 0},
+    "num_layers": {"num_layers": 0},
+    "dropout range": {"dropout": 1.5},
+    "dropout bool": {"dropout": True},
+    "proj_size negative": {"proj_size": -1},
+    "proj_size too large": {"proj_size": 4},
+}
+
+
+@pytest.mark.parametrize("options", CONSTRUCTORS.values(), ids=CONSTRUCTORS.keys())
+def test_constructor_errors_are_torchs(options):
+    both_raise(lambda module: module.LSTM(**{"input_size": 3, "hidden_size": 4, **options}))
+
+
+FORWARD = {
+    "1D": (torch.zeros(3),),
+    "4D": (torch.zeros(5, 2, 3, 1),),
+    "input size": (torch.zeros(5, 2, 7),),
+    "input dtype": (X.double(),),
+    "empty sequence": (X[:0],),
+    "hx 2D for batched": (X, (H[0], H[0])),
+    "hx 3D for unbatched": (X[:, 0], (H, H)),
+    "h batch": (X, (torch.zeros(1, 3, 4), H)),
+    "c batch": (X, (H, torch.zeros(1, 3, 4))),
+    "h features": (X, (torch.zeros(1, 2, 5), H)),
+    "h layers": (X, (torch.zeros(2, 2, 4), H)),
+    "unbatched h features": (X[:, 0], (torch.zeros(1, 5), torch.zeros(1, 4))),
+}
+
+
+@pytest.mark.parametrize("arguments", FORWARD.values(), ids=FORWARD.keys())
+def test_forward_errors_are_torchs(arguments):
+    both_raise(lambda module: module.LSTM(3, 4)(*arguments))
+
+
+def test_three_states():
+    with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+        fusedlstm.LSTM(3, 4)(X, (H, H, H))
+
+
+CELL = {
+    "3D": (X,),
+    "4D hx": (X[0], (torch.zeros(1, 1, 2, 4), H[0])),
+    "input size": (torch.zeros(2, 7),),
+    "batch": (X[0], (torch.zeros(3, 4), torch.zeros(3, 4))),
+    "hidden size": (X[0], (torch.zeros(2, 5), torch.zeros(2, 5))),
+}
+
+
+@pytest.mark.parametrize("arguments", CELL.values(), ids=CELL.keys())
+def test_cell_errors_are_torchs(arguments):
+    both_raise(lambda module: module.LSTMCell(3, 4)(*arguments))
+
+
+GAPS = {
+    "hx dtype": (
+        (X, (H.double(), H)),
+        ValueError,
+        "hx[0]: expected the dtype of input (torch.float32), got torch.float64",
+    ),
+    "hx tensor": ((X, H), RuntimeError, "lstm expects two hidden states, got a tensor"),
+    "hx of None": ((X, (None, None)), TypeError, "hx[0]: expected a Tensor, got NoneType"),
+    "hx device": ((X, (H.to("meta"), H)), RuntimeError, "found input tensor at cpu and hx[0] at meta"),
+    "input device": ((X.to("meta"),), RuntimeError, "found input tensor at meta and parameter tensor at cpu"),
+    "packed": ((pack_sequence([X[:, 0]]),), NotImplementedError, "PackedSequence is not supported yet"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "kind", "text"), GAPS.values(), ids=GAPS.keys())
+def test_clear_errors_where_torch_has_none(arguments, kind, text):
+    with pytest.raises(kind, match=re.escape(text)):
+        fusedlstm.LSTM(3, 4)(*arguments)
+
+
+def test_projections_say_so():
+    with pytest.raises(NotImplementedError, match="proj_size: .* got 2"):
+        fusedlstm.LSTM(3, 4, proj_size=2)
+
+
+def test_dropout_warning_is_torchs():
+    with pytest.warns(UserWarning, match="num_layers greater than 1"):
+        fusedlstm.LSTM(3, 4, dropout=0.5)
+
+
+def test_unknown_backend(monkeypatch):
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, torch, reference, got 'cuda'"):
+        fusedlstm.LSTM(3, 4, backend="cuda")
+    monkeypatch.setenv("FUSEDLSTM_BACKEND", "fast")
+    with pytest.raises(ValueError, match="FUSEDLSTM_BACKEND: expected one of .* got 'fast'"):
+        fusedlstm.LSTM(3, 4)(X)
+
+
+def test_triton_without_a_gpu(monkeypatch):
+    message = "backend='triton' cannot serve this call: the kernels need a CUDA or ROCm device, got tensors on 'cpu'"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        fusedlstm.LSTM(3, 4, backend="triton")(X)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        fusedlstm.LSTMCell(3, 4, backend="triton")(X[0])
+    monkeypatch.setenv("FUSEDLSTM_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        fusedlstm.LSTM(3, 4)(X)
+    fusedlstm.LSTM(3, 4, backend="torch")(X)  # a backend asked for by name is not overridden
+
+
+def test_choice_of_engine(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert engines.choose("auto", cpu, torch.float32) == "torch"
+    assert engines.choose("auto", cuda, torch.bfloat16) == "triton"
+    assert engines.choose("auto", cuda, torch.float64) == "torch"
+    assert engines.choose("reference", cpu, torch.float64) == "reference"
+    with pytest.raises(RuntimeError, match="serve float32, float16 and bfloat16, got torch.float64"):
+        engines.choose("triton", cuda, torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert engines.choose("triton", cpu, torch.float32) == "triton"

@@ -1,0 +1,200 @@
+"""modules.py and functional.py: what torch.nn.LSTM does, ours does, on the engines that need no kernel."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fusedlstm
+from fusedlstm import functional
+
+OPTIONS = [
+    {"num_layers": layers, "bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+    for layers, bias, batch_first, bidirectional in itertools.product((1, 2), *[(True, False)] * 3)
+]
+
+
+def name(options):
+    return "-".join(k if v is True else f"{k}{v}" for k, v in options.items() if v)
+
+
+def pair(*args, **kwargs):
+    """Stock and ours, from the same seed."""
+    backend = kwargs.pop("backend", "auto")
+    torch.manual_seed(7)
+    stock = nn.LSTM(*args, **kwargs)
+    torch.manual_seed(7)
+    return stock, fusedlstm.LSTM(*args, **kwargs, backend=backend)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["hx absent", "hx given"])
+@pytest.mark.parametrize("batched", [False, True], ids=["unbatched", "batched"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+def test_equals_stock(options, backend, batched, given):
+    stock, ours = pair(5, 7, **options, dtype=torch.float64, backend=backend)
+    rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
+    input = torch.randn(*((3, 4) if batched else (4,)), 5, dtype=torch.float64)
+    batch = input.size(0 if options["batch_first"] else 1)
+    state = [torch.randn(rows, *([batch] if batched else []), 7, dtype=torch.float64) for _ in range(2)]
+    found = []
+    for module in (stock, ours):
+        tensors = [x.clone().requires_grad_() for x in (input, *state)]
+        output, (h_n, c_n) = module(tensors[0], tuple(tensors[1:]) if given else None)
+        torch.manual_seed(9)
+        sum((y * torch.randn_like(y)).sum() for y in (output, h_n, c_n)).backward()
+        grads = [x.grad for x in tensors[: 3 if given else 1]] + [p.grad for p in module.parameters()]
+        found.append([output, h_n, c_n, *grads])
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+def test_same_parameters_under_a_seed(options):
+    stock, ours = pair(5, 7, **options)
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    for a, b in zip(stock.state_dict().values(), ours.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    ours.load_state_dict(stock.state_dict())
+    assert repr(ours) == repr(stock)
+    assert ours.all_weights[0][0] is ours.weight_ih_l0
+
+
+def test_dropout_between_layers():
+    """At 1 the second layer sees zeros, at 0 and in evaluation nothing changes; between, the mean stays."""
+    x = torch.randn(4, 3, 5)
+    for backend in ("auto", "reference"):
+        stock, ours = pair(5, 7, 2, dropout=1.0, backend=backend)
+        torch.testing.assert_close(ours(x)[0], stock(x)[0])
+        torch.testing.assert_close(ours.eval()(x)[0], stock.eval()(x)[0])
+        assert not torch.allclose(ours.train()(x)[0], ours.eval()(x)[0])
+    ours = fusedlstm.LSTM(5, 7, 2, dropout=0.4, backend="reference")
+    first = fusedlstm.LSTM(5, 7, backend="reference")
+    first.load_state_dict({k: v for k, v in ours.state_dict().items() if k.endswith("l0")})
+    kept = []
+    ours.weight_ih_l1.data.fill_(0)
+    ours.weight_ih_l1.data[14:21] = torch.eye(7)  # g of layer 1 sees the units of layer 0, the other gates are constant
+    for b in (ours.bias_ih_l1, ours.bias_hh_l1, ours.weight_hh_l1):
+        b.data.fill_(0)
+    h = first(x[:1])[0][0]
+    for _ in range(200):
+        g = torch.atanh((2 * torch.atanh(2 * ours(x[:1])[0][0])).clamp(-0.999, 0.999))
+        kept.append((g / h).mean())
+        values = (g / h).flatten()
+        assert ((values.abs() < 1e-3) | ((values - 1 / 0.6).abs() < 1e-2)).all()  # zero, or scaled by 1 / (1 - p)
+    assert abs(torch.stack(kept).mean().item() - 1) < 0.06
+
+
+def test_seeded_dropout_repeats():
+    ours = fusedlstm.LSTM(5, 7, 2, dropout=0.5)
+    x = torch.randn(4, 3, 5)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        results.append(ours(x)[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cell(backend, bias):
+    torch.manual_seed(7)
+    stock = nn.LSTMCell(5, 7, bias)
+    torch.manual_seed(7)
+    ours = fusedlstm.LSTMCell(5, 7, bias, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), ours.parameters(), strict=True))
+    x, h, c = torch.randn(3, 5), torch.randn(3, 7), torch.randn(3, 7)
+    for arguments in ((x,), (x, (h, c)), (x[0],), (x[0], (h[0], c[0]))):
+        for a, b in zip(stock(*arguments), ours(*arguments), strict=True):
+            torch.testing.assert_close(b, a)
+    assert repr(ours) == repr(stock)
+
+
+def test_cell_loop_equals_layer():
+    ours = fusedlstm.LSTM(5, 7)
+    cell = fusedlstm.LSTMCell(5, 7)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in ours.state_dict().items()})
+    x = torch.randn(4, 3, 5)
+    state = None
+    for t, expected in enumerate(ours(x)[0]):
+        state = cell(x[t], state)
+        torch.testing.assert_close(state[0], expected)
+
+
+def test_copies_and_files(tmp_path):
+    stock, ours = pair(5, 7, 2, bidirectional=True)
+    x = torch.randn(4, 3, 5)
+    torch.save(ours, tmp_path / "lstm.pt")
+    loaded = torch.load(tmp_path / "lstm.pt", weights_only=False)
+    for module in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded):
+        assert module.backend == "auto"
+        torch.testing.assert_close(module(x)[0], stock(x)[0])
+    torch.testing.assert_close(ours.double()(x.double())[0], stock.double()(x.double())[0])
+
+
+def test_functional_call_and_replaced_weights():
+    stock, ours = pair(5, 7)
+    x = torch.randn(4, 3, 5)
+    other = {k: torch.randn_like(v) for k, v in ours.state_dict().items()}
+    results = [torch.func.functional_call(m, other, (x,))[0] for m in (stock, ours)]
+    torch.testing.assert_close(results[1], results[0])
+    for m in (stock, ours):
+        m.weight_hh_l0 = nn.Parameter(other["weight_hh_l0"])
+    torch.testing.assert_close(ours(x)[0], stock(x)[0])
+
+
+def test_compiles_without_a_graph_break():
+    """Dynamo stops at torch.nn.LSTM; ours goes into the graph."""
+    _, ours = pair(5, 7, 2, bidirectional=True)
+    x = torch.randn(4, 3, 5)
+    with torch.no_grad():
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x)[0], ours(x)[0])
+
+
+def test_the_custom_ops_compile():
+    """The path of the kernels under Dynamo: the ops are opaque, the products around them are traced."""
+    from fusedlstm import recurrence
+
+    ours = fusedlstm.LSTM(5, 7, bidirectional=True)
+    weights = [[*direction] for direction in ours.all_weights]
+
+    def run(x, h, c):
+        return recurrence.layer("lstm", x, (h, c), weights, engine="triton")[0]
+
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    h, c = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    found = []
+    for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        x.grad = None
+        ours.zero_grad()
+        output = f(x, h, c)
+        output.square().sum().backward()
+        found.append([output, x.grad, *(p.grad for p in ours.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_on_a_cpu(backend):
+    """bfloat16 where bfloat16 was asked for, float32 gradients, and the numbers of a module in bfloat16."""
+    stock, ours = pair(5, 7, backend=backend)
+    x = torch.randn(4, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (h_n, c_n) = ours(x)
+    assert output.dtype == h_n.dtype == c_n.dtype == torch.bfloat16
+    torch.testing.assert_close(output, stock.bfloat16()(x.bfloat16())[0])
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+def test_functional_is_the_module():
+    _, ours = pair(5, 7, 2, bidirectional=True)
+    x, zeros = torch.randn(4, 3, 5), torch.zeros(4, 3, 7)
+    output, h_n, c_n = functional.lstm(x, (zeros, zeros), ours._flat_weights, num_layers=2, bidirectional=True)
+    expected, (h, c) = ours(x)
+    assert torch.equal(output, expected) and torch.equal(h_n, h) and torch.equal(c_n, c)

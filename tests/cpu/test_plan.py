@@ -1,0 +1,95 @@
+"""plan.py: a plan covers the problem, fits the device, and can never wait for a program that is not there."""
+
+import itertools
+import math
+
+import pytest
+
+from fusedlstm import __main__ as command_line
+from fusedlstm.plan import DEVICES, Plan, PlanError, plan
+
+HIDDEN = (1, 7, 16, 32, 33, 64, 100, 128, 129, 160, 256, 400, 512, 768, 1000, 1024, 1150, 1536, 2048, 4096)
+BATCH = (1, 3, 16, 17, 64, 65, 128, 512, 4096)
+PROBLEMS = list(itertools.product(HIDDEN, BATCH, ("fp32", "fp16", "bf16"), (1, 2), ("fwd", "bwd"), ("tf32", "ieee")))
+
+
+def every_plan(arch):
+    for hidden, batch, dtype, directions, pass_, precision in PROBLEMS:
+        if precision == "ieee" and dtype != "fp32":
+            continue
+        try:
+            yield batch, plan("lstm", 10, batch, hidden, dtype, directions, DEVICES[arch], pass_, precision)
+        except PlanError:
+            assert hidden * directions >= 2048, "only the largest sizes may not fit"
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_plans_fit_the_device(arch):
+    limits = DEVICES[arch]
+    count = 0
+    for batch, p in every_plan(arch):
+        count += 1
+        assert p.smem_bytes <= limits.smem_bytes and p.regs <= 255
+        assert p.group * p.block_h >= p.hidden > (p.group - 1) * p.block_h, "units covered once"
+        assert p.tiles_b * p.block_b >= batch > (p.tiles_b - 1) * p.block_b, "rows covered once"
+        assert p.grid[1] * p.walked >= p.tiles_b
+        for block in (p.block_b, p.block_h, p.block_k, p.num_warps):
+            assert block & (block - 1) == 0
+        if p.schedule == "single":
+            assert p.group == 1 and p.block_k == p.block_h >= p.hidden and p.barriers_per_step == 0
+        else:
+            assert math.prod(p.grid) <= limits.num_sms, "every program is on the device at once"
+            assert p.barriers_per_step == 1
+    assert count > 800
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_resident_weights_fit(arch):
+    """The slice that a program is said to hold is no larger than where it is held."""
+    limits = DEVICES[arch]
+    for _, p in every_plan(arch):
+        if p.resident:
+            columns = p.block_h * 4
+            slice_bytes = columns * p.hidden * {"fp32": 4}.get(p.dtype, 2)
+            registers = 4 * 256 * p.num_warps * limits.warp_size
+            assert slice_bytes <= (registers if limits.weights_in_registers else limits.smem_bytes)
+
+
+def test_length_does_not_change_the_choice():
+    chosen = {plan("lstm", steps, 64, 512, "bf16", 1, DEVICES["sm_90"], "fwd") for steps in (1, 100, 100_000)}
+    assert len(chosen) == 1
+
+
+def test_schedules_where_they_belong():
+    def schedule(hidden, dtype="bf16", batch=16, pass_="fwd", precision="tf32") -> Plan:
+        return plan("lstm", 100, batch, hidden, dtype, 1, DEVICES["sm_90"], pass_, precision).schedule
+
+    assert schedule(32) == schedule(64) == "single"
+    assert schedule(512) == schedule(1024) == "resident"
+    assert schedule(4096) == "streamed"
+    assert schedule(512, "fp32", precision="ieee") == "streamed"
+
+
+def test_more_rows_than_fit_are_walked():
+    p = plan("lstm", 100, 4096, 1024, "bf16", 1, DEVICES["sm_90"], "fwd")
+    assert p.walked > 1 and math.prod(p.grid) <= 132
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ((0, 1, 1), "got 0, 1 and 1"),
+        ((1, 1, 100_000), "hidden=100000 with 1 direction\\(s\\) in bf16 does not fit H100"),
+    ],
+)
+def test_errors_name_the_size_and_the_limit(sizes, text):
+    with pytest.raises(PlanError, match=text):
+        plan("lstm", *sizes, "bf16", 1, DEVICES["sm_90"], "fwd")
+
+
+def test_command_line_prints_the_plan(capsys):
+    command_line.main(["plan", "--hidden", "1024", "--batch", "64", "--dtype", "bf16", "--arch", "sm_90"])
+    printed = capsys.readouterr().out
+    p = plan("lstm", 100, 64, 1024, "bf16", 1, DEVICES["sm_90"], "fwd")
+    assert f"forward: {p.schedule}" in printed and f"{p.block_b} batch rows x {p.block_h} hidden units" in printed
+    assert "backward:" in printed and "programs a group" in printed
