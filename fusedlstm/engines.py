@@ -33,8 +33,10 @@ def requested(backend: str) -> str:
     return backend
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why the kernels cannot serve a call, or None if they can."""
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, cell: str = "lstm", hidden: int | None = None, directions: int = 1
+) -> str | None:
+    """The reason why the kernels cannot serve a call, or None if they can. `hidden` None: any size."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return (
             f"the kernels need a CUDA or ROCm device, got tensors on {device.type!r} "
@@ -44,10 +46,21 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels serve float32, float16 and bfloat16, got {dtype}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if device.type == "cuda" and hidden is not None:
+        from fusedlstm import launch
+
+        return launch.why_not(cell, hidden, dtype, directions, device)
     return None
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    cell: str = "lstm",
+    hidden: int | None = None,
+    directions: int = 1,
+) -> str:
     """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference".
 
     Raises:
@@ -55,7 +68,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     engine = requested(backend)
     if engine == "auto":
-        return "triton" if device.type == "cuda" and why_not_triton(device, dtype) is None else "torch"
-    if engine == "triton" and (reason := why_not_triton(device, dtype)):
+        serves = device.type == "cuda" and why_not_triton(device, dtype, cell, hidden, directions) is None
+        return "triton" if serves else "torch"
+    if engine == "triton" and (reason := why_not_triton(device, dtype, cell, hidden, directions)):
         raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
     return engine

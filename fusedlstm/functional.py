@@ -51,13 +51,13 @@ def lstm(
                 batch_first=batch_first,
                 backend=backend,
             )
-    engine = engines.choose(backend, input.device, input.dtype)
+    directions = 2 if bidirectional else 1
+    engine = engines.choose(backend, input.device, input.dtype, "lstm", hx[0].size(-1), directions)
     if engine == "torch":
         return torch_engine.lstm(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
 
     from fusedlstm import recurrence  # imports triton, which the torch engine does without
 
-    directions = 2 if bidirectional else 1
     per_direction = 4 if bias else 2
     x = input.transpose(0, 1) if batch_first else input
     h_n, c_n = [], []
@@ -88,7 +88,7 @@ def lstm_cell(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run one LSTM step; differentiable in every tensor argument. Returns h and c, each [B, H]."""
-    if engines.choose(backend, input.device, input.dtype) == "torch":
+    if engines.choose(backend, input.device, input.dtype, "lstm", hx[0].size(-1)) == "torch":
         return torch_engine.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
     _, h, c = lstm(

@@ -131,7 +131,7 @@ def plot_gates(trace: GateTrace, *, sample: int = 0, figure=None, period: int | 
     for panel in panels[-1]:
         panel.set_xlabel("step")
     for panel in panels[:, 0]:
-        panel.set_ylabel("unit")
+        panel.set_ylabel("unit, by when it is active")
     return figure
 
 

@@ -89,12 +89,35 @@ def device_limits(index: int | None) -> planning.DeviceLimits:
     )
 
 
-def plan_for(cell: str, preact_or_gates: Tensor, T: int, B: int, H: int, D: int, pass_: str) -> Plan:
-    """The plan for tensors like `preact_or_gates`, from its dtype and device."""
-    device = preact_or_gates.device
-    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    limits = device_limits(device.index if device.type == "cuda" else None)
-    return planning.plan(cell, T, B, H, DTYPES[preact_or_gates.dtype], D, limits, pass_, precision)
+def plan_for(cell: str, like: Tensor, T: int, B: int, H: int, D: int, pass_: str) -> Plan:
+    """The plan for tensors of the dtype and on the device of `like`."""
+    index = like.device.index if like.device.type == "cuda" else None
+    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision())
+
+
+def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device) -> str | None:
+    """Why a layer of this size cannot run on this GPU, or None if it can."""
+    properties = torch.cuda.get_device_properties(device)
+    if not torch.version.hip and properties.major < 8:
+        return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
+    try:
+        for pass_ in ("fwd", "bwd"):
+            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision())
+    except planning.PlanError as error:
+        return str(error)
+    return None
+
+
+def _float32_precision() -> str:
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_plan(
+    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, pass_: str, precision: str
+) -> Plan:
+    """T has no part in the choice."""
+    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, device_limits(index), pass_, precision)
 
 
 def recurrence_fwd(

@@ -1,6 +1,7 @@
 """checks.py and engines.py: torch.nn's type and text where it has one, a clear one where not."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fusedlstm
 from fusedlstm import engines
+from fusedlstm.plan import DEVICES
 
 X = torch.zeros(5, 2, 3)
 H = torch.zeros(1, 2, 4)
@@ -144,5 +146,18 @@ def test_choice_of_engine(monkeypatch):
     assert engines.choose("reference", cpu, torch.float64) == "reference"
     with pytest.raises(RuntimeError, match="serve float32, float16 and bfloat16, got torch.float64"):
         engines.choose("triton", cuda, torch.float64)
+
+    from fusedlstm import launch
+
+    known = SimpleNamespace(major=9, minor=0, name="H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])
+    assert engines.choose("auto", cuda, torch.bfloat16, "lstm", 1024) == "triton"
+    assert engines.choose("auto", cuda, torch.bfloat16, "lstm", 16384) == "torch"
+    with pytest.raises(RuntimeError, match="hidden=16384 with 1 direction.* does not fit H100"):
+        engines.choose("triton", cuda, torch.bfloat16, "lstm", 16384)
+    known.major = 7
+    with pytest.raises(RuntimeError, match="need compute capability 8.0, H100 has 7.0"):
+        engines.choose("triton", cuda, torch.float16, "lstm", 64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert engines.choose("triton", cpu, torch.float32) == "triton"

@@ -103,6 +103,10 @@ def test_plot_draws_the_trace():
     for name, values in drawn.items():
         expected = getattr(trace, name)[:, 1].t().float()
         torch.testing.assert_close(values.sort(0).values, expected.sort(0).values)
+    # Units whose cell state moves early are on top.
+    moves = drawn["c"].double().diff(dim=1, prepend=torch.zeros(H, 1, dtype=torch.float64)).abs()
+    mean_step = (moves * torch.arange(T)).sum(1) / moves.sum(1)
+    assert (mean_step.diff() >= 0).all()
     # Every unit is in the same row of all panels.
     o, c, h = (drawn[name].double() for name in "och")
     torch.testing.assert_close(o * torch.tanh(c), h, rtol=1e-5, atol=1e-6)

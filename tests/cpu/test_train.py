@@ -94,6 +94,8 @@ def test_train_command(data, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr()
     assert "engine: torch, on cpu" in said.out
     assert "test accuracy: " in said.out
+    assert " after 2 epochs" in said.out
+    assert "LSTM of 16 units" in said.out
     assert "fusedlstm.LSTM" in said.out and "torch.nn.LSTM" in said.out
     assert "training: 100%" in said.err  # the progress bar
     png = out / "digits.png"
