@@ -29,7 +29,7 @@ MAX_LOG_BYTES = 4 << 20
 # What pytest runs on the GPU. TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled.
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-v", "--maxfail=25")
 PYTEST_ARGS = (*PYTEST, "tests/kernels")
-PYTEST_WORKERS = 4  # with pytest-xdist, if it is there: most of the time goes into compiling kernels
+PYTEST_WORKERS = 12  # with pytest-xdist, if it is there: nearly all of the time goes into compiling kernels
 REHEARSAL_PYTEST_ARGS = (*PYTEST, "tests/cpu/test_bench.py", "-k", "shapes")
 REHEARSAL_BENCH_ARGS = "--set rehearsal --seconds-per-case 0.02 --threads 1 --provider fusedlstm --roofs"
 OUR_KERNELS = "recurrence"  # in the name of every kernel that racecheck shall look at

@@ -210,11 +210,11 @@ def _block_k(
     elif schedule == "streamed":
         widest = 64 if dtype != "fp32" else 32
     elif dtype == "fp32":
-        widest = 32 if block_b > 16 and pass_ == "fwd" else 64
+        widest = 32
     elif pass_ == "bwd":
-        widest = (4096 if wide_mma or block_b == 16 else 2048) // block_b
+        widest = 256 if block_b == 16 else 64
     else:
-        widest = 128 if block_b < 64 else 64
+        widest = {16: 128, 32: 128 if wide_mma else 64, 64: 64 if wide_mma else 32}[block_b]
     return min(widest, max(16, _power_of_2(reduction)))
 
 
@@ -249,13 +249,18 @@ def _candidate(
     if schedule == "streamed":
         smem_bytes = stages * (block_k * columns * itemsize + exchange_bytes)
     else:
-        smem_bytes = exchange_bytes + (0 if limits.weights_in_registers else slice_bytes)
+        in_registers = limits.weights_in_registers and schedule == "resident"
+        smem_bytes = exchange_bytes + (0 if in_registers else slice_bytes)
     smem_bytes += 4 * block_b * columns  # a change of layout may stage the accumulators
     if smem_bytes > limits.smem_bytes:
         return None
 
     num_warps = _num_warps(block_b, block_h, columns, narrow=ieee or not limits.wide_mma)
     threads = num_warps * limits.warp_size
+    if limits.arch == "sm_100" and schedule == "resident" and chunks > 16 and hidden * itemsize % 16:
+        return None  # Triton 3.7.1 compiles this one to a trap
+    if limits.weights_in_registers and schedule == "resident" and (columns < 16 or slice_bytes > 256 * threads):
+        return None  # no matrix instruction for fewer columns; more than 64 registers of weights spill
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
         return None

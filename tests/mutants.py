@@ -1,0 +1,141 @@
+"""Faults put into the kernels on purpose, one at a time: every one must make a test fail.
+
+`python tests/mutants.py` works in a copy of the repository, prints which test caught each fault, and exits 1 if one
+survived. Takes some minutes; not part of `make test`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# name: (file, text, replacement, tests)
+MUTANTS = {
+    "no wait": ("kernels/barrier.py", "< target)", "< 0)", "tests/kernels/test_barrier.py"),
+    "target too low": ("kernels/recurrence_fwd.py", "GROUP * step,", "GROUP * step - 1,", "tests/kernels/test_barrier.py"),
+    "target too high": (
+        "kernels/recurrence_bwd.py",
+        "GROUP * (step + 1)",
+        "GROUP * (step + 1) + 1",
+        "tests/kernels/test_barrier.py",
+    ),
+    "no release: nobody arrives": (
+        "kernels/barrier.py",
+        'tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")',
+        "pass",
+        "tests/kernels/test_barrier.py",
+    ),
+    "no release: relaxed": ("kernels/barrier.py", 'sem="release"', 'sem="relaxed"', "tests/compiled"),
+    "no acquire": ("kernels/barrier.py", 'sem="acquire"', 'sem="relaxed"', "tests/compiled"),
+    "no CTA barrier before the release": (
+        "kernels/barrier.py",
+        "    tl.debug_barrier()\n    tl.atomic_add",
+        "    tl.atomic_add",
+        "tests/compiled",
+    ),
+    "exchanged loads through L1": ("kernels/product.py", 'cache_modifier=".cg",', "", "tests/compiled"),
+    "unbounded wait": ("kernels/barrier.py", "    tl.device_assert", "    # tl.device_assert", "tests/compiled"),
+    "mask of batch rows dropped": (
+        "kernels/recurrence_fwd.py",
+        "mask = mask_b[:, None] & mask_h[None, :]",
+        "mask = (mask_b[:, None] | True) & mask_h[None, :]",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "mask of hidden units dropped": (
+        "kernels/recurrence_fwd.py",
+        "mask = mask_b[:, None] & mask_h[None, :]",
+        "mask = mask_b[:, None] & (mask_h[None, :] | True)",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "mask of the reduction dropped": (
+        "kernels/product.py",
+        "return (offs_k < CHUNK) & (q * CHUNK + offs_k < K)",
+        "return offs_k < CHUNK",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "gates stored before their activation": (
+        "kernels/cells/lstm.py",
+        "return (i, f, g, o), (h, c)",
+        "return (preact_x[0] + preact_h[0], f, g, o), (h, c)",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "tanh derivative of the wrong gate": (
+        "kernels/cells/lstm.py",
+        "dc * i * (1.0 - g * g)",
+        "dc * i * g * (1.0 - g)",
+        "tests/kernels/test_recurrence_bwd.py",
+    ),
+    "backward forgets cx": (
+        "kernels/recurrence_bwd.py",
+        "first = step == T - 1",
+        "first = step == T",
+        "tests/kernels/test_recurrence_bwd.py",
+    ),
+    "reverse direction runs forward": (
+        "kernels/recurrence_fwd.py",
+        "t = step + pid_d * (T - 1 - 2 * step)",
+        "t = step + pid_d * 0",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "grad_weight_hh forgets hx": (
+        "fusedlstm/recurrence.py",
+        "from_hx = grad_preact[first].t() @ hx",
+        "from_hx = 0 * grad_preact[first].t() @ hx",
+        "tests/kernels/test_recurrence.py",
+    ),
+    "walked tiles skipped": (
+        "kernels/recurrence_bwd.py",
+        "num_tiles_b, tl.num_programs(1)):",
+        "num_tiles_b, 2 * tl.num_programs(1)):",
+        "tests/kernels/test_recurrence_bwd.py",
+    ),
+}
+
+
+def run(name: str, root: Path) -> str | None:
+    """The test that caught the mutant, or None."""
+    file, text, replacement, tests = MUTANTS[name]
+    path = root / file
+    original = path.read_text()
+    assert text in original, f"{name}: {text!r} is not in {file}"
+    path.write_text(original.replace(text, replacement))
+    extra = ["-k", "not test_compiles_within and not committed"] if "compiled" in tests else []
+    environment = {**os.environ, "PYTHONPATH": str(root)} | ({} if extra else {"TRITON_INTERPRET": "1"})
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", tests, *extra],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+    finally:
+        path.write_text(original)
+    failed = re.findall(r"^FAILED (\S+)", result.stdout, re.M)
+    return failed[0] if result.returncode == 1 and failed else None
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or list(MUTANTS)
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "fusedlstm"
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv*", "out", "__pycache__", "*.egg-info"))
+        # The copy is imported in place of the installed package; kernels/ must then lie inside it.
+        (root / "fusedlstm" / "kernels").symlink_to(root / "kernels")
+        for name in wanted:
+            caught = run(name, root)
+            survivors += [] if caught else [name]
+            sys.stdout.write(f"{name:40s} {caught or 'SURVIVED'}\n")
+            sys.stdout.flush()
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
