@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-triton36 lint fmt kernels bench gpu wheel clean
+.PHONY: demo test test-triton36 lint fmt kernels bench gpu mutants wheel clean
 
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
 	$(BIN)/python -m fusedlstm train
@@ -35,6 +35,9 @@ bench: .venv/ready  ## the CPU rows and README's table
 
 gpu:  ## on a machine with a GPU, with its own Python and torch: tests, checkers, benchmark; results in OUT
 	$(PYTHON) -m bench.gpu --out $(or $(OUT),out/gpu)
+
+mutants: .venv/ready  ## faults on purpose: each must make a test fail (some minutes)
+	$(BIN)/python tests/mutants.py
 
 wheel: .venv/ready  ## build the wheel and import it from outside the repository
 	rm -rf build out/wheel

@@ -200,9 +200,9 @@ def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str, li
 
 
 def _block_k(
-    schedule: str, block_b: int, block_h: int, dtype: str, ieee: bool, pass_: str, reduction: int, wide_mma: bool
+    schedule: str, block_b: int, block_h: int, dtype: str, ieee: bool, pass_: str, reduction: int, transposed: bool
 ) -> int:
-    """Chunk of the reduction. A chunk of x passes through registers, so that more rows mean shorter chunks."""
+    """Chunk of the reduction: long enough that an unrolled loop has few, short enough that one fits into registers."""
     if schedule == "single":
         return block_h
     if ieee:
@@ -210,11 +210,11 @@ def _block_k(
     elif schedule == "streamed":
         widest = 64 if dtype != "fp32" else 32
     elif dtype == "fp32":
-        widest = 32
+        widest = 64 if transposed else 128
     elif pass_ == "bwd":
-        widest = 256 if block_b == 16 else 64
+        widest = 256
     else:
-        widest = {16: 128, 32: 128 if wide_mma else 64, 64: 64 if wide_mma else 32}[block_b]
+        widest = 128 if block_b < 64 else 64
     return min(widest, max(16, _power_of_2(reduction)))
 
 
@@ -241,7 +241,10 @@ def _candidate(
     if group * directions > limits.num_sms:
         return None
 
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, limits.wide_mma)
+    transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
+    if schedule == "resident" and dtype == "fp32" and reduction * columns > 1 << 15:
+        transposed = False  # spills, where the plain form does not
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, transposed)
     chunks = math.ceil(reduction / (hidden if schedule == "single" else block_k))
     slice_bytes = chunks * block_k * columns * itemsize
     exchange_bytes = block_b * block_k * itemsize
@@ -255,17 +258,15 @@ def _candidate(
     if smem_bytes > limits.smem_bytes:
         return None
 
-    num_warps = _num_warps(block_b, block_h, columns, narrow=ieee or not limits.wide_mma)
+    num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
     threads = num_warps * limits.warp_size
-    if limits.arch == "sm_100" and schedule == "resident" and chunks > 16 and hidden * itemsize % 16:
-        return None  # Triton 3.7.1 compiles this one to a trap
-    if limits.weights_in_registers and schedule == "resident" and (columns < 16 or slice_bytes > 256 * threads):
-        return None  # no matrix instruction for fewer columns; more than 64 registers of weights spill
+    if _spills(
+        limits, schedule, pass_, block_b, block_h, columns, slice_bytes, chunks, hidden * itemsize, threads, ieee
+    ):
+        return None
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
         return None
-    transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
-
     tiles_b = math.ceil(batch / block_b)
     groups = min(tiles_b, limits.num_sms // (group * directions)) if schedule != "single" else tiles_b
     walked = math.ceil(tiles_b / groups)
@@ -306,6 +307,33 @@ def _candidate(
     )
 
 
+def _spills(
+    limits: DeviceLimits,
+    schedule: str,
+    pass_: str,
+    block_b: int,
+    block_h: int,
+    columns: int,
+    slice_bytes: int,
+    chunks: int,
+    row_bytes: int,
+    threads: int,
+    ieee: bool,
+) -> bool:
+    """Whether the compiler is known to make a mess of this tiling: found by `make kernels`, see docs/design.md."""
+    if limits.arch.startswith("gfx"):
+        if columns < 16 and not ieee:
+            return True  # no matrix instruction
+        if schedule == "resident" and slice_bytes > 256 * threads:
+            return True  # more than 64 registers of weights
+    if schedule == "resident":
+        if limits.arch != "sm_90" and chunks > 8 and row_bytes % 16:
+            return True  # rows that are not aligned; Triton 3.7.1 compiles one of these for sm_100 to a trap
+        if not limits.wide_mma and block_b == 64 and block_h == 8:
+            return True
+    return False
+
+
 def _why(schedule: str, hidden: int, slice_bytes: int, group: int, limits: DeviceLimits) -> str:
     place = "registers" if limits.weights_in_registers else "shared memory"
     if schedule == "single":
@@ -315,10 +343,10 @@ def _why(schedule: str, hidden: int, slice_bytes: int, group: int, limits: Devic
     return f"a slice of weight_hh ({slice_bytes >> 10} KiB a program) is read from L2 at every step"
 
 
-def _num_warps(block_b: int, block_h: int, columns: int, narrow: bool) -> int:
+def _num_warps(schedule: str, block_b: int, block_h: int, columns: int, dtype: str, narrow: bool) -> int:
     """Four warps, or eight where the tile of the dot or of the cell is large."""
     large = columns >= 128 or block_b * max(columns, 4 * block_h) >= 8192 or (narrow and block_b >= 64)
-    return 8 if large else 4
+    return 8 if large or (schedule == "single" and dtype == "fp32" and block_h >= 64) else 4
 
 
 def _registers(
