@@ -324,8 +324,8 @@ def _spills(
     if limits.arch.startswith("gfx"):
         if columns < 16 and not ieee:
             return True  # no matrix instruction
-        if schedule == "resident" and slice_bytes > 256 * threads:
-            return True  # more than 64 registers of weights
+        if schedule == "resident" and (slice_bytes > 256 * threads or block_b == 64):
+            return True  # weights need registers: 64 a thread at most
     if schedule == "resident":
         if limits.arch != "sm_90" and chunks > 8 and row_bytes % 16:
             return True  # rows that are not aligned; Triton 3.7.1 compiles one of these for sm_100 to a trap
