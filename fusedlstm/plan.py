@@ -252,8 +252,10 @@ def _candidate(
     if schedule == "streamed":
         smem_bytes = stages * (block_k * columns * itemsize + exchange_bytes)
     else:
-        in_registers = limits.weights_in_registers and schedule == "resident"
-        smem_bytes = exchange_bytes + (0 if in_registers else slice_bytes)
+        if schedule == "single" and pass_ == "bwd":
+            exchange_bytes *= gates  # the gradients of all gates are on their way at once
+        in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
+        smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
     smem_bytes += 4 * block_b * columns  # a change of layout may stage the accumulators
     if smem_bytes > limits.smem_bytes:
         return None

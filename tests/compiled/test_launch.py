@@ -1,0 +1,71 @@
+"""launch.py through Triton's own just-in-time path, with a driver that only claims to have a GPU: all but the launch.
+
+Proves that every argument and option that a launch passes is one that the installed Triton takes, and that what it
+compiles is what `offline` compiles.
+"""
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fusedlstm import launch, offline
+from fusedlstm.plan import DEVICES, plan
+
+
+class ClaimedDriver:
+    """The few questions that compilation asks a driver."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def warmed(monkeypatch):
+    """Kernels that launches would have run, compiled."""
+    compiled = []
+    monkeypatch.setattr(triton.runtime.driver, "_active", ClaimedDriver())
+
+    def launch_nothing(p, **arguments):
+        options = launch.options(p)
+        compiled.append(launch.KERNELS[p.pass_].warmup(**arguments, **options, grid=p.grid))
+
+    monkeypatch.setattr(launch, "_launch", launch_nothing)
+    return compiled
+
+
+def tensors(T, B, H, D, dtype):
+    def zeros(*shape):
+        return torch.zeros(*shape, dtype=dtype)
+
+    return zeros(D, T, B, 4 * H), [zeros(4 * H, H) for _ in range(D)], zeros(D, B, H), zeros(1, D, B, H)
+
+
+@pytest.mark.parametrize(("hidden", "directions"), [(64, 1), (512, 2), (1150, 1)])
+def test_the_jit_takes_every_argument(warmed, hidden, directions):
+    T, B, dtype = 3, 64, torch.bfloat16
+    preact_x, weight_hh, hx, cx = tensors(T, B, hidden, directions, dtype)
+    fwd, bwd = (plan("lstm", T, B, hidden, "bf16", directions, DEVICES["sm_90"], p) for p in ("fwd", "bwd"))
+    output, h_n, c_n, gates, c_seq = launch.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, True, fwd)
+    launch.recurrence_bwd("lstm", output, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, bwd)
+    for p, kernel in zip((fwd, bwd), warmed, strict=True):
+        assert kernel.metadata.launch_cooperative_grid == (not p.local)
+        assert kernel.metadata.num_warps == p.num_warps
+        assert kernel.metadata.shared == offline.compile_plan(p).smem_bytes
+        assert "__assertfail" in kernel.asm["ptx"] or p.local
+
+
+def test_a_new_length_or_batch_compiles_nothing(warmed):
+    p = plan("lstm", 3, 64, 64, "bf16", 1, DEVICES["sm_90"], "fwd")
+    for T, B in ((3, 64), (1, 64), (16, 63), (100, 1)):
+        launch.recurrence_fwd("lstm", *tensors(T, B, 64, 1, torch.bfloat16), True, p)
+    assert len({kernel.hash for kernel in warmed}) == 1
