@@ -54,7 +54,7 @@ def resident_weight(
 ):
     """All chunks of w, as a tuple of tiles."""
     w = (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, 0, K, CHUNK, BLOCK_K, TRANSPOSED),)
-    for q in tl.static_range(1, tl.cdiv(K, CHUNK)):
+    for q in tl.static_range(1, (K + CHUNK - 1) // CHUNK):
         w = w + (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, K, CHUNK, BLOCK_K, TRANSPOSED),)
     return w
 
@@ -133,7 +133,7 @@ def exchanged_product(
     """x comes from global memory, where the whole group wrote it. Returns [BLOCK_B, N] float32."""
     acc = _zeros(N, BLOCK_B, TRANSPOSED)
     if RESIDENT:
-        for q in tl.static_range(tl.cdiv(K, BLOCK_K)):
+        for q in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
             x = _exchanged_tile(x_ptr, stride_row, mask_b, q, K, BLOCK_B, BLOCK_K, TRANSPOSED)
             acc = _dot(x, w[q], acc, TRANSPOSED, PRECISION)
     else:
