@@ -5,9 +5,10 @@ import dataclasses
 import functools
 
 import torch
+import triton
 from torch import Tensor
 
-from fusedlstm import cells, engines
+from fusedlstm import cells
 from fusedlstm import plan as planning
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
@@ -18,7 +19,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
 FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr")
 
-if engines.interpreting():
+if triton.knobs.runtime.interpret:
     from fusedlstm import interpreter
 
     interpreter.repair_bfloat16()

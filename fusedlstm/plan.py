@@ -66,7 +66,6 @@ class Plan:
     """One launch: every compile-time number of a kernel, its grid, and what it is expected to cost."""
 
     cell: str
-    direction_count: int
     pass_: str  # "fwd" or "bwd"
     arch: str
     dtype: str
@@ -141,7 +140,7 @@ def plan(
         precision = "ieee"  # Triton takes tf32 on few AMD targets
     candidates = [
         candidate
-        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_, limits)
+        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_)
         if (
             candidate := _candidate(
                 cell, batch, hidden, dtype, directions, limits, pass_, precision, schedule, block_b, block_h
@@ -179,7 +178,7 @@ def explain(
     return "\n".join(text)
 
 
-def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str, limits: DeviceLimits):
+def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str):
     """Schedules and tiles worth a look: (schedule, block_b, block_h). What spills is left out (see `docs/design.md`)."""
     ieee = dtype == "fp32" and precision == "ieee"
     for block_b in (16, 32, 64):
@@ -188,10 +187,7 @@ def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str, li
         if hidden <= 128 and not ieee:
             yield "single", block_b, max(16, _power_of_2(hidden))
         # A resident loop is unrolled over its chunks, and spills with IEEE products or with many rows.
-        if dtype == "fp32":
-            most_rows = 0 if ieee else 16
-        else:
-            most_rows = 64 if pass_ == "fwd" else 32
+        most_rows = 0 if ieee else 16 if dtype == "fp32" else 64 if pass_ == "fwd" else 32
         for block_h in (8, 16, 32, 64):
             if block_h < hidden or block_h == 8:
                 if block_b <= most_rows:
@@ -287,7 +283,6 @@ def _candidate(
     waves = math.ceil(tiles_b * group * directions / limits.num_sms) if schedule == "single" else walked
     return Plan(
         cell=cell,
-        direction_count=directions,
         pass_=pass_,
         arch=limits.arch,
         dtype=dtype,

@@ -52,7 +52,6 @@ def tiled(
     tiles_b = math.ceil(batch / block_b)
     return Plan(
         cell=cell,
-        direction_count=directions,
         pass_=pass_,
         arch="sm_90",
         dtype=dtype,
