@@ -87,7 +87,7 @@ def faults(p: Plan, numbers: tuple) -> list[str]:
         found.append(f"{smem_bytes} bytes of shared memory, {DEVICES[p.arch].smem_bytes} at most")
     if mma == "none" and not (p.dtype == "fp32" and p.precision == "ieee"):
         found.append("no matrix instruction")
-    rows = p.block_b if not p.transposed else p.block_h * (4 if p.pass_ == "fwd" else 1)
+    rows = p.columns if p.transposed else p.block_b
     if p.arch == "sm_90" and rows >= 64 and p.precision != "ieee" and not mma.startswith("HGMMA"):
         found.append(f"{rows} rows and no wgmma but {mma}")
     return found

@@ -91,6 +91,16 @@ class Plan:
         return self.grid[0]
 
     @property
+    def columns(self) -> int:
+        """N of the program's product: gates and units forward, units backward."""
+        return self.block_h * (_power_of_2(cells.CELLS[self.cell].num_gates) if self.pass_ == "fwd" else 1)
+
+    @property
+    def reduction(self) -> int:
+        """K of the program's product: units forward, gates and units backward."""
+        return self.hidden * (1 if self.pass_ == "fwd" else cells.CELLS[self.cell].num_gates)
+
+    @property
     def local(self) -> bool:
         """Whether nothing is exchanged."""
         return self.schedule == "single"
@@ -258,10 +268,6 @@ def _candidate(
 
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
     threads = num_warps * limits.warp_size
-    if _spills(
-        limits, schedule, pass_, block_b, block_h, columns, slice_bytes, chunks, hidden * itemsize, threads, ieee
-    ):
-        return None
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
         return None
@@ -281,7 +287,7 @@ def _candidate(
     pointwise_us = 0.3 + 0.002 * block_b * block_h / num_warps
     step_us = math_us + l2_us + pointwise_us + (0.0 if schedule == "single" else limits.barrier_us)
     waves = math.ceil(tiles_b * group * directions / limits.num_sms) if schedule == "single" else walked
-    return Plan(
+    found = Plan(
         cell=cell,
         pass_=pass_,
         arch=limits.arch,
@@ -300,38 +306,30 @@ def _candidate(
         smem_bytes=smem_bytes,
         regs=regs,
         step_us=step_us * waves,
-        why=_why(schedule, hidden, slice_bytes, group, limits),
+        why=_why(schedule, slice_bytes, group, limits),
     )
+    return None if _spills(found, limits) else found
 
 
-def _spills(
-    limits: DeviceLimits,
-    schedule: str,
-    pass_: str,
-    block_b: int,
-    block_h: int,
-    columns: int,
-    slice_bytes: int,
-    chunks: int,
-    row_bytes: int,
-    threads: int,
-    ieee: bool,
-) -> bool:
-    """Whether the compiler is known to make a mess of this tiling: found by `make kernels`, see docs/design.md."""
+def _spills(p: Plan, limits: DeviceLimits) -> bool:
+    """Whether the compiler is known to make a mess of this plan: found by `make kernels`, see docs/design.md."""
+    ieee = p.dtype == "fp32" and p.precision == "ieee"
+    chunks = math.ceil(p.reduction / p.block_k)
     if limits.arch.startswith("gfx"):
-        if columns < 16 and not ieee:
+        if p.columns < 16 and not ieee:
             return True  # no matrix instruction
-        if schedule == "resident" and (slice_bytes > 256 * threads or block_b == 64):
+        slice_bytes = chunks * p.block_k * p.columns * ITEMSIZE[p.dtype]
+        if p.schedule == "resident" and (slice_bytes > 256 * p.num_warps * limits.warp_size or p.block_b == 64):
             return True  # weights need registers: 64 a thread at most
-    if schedule == "resident":
-        if limits.arch != "sm_90" and chunks > 8 and row_bytes % 16:
+    if p.schedule == "resident":
+        if limits.arch != "sm_90" and chunks > 8 and p.hidden * ITEMSIZE[p.dtype] % 16:
             return True  # rows that are not aligned; Triton 3.7.1 compiles one of these for sm_100 to a trap
-        if not limits.wide_mma and block_b == 64 and block_h == 8:
+        if not limits.wide_mma and p.block_b == 64 and p.block_h == 8:
             return True
     return False
 
 
-def _why(schedule: str, hidden: int, slice_bytes: int, group: int, limits: DeviceLimits) -> str:
+def _why(schedule: str, slice_bytes: int, group: int, limits: DeviceLimits) -> str:
     place = "registers" if limits.weights_in_registers else "shared memory"
     if schedule == "single":
         return f"all of weight_hh ({slice_bytes >> 10} KiB) stays in the {place} of one program; nobody waits"
