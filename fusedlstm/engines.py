@@ -10,6 +10,7 @@
 raises: nothing falls back in silence. `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -22,6 +23,11 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def interpreting() -> bool:
     """Whether Triton interprets the kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+@functools.cache  # the look-up takes longer than the rest of a choice
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def requested(backend: str) -> str:
@@ -44,7 +50,7 @@ def why_not_triton(
         )
     if dtype not in TRITON_DTYPES:
         return f"the kernels serve float32, float16 and bfloat16, got {dtype}"
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "the package triton is not installed"
     if device.type == "cuda" and hidden is not None:
         from fusedlstm import launch

@@ -93,12 +93,12 @@ class Plan:
     @property
     def columns(self) -> int:
         """N of the program's product: gates and units forward, units backward."""
-        return self.block_h * (_power_of_2(cells.CELLS[self.cell].num_gates) if self.pass_ == "fwd" else 1)
+        return _product_sizes(self.cell, self.hidden, self.block_h, self.pass_)[0]
 
     @property
     def reduction(self) -> int:
         """K of the program's product: units forward, gates and units backward."""
-        return self.hidden * (1 if self.pass_ == "fwd" else cells.CELLS[self.cell].num_gates)
+        return _product_sizes(self.cell, self.hidden, self.block_h, self.pass_)[1]
 
     @property
     def local(self) -> bool:
@@ -188,6 +188,12 @@ def explain(
     return "\n".join(text)
 
 
+def _product_sizes(cell: str, hidden: int, block_h: int, pass_: str) -> tuple[int, int]:
+    """N and K of a program's product: gates of its units by all units forward, its units by all gates backward."""
+    gates = cells.CELLS[cell].num_gates
+    return (block_h * _power_of_2(gates), hidden) if pass_ == "fwd" else (block_h, gates * hidden)
+
+
 def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str):
     """Schedules and tiles worth a look: (schedule, block_b, block_h). What spills is left out (see `docs/design.md`)."""
     ieee = dtype == "fp32" and precision == "ieee"
@@ -240,9 +246,7 @@ def _candidate(
     """The plan with these tiles, or None if it does not fit."""
     itemsize = ITEMSIZE[dtype]
     ieee = dtype == "fp32" and precision == "ieee"
-    gates = cells.CELLS[cell].num_gates
-    columns = block_h * (_power_of_2(gates) if pass_ == "fwd" else 1)  # N of the dot
-    reduction = hidden * (1 if pass_ == "fwd" else gates)  # K of the dot
+    columns, reduction = _product_sizes(cell, hidden, block_h, pass_)
     group = 1 if schedule == "single" else math.ceil(hidden / block_h)
     if group * directions > limits.num_sms:
         return None
@@ -259,7 +263,7 @@ def _candidate(
         smem_bytes = stages * (block_k * columns * itemsize + exchange_bytes)
     else:
         if schedule == "single" and pass_ == "bwd":
-            exchange_bytes *= gates  # the gradients of all gates are on their way at once
+            exchange_bytes *= reduction // hidden  # the gradients of all gates are on their way at once
         in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
         smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
     smem_bytes += 4 * block_b * columns  # a change of layout may stage the accumulators
