@@ -50,7 +50,8 @@ class LSTM(nn.RNNBase):
         *,
         backend: str = "auto",
     ) -> None:
-        super().__init__(
+        nn.RNNBase.__init__(  # by name: between this class and nn.RNNBase a subclass may have nn.LSTM
+            self,
             "LSTM",
             input_size,
             hidden_size,
