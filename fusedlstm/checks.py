@@ -15,11 +15,6 @@ def backend(value: str) -> str:
     return value
 
 
-def no_projection(proj_size: int) -> None:
-    if proj_size > 0:
-        raise NotImplementedError(f"proj_size: projections are not supported yet, expected 0, got {proj_size}")
-
-
 def _same_device_and_dtype(
     input: Tensor, hx: tuple[Tensor, Tensor], weight: Tensor, names: tuple[str, str], dtypes: bool
 ) -> None:
@@ -47,13 +42,13 @@ def _two_states(hx) -> None:
             raise TypeError(f"{name}: expected a Tensor, got {type(state).__name__}")
 
 
-def lstm_input(module, input: Tensor, hx) -> None:
+def lstm_input(module, input: Tensor | PackedSequence, hx) -> None:
     """Check what `LSTM.forward` was given, before anything is reshaped."""
-    if isinstance(input, PackedSequence):
-        raise NotImplementedError("input: PackedSequence is not supported yet, expected a Tensor")
-    if input.dim() not in (2, 3):
+    packed = isinstance(input, PackedSequence)
+    if packed:
+        batch, input = input.batch_sizes[0], _packed_data(input)
+    elif input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    batched = input.dim() == 3
     autocast = torch._C._is_any_autocast_enabled()
     weight = module._flat_weights[0]
     if input.dtype != weight.dtype and not autocast:
@@ -65,8 +60,13 @@ def lstm_input(module, input: Tensor, hx) -> None:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got {input.size(-1)}"
         )
-    if input.size(1 if batched and module.batch_first else 0) == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    batched = packed or input.dim() == 3
+    if not packed:
+        steps, batch = input.shape[:2] if batched else (input.size(0), 1)
+        if batched and module.batch_first:
+            steps, batch = batch, steps
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if hx is None:
         if weight.device != input.device:
             _same_device_and_dtype(input, (), weight, (), False)
@@ -82,14 +82,29 @@ def lstm_input(module, input: Tensor, hx) -> None:
             f"For unbatched 2-D input, hx and cx should also be 2-D but got ({h_dim}-D, {c_dim}-D) tensors"
         )
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    expected = (rows, input.size(0 if module.batch_first else 1), module.hidden_size)
-    for k, state in enumerate(hx):
+    for k, (state, width) in enumerate(
+        zip(hx, (module.proj_size or module.hidden_size, module.hidden_size), strict=True)
+    ):
         # torch.nn checks after it has added the batch axis, and prints the sizes with it.
-        size = tuple(state.shape) if batched else (state.size(0), 1, state.size(1))
-        wanted = expected if batched else (rows, 1, module.hidden_size)
-        if size != wanted:
-            raise RuntimeError(f"Expected hidden[{k}] size {wanted}, got {list(size)}")
+        size, expected = tuple(state.shape) if batched else (state.size(0), 1, state.size(1)), (rows, int(batch), width)
+        if size != expected:
+            raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(size)}")
     _same_device_and_dtype(input, hx, weight, ("hx[0]", "hx[1]"), dtypes=not autocast)
+
+
+def _packed_data(input: PackedSequence) -> Tensor:
+    """The data of a packed sequence, when it is one that makes sense; torch.nn looks at none of this."""
+    data, batch_sizes = input.data, input.batch_sizes
+    if batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"batch_sizes tensor should be on CPU, but got it on {batch_sizes.device}")
+    if data.dim() != 2:
+        raise ValueError(f"input.data: expected 2D, [sum of lengths, input_size], got {data.dim()}D")
+    if not torch.compiler.is_compiling() and (steps := int(batch_sizes.sum())) != len(data):
+        raise ValueError(
+            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length given to "
+            "pack_padded_sequence larger than its input is long?"
+        )
+    return data
 
 
 def lstm_cell_input(module, input: Tensor, hx) -> None:
@@ -122,11 +137,12 @@ def lstm_cell_input(module, input: Tensor, hx) -> None:
     _same_device_and_dtype(input, hx, module.weight_ih, ("hx[0]", "hx[1]"), dtypes=not autocast)
 
 
-def traced(module, layer: int, direction: int) -> None:
+def traced(module, input, layer: int, direction: int) -> None:
     """Check what `gate_trace` was asked for."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
         raise TypeError(f"module: expected a fusedlstm.LSTM or a torch.nn.LSTM, got {type(module).__name__}")
-    no_projection(module.proj_size)
     directions = 2 if module.bidirectional else 1
     if not 0 <= layer < module.num_layers:
         raise ValueError(f"layer: expected 0 to {module.num_layers - 1}, got {layer}")

@@ -15,7 +15,7 @@ class GateTrace(NamedTuple):
     f: Tensor  # [T, B, H]  forget gate, 0 to 1
     g: Tensor  # [T, B, H]  candidate, -1 to 1
     o: Tensor  # [T, B, H]  output gate, 0 to 1
-    h: Tensor  # [T, B, H]  hidden state after the step, -1 to 1
+    h: Tensor  # [T, B, P]  hidden state after the step, -1 to 1; P is H, or any value and proj_size if projected
     c: Tensor  # [T, B, H]  cell state after the step, unbounded
 
 
@@ -37,31 +37,34 @@ def gate_trace(
         direction: 0 is forward, 1 is reverse.
 
     Returns:
-        i, f, g, o, h and c, each [T, B, H] (B = 1 if `input` is not batched), without gradients. Dropout between
+        i, f, g, o, h and c, each [T, B, H], h [T, B, P] (B = 1 if `input` is not batched), without gradients. Dropout between
         layers is off, as in `eval()`.
 
     Raises:
-        TypeError: `module` is not an LSTM.
+        TypeError: `module` is not an LSTM, or `input` is packed.
         ValueError: it has no such layer or direction. Errors of `input` and `hx` are those of `fusedlstm.LSTM`.
 
     Precision: that of `fusedlstm.reference` in the dtype of `input`.
     """
-    checks.traced(module, layer, direction)
+    checks.traced(module, input, layer, direction)
     module._update_flat_weights()
     checks.lstm_input(module, input, hx)
     D = 2 if module.bidirectional else 1
     x = input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if module.batch_first else input
     if hx is None:
         zeros = x.new_zeros(module.num_layers * D, x.size(1), module.hidden_size)
-        hx = (zeros, zeros)
+        hx = (zeros[..., : module.proj_size or module.hidden_size], zeros)
     elif input.dim() == 2:
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    cell, per_direction = cells.LSTM.name, 4 if module.bias else 2
-    flat = module._flat_weights
-    parameters = [flat[k : k + per_direction] for k in range(0, len(flat), per_direction)]  # per layer and direction
+    cell, flat = cells.LSTM.name, module._flat_weights
+    count = len(flat) // (module.num_layers * D)
+    parameters = [flat[k : k + count] for k in range(0, len(flat), count)]  # per layer and direction
+    projections = [[p.pop()] if module.proj_size else None for p in parameters]  # weight_hr
     for k in range(layer):
         rows = slice(k * D, (k + 1) * D)
-        x = reference.layer(cell, x, hx[0][rows], hx[1][rows].unsqueeze(0), parameters[rows])[0]
+        weight_hr = [w for ws in projections[rows] for w in ws] if module.proj_size else None
+        state = hx[0][rows], hx[1][rows].unsqueeze(0)
+        x = reference.layer(cell, x, *state, parameters[rows], weight_hr=weight_hr)[0]
 
     # The direction by itself, turned forward: step t of a reverse direction is its step T - 1 - t.
     row = layer * D + direction
@@ -70,7 +73,12 @@ def gate_trace(
     if direction == 1:
         preact_x = preact_x.flip(0)
     h, _, _, gates, c_seq = reference.recurrence_fwd(
-        cell, preact_x.unsqueeze(0), [weight_hh], hx[0][row : row + 1], hx[1][row : row + 1].unsqueeze(0)
+        cell,
+        preact_x.unsqueeze(0),
+        [weight_hh],
+        hx[0][row : row + 1],
+        hx[1][row : row + 1].unsqueeze(0),
+        weight_hr=projections[row],
     )
     T, B = x.shape[:2]
     i, f, g, o = gates.reshape(T, B, -1).chunk(4, -1)
@@ -115,16 +123,22 @@ def plot_gates(trace: GateTrace, *, sample: int = 0, figure=None, period: int | 
     T, H = maps["c"].shape
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     for panel, (name, (title, colours)) in zip(panels.flat, _PANELS.items(), strict=True):
-        values = maps[name][:, order].t().numpy()  # [H, T]
+        values = (maps[name][:, order] if maps[name].size(1) == H else maps[name]).t().numpy()  # [H, T], h [P, T]
         low, high = (0, 1) if colours == "viridis" else (-1, 1)
         if name == "c":
             # c has no bound; a few units that count far must not wash out the others.
             high = max(float(maps["c"].abs().quantile(0.98)), 1e-6)
             low = -high
         image = panel.imshow(
-            values, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest", extent=(0, T, H, 0)
+            values,
+            aspect="auto",
+            cmap=colours,
+            vmin=low,
+            vmax=high,
+            interpolation="nearest",
+            extent=(0, T, len(values), 0),
         )
-        panel.set_title(title, fontsize=11)
+        panel.set_title(title if len(values) == H else f"{title}, projected", fontsize=11)
         figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05, extend="both" if name == "c" else "neither")
         if period:
             panel.set_xticks(range(0, T + 1, period))

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import math
 
 import torch
 import triton
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm import cells, precision
 from fusedlstm import plan as planning
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
@@ -26,7 +27,7 @@ if triton.knobs.runtime.interpret:
 
 
 def constants(plan: Plan, **flags: bool) -> dict:
-    """The compile-time arguments of the plan's kernel. Flags: SAVE forward, HAS_GRAD_OUTPUT backward."""
+    """The compile-time arguments of the plan's kernel. Flags: PACKED; SAVE forward, HAS_GRAD_OUTPUT backward."""
     cell = cells.CELLS[plan.cell]
     return {
         "H": plan.hidden,
@@ -51,8 +52,9 @@ def signature(plan: Plan) -> dict[str, str]:
     """The types of the arguments that are not compile-time constants."""
     names = KERNELS[plan.pass_].arg_names
     types = {name: "*" + plan.dtype for name in names if name.endswith("_ptr")}
-    types |= {name: "*fp32" for name in FLOAT32_POINTERS if name in types} | {"arrived_ptr": "*i32"}
-    return types | {name: "i32" for name in names if name in "TBD" or name.startswith("rows_")}
+    types |= {name: "*fp32" for name in FLOAT32_POINTERS if name in types}
+    types |= {"arrived_ptr": "*i32", "lengths_ptr": "*i32", "first_row_ptr": "*i64"}
+    return types | {name: "i32" for name in names if name in "TBDR" or name.startswith("rows_")}
 
 
 def options(plan: Plan) -> dict:
@@ -110,7 +112,7 @@ def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device:
 
 
 def _float32_precision() -> str:
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if precision.tf32() else "ieee"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,27 +125,30 @@ def _cached_plan(
 
 def recurrence_fwd(
     cell: str,
-    preact_x: Tensor,  # [D, T, B, G*H], rows of G*H contiguous
+    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous
     weight_hh: list[Tensor],  # D times [G*H, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
+    lengths: Tensor | None = None,  # [B] int32
+    first_row: Tensor | None = None,  # [T] int64
+    *,
     save: bool,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `reference.recurrence_fwd` does.
-
-    `gates` (dtype of `preact_x`) and `c_seq` (float32) are empty unless `save`.
-    """
-    D, T, B, GH = preact_x.shape
-    H, S = hx.size(-1), cx.size(0)
+    """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `recurrence.recurrence_fwd` does."""
+    D, *rows, GH = preact_x.shape
+    B, H, S = hx.size(1), hx.size(2), cx.size(0)
+    packed = first_row is not None
+    T = len(first_row) if packed else rows[0]
     new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
-    output, h_n, c_n = new(T, B, D * H), new(D, B, H), new(S, D, B, H)
-    gates = new((T, B, D * GH) if save else 0)
-    c_seq = new((S, T, B, D * H) if save else 0, dtype=torch.float32)
+    output, h_n, c_n = new(*rows, D * H), new(D, B, H), new(S, D, B, H)
+    gates = new((*rows, D * GH) if save else 0)
+    c_seq = new((S, *rows, D * H) if save else 0, dtype=torch.float32)
     if B == 0:
         return output, h_n, c_n, gates, c_seq
     plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd")
     weight_hh = [w.contiguous() for w in weight_hh]
+    counters = _counters(plan, output.device)
     _launch(
         plan,
         preact_x_ptr=preact_x,
@@ -151,68 +156,81 @@ def recurrence_fwd(
         weight_hh_reverse_ptr=weight_hh[-1],
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
+        lengths_ptr=lengths if packed else counters,
+        first_row_ptr=first_row if packed else _no_rows(output.device),
         output_ptr=output,
         h_n_ptr=h_n,
         c_n_ptr=c_n,
         gates_ptr=gates,
         c_seq_ptr=c_seq,
-        arrived_ptr=_counters(plan, output.device),
+        arrived_ptr=counters,
         T=T,
         B=B,
         D=D,
+        R=math.prod(rows),
         rows_preact_d=preact_x.stride(0) // GH,
-        rows_preact_t=preact_x.stride(1) // GH,
-        rows_preact_b=preact_x.stride(2) // GH,
-        **constants(plan, SAVE=save),
+        rows_preact_t=0 if packed else preact_x.stride(1) // GH,
+        rows_preact_b=preact_x.stride(-2) // GH,
+        **constants(plan, PACKED=packed, SAVE=save),
     )
     return output, h_n, c_n, gates, c_seq
 
 
 def recurrence_bwd(
     cell: str,
-    grad_output: Tensor | None,  # [T, B, D*H]
+    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
     weight_hh: list[Tensor],  # D times [G*H, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D*H]
-    gates: Tensor,  # [T, B, D*G*H]
-    c_seq: Tensor,  # [S, T, B, D*H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
+    c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
+    lengths: Tensor | None = None,  # [B] int32
+    first_row: Tensor | None = None,  # [T] int64
+    *,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel. Returns grad_preact, grad_hx, grad_cx as `reference.recurrence_bwd` does."""
-    T, B, DH = output.shape
-    D, _, H = hx.shape
+    """Launch the backward kernel. Returns grad_preact, grad_hx, grad_cx as `recurrence.recurrence_bwd` does."""
+    *rows, DH = output.shape
+    D, B, H = hx.shape
+    packed = first_row is not None
+    T = len(first_row) if packed else rows[0]
     grad_preact, grad_hx, grad_cx = torch.empty_like(gates), hx.new_empty(D, B, H), cx.new_empty(cx.shape)
     if B == 0:
         return grad_preact, grad_hx, grad_cx
     plan = plan or plan_for(cell, gates, T, B, H, D, "bwd")
     weight_hh = [w.contiguous() for w in weight_hh]
-    if grad_output is not None and not _rows_of(grad_output, DH):
+    counters = _counters(plan, output.device)
+    has_grad_output = grad_output is not None
+    if has_grad_output and not _rows_of(grad_output, DH):
         grad_output = grad_output.contiguous()
     _launch(
         plan,
-        grad_output_ptr=output if grad_output is None else grad_output,
+        grad_output_ptr=grad_output if has_grad_output else output,
         grad_h_n_ptr=grad_h_n.contiguous(),
         grad_c_n_ptr=grad_c_n.contiguous(),
         weight_hh_ptr=weight_hh[0],
         weight_hh_reverse_ptr=weight_hh[-1],
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
+        lengths_ptr=lengths if packed else counters,
+        first_row_ptr=first_row if packed else _no_rows(output.device),
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
         grad_preact_ptr=grad_preact,
         grad_hx_ptr=grad_hx,
         grad_cx_ptr=grad_cx,
-        arrived_ptr=_counters(plan, output.device),
+        arrived_ptr=counters,
         T=T,
         B=B,
         D=D,
-        rows_grad_output_t=0 if grad_output is None else grad_output.stride(0) // DH,
-        rows_grad_output_b=0 if grad_output is None else grad_output.stride(1) // DH,
-        **constants(plan, HAS_GRAD_OUTPUT=grad_output is not None),
+        R=math.prod(rows),
+        rows_grad_output_t=grad_output.stride(0) // DH if has_grad_output and not packed else 0,
+        rows_grad_output_b=grad_output.stride(-2) // DH if has_grad_output else 0,
+        **constants(plan, PACKED=packed, HAS_GRAD_OUTPUT=has_grad_output),
     )
     return grad_preact, grad_hx, grad_cx
 
@@ -231,6 +249,12 @@ def _counters(plan: Plan, device: torch.device) -> Tensor:
     """One counter a batch tile and direction, at zero."""
     shape = (plan.grid[2], plan.tiles_b, planning.COUNTER_STRIDE) if not plan.local else 1
     return torch.zeros(shape, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _no_rows(device: torch.device) -> Tensor:
+    """Stands where a kernel that is not PACKED never looks."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _rows_of(x: Tensor, width: int) -> bool:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import checks, functional
 
@@ -21,14 +22,14 @@ class LSTM(nn.RNNBase):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
             `torch.nn.LSTM`, with the same parameter names, shapes, gate order (i, f, g, o) and values under a seed.
-        proj_size: not supported yet, must be 0.
         backend: "auto", "triton", "torch" or "reference"; see `fusedlstm.engines`. An engine asked for by name
             serves the call or raises.
 
-    Shapes: input [T, B, I], [B, T, I] with `batch_first`, or [T, I]; h_0 and c_0 [L * D, B, H] or [L * D, H], zero
-        if not given; output [T, B, D * H] (or like input); h_n and c_n like h_0 and c_0. L layers, D directions.
+    Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
+        [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
+        c_0. L layers, D directions; P is `proj_size`, or H without one.
 
     Precision: products in the dtype of `input`; on the Triton engine sums, gates and c in float32.
     Memory: the Triton engine keeps T * B * H * D * (4 * itemsize + 4) bytes a layer for the backward.
@@ -64,17 +65,18 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
-        checks.no_projection(proj_size)
         self.backend = checks.backend(backend)
+
+    backend = "auto"  # of a module that was made without our constructor
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
 
     def forward(
         self,
-        input: Tensor,  # [T, B, I], [B, T, I] or [T, I]
-        hx: tuple[Tensor, Tensor] | None = None,  # each [L * D, B, H] or [L * D, H]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        input: Tensor | PackedSequence,  # [T, B, I], [B, T, I] or [T, I], or packed
+        hx: tuple[Tensor, Tensor] | None = None,  # [L * D, B, P] and [L * D, B, H], or [L * D, P] and [L * D, H]
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the stack over a sequence; see the class for shapes.
 
         Raises:
@@ -82,31 +84,53 @@ class LSTM(nn.RNNBase):
         """
         self._update_flat_weights()
         checks.lstm_input(self, input, hx)
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            hx = self._zeros(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
+            output, h_n, c_n = self._run(data, hx, batch_sizes)
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return output, self.permute_hidden((h_n, c_n), unsorted_indices)
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
         if hx is None:
-            rows = self.num_layers * (2 if self.bidirectional else 1)
-            zeros = torch.zeros(rows, input.size(batch_dim), self.hidden_size, dtype=input.dtype, device=input.device)
-            hx = (zeros, zeros)
+            hx = self._zeros(input, input.size(batch_dim))
         elif not batched:
             hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        output, h_n, c_n = functional.lstm(
+        output, h_n, c_n = self._run(input, hx)
+        if not batched:
+            return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+        return output, (h_n, c_n)
+
+    def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """h_0 and c_0 where none are given."""
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        zeros = torch.zeros(rows, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+        return (zeros[..., : self.proj_size] if self.proj_size else zeros), zeros
+
+    def _run(
+        self, input: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return functional.lstm(
             input,
-            hx,
+            (hx[0], hx[1]),
             self._flat_weights,
+            batch_sizes=batch_sizes,
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
+            proj_size=self.proj_size,
             backend=self.backend,
         )
-        if not batched:
-            return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
-        return output, (h_n, c_n)
+
+    # What code for torch.nn.LSTM calls beside forward.
+    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
 
 
 class LSTMCell(nn.RNNCellBase):
@@ -121,6 +145,8 @@ class LSTMCell(nn.RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         self.backend = checks.backend(backend)
+
+    backend = "auto"  # of a module that was made without our constructor
 
     def forward(
         self,

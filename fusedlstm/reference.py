@@ -1,6 +1,8 @@
 r"""The specification: every cell's equations in plain torch, any dtype, forward and written-out backward.
 
-Dimensions: T steps, B batch, I input size, H hidden size, G gates, D directions, S states beside h.
+Dimensions: T steps, B batch, I input size, H hidden size, G gates, D directions, S states beside h, P size of h (H, or
+`proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
+packed (`fusedlstm.packing`); `first_row` [T] is then given, and tells the first row of every step.
 
 A recurrence maps `preact_x` (the input part of the preactivations) and the initial states to all h:
 
@@ -17,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm import cells, packing
 
 State = tuple[Tensor, ...]  # h first, each [B, H]
 Gates = tuple[Tensor, ...]  # each [B, H]
@@ -72,89 +74,114 @@ def steps_of(T: int, direction: int) -> range:
 
 def recurrence_fwd(
     cell: str,
-    preact_x: Tensor,  # [D, T, B, G * H]
-    weight_hh: list[Tensor],  # D times [G * H, H]
-    hx: Tensor,  # [D, B, H]
+    preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
+    weight_hh: list[Tensor],  # D times [G * H, P]
+    hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
+    first_row: Tensor | None = None,  # [T]
+    weight_hr: list[Tensor] | None = None,  # D times [P, H]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All T steps of one layer, both directions; plain autograd can differentiate it.
 
     Returns:
-        output [T, B, D * H], h_n [D, B, H], c_n [S, D, B, H], and for the backward
-        gates [T, B, D * G * H] (after the nonlinearity), c_seq [S, T, B, D * H].
+        output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], and for the backward
+        gates [T, B, D * G * H] (after the nonlinearity), c_seq [S, T, B, D * H]; [R, ...] in place of [T, B, ...].
     """
     num_gates, step = cells.CELLS[cell].num_gates, STEPS[cell].forward
-    D, T = preact_x.shape[:2]
+    D, *leading, _ = preact_x.shape
+    steps = packing.spans(first_row, leading)
+    preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
         state = (hx[d], *cx[:, d])
-        states, gates = [None] * T, [None] * T
-        for t in steps_of(T, d):
-            preact_h = state[0] @ weight_hh[d].t()
-            gates[t], state = step(preact_x[d, t].chunk(num_gates, -1), preact_h.chunk(num_gates, -1), state)
-            states[t] = state
-        output.append(torch.stack([s[0] for s in states]))
+        states, gates = [None] * len(steps), [None] * len(steps)
+        for t in steps_of(len(steps), d):
+            first, n = steps[t]  # sequences 0 to n - 1 have this step; the others have ended, or in reverse not begun
+            now = tuple(s[:n] for s in state)
+            preact_h = now[0] @ weight_hh[d].t()
+            x = preact_x[d, first : first + n]
+            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), now)
+            if weight_hr:
+                now = (now[0] @ weight_hr[d].t(), *now[1:])
+            states[t] = now
+            state = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, state, strict=True))
+        output.append(torch.cat([s[0] for s in states]))
         h_n.append(state[0])
         c_n.append(torch.stack(state[1:]))
-        gates_seq.append(torch.stack([torch.cat(g, -1) for g in gates]))
-        c_seq.append(torch.stack([torch.stack(s[1:]) for s in states], 1))
+        gates_seq.append(torch.cat([torch.cat(g, -1) for g in gates]))
+        c_seq.append(torch.cat([torch.stack(s[1:]) for s in states], 1))
     return (
-        torch.cat(output, -1),
+        torch.cat(output, -1).unflatten(0, leading),
         torch.stack(h_n),
         torch.stack(c_n, 1),
-        torch.cat(gates_seq, -1),
-        torch.cat(c_seq, -1),
+        torch.cat(gates_seq, -1).unflatten(0, leading),
+        torch.cat(c_seq, -1).unflatten(1, leading),
     )
 
 
 def recurrence_bwd(
     cell: str,
-    grad_output: Tensor,  # [T, B, D * H]
+    grad_output: Tensor,  # [T, B, D * H] or packed [R, D * H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
     weight_hh: list[Tensor],  # D times [G * H, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D * H]
-    gates: Tensor,  # [T, B, D * G * H]
-    c_seq: Tensor,  # [S, T, B, D * H]
+    output: Tensor,  # [T, B, D * H] or [R, D * H]
+    gates: Tensor,  # [T, B, D * G * H] or [R, D * G * H]
+    c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
+    first_row: Tensor | None = None,  # [T]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that must be found step by step; those of the weights follow from them as one product each.
 
     Returns:
-        grad_preact [T, B, D * G * H], grad_hx [D, B, H], grad_cx [S, D, B, H].
+        grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H].
     """
     num_gates, step_backward = cells.CELLS[cell].num_gates, STEPS[cell].backward
-    T, D = gates.shape[0], len(weight_hh)
-    output, grad_output, gates, c_seq = (x.unflatten(-1, (D, -1)) for x in (output, grad_output, gates, c_seq))
+    *leading, _ = gates.shape
+    D, steps = len(weight_hh), packing.spans(first_row, leading)
+    output, grad_output, gates = (
+        x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
+    )  # [R, D, features]
+    c_seq = c_seq.reshape(len(cx), -1, D, c_seq.size(-1) // D)
     grad_preact, grad_hx, grad_cx = [], [], []
     for d in range(D):
-        order = steps_of(T, d)
+        order = steps_of(len(steps), d)
         dstate = (grad_h_n[d], *grad_c_n[:, d])
-        dpreacts = [None] * T
-        for step, t in reversed(list(enumerate(order))):
-            state = (output[t, :, d], *c_seq[:, t, :, d])
-            state_prev = (hx[d], *cx[:, d])
-            if step > 0:
-                t_prev = order[step - 1]
-                state_prev = (output[t_prev, :, d], *c_seq[:, t_prev, :, d])
-            dstate = (dstate[0] + grad_output[t, :, d], *dstate[1:])
-            dpreact, dstate = step_backward(gates[t, :, d].chunk(num_gates, -1), state_prev, state, dstate)
+        dpreacts = [None] * len(steps)
+        for k, t in reversed(list(enumerate(order))):
+            first, n = steps[t]
+            rows = slice(first, first + n)
+            state = (output[rows, d], *c_seq[:, rows, d])
+            # The state before: that of the step before where the sequence has it, else the initial one.
+            first_prev, n_prev = steps[order[k - 1]] if k > 0 else (0, 0)
+            n_prev = min(n, n_prev)
+            rows_prev = slice(first_prev, first_prev + n_prev)
+            state_prev = (
+                torch.cat([output[rows_prev, d], hx[d, n_prev:n]]),
+                *torch.cat([c_seq[:, rows_prev, d], cx[:, d, n_prev:n]], 1),
+            )
+            now = tuple(ds[:n] for ds in dstate)
+            now = (now[0] + grad_output[rows, d], *now[1:])
+            dpreact, now = step_backward(gates[rows, d].chunk(num_gates, -1), state_prev, state, now)
             dpreacts[t] = torch.cat(dpreact, -1)
-            dstate = (dstate[0] + dpreacts[t] @ weight_hh[d], *dstate[1:])
-        grad_preact.append(torch.stack(dpreacts))
+            now = (now[0] + dpreacts[t] @ weight_hh[d], *now[1:])
+            dstate = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, dstate, strict=True))
+        grad_preact.append(torch.cat(dpreacts))
         grad_hx.append(dstate[0])
         grad_cx.append(torch.stack(dstate[1:]))
-    return torch.cat(grad_preact, -1), torch.stack(grad_hx), torch.stack(grad_cx, 1)
+    return torch.cat(grad_preact, -1).unflatten(0, leading), torch.stack(grad_hx), torch.stack(grad_cx, 1)
 
 
 def layer(
     cell: str,
-    input: Tensor,  # [T, B, I]
-    hx: Tensor,  # [D, B, H]
+    input: Tensor,  # [T, B, I] or packed [R, I]
+    hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
-    parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh [G*H, H] (, bias_ih, bias_hh [G*H])
+    parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh [G*H, P] (, bias_ih, bias_hh [G*H])
+    first_row: Tensor | None = None,  # [T]
+    weight_hr: list[Tensor] | None = None,  # D times [P, H]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer with its input product; returns output [T, B, D * H], h_n [D, B, H], c_n [S, D, B, H]."""
+    """One layer with its input product; returns output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H]."""
     preact_x = torch.stack([input @ p[0].t() + (sum(p[2:]) if len(p) > 2 else 0) for p in parameters])
-    return recurrence_fwd(cell, preact_x, [p[1] for p in parameters], hx, cx)[:3]
+    return recurrence_fwd(cell, preact_x, [p[1] for p in parameters], hx, cx, first_row, weight_hr)[:3]

@@ -61,31 +61,27 @@ def resident_weight(
 
 @triton.jit
 def _exchanged_tile(
-    x_ptr,  # first row of the batch tile
-    stride_row,
+    p_x,  # [BLOCK_B] pointers to the rows of x
     mask_b,  # [BLOCK_B]
     q,
     K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Chunk q of x: [BLOCK_B, BLOCK_K], or [BLOCK_K, BLOCK_B] if TRANSPOSED."""
-    rows = tl.arange(0, BLOCK_B) * stride_row
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_k = _mask_k(q, K, BLOCK_K, BLOCK_K)
-    chunk_ptr = x_ptr + q * BLOCK_K
+    offs_k = q * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
     # .cg: other programs wrote it, and the first-level cache is not coherent.
     if TRANSPOSED:
         x = tl.load(
-            chunk_ptr + rows[None, :] + offs_k[:, None],
+            p_x[None, :] + offs_k[:, None],
             mask=mask_b[None, :] & mask_k[:, None],
             other=0.0,
             cache_modifier=".cg",
         )
     else:
         x = tl.load(
-            chunk_ptr + rows[:, None] + offs_k[None, :],
+            p_x[:, None] + offs_k[None, :],
             mask=mask_b[:, None] & mask_k[None, :],
             other=0.0,
             cache_modifier=".cg",
@@ -113,8 +109,7 @@ def _zeros(N: tl.constexpr, BLOCK_B: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def exchanged_product(
-    x_ptr,
-    stride_row,
+    p_x,  # [BLOCK_B] pointers to the rows of x
     mask_b,  # [BLOCK_B]
     w,  # tuple of tiles, if RESIDENT
     weight_ptr,
@@ -134,11 +129,11 @@ def exchanged_product(
     acc = _zeros(N, BLOCK_B, TRANSPOSED)
     if RESIDENT:
         for q in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            x = _exchanged_tile(x_ptr, stride_row, mask_b, q, K, BLOCK_B, BLOCK_K, TRANSPOSED)
+            x = _exchanged_tile(p_x, mask_b, q, K, BLOCK_K, TRANSPOSED)
             acc = _dot(x, w[q], acc, TRANSPOSED, PRECISION)
     else:
         for q in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
-            x = _exchanged_tile(x_ptr, stride_row, mask_b, q, K, BLOCK_B, BLOCK_K, TRANSPOSED)
+            x = _exchanged_tile(p_x, mask_b, q, K, BLOCK_K, TRANSPOSED)
             w_q = weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, K, BLOCK_K, BLOCK_K, TRANSPOSED)
             acc = _dot(x, w_q, acc, TRANSPOSED, PRECISION)
     if TRANSPOSED:

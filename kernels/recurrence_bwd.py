@@ -4,7 +4,8 @@ r"""All T steps of one layer, backward through time, for any cell.
     \mathrm{dpreact}_t, \mathrm{dstate}_{t-1} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t,
     \mathrm{dstate}_t), \qquad dh_{t-1} \mathrel{+}= \mathrm{dpreact}_t U
 
-Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D directions.
+Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D directions, R rows; where row (t, b) lies, with
+PACKED and without, is told in `recurrence_fwd`.
 
 A program owns BLOCK_H hidden units for one batch tile and one direction through all steps, and carries the gradients of
 their states in registers. dh of a unit needs the gradients of all preactivations of its batch tile: every program
@@ -17,24 +18,26 @@ import triton.language as tl
 
 from fusedlstm.kernels import barrier
 from fusedlstm.kernels.product import exchanged_product, local_product, resident_weight
-from fusedlstm.kernels.tiles import load_tuple, store_tuple
+from fusedlstm.kernels.tiles import load_tuple, select_tuple, store_tuple
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "rows_grad_output_t", "rows_grad_output_b"])
+@triton.jit(do_not_specialize=["T", "B", "D", "R", "rows_grad_output_t", "rows_grad_output_b"])
 def recurrence_bwd_kernel(
     # inputs
-    grad_output_ptr,  # [T, B, D*H]; read if HAS_GRAD_OUTPUT
+    grad_output_ptr,  # [R, D*H]; read if HAS_GRAD_OUTPUT
     grad_h_n_ptr,  # [D, B, H]
     grad_c_n_ptr,  # [S, D, B, H]
     weight_hh_ptr,  # [G*H, H]  direction 0
     weight_hh_reverse_ptr,  # [G*H, H]  direction 1
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
-    output_ptr,  # [T, B, D*H]  h of every step
-    gates_ptr,  # [T, B, D*G*H]  after the nonlinearity
-    c_seq_ptr,  # [S, T, B, D*H]  float32
+    lengths_ptr,  # [B]  int32, longest first; read if PACKED
+    first_row_ptr,  # [T]  int64; read if PACKED
+    output_ptr,  # [R, D*H]  h of every step
+    gates_ptr,  # [R, D*G*H]  after the nonlinearity
+    c_seq_ptr,  # [S, R, D*H]  float32
     # outputs
-    grad_preact_ptr,  # [T, B, D*G*H]
+    grad_preact_ptr,  # [R, D*G*H]
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
     arrived_ptr,  # [D, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
@@ -42,11 +45,12 @@ def recurrence_bwd_kernel(
     T,
     B,
     D,
+    R,
     H: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     # strides of grad_output, in rows of D*H elements
-    rows_grad_output_t,
+    rows_grad_output_t,  # not used if PACKED
     rows_grad_output_b,
     # cell, tiling and flags
     STEP: tl.constexpr,
@@ -59,6 +63,7 @@ def recurrence_bwd_kernel(
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PACKED: tl.constexpr,
     HAS_GRAD_OUTPUT: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
 ):
@@ -89,38 +94,67 @@ def recurrence_bwd_kernel(
         counter_ptr = arrived_ptr + (pid_d * num_tiles_b + tile_b) * 32
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
-        stride_seq = stride_state * T
+        stride_seq = R.to(tl.int64) * D * H
+        if PACKED:
+            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
+            steps = tl.max(length, 0)
+        else:
+            steps = T
 
-        # Step T - 1 of the forward order; each step hands its previous state on, so that a state is loaded once.
-        t = (T - 1) * (1 - pid_d)
-        row_seq = (t * B + row) * D + pid_d
+        # The last step of the forward order; each step hands its previous state on, so that a state is loaded once.
+        t = (steps - 1) * (1 - pid_d)
+        if PACKED:
+            first_row = tl.load(first_row_ptr + t)
+            mask_t = t < length
+        else:
+            first_row = t * B
+            mask_t = mask_b
+        mask = mask_t[:, None] & mask_h[None, :]
+        row_seq = (first_row + row) * D + pid_d
         state = load_tuple(output_ptr + row_seq * H, offs_seq, mask, 0, 1)
+        mask = mask_b[:, None] & mask_h[None, :]
         dstate = load_tuple(grad_h_n_ptr + row_state * H, offs_state, mask, 0, 1)
         if S > 0:
-            state = state + load_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, S)
+            state = state + load_tuple(c_seq_ptr + row_seq * H, offs_seq, mask_t[:, None] & mask, stride_seq, S)
             dstate = dstate + load_tuple(grad_c_n_ptr + row_state * H, offs_state, mask, stride_state, S)
 
-        for step in range(T):
-            t = T - 1 - step - pid_d * (T - 1 - 2 * step)
+        for step in range(steps):
+            t = steps - 1 - step - pid_d * (steps - 1 - 2 * step)
             t_prev = t - 1 + 2 * pid_d
-            first = step == T - 1  # the first step of the forward order starts from hx and cx
+            # The first step of the forward order starts from hx and cx.
+            if PACKED:
+                mask_t = t < length
+                mask = mask_t[:, None] & mask_h[None, :]
+                first_row = tl.load(first_row_ptr + t)
+                prev_row = tl.load(first_row_ptr + t_prev, mask=(t_prev >= 0) & (t_prev < steps), other=0)
+                begins = tl.where(pid_d == 0, t == 0, t_prev == length)[:, None]  # [BLOCK_B, 1]
+                mask_prev = (begins | (t_prev < length)[:, None]) & mask_b[:, None] & mask_h[None, :]
+            else:
+                first_row = t * B
+                prev_row = t_prev * B
+                begins = step == steps - 1
+                mask_prev = mask
 
-            row_seq = (t * B + row) * D + pid_d
+            row_seq = (first_row + row) * D + pid_d
             gates = load_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, G)
-            row_prev = (t_prev * B + row) * D + pid_d
-            offs_prev = offs_b[:, None] * tl.where(first, H, D * H) + offs_h[None, :]
-            h_ptr = tl.where(first, hx_ptr + row_state * H, output_ptr + row_prev * H)
-            state_prev = load_tuple(h_ptr, offs_prev, mask, 0, 1)
+            row_prev = (prev_row + row) * D + pid_d
+            offs_prev = offs_b[:, None] * tl.where(begins, H, D * H) + offs_h[None, :]
+            h_ptr = tl.where(begins, hx_ptr + row_state * H, output_ptr + row_prev * H)
+            state_prev = load_tuple(h_ptr, offs_prev, mask_prev, 0, 1)
             if S > 0:
-                c_ptr = tl.where(first, cx_ptr + row_state * H, c_seq_ptr + row_prev * H)
-                stride_prev = tl.where(first, stride_state, stride_seq)
-                state_prev = state_prev + load_tuple(c_ptr, offs_prev, mask, stride_prev, S)
+                c_ptr = tl.where(begins, cx_ptr + row_state * H, c_seq_ptr + row_prev * H)
+                stride_prev = tl.where(begins, stride_state, stride_seq)
+                state_prev = state_prev + load_tuple(c_ptr, offs_prev, mask_prev, stride_prev, S)
+            dh = dstate[0]
             if HAS_GRAD_OUTPUT:
-                grad_row = t * rows_grad_output_t + row * rows_grad_output_b
-                dh = load_tuple(grad_output_ptr + grad_row * (D * H) + pid_d * H, offs_grad_output, mask, 0, 1)
-                dstate = (dstate[0] + dh[0],) + dstate[1:]
+                if PACKED:
+                    grad_row = (first_row + row) * rows_grad_output_b
+                else:
+                    grad_row = t * rows_grad_output_t + row * rows_grad_output_b
+                grad_ptr = grad_output_ptr + grad_row * (D * H) + pid_d * H
+                dh = dh + load_tuple(grad_ptr, offs_grad_output, mask, 0, 1)[0]
 
-            dpreact, dstate = STEP(gates, state_prev, state, dstate)
+            dpreact, dprev = STEP(gates, state_prev, state, (dh,) + dstate[1:])
             state = state_prev
 
             dpreact_ptr = grad_preact_ptr + row_seq * GH
@@ -131,9 +165,8 @@ def recurrence_bwd_kernel(
                 barrier.arrive(counter_ptr)
                 barrier.wait(counter_ptr, GROUP * (step + 1), SPIN_LIMIT)
                 dh_recurrent = exchanged_product(
-                    dpreact_ptr,
-                    D * GH,
-                    mask_b,
+                    dpreact_ptr + offs_b * (D * GH),
+                    mask_t,
                     w,
                     weight_ptr,
                     offs_h,
@@ -148,7 +181,12 @@ def recurrence_bwd_kernel(
                     PRECISION,
                     STAGES,
                 )
-            dstate = (dstate[0] + dh_recurrent,) + dstate[1:]
+            dprev = (dprev[0] + dh_recurrent,) + dprev[1:]
+            if PACKED:
+                dstate = select_tuple(mask_t[:, None], dprev, dstate, 1 + S)
+            else:
+                dstate = dprev
 
+        mask = mask_b[:, None] & mask_h[None, :]
         store_tuple(grad_hx_ptr + row_state * H, offs_state, mask, 0, dstate, 0, 1)
         store_tuple(grad_cx_ptr + row_state * H, offs_state, mask, stride_state, dstate, 1, S)

@@ -4,12 +4,14 @@ r"""All T steps of one layer, forward, for any cell.
     \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
     \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
 
-Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D directions.
+Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D directions, R rows: a row is one step of one
+sequence. Row (t, b) is t * B + b; if PACKED, sequences have lengths of their own, longest first, and row (t, b) is
+first_row[t] + b for the b that are that long: the layout of `torch.nn.utils.rnn.PackedSequence`.
 
 A program owns BLOCK_H hidden units, with all their gates, for one batch tile and one direction, through all steps; its
 states never leave its registers. The GROUP programs of one batch tile and direction need each other's h: every program
 writes its part of h_t into `output`, arrives, and reads the whole of it after the wait. A group of one that is
-LOCAL keeps h in registers. Direction 1 runs from the last step to the first.
+LOCAL keeps h in registers. Direction 1 runs from the last step to the first, in each sequence from its own last.
 """
 
 import triton
@@ -17,34 +19,37 @@ import triton.language as tl
 
 from fusedlstm.kernels import barrier
 from fusedlstm.kernels.product import exchanged_product, local_product, resident_weight
-from fusedlstm.kernels.tiles import load_tuple, split_gates, store_tuple
+from fusedlstm.kernels.tiles import load_tuple, select_tuple, split_gates, store_tuple
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "rows_preact_d", "rows_preact_t", "rows_preact_b"])
+@triton.jit(do_not_specialize=["T", "B", "D", "R", "rows_preact_d", "rows_preact_t", "rows_preact_b"])
 def recurrence_fwd_kernel(
     # inputs
-    preact_x_ptr,  # [D, T, B, G*H]  x_t @ weight_ih^T + biases
+    preact_x_ptr,  # [D, R, G*H]  x_t @ weight_ih^T + biases
     weight_hh_ptr,  # [G*H, H]  direction 0
     weight_hh_reverse_ptr,  # [G*H, H]  direction 1
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
+    lengths_ptr,  # [B]  int32, longest first; read if PACKED
+    first_row_ptr,  # [T]  int64; read if PACKED
     # outputs
-    output_ptr,  # [T, B, D*H]  h of every step
+    output_ptr,  # [R, D*H]  h of every step
     h_n_ptr,  # [D, B, H]
     c_n_ptr,  # [S, D, B, H]
-    gates_ptr,  # [T, B, D*G*H]  after the nonlinearity; written if SAVE
-    c_seq_ptr,  # [S, T, B, D*H]  float32; written if SAVE
+    gates_ptr,  # [R, D*G*H]  after the nonlinearity; written if SAVE
+    c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE
     arrived_ptr,  # [D, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
     # sizes
     T,
     B,
     D,
+    R,
     H: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     # strides of preact_x, in rows of G*H elements
     rows_preact_d,
-    rows_preact_t,
+    rows_preact_t,  # not used if PACKED
     rows_preact_b,
     # cell, tiling and flags
     STEP: tl.constexpr,
@@ -57,6 +62,7 @@ def recurrence_fwd_kernel(
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PACKED: tl.constexpr,
     SAVE: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
 ):
@@ -94,27 +100,41 @@ def recurrence_fwd_kernel(
         counter_ptr = arrived_ptr + (pid_d * num_tiles_b + tile_b) * 32
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
-        stride_seq = stride_state * T
+        stride_seq = R.to(tl.int64) * D * H
+        if PACKED:
+            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
+            steps = tl.max(length, 0)
+        else:
+            steps = T
 
         state = load_tuple(hx_ptr + row_state * H, offs_state, mask, 0, 1)
         if S > 0:
             state = state + load_tuple(cx_ptr + row_state * H, offs_state, mask, stride_state, S)
-        h_ptr = hx_ptr + row_state * H
-        stride_h = H
+        p_hx = hx_ptr + row_state * H + offs_b * H  # [BLOCK_B]
+        p_h = p_hx  # rows of h of the previous step
 
-        for step in range(T):
-            t = step + pid_d * (T - 1 - 2 * step)
+        for step in range(steps):
+            t = step + pid_d * (steps - 1 - 2 * step)
+            if PACKED:
+                first_row = tl.load(first_row_ptr + t)
+                mask_t = t < length  # rows that are that long
+                mask = mask_t[:, None] & mask_h[None, :]
+                # A sequence begins at step 0, and in reverse at its own last step.
+                p_h = tl.where(tl.where(pid_d == 0, t == 0, t + 1 == length), p_hx, p_h)
+                preact_row = pid_d * rows_preact_d + (first_row + row) * rows_preact_b
+            else:
+                first_row = t * B
+                mask_t = mask_b
+                preact_row = pid_d * rows_preact_d + t * rows_preact_t + row * rows_preact_b
 
-            preact_row = pid_d * rows_preact_d + t * rows_preact_t + row * rows_preact_b
             preact_x = load_tuple(preact_x_ptr + preact_row * GH, offs_preact, mask, H, G)
             if LOCAL:
                 acc = local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
             else:
                 barrier.wait(counter_ptr, GROUP * step, SPIN_LIMIT)
                 acc = exchanged_product(
-                    h_ptr,
-                    stride_h,
-                    mask_b,
+                    p_h,
+                    mask_t,
                     w,
                     weight_ptr,
                     offs_n,
@@ -131,11 +151,15 @@ def recurrence_fwd_kernel(
                 )
             preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
 
-            gates, state = STEP(preact_x, preact_h, state)
+            if PACKED:
+                gates, stepped = STEP(preact_x, preact_h, state)
+                state = select_tuple(mask_t[:, None], stepped, state, 1 + S)
+            else:
+                gates, state = STEP(preact_x, preact_h, state)
 
-            row_seq = (t * B + row) * D + pid_d
+            row_seq = (first_row + row) * D + pid_d
             h_ptr = output_ptr + row_seq * H
-            stride_h = D * H
+            p_h = h_ptr + offs_b * (D * H)
             store_tuple(h_ptr, offs_seq, mask, 0, state, 0, 1)
             if not LOCAL:
                 barrier.arrive(counter_ptr)
@@ -143,5 +167,6 @@ def recurrence_fwd_kernel(
                 store_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, gates, 0, G)
                 store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, state, 1, S)
 
+        mask = mask_b[:, None] & mask_h[None, :]
         store_tuple(h_n_ptr + row_state * H, offs_state, mask, 0, state, 0, 1)
         store_tuple(c_n_ptr + row_state * H, offs_state, mask, stride_state, state, 1, S)

@@ -35,6 +35,20 @@ def store_tuple(
 
 
 @triton.jit
+def select_tuple(
+    condition,  # [BLOCK_B, 1]
+    yes,
+    no,
+    COUNT: tl.constexpr,
+):
+    """Tile by tile, rows of `yes` where the condition holds and of `no` where not."""
+    tiles = (tl.where(condition, yes[0], no[0]),)
+    for k in tl.static_range(1, COUNT):
+        tiles = tiles + (tl.where(condition, yes[k], no[k]),)
+    return tiles
+
+
+@triton.jit
 def split_gates(
     acc,  # [BLOCK_B, GATES_PADDED * BLOCK_H], gate-major: column = gate * BLOCK_H + unit
     BLOCK_B: tl.constexpr,

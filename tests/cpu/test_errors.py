@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import fusedlstm
 from fusedlstm import engines
@@ -62,11 +62,20 @@ FORWARD = {
     "h layers": (X, (torch.zeros(2, 2, 4), H)),
     "unbatched h features": (X[:, 0], (torch.zeros(1, 5), torch.zeros(1, 4))),
 }
+PROJECTED = {
+    "h not projected": (X, (H, H)),
+    "c projected": (X, (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))),
+}
 
 
 @pytest.mark.parametrize("arguments", FORWARD.values(), ids=FORWARD.keys())
 def test_forward_errors_are_torchs(arguments):
     both_raise(lambda module: module.LSTM(3, 4)(*arguments))
+
+
+@pytest.mark.parametrize("arguments", PROJECTED.values(), ids=PROJECTED.keys())
+def test_projected_state_errors_are_torchs(arguments):
+    both_raise(lambda module: module.LSTM(3, 4, proj_size=2)(*arguments))
 
 
 def test_three_states():
@@ -98,7 +107,46 @@ GAPS = {
     "hx of None": ((X, (None, None)), TypeError, "hx[0]: expected a Tensor, got NoneType"),
     "hx device": ((X, (H.to("meta"), H)), RuntimeError, "found input tensor at cpu and hx[0] at meta"),
     "input device": ((X.to("meta"),), RuntimeError, "found input tensor at meta and parameter tensor at cpu"),
-    "packed": ((pack_sequence([X[:, 0]]),), NotImplementedError, "PackedSequence is not supported yet"),
+    "packed input size": (
+        (pack_sequence([torch.zeros(5, 7)]),),
+        RuntimeError,
+        "input.size(-1) must be equal to input_size. Expected 3, got 7",
+    ),
+    "packed dtype": (
+        (pack_sequence([X[:, 0].double()]),),
+        ValueError,
+        "RNN input dtype (torch.float64) does not match weight dtype (torch.float32)",
+    ),
+    "packed h batch": (
+        (pack_sequence([X[:, 0]]), (H, H)),
+        RuntimeError,
+        "Expected hidden[0] size (1, 1, 4), got [1, 2, 4]",
+    ),
+    "packed c batch": (
+        (pack_sequence([X[:, 0]]), (H[:, :1], H)),
+        RuntimeError,
+        "Expected hidden[1] size (1, 1, 4), got [1, 2, 4]",
+    ),
+    "packed hx 2D": (
+        (pack_sequence([X[:, 0]]), (H[0, :1], H[0, :1])),
+        RuntimeError,
+        "hx and cx should also be 3-D but got (2-D, 2-D) tensors",
+    ),
+    "packed hx dtype": (
+        (pack_sequence([X[:, 0]]), (H[:, :1].double(), H[:, :1])),
+        ValueError,
+        "hx[0]: expected the dtype of input (torch.float32), got torch.float64",
+    ),
+    "a length beyond the input": (
+        (pack_padded_sequence(torch.zeros(5, 3, 3), [6, 3, 1]),),
+        ValueError,
+        "expected as many rows of data as batch_sizes say (10), got 9; was a length given",
+    ),
+    "packed data 3D": (
+        (PackedSequence(torch.zeros(5, 1, 3), torch.ones(5, dtype=torch.int64)),),
+        ValueError,
+        "input.data: expected 2D, [sum of lengths, input_size], got 3D",
+    ),
 }
 
 
@@ -106,11 +154,6 @@ GAPS = {
 def test_clear_errors_where_torch_has_none(arguments, kind, text):
     with pytest.raises(kind, match=re.escape(text)):
         fusedlstm.LSTM(3, 4)(*arguments)
-
-
-def test_projections_say_so():
-    with pytest.raises(NotImplementedError, match="proj_size: .* got 2"):
-        fusedlstm.LSTM(3, 4, proj_size=2)
 
 
 def test_dropout_warning_is_torchs():

@@ -92,14 +92,14 @@ def test_saved_tensors_mean_what_they_say():
 
 
 def test_custom_ops_without_a_gpu():
-    """On CPU tensors that nothing interprets, the ops compute the specification, and gradcheck holds through them."""
+    """The ops as a loop of torch operations: gradcheck holds through them, twice."""
     from fusedlstm.recurrence import RecurrenceFunction
 
     (input, hx, cx), parameters = random_layer(2)
     flat = [p for direction in parameters for p in direction]
 
     def run(*tensors):
-        return RecurrenceFunction.apply("lstm", 2, *tensors)[:3]
+        return RecurrenceFunction.apply("lstm", "torch", 2, None, None, *tensors[:3], None, *tensors[3:])[:3]
 
     assert torch.autograd.gradcheck(run, (input[:2].detach().requires_grad_(), hx, cx, *flat))
     assert torch.autograd.gradgradcheck(run, (input[:2, :1].detach().requires_grad_(), hx[:, :1], cx[:, :, :1], *flat))
@@ -114,7 +114,7 @@ def test_custom_ops_pass_opcheck():
     hx, cx = torch.randn(2, B, H, generator=generator), torch.randn(1, 2, B, H, generator=generator)
     checks = ("test_schema", "test_faketensor")
     for save in (True, False):
-        torch.library.opcheck(recurrence.recurrence_fwd, ("lstm", preact_x, weight_hh, hx, cx, save), test_utils=checks)
-    output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, True)
-    arguments = ("lstm", output, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq)
+        torch.library.opcheck(recurrence.recurrence_fwd, ("lstm", "torch", preact_x, weight_hh, hx, cx, None, None, save), test_utils=checks)
+    output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd("lstm", "torch", preact_x, weight_hh, hx, cx, None, None, True)
+    arguments = ("lstm", "torch", output, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, None, None)
     torch.library.opcheck(recurrence.recurrence_bwd, arguments, test_utils=checks)

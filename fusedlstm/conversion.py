@@ -1,0 +1,231 @@
+"""Ours in place of torch's, in models that are built already and in code that builds them; and back again."""
+
+import contextlib
+import functools
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fusedlstm import checks
+from fusedlstm.modules import LSTM, LSTMCell
+
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+
+
+class PatchedLSTM(LSTM, nn.LSTM):
+    """What `torch.nn.LSTM(...)` builds under :func:`patch_torch`: ours, and an instance of `torch.nn.LSTM` as well."""
+
+
+class PatchedLSTMCell(LSTMCell, nn.LSTMCell):
+    """As :class:`PatchedLSTM`, for `torch.nn.LSTMCell`."""
+
+
+PATCHED = {cls.__bases__[1]: cls for cls in (PatchedLSTM, PatchedLSTMCell)}
+
+_TO_OURS = CLASSES | {patched: CLASSES[stock] for stock, patched in PATCHED.items()}
+_TO_STOCK = {cls: stock for table in (CLASSES, PATCHED) for stock, cls in table.items()}
+_RECURRENT = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`convert` or :func:`restore` did, by the names of `model.named_modules()`; "" is the model itself.
+
+    Attributes:
+        replaced: name -> the class before and the class after.
+        kept: name -> why this recurrent module is what it was. Modules that are not recurrent are not mentioned.
+    """
+
+    replaced: dict[str, str]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{name or '(model)'}: {change}" for name, change in self.replaced.items()]
+        lines += [f"{name or '(model)'}: kept, {why}" for name, why in self.kept.items()]
+        return "\n".join(lines) or "nothing to replace"
+
+
+def convert(model: nn.Module, *, backend: str = "auto") -> Report:
+    """Make every `torch.nn.LSTM` and `torch.nn.LSTMCell` in `model` one of ours. Changes `model` in place.
+
+    Only the class of a module changes and `backend` is added. The object stays, and with it parameters, buffers, hooks,
+    pruning, weight norm, and what optimizers and other modules hold. `isinstance(module, torch.nn.LSTM)` then no
+    longer holds; under :func:`patch_torch` it does.
+
+    Example::
+
+        print(fusedlstm.convert(model))  # encoder.lstm: torch.nn.LSTM -> fusedlstm.LSTM
+
+    Args:
+        model: the model, or a `torch.nn.LSTM` itself. Wrappers (DataParallel, DDP, FSDP, `torch.compile`) are walked
+            into. A module with several names is reported under the first.
+        backend: of every module replaced; see `fusedlstm.engines`.
+
+    Returns:
+        What was replaced, and for every other recurrent module why it was not: a subclass, a GRU, quantized, scripted.
+
+    A model that ran compiled keeps giving right results, but Dynamo does not look again at a function it gave up at
+    `torch.nn.LSTM`: convert before the first call, or call `torch.compiler.reset()` afterwards.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `backend` is none.
+    """
+    checks.backend(backend)
+    modules = _named_modules(model)
+    replaced, kept, compiled = {}, {}, []
+    for name, module in modules.items():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            compiled.append(name)
+        before = parametrize.type_before_parametrizations(module)
+        if before not in _TO_OURS:
+            why = _why_not_ours(module, before)
+        else:
+            why = _why_untouched(module)
+        if why is not None:
+            kept[name] = why
+        elif before in _TO_OURS:
+            replaced[name] = _assign_class(module, _TO_OURS[before])
+            module.backend = backend
+            if any(_inside(name, wrapper) for wrapper in compiled):
+                replaced[name] += "; if it ran compiled before, torch.compiler.reset() lets Dynamo look again"
+    return Report(replaced, kept)
+
+
+def restore(model: nn.Module) -> Report:
+    """Make every LSTM and LSTMCell of ours in `model` one of `torch.nn` again. Changes `model` in place.
+
+    The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
+    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` is lost. A model that
+    was moved in between wants `flatten_parameters()` before it runs on cuDNN, as after any change of the weights' memory.
+
+    Returns:
+        What was replaced; kept are the subclasses of ours.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    replaced, kept = {}, {}
+    for name, module in _named_modules(model).items():
+        before = parametrize.type_before_parametrizations(module)
+        if before not in _TO_STOCK:
+            if isinstance(module, tuple(CLASSES.values())):
+                kept[name] = f"a subclass, {before.__name__}, with code of its own"
+        elif (why := _why_untouched(module)) is not None:
+            kept[name] = why
+        else:
+            replaced[name] = _assign_class(module, _TO_STOCK[before])
+            vars(module).pop("backend", None)
+    return Report(replaced, kept)
+
+
+@contextlib.contextmanager
+def patch_torch(*, backend: str = "auto"):
+    """Inside, `torch.nn.LSTM(...)` and `torch.nn.LSTMCell(...)` build ours, however their names were imported.
+
+    For third-party code that builds its own layers. What it builds is an instance of `torch.nn.LSTM` and of
+    `fusedlstm.LSTM`. Subclasses of `torch.nn.LSTM`, copies and loaded files stay what they are. For the whole process,
+    every thread included; also a decorator. When the last one is left, `torch.nn` is what it was.
+
+    Dynamo breaks the graph at instances of `torch.nn.LSTM`, and so at these. :func:`convert` makes them plain
+    `fusedlstm.LSTM`, at which it does not.
+
+    Example::
+
+        with fusedlstm.patch_torch():
+            model = third_party.Model()
+
+    Args:
+        backend: of the modules built inside; nested, the one entered last counts.
+
+    Raises:
+        ValueError: `backend` is none.
+    """
+    checks.backend(backend)
+    entry = object()
+    with _lock:
+        if not _entered:
+            for stock in PATCHED:
+                _constructors[stock] = stock.__init__
+                stock.__init__ = _constructor(stock)
+        _entered[entry] = backend
+    try:
+        yield
+    finally:
+        with _lock:
+            del _entered[entry]
+            if not _entered:
+                for stock, constructor in _constructors.items():
+                    stock.__init__ = constructor
+
+
+_lock = threading.Lock()
+_entered: dict[object, str] = {}  # by entry and not a stack: threads leave in any order
+_constructors = {}  # torch's
+
+
+def _constructor(stock: type[nn.Module]):
+    # __init__ and not __new__: a class from which __new__ was deleted no longer takes arguments (CPython 3.11), and
+    # copies and loaded files pass through __new__ as well.
+    constructor = stock.__init__
+
+    @functools.wraps(constructor)
+    def __init__(self, *args, **kwargs) -> None:
+        if type(self) is not stock:
+            constructor(self, *args, **kwargs)
+            return
+        with _lock:
+            backend = next(reversed(_entered.values()), "auto")
+        self.__class__ = PATCHED[stock]
+        self.__init__(*args, backend=backend, **kwargs)
+
+    return __init__
+
+
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return dict(model.named_modules())
+
+
+def _inside(name: str, wrapper: str) -> bool:
+    return wrapper == "" or name == wrapper or name.startswith(wrapper + ".")
+
+
+def _assign_class(module: nn.Module, target: type[nn.Module]) -> str:
+    """Make `module` a `target`; returns both names."""
+    change = f"{_class_name(parametrize.type_before_parametrizations(module))} -> {_class_name(target)}"
+    if parametrize.is_parametrized(module):
+        # As parametrize makes it: a class of its own with a property a parameter, under the class it goes back to.
+        target = type(f"Parametrized{target.__name__}", (target,), dict(vars(type(module))))
+    module.__class__ = target
+    return change
+
+
+def _class_name(cls: type) -> str:
+    module = {"torch.nn.modules.rnn": "torch.nn", "fusedlstm.modules": "fusedlstm"}.get(cls.__module__, cls.__module__)
+    return f"{module}.{cls.__qualname__}"
+
+
+def _why_untouched(module: nn.Module) -> str | None:
+    # Libraries that offload or trace put a function bound to the old class there.
+    return "its forward was replaced on the object" if "forward" in vars(module) else None
+
+
+def _why_not_ours(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """Why a module of a class that is not in the table stays, or None if it is not recurrent."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a ScriptModule: convert before scripting" if module.original_name in _RECURRENT else None
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.ao.nn.") and base.__name__ in _RECURRENT:
+            return f"{_class_name(base)}: quantized, or prepared for it"
+    if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return None
+    if isinstance(module, tuple(CLASSES.values())):
+        return "already fusedlstm"
+    if cls.__module__ == nn.RNNBase.__module__:
+        return f"{_class_name(cls)} has no counterpart here"
+    return f"a subclass, {cls.__name__}, with code of its own"

@@ -1,0 +1,159 @@
+"""A recurrence as a loop of torch operations, with the backward written out: for a CPU, where no kernel runs.
+
+Serves what ATen serves badly there: packed sequences of different lengths. What makes it fast is that nothing is done at a
+step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in place,
+on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation each; and
+the gradients of the weights are one product outside. Equations as in `fusedlstm.reference`; names and layouts as there.
+"""
+
+import torch
+from torch import Tensor
+
+from fusedlstm import cells
+from fusedlstm.packing import spans
+from fusedlstm.reference import steps_of
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def recurrence_fwd(
+    cell: str,
+    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
+    weight_hh: list[Tensor],  # D times [G*H, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    first_row: Tensor | None,  # [T]
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All steps forward; returns what `recurrence.recurrence_fwd` does."""
+    assert cell == cells.LSTM.name
+    D, *leading, GH = preact_x.shape
+    H = hx.size(-1)
+    steps = spans(first_row, leading)
+    R = sum(n for _, n in steps)
+    output, c_seq = preact_x.new_empty(R, D, H), preact_x.new_empty(R, D, H)
+    gates = preact_x.new_empty(R, D, GH)
+    h_n, c_n = hx.clone(), cx[0].clone()  # rows beyond a step's keep what they have
+    for d in range(D):
+        _lstm_fwd(preact_x[d].reshape(R, GH), weight_hh[d], h_n[d], c_n[d], steps, d, output, gates, c_seq)
+    return (
+        output.view(*leading, D * H),
+        h_n,
+        c_n.unsqueeze(0),
+        gates.view(*leading, D * GH) if save else gates.new_empty(0),
+        c_seq.view(1, *leading, D * H) if save else c_seq.new_empty(0),
+    )
+
+
+def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> None:
+    """One direction: fills its part of output, gates and c_seq; h_n and c_n [B, H] come with hx and cx."""
+    sizes = [n for _, n in steps]
+    H = h_n.size(-1)
+    output, gates, c_seq = output[:, d], gates[:, d], c_seq[:, d]
+    i, f, g, o = (x.split(sizes) for x in gates.chunk(4, -1))
+    i_and_f = gates[:, : 2 * H].split(sizes)
+    preact_x, gates, c_seq, output = (x.split(sizes) for x in (preact_x, gates, c_seq, output))
+    weight_t = weight_hh.t()
+    scratch = torch.empty_like(h_n)
+    h, c, before = h_n, c_n, len(h_n)
+    for t in steps_of(len(steps), d):
+        n = sizes[t]
+        if n < before:  # some ended
+            h_n[n:before], c_n[n:before] = h[n:], c[n:]
+            h, c = h[:n], c[:n]
+        elif n > before:  # in reverse some begin
+            h, c = torch.cat([h, h_n[before:n]]), torch.cat([c, c_n[before:n]])
+        torch.addmm(preact_x[t], h, weight_t, out=gates[t])
+        i_and_f[t].sigmoid_()
+        g[t].tanh_()
+        o[t].sigmoid_()
+        c = torch.mul(f[t], c, out=c_seq[t]).addcmul_(i[t], g[t])
+        h = torch.mul(torch.tanh(c, out=scratch[:n]), o[t], out=output[t])
+        before = n
+    h_n[:before], c_n[:before] = h, c
+
+
+def recurrence_bwd(
+    cell: str,
+    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
+    grad_h_n: Tensor,  # [D, B, H]
+    grad_c_n: Tensor,  # [S, D, B, H]
+    weight_hh: list[Tensor],  # D times [G*H, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
+    c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
+    first_row: Tensor | None,  # [T]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All steps backward; returns what `recurrence.recurrence_bwd` does."""
+    assert cell == cells.LSTM.name
+    *leading, _ = output.shape
+    D, _, H = hx.shape
+    steps = spans(first_row, leading)
+    R = sum(n for _, n in steps)
+    grad_preact = gates.new_empty(R, D, gates.size(-1) // D)
+    grad_hx, grad_cx = torch.zeros_like(hx), grad_c_n.clone()
+    dh = gates.new_zeros(R, D, H) if grad_output is None else grad_output.reshape(R, D, H).clone()
+    gates, c_seq = gates.view(R, D, -1), c_seq.view(R, D, H)
+    for d in range(D):
+        _lstm_bwd(
+            gates[:, d], c_seq[:, d], cx[0, d], weight_hh[d], grad_h_n[d], steps, d,
+            dh[:, d], grad_preact[:, d], grad_hx[d], grad_cx[0, d],
+        )  # fmt: skip
+    return grad_preact.view(*leading, -1), grad_hx, grad_cx
+
+
+def _lstm_bwd(gates, c_seq, cx, weight_hh, grad_h_n, steps, d, dh, dpreact, grad_hx, grad_cx) -> None:
+    """One direction: fills dpreact [R, 4H] and grad_hx [B, H]; dh [R, H] and grad_cx [B, H] come with gradients."""
+    sizes = [n for _, n in steps]
+    H = cx.size(-1)
+    i, f, g, o = gates.chunk(4, -1)
+    tanh_c = torch.tanh(c_seq)
+
+    # h = o tanh(c), so dc grows by dh times
+    dc_of_dh = tanh_c.square().neg_().add_(1).mul_(o)
+    # and each preactivation's gradient is dc (of i, f, g) or dh (of o) times
+    di, df, dg, do = dpreact.chunk(4, -1)
+    torch.mul(g, i, out=di).addcmul_(di, i, value=-1)
+    c_before = _states_before(c_seq, cx, steps, d)
+    torch.mul(c_before, f, out=df).addcmul_(df, f, value=-1)
+    torch.mul(g, g, out=dg)
+    torch.addcmul(i, i, dg, value=-1, out=dg)
+    torch.mul(tanh_c, o, out=do).addcmul_(do, o, value=-1)
+
+    # A final h is the output of a last step.
+    ends = [0] * len(cx)
+    for first, n in steps if d == 0 else steps[:1]:
+        ends[:n] = range(first, first + n)
+    dh.index_add_(0, torch.tensor(ends), grad_h_n)
+
+    difg = dpreact[:, : 3 * H].unflatten(1, (3, H)).split(sizes)
+    dh, do, dpreact, dc_of_dh, f = (x.split(sizes) for x in (dh, do, dpreact, dc_of_dh, f))
+    order = list(steps_of(len(steps), d))
+    for k in range(len(order) - 1, -1, -1):
+        t, n = order[k], sizes[order[k]]
+        dc = grad_cx[:n]
+        dc.addcmul_(dh[t], dc_of_dh[t])
+        difg[t].mul_(dc.unsqueeze(1))
+        do[t].mul_(dh[t])
+        dc.mul_(f[t])
+        # The gradient of h goes to the step before, or to hx for those that begin here.
+        n_prev = min(n, sizes[order[k - 1]]) if k > 0 else 0
+        if n_prev:
+            dh[order[k - 1]][:n_prev].addmm_(dpreact[t][:n_prev], weight_hh)
+        if n_prev < n:
+            grad_hx[n_prev:n].addmm_(dpreact[t][n_prev:], weight_hh)
+
+
+def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int) -> Tensor:
+    """The state that entered every row, [R, H]: that of the step before, or `initial` [B, H] where a sequence begins."""
+    pieces: list[Tensor] = [None] * len(steps)
+    first_prev, n_prev = 0, 0
+    for t in steps_of(len(steps), d):
+        first, n = steps[t]
+        pieces[t] = seq[first_prev : first_prev + min(n, n_prev)]
+        if n > n_prev:
+            pieces[t] = torch.cat([pieces[t], initial[n_prev:n]])
+        first_prev, n_prev = first, n
+    return torch.cat(pieces)
