@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedlstm import cells
+from fusedlstm.packing import Packing
 from fusedlstm.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -73,8 +74,13 @@ def tiled(
     )
 
 
-def recurrence_inputs(T: int, B: int, H: int, D: int, dtype: torch.dtype, device="cpu", cell="lstm", seed=0) -> dict:
-    """preact_x, weight_hh, hx and cx of a recurrence; the values are rounded to `dtype`."""
+def recurrence_inputs(
+    T: int, B: int, H: int, D: int, dtype: torch.dtype, device="cpu", cell="lstm", seed=0, lengths=None
+) -> dict:
+    """preact_x, weight_hh, hx and cx of a recurrence; the values are rounded to `dtype`.
+
+    With `lengths`, descending, T and B follow from them, preact_x is packed, and the tables of the packing come along.
+    """
     spec = cells.CELLS[cell]
     G, S = spec.num_gates, spec.num_cell_states
     generator = torch.Generator().manual_seed(seed)
@@ -82,18 +88,29 @@ def recurrence_inputs(T: int, B: int, H: int, D: int, dtype: torch.dtype, device
     def randn(*shape, scale=1.0):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
 
+    tables = {}
+    if lengths:
+        T, B = lengths[0], len(lengths)
+        batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)])
+        tables = Packing.of(batch_sizes, B, torch.device(device))._asdict()
     return {
-        "preact_x": randn(D, T, B, G * H),
+        "preact_x": randn(D, sum(lengths), G * H) if lengths else randn(D, T, B, G * H),
         "weight_hh": [randn(G * H, H, scale=H**-0.5) for _ in range(D)],
         "hx": randn(D, B, H),
         "cx": randn(S, D, B, H),
+        **tables,
     }
 
 
+def spec_inputs(inputs: dict, dtype: torch.dtype) -> dict:
+    """What the specification takes of a kernel's inputs, in `dtype` on the CPU: it needs no lengths."""
+    return {k: v for k, v in cast(inputs, dtype).items() if k != "lengths"}
+
+
 def cast(tree, dtype: torch.dtype, device="cpu"):
-    """Tensors of a dict or list in another dtype."""
+    """Tensors of a dict or list in another dtype; integers keep theirs."""
     if isinstance(tree, Tensor):
-        return tree.detach().to(device=device, dtype=dtype)
+        return tree.detach().to(device=device, dtype=dtype if tree.is_floating_point() else tree.dtype)
     if isinstance(tree, dict):
         return {k: cast(v, dtype, device) for k, v in tree.items()}
     return type(tree)(cast(v, dtype, device) for v in tree)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusedlstm import launch, reference
 from fusedlstm.kernels import barrier
-from support import assert_accurate, cast, recurrence_inputs, tiled
+from support import assert_accurate, cast, recurrence_inputs, spec_inputs, tiled
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
 
@@ -27,14 +27,14 @@ def run_both(inputs):
     options = {"directions": D, "precision": "ieee"}
     fwd, bwd = (tiled(pass_, B, H, "fp32", block_k=64, **options) for pass_ in ("fwd", "bwd"))
     ours = launch.recurrence_fwd("lstm", **inputs, save=True, plan=fwd)
-    exact_inputs = cast(inputs, torch.float64)
+    exact_inputs = spec_inputs(inputs, torch.float64)
     exact = reference.recurrence_fwd("lstm", **exact_inputs)
     generator = torch.Generator().manual_seed(2)
     grads = [torch.randn(x.shape, generator=generator).to(x.device) for x in ours[:3]]
-    states = {k: inputs[k] for k in ("weight_hh", "hx", "cx")}
+    states = {k: v for k, v in inputs.items() if k != "preact_x"}
     saved = dict(zip(("output", "gates", "c_seq"), (ours[0], *ours[3:]), strict=True))
     ours_bwd = launch.recurrence_bwd("lstm", *_shared(grads), **states, **_shared(saved), plan=bwd)
-    exact_states = {k: exact_inputs[k] for k in states}
+    exact_states = {k: v for k, v in exact_inputs.items() if k != "preact_x"}
     exact_saved = dict(zip(saved, (exact[0], *exact[3:]), strict=True))
     exact_bwd = reference.recurrence_bwd("lstm", *cast(grads, torch.float64), **exact_states, **exact_saved)
     return list(zip([*ours, *ours_bwd], [*exact, *exact_bwd], strict=True))
@@ -70,6 +70,19 @@ def test_groups_under_seeded_schedules(seed):
 
     with interpreter.side_by_side(seed, yield_on_memory=True):
         assert_right(run_both(inputs()))
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_that_end_at_different_steps(seed):
+    """Packed: the first batch tile has four steps, the second two, and both directions begin and end apart."""
+    from fusedlstm import interpreter
+
+    lengths = [4] * 3 + [3] * 10 + [2] * 5 + [1] * 2
+    assert len(lengths) == B
+    packed = _shared(recurrence_inputs(0, 0, H, D, torch.float32, lengths=lengths))
+    with interpreter.side_by_side(seed, yield_on_memory=True):
+        assert_right(run_both(packed))
 
 
 @contextlib.contextmanager

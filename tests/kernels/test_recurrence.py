@@ -6,6 +6,7 @@ Each case forces the tiles, so that the group, its weights and the form of its d
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import launch
@@ -42,12 +43,13 @@ def check(device, dtype, T, B, I, H, transform=lambda x: x, **options):
     ours.load_state_dict(stock.state_dict())
     exact = nn.LSTM(I, H, **options).double()
     exact.load_state_dict({k: v.double() for k, v in stock.state_dict().items()})
-    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    directions = 2 if options.get("bidirectional") else 1
+    rows, P = options.get("num_layers", 1) * directions, options.get("proj_size") or H
     lead = (B, T) if options.get("batch_first") else (T, B)
     input = torch.randn(*lead, I).to(dtype)
-    hx, cx = torch.randn(rows, B, H).to(dtype), torch.randn(rows, B, H).to(dtype)
-    width = H * (2 if options.get("bidirectional") else 1)
-    grads = [torch.randn(*lead, width).to(dtype), torch.randn(rows, B, H).to(dtype), torch.randn(rows, B, H).to(dtype)]
+    hx, cx = torch.randn(rows, B, P).to(dtype), torch.randn(rows, B, H).to(dtype)
+    grads = [torch.randn(*lead, directions * P), torch.randn(rows, B, P), torch.randn(rows, B, H)]
+    grads = [g.to(dtype) for g in grads]
     result = run(ours.to(device), *(x.to(device) for x in (input, hx, cx)), grads, transform)
     result_torch = run(stock, input, hx, cx, grads, lambda x: x)
     result_exact = run(exact, input.double(), hx.double(), cx.double(), grads, lambda x: x)
@@ -84,6 +86,55 @@ OPTIONS = {
 def test_options(device, options):
     """With the plan's own tiles."""
     check(device, torch.float32, T=3, B=3, I=5, H=7, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+def test_projection(device, dtype, options):
+    """The recurrence runs over o tanh(c), with weight_hh weight_hr; h_0 enters by the first preactivation."""
+    check(device, DTYPES[dtype], T=4, B=3, I=5, H=20, proj_size=7, **options)
+
+
+PACKED = {
+    "sorted": ([5, 3, 3, 1], True, {}),
+    "equal": ([4, 4, 4], True, {"bidirectional": True}),
+    "unsorted": ([2, 5, 1, 3], False, {}),
+    "two bidirectional layers": ([2, 5, 1, 3], False, {"num_layers": 2, "bidirectional": True}),
+    "projected": ([2, 5, 1, 3], False, {"bidirectional": True, "proj_size": 4}),
+    "no bias, batch_first ignored": ([5, 3, 1], True, {"bias": False, "batch_first": True}),
+}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["hx given", "hx absent"])
+@pytest.mark.parametrize(("lengths", "is_sorted", "options"), PACKED.values(), ids=PACKED.keys())
+def test_packed(device, lengths, is_sorted, options, given):
+    I, H = 5, 19
+    modules = [nn.LSTM(I, H, **options), fusedlstm.LSTM(I, H, **options, backend="triton"), nn.LSTM(I, H, **options)]
+    for module in modules[1:]:
+        module.load_state_dict(modules[0].state_dict())
+    rows, P = modules[0].num_layers * (2 if modules[0].bidirectional else 1), modules[0].proj_size or H
+    x = torch.randn(max(lengths), len(lengths), I)
+    states = torch.randn(rows, len(lengths), P), torch.randn(rows, len(lengths), H)
+    grads = None
+    found = []
+    for module, place, dtype in zip(modules, ("cpu", device, "cpu"), (None, None, torch.float64), strict=True):
+        module.to(place, dtype)
+        input, *hx = (y.to(place, dtype).requires_grad_() for y in (x, *states))
+        packed = pack_padded_sequence(input, torch.tensor(lengths), enforce_sorted=is_sorted)
+        output, (h_n, c_n) = module(packed, tuple(hx) if given else None)
+        for a, b in zip(output[1:], packed[1:], strict=True):
+            assert a is b
+        results = [output.data, h_n, c_n]
+        grads = grads or [torch.randn_like(y) for y in results]
+        torch.autograd.backward(results, [g.to(y) for g, y in zip(grads, results, strict=True)])
+        leaves = {"input": input, **(dict(zip(("h_0", "c_0"), hx, strict=True)) if given else {})}
+        leaves |= dict(module.named_parameters())
+        named = dict(zip(("output", "h_n", "c_n"), results, strict=True))
+        found.append(named | {f"{name}.grad": leaf.grad for name, leaf in leaves.items()})
+        x, *states = (y.detach() for y in (x, *states))
+    for name, in_torch in found[0].items():
+        ours, exact = found[1][name], found[2][name]
+        assert_accurate(name, ours.detach(), in_torch.detach(), exact.detach())
 
 
 def test_strided_input(device):

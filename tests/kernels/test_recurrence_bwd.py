@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, spec_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")
 FORMS = [
@@ -18,32 +18,32 @@ FORMS = [
 SIZES = [(1, 1, 1), (2, 3, 13), (17, 3, 16), (2, 16, 17), (1, 17, 16), (2, 37, 37)]
 
 
-def gradients(T, B, H, D, dtype, device):
+def gradients(leading, B, H, D, dtype, device):
     generator = torch.Generator().manual_seed(1)
     return {
-        "grad_output": torch.randn(T, B, D * H, generator=generator).to(dtype).to(device),
+        "grad_output": torch.randn(*leading, D * H, generator=generator).to(dtype).to(device),
         "grad_h_n": torch.randn(D, B, H, generator=generator).to(dtype).to(device),
         "grad_c_n": torch.randn(1, D, B, H, generator=generator).to(dtype).to(device),
     }
 
 
 def backward_of_reference(inputs, grads, dtype):
-    inputs, grads = cast(inputs, dtype), cast(grads, dtype)
+    inputs, grads = spec_inputs(inputs, dtype), cast(grads, dtype)
     output, _, _, gates, c_seq = reference.recurrence_fwd("lstm", **inputs)
-    return reference.recurrence_bwd(
-        "lstm", **grads, **{k: inputs[k] for k in ("weight_hh", "hx", "cx")}, output=output, gates=gates, c_seq=c_seq
-    )
+    del inputs["preact_x"]
+    return reference.recurrence_bwd("lstm", **grads, **inputs, output=output, gates=gates, c_seq=c_seq)
 
 
-def check(T, B, H, D, dtype, device, fwd_plan, bwd_plan, change=lambda grads: grads):
-    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], device)
-    grads = gradients(T, B, H, D, DTYPES[dtype], device)
+def check(T, B, H, D, dtype, device, fwd_plan, bwd_plan, change=lambda grads: grads, lengths=None):
+    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], device, lengths=lengths)
+    B = len(lengths) if lengths else B
+    grads = gradients([sum(lengths)] if lengths else [T, B], B, H, D, DTYPES[dtype], device)
     output, _, _, gates, c_seq = launch.recurrence_fwd("lstm", **inputs, save=True, plan=fwd_plan)
     del inputs["preact_x"]
     ours = launch.recurrence_bwd(
         "lstm", **change(dict(grads)), **inputs, output=output, gates=gates, c_seq=c_seq, plan=bwd_plan
     )
-    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype])
+    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], lengths=lengths)
     torch_results = backward_of_reference(inputs, grads, DTYPES[dtype])
     exact = backward_of_reference(inputs, grads, torch.float64)
     for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
@@ -71,6 +71,30 @@ def test_walked_batch_tiles(device, groups):
     check(2, 70, 20, 1, "fp32", device, *plans)
 
 
+LENGTHS = {
+    "one": [3],
+    "ragged": [7, 6, 6, 3, 1],
+    "two tiles": [5] * 3 + [4] * 12 + [3, 2, 2, 1],
+    "all long, one short": [4] * 17 + [1],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+def test_packed(device, schedule, transposed, directions, lengths):
+    options = {"schedule": schedule, "transposed": transposed, "directions": directions, "precision": "ieee"}
+    plans = [tiled(pass_, len(lengths), 20, "fp32", **options) for pass_ in ("fwd", "bwd")]
+    check(0, 0, 20, directions, "fp32", device, *plans, lengths=lengths)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_packed_in_half_precision(device, dtype):
+    """With walked tiles: 37 sequences by one group a direction."""
+    plans = [tiled(pass_, 37, 40, dtype, directions=2, groups=1, block_k=64) for pass_ in ("fwd", "bwd")]
+    check(0, 0, 40, 2, dtype, device, *plans, lengths=[3] * 9 + [2] * 20 + [1] * 8)
+
+
 LAYOUTS = {
     "batch-major": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
     "gaps": strided,
@@ -92,7 +116,7 @@ def test_layouts_of_grad_output(device, layout):
 def test_without_grad_output(device):
     """None means zero, and is not read."""
     inputs = recurrence_inputs(3, 5, 20, 1, torch.float32, device)
-    grads = gradients(3, 5, 20, 1, torch.float32, device)
+    grads = gradients([3, 5], 5, 20, 1, torch.float32, device)
     output, _, _, gates, c_seq = launch.recurrence_fwd("lstm", **inputs, save=True)
     del inputs["preact_x"]
     saved = {**inputs, "output": output, "gates": gates, "c_seq": c_seq}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled
+from support import DTYPES, assert_accurate, recurrence_inputs, spec_inputs, tiled
 
 NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
 FORMS = [
@@ -19,10 +19,10 @@ FORMS = [
 SIZES = [(1, 1, 1), (2, 3, 13), (17, 3, 16), (2, 16, 17), (1, 17, 16), (2, 37, 37)]
 
 
-def check(inputs, plan, same_dtype_inputs=None):
+def check(inputs, plan):
     ours = launch.recurrence_fwd("lstm", **inputs, save=True, plan=plan)
-    torch_results = reference.recurrence_fwd("lstm", **(same_dtype_inputs or cast(inputs, inputs["hx"].dtype)))
-    exact = reference.recurrence_fwd("lstm", **cast(inputs, torch.float64))
+    torch_results = reference.recurrence_fwd("lstm", **spec_inputs(inputs, inputs["hx"].dtype))
+    exact = reference.recurrence_fwd("lstm", **spec_inputs(inputs, torch.float64))
     for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
         assert_accurate(name, a, b, c)
     return ours
@@ -40,6 +40,33 @@ def test_equals_specification(device, dtype, schedule, transposed, T, B, H):
 def test_two_directions(device, schedule):
     inputs = recurrence_inputs(3, 5, 20, 2, torch.float32, device)
     check(inputs, tiled("fwd", 5, 20, "fp32", schedule=schedule, directions=2, precision="ieee"))
+
+
+# One sequence; equal ones; steps without a change; one batch tile that ends before the other, and with the same length.
+LENGTHS = {
+    "one": [3],
+    "equal": [3, 3, 3],
+    "ragged": [7, 6, 6, 3, 1],
+    "two tiles": [5] * 3 + [4] * 12 + [3, 2, 2, 1],
+    "all long, one short": [4] * 17 + [1],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+def test_packed(device, schedule, transposed, directions, lengths):
+    """Rows of a step lie together; the reverse direction starts at each sequence's own last step."""
+    inputs = recurrence_inputs(0, 0, 20, directions, torch.float32, device, lengths=lengths)
+    options = {"schedule": schedule, "transposed": transposed, "directions": directions, "precision": "ieee"}
+    check(inputs, tiled("fwd", len(lengths), 20, "fp32", **options))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_packed_in_half_precision(device, dtype):
+    """With walked tiles: 37 sequences by one group a direction."""
+    inputs = recurrence_inputs(0, 0, 40, 2, DTYPES[dtype], device, lengths=[3] * 9 + [2] * 20 + [1] * 8)
+    check(inputs, tiled("fwd", 37, 40, dtype, directions=2, groups=1, block_k=64))
 
 
 @pytest.mark.parametrize(("block_b", "block_h", "block_k"), [(16, 8, 32), (32, 16, 64), (16, 32, 16)])
