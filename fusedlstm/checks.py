@@ -15,6 +15,12 @@ def backend(value: str) -> str:
     return value
 
 
+def module(model) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
 def _same_device_and_dtype(
     input: Tensor, hx: tuple[Tensor, Tensor], weight: Tensor, names: tuple[str, str], dtypes: bool
 ) -> None:

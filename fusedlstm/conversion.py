@@ -29,6 +29,10 @@ _TO_OURS = CLASSES | {patched: CLASSES[stock] for stock, patched in PATCHED.item
 _TO_STOCK = {cls: stock for table in (CLASSES, PATCHED) for stock, cls in table.items()}
 _RECURRENT = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell")
 
+_lock = threading.Lock()
+_entered: dict[object, str] = {}  # the backend of every patch_torch; no stack, since threads leave in any order
+_constructors = {}  # torch's, while ours stand in for them
+
 
 @dataclass(frozen=True)
 class Report:
@@ -52,8 +56,11 @@ def convert(model: nn.Module, *, backend: str = "auto") -> Report:
     """Make every `torch.nn.LSTM` and `torch.nn.LSTMCell` in `model` one of ours. Changes `model` in place.
 
     Only the class of a module changes and `backend` is added. The object stays, and with it parameters, buffers, hooks,
-    pruning, weight norm, and what optimizers and other modules hold. `isinstance(module, torch.nn.LSTM)` then no
-    longer holds; under :func:`patch_torch` it does.
+    pruning, weight norm, and what optimizers and other modules hold. `isinstance(module, torch.nn.LSTM)` no longer
+    holds; for modules built under :func:`patch_torch` it does.
+
+    A model that ran compiled keeps giving right results, but Dynamo does not look again at a function that it gave up
+    at `torch.nn.LSTM`: convert before the first call, or call `torch.compiler.reset()` afterwards.
 
     Example::
 
@@ -67,28 +74,22 @@ def convert(model: nn.Module, *, backend: str = "auto") -> Report:
     Returns:
         What was replaced, and for every other recurrent module why it was not: a subclass, a GRU, quantized, scripted.
 
-    A model that ran compiled keeps giving right results, but Dynamo does not look again at a function it gave up at
-    `torch.nn.LSTM`: convert before the first call, or call `torch.compiler.reset()` afterwards.
-
     Raises:
-        TypeError: `model` is no module.
-        ValueError: `backend` is none.
+        TypeError: `model` is not a module.
+        ValueError: there is no such `backend`.
     """
     checks.backend(backend)
-    modules = _named_modules(model)
     replaced, kept, compiled = {}, {}, []
-    for name, module in modules.items():
+    for name, module in _named_modules(model).items():
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             compiled.append(name)
         before = parametrize.type_before_parametrizations(module)
-        if before not in _TO_OURS:
-            why = _why_not_ours(module, before)
-        else:
-            why = _why_untouched(module)
+        target = _TO_OURS.get(before)
+        why = _why_not_ours(module, before) if target is None else _why_untouched(module)
         if why is not None:
             kept[name] = why
-        elif before in _TO_OURS:
-            replaced[name] = _assign_class(module, _TO_OURS[before])
+        elif target is not None:
+            replaced[name] = _assign_class(module, target)
             module.backend = backend
             if any(_inside(name, wrapper) for wrapper in compiled):
                 replaced[name] += "; if it ran compiled before, torch.compiler.reset() lets Dynamo look again"
@@ -99,25 +100,26 @@ def restore(model: nn.Module) -> Report:
     """Make every LSTM and LSTMCell of ours in `model` one of `torch.nn` again. Changes `model` in place.
 
     The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
-    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` is lost. A model that
-    was moved in between wants `flatten_parameters()` before it runs on cuDNN, as after any change of the weights' memory.
+    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` is lost. What
+    was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one piece.
 
     Returns:
-        What was replaced; kept are the subclasses of ours.
+        What was replaced, and for every other module of ours why it was not.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     replaced, kept = {}, {}
     for name, module in _named_modules(model).items():
+        if not isinstance(module, tuple(CLASSES.values())):
+            continue
         before = parametrize.type_before_parametrizations(module)
-        if before not in _TO_STOCK:
-            if isinstance(module, tuple(CLASSES.values())):
-                kept[name] = f"a subclass, {before.__name__}, with code of its own"
-        elif (why := _why_untouched(module)) is not None:
+        target = _TO_STOCK.get(before)
+        why = _own_code(before) if target is None else _why_untouched(module)
+        if why is not None:
             kept[name] = why
         else:
-            replaced[name] = _assign_class(module, _TO_STOCK[before])
+            replaced[name] = _assign_class(module, target)
             vars(module).pop("backend", None)
     return Report(replaced, kept)
 
@@ -128,7 +130,7 @@ def patch_torch(*, backend: str = "auto"):
 
     For third-party code that builds its own layers. What it builds is an instance of `torch.nn.LSTM` and of
     `fusedlstm.LSTM`. Subclasses of `torch.nn.LSTM`, copies and loaded files stay what they are. For the whole process,
-    every thread included; also a decorator. When the last one is left, `torch.nn` is what it was.
+    every thread included; also a decorator. When the last of several is left, `torch.nn` is what it was.
 
     Dynamo breaks the graph at instances of `torch.nn.LSTM`, and so at these. :func:`convert` makes them plain
     `fusedlstm.LSTM`, at which it does not.
@@ -142,7 +144,7 @@ def patch_torch(*, backend: str = "auto"):
         backend: of the modules built inside; nested, the one entered last counts.
 
     Raises:
-        ValueError: `backend` is none.
+        ValueError: there is no such `backend`.
     """
     checks.backend(backend)
     entry = object()
@@ -160,11 +162,6 @@ def patch_torch(*, backend: str = "auto"):
             if not _entered:
                 for stock, constructor in _constructors.items():
                     stock.__init__ = constructor
-
-
-_lock = threading.Lock()
-_entered: dict[object, str] = {}  # by entry and not a stack: threads leave in any order
-_constructors = {}  # torch's
 
 
 def _constructor(stock: type[nn.Module]):
@@ -186,9 +183,7 @@ def _constructor(stock: type[nn.Module]):
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return dict(model.named_modules())
+    return dict(checks.module(model).named_modules())
 
 
 def _inside(name: str, wrapper: str) -> bool:
@@ -206,8 +201,8 @@ def _assign_class(module: nn.Module, target: type[nn.Module]) -> str:
 
 
 def _class_name(cls: type) -> str:
-    module = {"torch.nn.modules.rnn": "torch.nn", "fusedlstm.modules": "fusedlstm"}.get(cls.__module__, cls.__module__)
-    return f"{module}.{cls.__qualname__}"
+    """The name that a user imports."""
+    return f"{cls.__module__.removesuffix('.rnn').removesuffix('.modules')}.{cls.__qualname__}"
 
 
 def _why_untouched(module: nn.Module) -> str | None:
@@ -228,4 +223,8 @@ def _why_not_ours(module: nn.Module, cls: type[nn.Module]) -> str | None:
         return "already fusedlstm"
     if cls.__module__ == nn.RNNBase.__module__:
         return f"{_class_name(cls)} has no counterpart here"
+    return _own_code(cls)
+
+
+def _own_code(cls: type[nn.Module]) -> str:
     return f"a subclass, {cls.__name__}, with code of its own"

@@ -130,7 +130,7 @@ def recurrence_fwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     lengths: Tensor | None = None,  # [B] int32
-    first_row: Tensor | None = None,  # [T] int64
+    first_row: Tensor | None = None,  # [T + 1] int64
     *,
     save: bool,
     plan: Plan | None = None,
@@ -139,7 +139,7 @@ def recurrence_fwd(
     D, *rows, GH = preact_x.shape
     B, H, S = hx.size(1), hx.size(2), cx.size(0)
     packed = first_row is not None
-    T = len(first_row) if packed else rows[0]
+    T = len(first_row) - 1 if packed else rows[0]
     new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
     output, h_n, c_n = new(*rows, D * H), new(D, B, H), new(S, D, B, H)
     gates = new((*rows, D * GH) if save else 0)
@@ -188,7 +188,7 @@ def recurrence_bwd(
     gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
     lengths: Tensor | None = None,  # [B] int32
-    first_row: Tensor | None = None,  # [T] int64
+    first_row: Tensor | None = None,  # [T + 1] int64
     *,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +196,7 @@ def recurrence_bwd(
     *rows, DH = output.shape
     D, B, H = hx.shape
     packed = first_row is not None
-    T = len(first_row) if packed else rows[0]
+    T = len(first_row) - 1 if packed else rows[0]
     grad_preact, grad_hx, grad_cx = torch.empty_like(gates), hx.new_empty(D, B, H), cx.new_empty(cx.shape)
     if B == 0:
         return grad_preact, grad_hx, grad_cx

@@ -143,7 +143,9 @@ class LSTMCell(nn.RNNCellBase):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None, *, backend: str = "auto"
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        nn.RNNCellBase.__init__(  # by name, as in LSTM
+            self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype
+        )
         self.backend = checks.backend(backend)
 
     backend = "auto"  # of a module that was made without our constructor

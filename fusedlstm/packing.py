@@ -15,12 +15,12 @@ class Packing(NamedTuple):
     """The two tables of a packed batch, on the device of its data. Its methods wait for no device."""
 
     lengths: Tensor  # [B] int32, descending, at least 1
-    first_row: Tensor  # [T] int64
+    first_row: Tensor  # [T + 1] int64; the last is R
 
     @classmethod
     def of(cls, batch_sizes: Tensor, batch: int, device: torch.device) -> "Packing":
         """From the number of sequences at every step ([T] int64 on the CPU), of `batch` sequences in all."""
-        first_row = batch_sizes.cumsum(0) - batch_sizes
+        first_row = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
         # Sequence b has as many steps as have more than b sequences.
         lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0, dtype=torch.int32)
         return cls(lengths.to(device, non_blocking=True), first_row.to(device, non_blocking=True))
@@ -38,7 +38,7 @@ class Packing(NamedTuple):
             begins, before = step == 0, step - 1
         else:
             begins, before = step + 1 == self.lengths[sequence], step + 1
-        row = self.first_row[before.clamp(0, len(self.first_row) - 1)] + sequence
+        row = self.first_row[before.clamp_min(0)] + sequence
         return torch.where(begins, rows + sequence, row)
 
 
@@ -55,9 +55,8 @@ def begin_rows(packing: Packing | None, leading: tuple[int, ...], direction: int
 
 
 def spans(first_row: Tensor | None, leading: tuple[int, ...]) -> list[tuple[int, int]]:
-    """First row and number of sequences of every step; `leading` is (T, B), or (R,) if packed. Waits for the device."""
+    """First row and number of sequences of every step; `leading` is (T, B) if not packed. Waits for the device."""
     if first_row is None:
         T, B = leading
         return [(t * B, B) for t in range(T)]
-    first = [*first_row.tolist(), *leading]
-    return [(row, later - row) for row, later in itertools.pairwise(first)]
+    return [(row, later - row) for row, later in itertools.pairwise(first_row.tolist())]

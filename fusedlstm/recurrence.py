@@ -22,7 +22,7 @@ def recurrence_fwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     lengths: Tensor | None,  # [B] int32, and
-    first_row: Tensor | None,  # [T] int64 if packed
+    first_row: Tensor | None,  # [T + 1] int64 if packed
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """output [T, B, D*H], h_n [D, B, H], c_n [S, D, B, H], gates [T, B, D*G*H], c_seq [S, T, B, D*H]; [R, ...] if packed.
@@ -59,7 +59,7 @@ def recurrence_bwd(
     gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
     lengths: Tensor | None,  # [B] int32, and
-    first_row: Tensor | None,  # [T] int64 if packed
+    first_row: Tensor | None,  # [T + 1] int64 if packed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H]; `engine` as in `recurrence_fwd`."""
     if engine == "triton":

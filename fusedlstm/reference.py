@@ -2,7 +2,7 @@ r"""The specification: every cell's equations in plain torch, any dtype, forward
 
 Dimensions: T steps, B batch, I input size, H hidden size, G gates, D directions, S states beside h, P size of h (H, or
 `proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
-packed (`fusedlstm.packing`); `first_row` [T] is then given, and tells the first row of every step.
+packed (`fusedlstm.packing`); `first_row` [T + 1] is then given, and tells the first row of every step.
 
 A recurrence maps `preact_x` (the input part of the preactivations) and the initial states to all h:
 
@@ -78,7 +78,7 @@ def recurrence_fwd(
     weight_hh: list[Tensor],  # D times [G * H, P]
     hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
-    first_row: Tensor | None = None,  # [T]
+    first_row: Tensor | None = None,  # [T + 1]
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All T steps of one layer, both directions; plain autograd can differentiate it.
@@ -130,7 +130,7 @@ def recurrence_bwd(
     output: Tensor,  # [T, B, D * H] or [R, D * H]
     gates: Tensor,  # [T, B, D * G * H] or [R, D * G * H]
     c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
-    first_row: Tensor | None = None,  # [T]
+    first_row: Tensor | None = None,  # [T + 1]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that must be found step by step; those of the weights follow from them as one product each.
 
@@ -179,7 +179,7 @@ def layer(
     hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
     parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh [G*H, P] (, bias_ih, bias_hh [G*H])
-    first_row: Tensor | None = None,  # [T]
+    first_row: Tensor | None = None,  # [T + 1]
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer with its input product; returns output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H]."""

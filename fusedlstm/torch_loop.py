@@ -22,7 +22,7 @@ def recurrence_fwd(
     weight_hh: list[Tensor],  # D times [G*H, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    first_row: Tensor | None,  # [T]
+    first_row: Tensor | None,  # [T + 1]
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps forward; returns what `recurrence.recurrence_fwd` does."""
@@ -84,7 +84,7 @@ def recurrence_bwd(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
-    first_row: Tensor | None,  # [T]
+    first_row: Tensor | None,  # [T + 1]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps backward; returns what `recurrence.recurrence_bwd` does."""
     assert cell == cells.LSTM.name

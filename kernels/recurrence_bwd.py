@@ -32,7 +32,7 @@ def recurrence_bwd_kernel(
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     lengths_ptr,  # [B]  int32, longest first; read if PACKED
-    first_row_ptr,  # [T]  int64; read if PACKED
+    first_row_ptr,  # [T+1]  int64; read if PACKED
     output_ptr,  # [R, D*H]  h of every step
     gates_ptr,  # [R, D*G*H]  after the nonlinearity
     c_seq_ptr,  # [S, R, D*H]  float32
@@ -96,8 +96,7 @@ def recurrence_bwd_kernel(
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
         if PACKED:
-            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
-            steps = tl.max(length, 0)
+            steps = tl.load(lengths_ptr + row)  # the longest sequence of the tile
         else:
             steps = T
 
@@ -105,7 +104,8 @@ def recurrence_bwd_kernel(
         t = (steps - 1) * (1 - pid_d)
         if PACKED:
             first_row = tl.load(first_row_ptr + t)
-            mask_t = t < length
+            sequences = tl.load(first_row_ptr + t + 1) - first_row  # that have step t
+            mask_t = row + offs_b < sequences
         else:
             first_row = t * B
             mask_t = mask_b
@@ -123,14 +123,14 @@ def recurrence_bwd_kernel(
             t_prev = t - 1 + 2 * pid_d
             # The first step of the forward order starts from hx and cx.
             if PACKED:
-                mask_t = t < length
+                mask_t = row + offs_b < sequences
                 mask = mask_t[:, None] & mask_h[None, :]
-                first_row = tl.load(first_row_ptr + t)
-                prev_row = tl.load(first_row_ptr + t_prev, mask=(t_prev >= 0) & (t_prev < steps), other=0)
-                begins = tl.where(pid_d == 0, t == 0, t_prev == length)[:, None]  # [BLOCK_B, 1]
-                mask_prev = (begins | (t_prev < length)[:, None]) & mask_b[:, None] & mask_h[None, :]
+                has_prev = (t_prev >= 0) & (t_prev < T)
+                prev_row = tl.load(first_row_ptr + t_prev, mask=has_prev, other=0)
+                sequences_prev = tl.load(first_row_ptr + t_prev + 1, mask=has_prev, other=0) - prev_row
+                begins = (row + offs_b >= sequences_prev)[:, None]  # [BLOCK_B, 1]
+                mask_prev = (row + offs_b < tl.maximum(sequences, sequences_prev))[:, None] & mask_h[None, :]
             else:
-                first_row = t * B
                 prev_row = t_prev * B
                 begins = step == steps - 1
                 mask_prev = mask
@@ -138,11 +138,17 @@ def recurrence_bwd_kernel(
             row_seq = (first_row + row) * D + pid_d
             gates = load_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, G)
             row_prev = (prev_row + row) * D + pid_d
-            offs_prev = offs_b[:, None] * tl.where(begins, H, D * H) + offs_h[None, :]
             h_ptr = tl.where(begins, hx_ptr + row_state * H, output_ptr + row_prev * H)
+            c_ptr = tl.where(begins, cx_ptr + row_state * H, c_seq_ptr + row_prev * H)
+            offs_prev = offs_b[:, None] * tl.where(begins, H, D * H)
+            if PACKED:  # every sequence has its own pointer
+                h_ptr += offs_prev
+                c_ptr += offs_prev
+                offs_prev = offs_h[None, :]
+            else:
+                offs_prev += offs_h[None, :]
             state_prev = load_tuple(h_ptr, offs_prev, mask_prev, 0, 1)
             if S > 0:
-                c_ptr = tl.where(begins, cx_ptr + row_state * H, c_seq_ptr + row_prev * H)
                 stride_prev = tl.where(begins, stride_state, stride_seq)
                 state_prev = state_prev + load_tuple(c_ptr, offs_prev, mask_prev, stride_prev, S)
             dh = dstate[0]
@@ -182,8 +188,10 @@ def recurrence_bwd_kernel(
                     STAGES,
                 )
             dprev = (dprev[0] + dh_recurrent,) + dprev[1:]
+            first_row = prev_row
             if PACKED:
                 dstate = select_tuple(mask_t[:, None], dprev, dstate, 1 + S)
+                sequences = sequences_prev
             else:
                 dstate = dprev
 

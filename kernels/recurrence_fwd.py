@@ -31,7 +31,7 @@ def recurrence_fwd_kernel(
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     lengths_ptr,  # [B]  int32, longest first; read if PACKED
-    first_row_ptr,  # [T]  int64; read if PACKED
+    first_row_ptr,  # [T+1]  int64; read if PACKED
     # outputs
     output_ptr,  # [R, D*H]  h of every step
     h_n_ptr,  # [D, B, H]
@@ -102,8 +102,7 @@ def recurrence_fwd_kernel(
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
         if PACKED:
-            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
-            steps = tl.max(length, 0)
+            steps = tl.load(lengths_ptr + row)  # the longest sequence of the tile
         else:
             steps = T
 
@@ -112,15 +111,16 @@ def recurrence_fwd_kernel(
             state = state + load_tuple(cx_ptr + row_state * H, offs_state, mask, stride_state, S)
         p_hx = hx_ptr + row_state * H + offs_b * H  # [BLOCK_B]
         p_h = p_hx  # rows of h of the previous step
+        sequences = tl.full((), 0, tl.int64)  # that had it
 
         for step in range(steps):
             t = step + pid_d * (steps - 1 - 2 * step)
             if PACKED:
                 first_row = tl.load(first_row_ptr + t)
-                mask_t = t < length  # rows that are that long
+                p_h = tl.where(row + offs_b < sequences, p_h, p_hx)  # others begin here
+                sequences = tl.load(first_row_ptr + t + 1) - first_row
+                mask_t = row + offs_b < sequences
                 mask = mask_t[:, None] & mask_h[None, :]
-                # A sequence begins at step 0, and in reverse at its own last step.
-                p_h = tl.where(tl.where(pid_d == 0, t == 0, t + 1 == length), p_hx, p_h)
                 preact_row = pid_d * rows_preact_d + (first_row + row) * rows_preact_b
             else:
                 first_row = t * B
