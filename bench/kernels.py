@@ -16,6 +16,7 @@ from rich.table import Table
 from bench.shapes import SHAPES, Shape
 from fusedlstm.plan import DEVICES, Plan, plan
 
+PACKED_TARGETS = ("sm_80", "sm_90")
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
 COLUMNS = [
@@ -23,6 +24,7 @@ COLUMNS = [
     "dtype",
     "pass",
     "target",
+    "layout",
     "schedule",
     "tiles",
     "warps",
@@ -40,20 +42,26 @@ def shapes() -> list[Shape]:
 
 
 def plans() -> list[tuple[str, str, Plan]]:
-    """(shape id, dtype name, plan) for all shapes, dtypes, passes and targets."""
+    """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, both layouts."""
     return [
-        (s.id, name, plan("lstm", s.T, s.B, s.H, name.split("-")[0], s.directions, limits, pass_, precision))
+        (s.id, name, plan("lstm", s.T, s.B, s.H, name.split("-")[0], s.directions, limits, pass_, precision, packed))
         for s in shapes()
         for name, precision in DTYPES.items()
         for pass_ in ("fwd", "bwd")
         for limits in DEVICES.values()
+        for packed in (False, True)
+        if not packed or limits.arch in PACKED_TARGETS
     ]
+
+
+def layout(p: Plan) -> str:
+    return "packed" if p.packed else "dense"
 
 
 def compile_key(p: Plan) -> tuple:
     """What the machine code depends on: plans that share it share a compilation."""
     tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.precision, p.num_warps, p.stages)
-    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, *tiles)
+    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.packed, *tiles)
 
 
 def compile_numbers(p: Plan) -> tuple:
@@ -103,13 +111,15 @@ def main() -> int:
     numbers = compile_all(distinct)
 
     bad = [(p, faults(p, numbers[key])) for key, p in distinct.items()]
-    table = Table("H", "dtype", "pass", "target", "schedule", "tiles", "warps", "regs", "spill", "smem KiB", "mma")
+    table = Table(
+        "H", "dtype", "pass", "target", "layout", "schedule", "tiles", "warps", "regs", "spill", "smem KiB", "mma"
+    )
     for key, p in distinct.items():
         regs, spill_bytes, smem_bytes, mma = numbers[key]
         dtype = "fp32-ieee" if p.dtype == "fp32" and p.precision == "ieee" else p.dtype
         tiles = f"{p.block_b}x{p.block_h}x{p.block_k}{' T' if p.transposed else ''}"
         table.add_row(
-            *map(str, (p.hidden, dtype, p.pass_, p.arch, p.schedule, tiles, p.num_warps, regs, spill_bytes)),
+            *map(str, (p.hidden, dtype, p.pass_, p.arch, layout(p), p.schedule, tiles, p.num_warps, regs, spill_bytes)),
             f"{smem_bytes / 1024:.0f}",
             mma,
         )
@@ -123,14 +133,25 @@ def main() -> int:
                 tiles = f"{p.block_b}x{p.block_h}x{p.block_k}" + ("T" if p.transposed else "")
                 compiled = numbers[compile_key(p)]
                 writer.writerow(
-                    [shape_id, dtype, p.pass_, p.arch, p.schedule, tiles, p.num_warps, *compiled, p.barriers_per_step]
+                    [
+                        shape_id,
+                        dtype,
+                        p.pass_,
+                        p.arch,
+                        layout(p),
+                        p.schedule,
+                        tiles,
+                        p.num_warps,
+                        *compiled,
+                        p.barriers_per_step,
+                    ]
                 )
         console.print(f"{len(rows)} rows, {len(distinct)} kernels -> {args.out.name}")
     for p, found in bad:
         for fault in found:
             console.print(
                 f"[red]{p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} "
-                f"{p.block_b}x{p.block_h}x{p.block_k} w{p.num_warps} {'T' if p.transposed else ''}: {fault}"
+                f"{p.block_b}x{p.block_h}x{p.block_k} w{p.num_warps} {'T' if p.transposed else ''} {layout(p)}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))
 

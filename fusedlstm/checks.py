@@ -120,9 +120,8 @@ def lstm_cell_input(module, input: Tensor, hx) -> None:
     if input.size(-1) != module.input_size:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}")
     autocast = torch._C._is_any_autocast_enabled()
-    if input.dtype != module.weight_ih.dtype and not autocast:
-        raise ValueError(f"input: expected the dtype of the weights ({module.weight_ih.dtype}), got {input.dtype}")
     if hx is None:
+        _dtype_of_cell(module, input, autocast)
         if module.weight_ih.device != input.device:
             _same_device_and_dtype(input, (), module.weight_ih, (), False)
         return
@@ -140,7 +139,13 @@ def lstm_cell_input(module, input: Tensor, hx) -> None:
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.size(-1)}, expected {module.hidden_size}"
             )
+    _dtype_of_cell(module, input, autocast)
     _same_device_and_dtype(input, hx, module.weight_ih, ("hx[0]", "hx[1]"), dtypes=not autocast)
+
+
+def _dtype_of_cell(module, input: Tensor, autocast: bool) -> None:
+    if input.dtype != module.weight_ih.dtype and not autocast:
+        raise ValueError(f"input: expected the dtype of the weights ({module.weight_ih.dtype}), got {input.dtype}")
 
 
 def traced(module, input, layer: int, direction: int) -> None:

@@ -48,16 +48,30 @@ def lstm(
     dtype = _result_dtype(input)
     directions = 2 if bidirectional else 1
     engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions)
-    compute_dtype = torch_engine.compute_dtype(input.device, dtype) if engine == "torch" else dtype
-    input, hx, weights = _cast((input, hx, weights), compute_dtype)
     equal_lengths = batch_sizes is not None and _equal_lengths(batch_sizes)
     if equal_lengths:
         input, batch_sizes = input.unflatten(0, (len(batch_sizes), -1)), None
+    if engine == "torch":
+        compute_dtype = torch_engine.compute_dtype(input.device, dtype, dense=batch_sizes is None)
+    else:
+        compute_dtype = dtype
+    input, hx, weights = _cast((input, hx, weights), compute_dtype)
     batch_first = batch_first and batch_sizes is None and not equal_lengths
+    schedule = torch_engine.schedule(input, batch_sizes, batch_first, proj_size) if engine == "torch" else None
     with _autocast_off(input):
-        if engine == "torch" and not torch_engine.prefers_loop(input, batch_sizes, proj_size):
+        if schedule in ("stack", "runs"):
             output, h_n, c_n = torch_engine.lstm(
-                input, batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first
+                schedule,
+                input,
+                batch_sizes,
+                hx,
+                weights,
+                bias,
+                num_layers,
+                dropout,
+                training,
+                bidirectional,
+                batch_first,
             )
         else:
             packing = None if batch_sizes is None else Packing.of(batch_sizes, hx[0].size(1), input.device)
@@ -85,7 +99,7 @@ def lstm_cell(
     dtype = _result_dtype(input)
     weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
     if engines.choose(backend, input.device, dtype, "lstm", hx[0].size(-1)) == "torch":
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype)
+        compute_dtype = torch_engine.compute_dtype(input.device, dtype, dense=False)
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
         with _autocast_off(input):
             return _cast(torch_engine.lstm_cell(input, hx, *weights), dtype)

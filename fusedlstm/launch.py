@@ -92,10 +92,10 @@ def device_limits(index: int | None) -> planning.DeviceLimits:
     )
 
 
-def plan_for(cell: str, like: Tensor, T: int, B: int, H: int, D: int, pass_: str) -> Plan:
+def plan_for(cell: str, like: Tensor, T: int, B: int, H: int, D: int, pass_: str, packed: bool) -> Plan:
     """The plan for tensors of the dtype and on the device of `like`."""
     index = like.device.index if like.device.type == "cuda" else None
-    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision())
+    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), packed)
 
 
 def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device) -> str | None:
@@ -105,7 +105,7 @@ def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device:
         return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
     try:
         for pass_ in ("fwd", "bwd"):
-            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision())
+            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision(), False)
     except planning.PlanError as error:
         return str(error)
     return None
@@ -117,10 +117,10 @@ def _float32_precision() -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _cached_plan(
-    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, pass_: str, precision: str
+    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, pass_: str, precision: str, packed: bool
 ) -> Plan:
     """T has no part in the choice."""
-    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, device_limits(index), pass_, precision)
+    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, device_limits(index), pass_, precision, packed)
 
 
 def recurrence_fwd(
@@ -146,7 +146,7 @@ def recurrence_fwd(
     c_seq = new((S, *rows, D * H) if save else 0, dtype=torch.float32)
     if B == 0:
         return output, h_n, c_n, gates, c_seq
-    plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd")
+    plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd", packed)
     weight_hh = [w.contiguous() for w in weight_hh]
     counters = _counters(plan, output.device)
     _launch(
@@ -200,7 +200,7 @@ def recurrence_bwd(
     grad_preact, grad_hx, grad_cx = torch.empty_like(gates), hx.new_empty(D, B, H), cx.new_empty(cx.shape)
     if B == 0:
         return grad_preact, grad_hx, grad_cx
-    plan = plan or plan_for(cell, gates, T, B, H, D, "bwd")
+    plan = plan or plan_for(cell, gates, T, B, H, D, "bwd", packed)
     weight_hh = [w.contiguous() for w in weight_hh]
     counters = _counters(plan, output.device)
     has_grad_output = grad_output is not None

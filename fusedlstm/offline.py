@@ -69,7 +69,7 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, arch: str
 def compile_plan(plan: Plan, **flags: bool) -> Compiled:
     """Compile the kernel of `plan` for its architecture, as a launch would. Flags as in `launch.constants`."""
     kernel = launch.KERNELS[plan.pass_]
-    flags = {"PACKED": False, "SAVE" if plan.pass_ == "fwd" else "HAS_GRAD_OUTPUT": True, **flags}
+    flags = {"PACKED": plan.packed, "SAVE" if plan.pass_ == "fwd" else "HAS_GRAD_OUTPUT": True, **flags}
     constants = launch.constants(plan, **flags)
     return compile_kernel(kernel, launch.signature(plan), constants, plan.arch, **launch.options(plan))
 

@@ -70,6 +70,7 @@ class Plan:
     arch: str
     dtype: str
     hidden: int
+    packed: bool  # sequences of different lengths
     schedule: str  # "single", "resident" or "streamed"
     block_b: int
     block_h: int
@@ -129,6 +130,7 @@ def plan(
     limits: DeviceLimits,
     pass_: str,
     precision: str = "tf32",
+    packed: bool = False,
 ) -> Plan:
     """Choose how one layer runs.
 
@@ -140,6 +142,7 @@ def plan(
         limits: of the device; `DEVICES` has one an architecture.
         pass_: "fwd" or "bwd".
         precision: of float32 products, "tf32" or "ieee".
+        packed: sequences have lengths of their own; the tiles of a group then end at different steps.
 
     Raises:
         PlanError: nothing fits; the text names the size and the limit.
@@ -153,7 +156,7 @@ def plan(
         for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_)
         if (
             candidate := _candidate(
-                cell, batch, hidden, dtype, directions, limits, pass_, precision, schedule, block_b, block_h
+                cell, batch, hidden, dtype, directions, limits, pass_, precision, packed, schedule, block_b, block_h
             )
         )
     ]
@@ -239,6 +242,7 @@ def _candidate(
     limits: DeviceLimits,
     pass_: str,
     precision: str,
+    packed: bool,
     schedule: str,
     block_b: int,
     block_h: int,
@@ -271,6 +275,8 @@ def _candidate(
         return None
 
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
+    if packed and schedule == "resident" and chunks > 4:
+        num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
@@ -297,6 +303,7 @@ def _candidate(
         arch=limits.arch,
         dtype=dtype,
         hidden=hidden,
+        packed=packed,
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
@@ -325,6 +332,8 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
         slice_bytes = chunks * p.block_k * p.columns * ITEMSIZE[p.dtype]
         if p.schedule == "resident" and (slice_bytes > 256 * p.num_warps * limits.warp_size or p.block_b == 64):
             return True  # weights need registers: 64 a thread at most
+    if p.packed and p.block_b == 64 and not limits.wide_mma and (ieee or chunks > 8):
+        return True
     if p.schedule == "resident":
         if limits.arch != "sm_90" and chunks > 8 and p.hidden * ITEMSIZE[p.dtype] % 16:
             return True  # rows that are not aligned; Triton 3.7.1 compiles one of these for sm_100 to a trap

@@ -10,19 +10,38 @@ from fusedlstm.torch_loop import DTYPES as LOOP_DTYPES
 CUDNN_STEPS = 65535  # cuDNN takes no more
 
 
-def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+# Packed sequences on a CPU: below as many steps between two ends, on average, `torch_loop` is faster than oneDNN with a
+# call for every run of steps that the same sequences have.
+RUN_OF_TRAINING, RUN_OF_INFERENCE = 8, 4
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype, dense: bool) -> torch.dtype:
     """The dtype in which to compute on a device: float32 for half precision that a CPU has only slow code for."""
-    if device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not _onednn_has_bfloat16())):
-        return torch.float32
+    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        return dtype if dtype == torch.bfloat16 and dense and _onednn_has_bfloat16() else torch.float32
     return dtype
 
 
-def prefers_loop(input: Tensor, batch_sizes: Tensor | None, proj_size: int) -> bool:
-    """Whether `torch_loop` serves a call faster: packed sequences of different lengths on a CPU."""
-    return batch_sizes is not None and input.device.type == "cpu" and proj_size == 0 and input.dtype in LOOP_DTYPES
+def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, proj_size: int) -> str:
+    """How a stack runs: "stack", ATen takes it whole; "runs", ATen takes runs of steps; "loop", `torch_loop` takes it.
+
+    ATen's own way with packed sequences of different lengths is a slow loop on a CPU.
+    """
+    if batch_sizes is None:
+        steps = input.size(1 if batch_first else 0)
+        return "runs" if input.is_cuda and steps > CUDNN_STEPS else "stack"
+    if input.device.type != "cpu" or proj_size > 0 or input.dtype not in LOOP_DTYPES:
+        return "stack"
+    if (
+        input.dtype != torch.float32 or torch.compiler.is_compiling()
+    ):  # oneDNN has no float64; no graph for some lengths
+        return "loop"
+    shortest = RUN_OF_TRAINING if torch.is_grad_enabled() else RUN_OF_INFERENCE
+    return "runs" if len(batch_sizes) >= shortest * len(torch.unique_consecutive(batch_sizes)) else "loop"
 
 
 def lstm(
+    schedule: str,
     input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I]
     batch_sizes: Tensor | None,  # [T] on the CPU if packed
     hx: tuple[Tensor, Tensor],  # each [L * D, B, P] and [L * D, B, H]
@@ -34,19 +53,23 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole stack in one ATen call."""
-    dropout = dropout if training else 0.0
+    """A stack by ATen; `schedule` is "stack" or "runs"."""
+    options = (bias, num_layers, dropout if training else 0.0)
     if input.is_cuda:
         hx = (hx[0].contiguous(), hx[1].contiguous())
         training = training or torch.is_grad_enabled()  # cuDNN keeps what backward needs only in training mode
-        steps = input.size(1 if batch_first else 0)
-        if batch_sizes is None and steps > CUDNN_STEPS:
-            return _lstm_in_stretches(
-                input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first
-            )
+    if schedule == "stack":
+        if batch_sizes is not None:
+            return torch._VF.lstm(input, batch_sizes, hx, weights, *options, training, bidirectional)
+        return torch._VF.lstm(input, hx, weights, *options, training, bidirectional, batch_first)
     if batch_sizes is not None:
-        return torch._VF.lstm(input, batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional)
-    return torch._VF.lstm(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
+        return _lstm_by_runs(input, _runs_of_sequences(batch_sizes), hx, weights, *options, training, bidirectional)
+    x = input.transpose(0, 1) if batch_first else input
+    T, B, _ = x.shape
+    runs = [(t * B, min(CUDNN_STEPS, T - t), B) for t in range(0, T, CUDNN_STEPS)]
+    output, h_n, c_n = _lstm_by_runs(x.reshape(T * B, -1), runs, hx, weights, *options, training, bidirectional)
+    output = output.unflatten(0, (T, B))
+    return output.transpose(0, 1) if batch_first else output, h_n, c_n
 
 
 def lstm_cell(
@@ -61,40 +84,59 @@ def lstm_cell(
     return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
-def _lstm_in_stretches(
-    input: Tensor,  # [T, B, I], or [B, T, I] with batch_first
-    hx: tuple[Tensor, Tensor],
+def _lstm_by_runs(
+    rows: Tensor,  # [R, I]
+    runs: list[tuple[int, int, int]],
+    hx: tuple[Tensor, Tensor],  # each [L * D, B, H]
     weights: list[Tensor],
     bias: bool,
     num_layers: int,
     dropout: float,
     training: bool,
     bidirectional: bool,
-    batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, in stretches of steps that carry the state on, a layer and a direction after another."""
-    x = input.transpose(0, 1) if batch_first else input
+    """A stack, one dense call for every run, layer and direction; a run's final state is the next one's initial state.
+
+    `runs`: first row, number of steps and number of sequences (the first ones) of every run, in order of time.
+    """
     directions = 2 if bidirectional else 1
     count = len(weights) // (num_layers * directions)
     h_n, c_n = [], []
     for layer in range(num_layers):
         if layer > 0 and dropout > 0:
-            x = torch.nn.functional.dropout(x, dropout)
+            rows = torch.nn.functional.dropout(rows, dropout)
         outputs = []
-        for row in range(layer * directions, (layer + 1) * directions):
-            reverse = row % directions == 1
-            own = weights[row * count : (row + 1) * count]
-            state = tuple(s[row : row + 1].contiguous() for s in hx)
+        for k in range(layer * directions, (layer + 1) * directions):
+            reverse = k % directions == 1
+            h, c = hx[0][k : k + 1], hx[1][k : k + 1]
             pieces = []
-            for stretch in (x.flip(0) if reverse else x).split(CUDNN_STEPS):
-                output, *state = torch._VF.lstm(stretch, tuple(state), own, bias, 1, 0.0, training, False, False)
-                pieces.append(output)
-            output = torch.cat(pieces)
-            outputs.append(output.flip(0) if reverse else output)
-            h_n.append(state[0])
-            c_n.append(state[1])
-        x = torch.cat(outputs, -1)
-    return x.transpose(0, 1) if batch_first else x, torch.cat(h_n), torch.cat(c_n)
+            for first, steps, n in reversed(runs) if reverse else runs:
+                x = rows[first : first + steps * n].view(steps, n, -1)
+                output, h_run, c_run = torch._VF.lstm(
+                    x.flip(0) if reverse else x,
+                    (h[:, :n].contiguous(), c[:, :n].contiguous()),
+                    weights[k * count : (k + 1) * count],
+                    bias,
+                    1,
+                    0.0,
+                    training,
+                    False,
+                    False,
+                )
+                h, c = torch.cat([h_run, h[:, n:]], 1), torch.cat([c_run, c[:, n:]], 1)
+                pieces.append((output.flip(0) if reverse else output).flatten(0, 1))
+            outputs.append(torch.cat(pieces[::-1] if reverse else pieces))
+            h_n.append(h)
+            c_n.append(c)
+        rows = torch.cat(outputs, -1)
+    return rows, torch.cat(h_n), torch.cat(c_n)
+
+
+def _runs_of_sequences(batch_sizes: Tensor) -> list[tuple[int, int, int]]:
+    """Stretches of steps that the same sequences have: first row, number of steps, number of sequences."""
+    sizes, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
+    first = torch.cumsum(sizes * counts, 0) - sizes * counts
+    return list(zip(first.tolist(), counts.tolist(), sizes.tolist(), strict=True))
 
 
 @functools.cache

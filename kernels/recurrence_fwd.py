@@ -109,15 +109,16 @@ def recurrence_fwd_kernel(
         state = load_tuple(hx_ptr + row_state * H, offs_state, mask, 0, 1)
         if S > 0:
             state = state + load_tuple(cx_ptr + row_state * H, offs_state, mask, stride_state, S)
-        p_hx = hx_ptr + row_state * H + offs_b * H  # [BLOCK_B]
-        p_h = p_hx  # rows of h of the previous step
+        h_ptr = hx_ptr + row_state * H  # h of the previous step
+        stride_h = H
         sequences = tl.full((), 0, tl.int64)  # that had it
 
         for step in range(steps):
             t = step + pid_d * (steps - 1 - 2 * step)
+            p_h = h_ptr + offs_b * stride_h  # [BLOCK_B]
             if PACKED:
                 first_row = tl.load(first_row_ptr + t)
-                p_h = tl.where(row + offs_b < sequences, p_h, p_hx)  # others begin here
+                p_h = tl.where(row + offs_b < sequences, p_h, hx_ptr + row_state * H + offs_b * H)  # others begin here
                 sequences = tl.load(first_row_ptr + t + 1) - first_row
                 mask_t = row + offs_b < sequences
                 mask = mask_t[:, None] & mask_h[None, :]
@@ -159,7 +160,7 @@ def recurrence_fwd_kernel(
 
             row_seq = (first_row + row) * D + pid_d
             h_ptr = output_ptr + row_seq * H
-            p_h = h_ptr + offs_b * (D * H)
+            stride_h = D * H
             store_tuple(h_ptr, offs_seq, mask, 0, state, 0, 1)
             if not LOCAL:
                 barrier.arrive(counter_ptr)

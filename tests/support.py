@@ -57,6 +57,7 @@ def tiled(
         arch="sm_90",
         dtype=dtype,
         hidden=hidden,
+        packed=False,  # the data says it
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,

@@ -1,0 +1,173 @@
+"""packing.py, torch_loop.py and the packed specification: against torch.nn.LSTM, and against each other, in float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fusedlstm
+from fusedlstm import recurrence, reference, torch_engine, torch_loop
+from fusedlstm.packing import Packing, begin_rows, spans
+from support import assert_accurate
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+LENGTHS = [[3], [4, 4, 4], [5, 3, 3, 1], [6, 5, 4, 3, 2, 1]]
+I, H, P = 4, 6, 3
+
+
+def packing_of(lengths):
+    batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
+    return Packing.of(batch_sizes, len(lengths), torch.device("cpu")), batch_sizes
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_tables_describe_torchs_layout(lengths):
+    """Rows that name their own step and sequence, packed by torch, tell where each must lie."""
+    packing, batch_sizes = packing_of(lengths)
+    padded = torch.tensor([[100 * t + b for b in range(len(lengths))] for t in range(lengths[0])])
+    names = pack_padded_sequence(padded.unsqueeze(-1), torch.tensor(lengths)).data[:, 0]
+    step, sequence = packing.positions(len(names))
+    assert torch.equal(100 * step + sequence, names)
+    assert packing.lengths.tolist() == lengths
+    assert [n for _, n in spans(packing.first_row, names.shape)] == batch_sizes.tolist()
+    row_of = {name: row for row, name in enumerate(names.tolist())}
+    for direction, by in ((0, -1), (1, 1)):
+        begins = begin_rows(packing, names.shape, direction, torch.device("cpu")).tolist()
+        previous = packing.previous_rows(len(names), direction).tolist()
+        for b, n in enumerate(lengths):
+            first = 0 if direction == 0 else n - 1
+            assert begins[b] == row_of[100 * first + b]
+            for t in range(n):
+                expected = len(names) + b if t == first else row_of[100 * (t + by) + b]
+                assert previous[row_of[100 * t + b]] == expected
+
+
+def random_layer(lengths, directions, hidden_out=H):
+    generator = torch.Generator().manual_seed(5)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    B = len(lengths)
+    parameters = [[randn(4 * H, I), randn(4 * H, hidden_out), randn(4 * H), randn(4 * H)] for _ in range(directions)]
+    return randn(sum(lengths), I), randn(directions, B, hidden_out), randn(1, directions, B, H), parameters
+
+
+@pytest.mark.parametrize("proj_size", [0, P])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_specification_equals_torch(lengths, directions, proj_size):
+    packing, batch_sizes = packing_of(lengths)
+    input, hx, cx, parameters = random_layer(lengths, directions, proj_size or H)
+    weight_hr = [torch.randn(P, H, dtype=torch.float64) for _ in range(directions)] if proj_size else None
+    stock = nn.LSTM(I, H, bidirectional=directions == 2, proj_size=proj_size).double()
+    values = [[*p, weight_hr[d]] if proj_size else p for d, p in enumerate(parameters)]
+    for own, value in zip(stock.parameters(), [x for p in values for x in p], strict=True):
+        own.data.copy_(value)
+    output, (h_n, c_n) = stock(PackedSequence(input, batch_sizes), (hx, cx[0]))
+    ours = reference.layer("lstm", input, hx, cx, parameters, packing.first_row, weight_hr)
+    for a, b in zip(ours, (output.data, h_n, c_n.unsqueeze(0)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("lengths", [None, *LENGTHS], ids=str)
+def test_loop_and_written_out_backward_equal_autograd(lengths, directions):
+    """The specification's backward, and both passes of the loop, dense and packed."""
+    first_row, leading, B = None, (4, 3), 3
+    if lengths:
+        first_row, leading, B = packing_of(lengths)[0].first_row, (sum(lengths),), len(lengths)
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    preact_x = randn(directions, *leading, 4 * H).requires_grad_()
+    weight_hh = [randn(4 * H, H) for _ in range(directions)]
+    hx, cx = randn(directions, B, H).requires_grad_(), randn(1, directions, B, H).requires_grad_()
+    results = reference.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, first_row)
+    grads = [randn(*x.shape) for x in results[:3]]
+    by_autograd = torch.autograd.grad(results[:3], [preact_x, hx, cx], grads)
+    with torch.no_grad():
+        looped = torch_loop.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, first_row, True)
+        for a, b in zip(looped, results, strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+        output, _, _, gates, c_seq = looped
+        for module in (reference, torch_loop):
+            grad_preact, grad_hx, grad_cx = module.recurrence_bwd(
+                "lstm", *grads, weight_hh, hx, cx, output, gates, c_seq, first_row
+            )
+            grad_preact = grad_preact.unflatten(-1, (directions, 4 * H)).movedim(-2, 0)
+            for a, b in zip((grad_preact, grad_hx, grad_cx), by_autograd, strict=True):
+                torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 2, 2]], ids=str)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_gradients_twice(directions, lengths):
+    """gradcheck and gradgradcheck of a layer, with the preactivations that a projection adds to first steps."""
+    input, hx, cx, parameters = random_layer(lengths or [2, 2, 2], directions)
+    packing = packing_of(lengths)[0] if lengths else None
+    if not lengths:
+        input = input.detach().unflatten(0, (2, 3)).requires_grad_()
+    preact_0 = torch.randn(directions, 3, 4 * H, dtype=torch.float64, requires_grad=True)
+    flat = [p for direction in parameters for p in direction]
+
+    def run(input, hx, cx, preact_0, *flat):
+        per_direction = [flat[k : k + 4] for k in range(0, len(flat), 4)]
+        output, (h, c) = recurrence.layer("lstm", input, (hx, cx[0]), per_direction, "torch", packing, preact_0)
+        return output, h, c
+
+    assert torch.autograd.gradcheck(run, (input, hx, cx, preact_0, *flat), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (input, hx, cx, preact_0, *flat), fast_mode=True)
+
+
+@pytest.mark.parametrize("given", [0, 1, 2], ids=["output", "h_n", "c_n"])
+def test_gradient_through_one_result(given):
+    lengths = [4, 2, 1]
+    packing, _ = packing_of(lengths)
+    input, hx, cx, parameters = random_layer(lengths, 2)
+    output, (h_n, c_n) = recurrence.layer("lstm", input, (hx, cx[0]), parameters, "torch", packing)
+    expected = reference.layer("lstm", input, hx, cx, parameters, packing.first_row)
+    leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
+    ours = torch.autograd.grad((output, h_n, c_n)[given].square().sum(), leaves)
+    exact = torch.autograd.grad(expected[given].square().sum(), leaves)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("schedule", ["runs", "loop"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("lengths", [[9, 9, 4], [6, 5, 4, 3, 2, 1], [20, 1]], ids=str)
+def test_both_ways_of_a_cpu_equal_stock(monkeypatch, lengths, options, schedule):
+    """Runs of steps through ATen, and the loop, whatever the lengths would have chosen."""
+    monkeypatch.setattr(torch_engine, "schedule", lambda *call: schedule)
+    stock, ours = nn.LSTM(I, H, **options), fusedlstm.LSTM(I, H, **options, backend="torch")
+    ours.load_state_dict(stock.state_dict())
+    rows = stock.num_layers * (2 if stock.bidirectional else 1)
+    x = pack_padded_sequence(torch.randn(max(lengths), len(lengths), I), torch.tensor(lengths))
+    states = [torch.randn(rows, len(lengths), H) for _ in range(2)]
+    found = []
+    for module, dtype in ((ours, torch.float32), (stock, torch.float32), (copy.deepcopy(stock), torch.float64)):
+        data, *hx = (y.to(dtype).requires_grad_() for y in (x.data.clone(), *states))
+        output, (h_n, c_n) = module.to(dtype)(x._replace(data=data), tuple(hx))
+        (output.data.square().sum() + h_n.sum() + c_n.square().sum()).backward()
+        found.append([output.data, h_n, c_n, data.grad, *(y.grad for y in hx), *(p.grad for p in module.parameters())])
+        states = [y.detach() for y in states]
+    for k, (a, b, c) in enumerate(zip(*found, strict=True)):
+        assert_accurate(f"tensor {k}", a.detach(), b.detach(), c.detach())
+
+
+def test_which_way_a_cpu_goes():
+    def way(lengths, dtype=torch.float32, proj_size=0):
+        sizes = packing_of(lengths)[1]
+        return torch_engine.schedule(torch.zeros(sum(lengths), I, dtype=dtype), sizes, False, proj_size)
+
+    assert way([40, 20]) == "runs" and way([40, 20], torch.float64) == "loop"
+    assert way([5, 4, 3]) == "loop" and way([5, 4, 3], proj_size=2) == "stack"
+    assert way([10, 5]) == "loop"
+    with torch.no_grad():
+        assert way([10, 5]) == "runs"
+    assert torch_engine.schedule(torch.zeros(70_000, 1, I), None, False, 0) == "stack"
