@@ -26,6 +26,6 @@ setup(
     extras_require={
         "demo": DEMO,
         "bench": BENCH,
-        "dev": [*DEMO, *BENCH, "build", "numpy", "pytest", "pytest-xdist", "ruff", "setuptools>=64"],
+        "dev": [*DEMO, *BENCH, "build", "expecttest", "numpy", "pytest", "pytest-xdist", "ruff", "setuptools>=64"],
     },
 )

@@ -17,7 +17,7 @@ BASELINE = "torch"
 class Layer:
     """A built provider.
 
-    forward: input [T, B, I] -> output [T, B, D * H], with h_0 = c_0 = 0.
+    forward: input [T, B, I] -> output [T, B, D * H], with h_0 = c_0 = 0; packed for a shape with lengths.
     parameters: every leaf whose gradient a training step computes.
     train: switches between training and inference.
     """
@@ -29,6 +29,17 @@ class Layer:
 
 def _serves_all(shape: Shape, dtype: str, device: str) -> str | None:
     return None
+
+
+def _dense(serves=_serves_all):
+    """The same, for providers that know neither packed input nor projections."""
+
+    def dense(shape, dtype, device):
+        if shape.lengths or shape.proj:
+            return "no packed input" if shape.lengths else "no projection"
+        return serves(shape, dtype, device)
+
+    return dense
 
 
 @dataclass(frozen=True)
@@ -176,12 +187,12 @@ def _compiled_serves(shape, dtype, device):
     return None if shape.id in ("C1", "M1") else "compiled for C1 and M1 only"
 
 
-@provider("cell-loop", slow=True, serves=_loop_serves)
+@provider("cell-loop", slow=True, serves=_dense(_loop_serves))
 def _cell_loop_eager(shape, dtype, device, weights):
     return _cell_loop(shape, dtype, device, weights, compiled=False)
 
 
-@provider("cell-loop-compiled", slow=True, serves=_compiled_serves)
+@provider("cell-loop-compiled", slow=True, serves=_dense(_compiled_serves))
 def _cell_loop_compiled(shape, dtype, device, weights):
     return _cell_loop(shape, dtype, device, weights, compiled=True)
 
@@ -220,14 +231,14 @@ def _flashrnn(backend):
 
 
 for _backend in ("cuda_fused", "triton_fused"):
-    provider(f"flashrnn-{_backend}", requires=("flashrnn",), serves=_one_layer_on_gpu)(_flashrnn(_backend))
+    provider(f"flashrnn-{_backend}", requires=("flashrnn",), serves=_dense(_one_layer_on_gpu))(_flashrnn(_backend))
 
 
 def _haste_serves(shape, dtype, device):
     return "float32 only" if dtype != "float32" else _one_layer_on_gpu(shape, dtype, device)
 
 
-@provider("haste", requires=("haste_pytorch",), serves=_haste_serves)
+@provider("haste", requires=("haste_pytorch",), serves=_dense(_haste_serves))
 def _haste(shape, dtype, device, weights):
     import haste_pytorch
 
@@ -242,7 +253,7 @@ def _fastlstm_serves(shape, dtype, device):
     return "one direction only" if shape.bidirectional else None
 
 
-@provider("fastlstm", requires=("fastlstm", "flashrnn"), serves=_fastlstm_serves)
+@provider("fastlstm", requires=("fastlstm", "flashrnn"), serves=_dense(_fastlstm_serves))
 def _fastlstm(shape, dtype, device, weights):
     import torch
     from fastlstm.lstm import FastLSTM
@@ -252,7 +263,7 @@ def _fastlstm(shape, dtype, device, weights):
     return Layer(lambda x: lstm(x)[0], list(lstm.parameters()), lstm.train)
 
 
-@provider("torchrl", requires=("torchrl",), serves=_haste_serves)
+@provider("torchrl", requires=("torchrl",), serves=_dense(_haste_serves))
 def _torchrl(shape, dtype, device, weights):
     import torch
     from torchrl.modules.tensordict_module._rnn_triton import lstm_triton

@@ -62,6 +62,9 @@ def table(measured: list[rows.Row], kind: str = "") -> tuple[list[str], list[lis
         sizes = ", ".join(any_row[name] for name in ("T", "B", "I", "H"))
         if any_row["layers"] != "1" or any_row["directions"] != "1":
             sizes += f" ({any_row['layers']} layers, {any_row['directions']} dir.)"
+        if known := BY_ID.get(shape):
+            sizes += f", packed, lengths {known.lengths[0]} … {known.lengths[1]}" if known.lengths else ""
+            sizes += f", projected to {known.proj}" if known.proj else ""
         ratio = found.get((OURS, speedup))
         noise = found.get((AGAIN, speedup))
         bound = bound_ms(any_row, roofs)

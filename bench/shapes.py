@@ -9,7 +9,7 @@ MODES = ("fwdbwd", "infer", "fwd")
 GPU_DTYPES = ("bfloat16", "float16", "float32")
 
 # Features beyond a dense stack that `fusedlstm.LSTM` serves. A shape that needs another one is pending.
-SERVED: frozenset[str] = frozenset()
+SERVED: frozenset[str] = frozenset({"proj_size", "packed"})
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,25 @@ class Shape:
         """Input size of every layer."""
         return (self.I, *[self.directions * (self.proj or self.H)] * (self.layers - 1))
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """The length of every sequence: evenly from the shortest to the longest of `lengths`, or T."""
+        if self.lengths is None:
+            return [self.T] * self.B
+        shortest, longest = self.lengths
+        return [longest - round(b * (longest - shortest) / max(1, self.B - 1)) for b in range(self.B)]
+
     def flops(self, mode: str) -> float:
         """Floating-point operations of the matrix products; the backward does each twice, for inputs and weights."""
         recurrent = (self.proj or self.H) // self.heads
-        rows = self.T * self.B * 4 * self.H * self.directions
+        rows = sum(self.row_lengths) * 4 * self.H * self.directions
         forward = sum(2.0 * rows * (inputs + recurrent) for inputs in self.layer_inputs)
         return forward * (3 if mode == "fwdbwd" else 1)
 
     def min_bytes(self, mode: str, itemsize: int) -> float:
         """Fewest bytes moved: input, output and weights once; training also their gradients."""
         D, out = self.directions, self.directions * (self.proj or self.H)
-        data = self.T * self.B * sum(inputs + out for inputs in self.layer_inputs)
+        data = sum(self.row_lengths) * sum(inputs + out for inputs in self.layer_inputs)
         weights = sum(D * 4 * self.H * (inputs + (self.proj or self.H)) for inputs in self.layer_inputs)
         return float((data + weights) * itemsize * (3 if mode == "fwdbwd" else 1))
 
@@ -147,10 +155,15 @@ SHAPES: list[Shape] = [
     _shape(
         "C5", 64, 16, 128, bidirectional=True, layers=2, sets=("cpu",), telling=1, source="two bidirectional layers"
     ),
+    _shape("C6", 128, 32, 128, lengths=(26, 128), sets=("cpu",), telling=0, source="C2 packed, lengths from 20 %"),
+    _shape("C7", 64, 64, 512, lengths=(13, 64), sets=("cpu",), telling=0, source="packed, lengths from 20 %"),
+    _shape("C8", 128, 4, 128, lengths=(26, 128), sets=("cpu",), telling=1, source="packed, few sequences"),
+    _shape("C9", 64, 16, 256, proj=128, sets=("cpu",), telling=1, source="a projection"),
     # The rehearsal of a GPU run, and the tests.
     _shape("R1", 7, 3, 8, sets=("rehearsal",), telling=0, source="rehearsal"),
     _shape("R2", 5, 2, 6, I=4, layers=2, bidirectional=True, modes=INFER, sets=("rehearsal",), source="rehearsal"),
-    _shape("R3", 5, 2, 8, proj=4, sets=("rehearsal",), source="rehearsal of a pending shape"),
+    _shape("R3", 5, 2, 8, heads=2, sets=("rehearsal",), source="rehearsal of a pending shape"),
+    _shape("R4", 5, 3, 8, proj=4, lengths=(2, 5), sets=("rehearsal",), source="rehearsal of a packed batch"),
 ]
 
 BY_ID: dict[str, Shape] = {shape.id: shape for shape in SHAPES}

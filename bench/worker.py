@@ -68,7 +68,7 @@ def _check_alive(settings: Settings) -> None:
         raise _Dead from error
 
 
-def _call(layer: registry.Layer, mode: str, x, grad_output):
+def _call(layer: registry.Layer, shape: Shape, mode: str, x, grad_output):
     """A function without arguments that does the work of `mode` once and returns (output, gradients)."""
     import torch
 
@@ -77,19 +77,41 @@ def _call(layer: registry.Layer, mode: str, x, grad_output):
 
         def infer():
             with torch.no_grad():
-                return layer.forward(x), ()
+                return _tensor(layer.forward(x)), ()
 
         return infer
     layer.train(True)
-    leaves = [x.detach().requires_grad_(), *layer.parameters]
+    if shape.lengths:
+        x = x._replace(data=x.data.detach().requires_grad_())
+        leaves = [x.data, *layer.parameters]
+    else:
+        x = x.detach().requires_grad_()
+        leaves = [x, *layer.parameters]
     if mode == "fwd":
-        return lambda: (layer.forward(leaves[0]), ())
+        return lambda: (_tensor(layer.forward(x)), ())
 
     def fwdbwd():
-        output = layer.forward(leaves[0])
+        output = _tensor(layer.forward(x))
         return output, torch.autograd.grad(output, leaves, grad_output)
 
     return fwdbwd
+
+
+def _tensor(output):
+    return output if hasattr(output, "dim") else output.data  # packed
+
+
+def _input(shape: Shape, T: int, device: str, dtype):
+    """Random input of `shape` with at most T steps, packed if it has lengths."""
+    import torch
+
+    x = torch.randn(T, shape.B, shape.I, device=device, dtype=dtype)
+    if not shape.lengths:
+        return x
+    lengths = torch.tensor(shape.row_lengths).clamp(max=T)
+    if T < shape.T:
+        lengths[-1] = 1  # equal lengths would be served as a dense batch
+    return torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
 
 
 def _peak_mib(call) -> float:
@@ -143,8 +165,9 @@ def measure(case: Case, settings: Settings, send) -> None:
     gpu = device != "cpu"
     dtype = getattr(torch, case.dtype)
     weights = registry.baseline_weights(shape, case.dtype, device)
-    x = torch.randn(shape.T, shape.B, shape.I, device=device, dtype=dtype)
-    grad_output = torch.randn(shape.T, shape.B, shape.directions * (shape.proj or shape.H), device=device, dtype=dtype)
+    x = _input(shape, shape.T, device, dtype)
+    rows = _tensor(x).shape[:-1]
+    grad_output = torch.randn(*rows, shape.directions * (shape.proj or shape.H), device=device, dtype=dtype)
 
     calls, peaks, reference = {}, {}, None
     for name in case.providers:
@@ -154,7 +177,7 @@ def measure(case: Case, settings: Settings, send) -> None:
             if reason := provider.missing() or provider.serves(shape, case.dtype, device):
                 send("skipped", name, reason)
                 continue
-            call = _call(provider.build(shape, case.dtype, device, weights), case.mode, x, grad_output)
+            call = _call(provider.build(shape, case.dtype, device, weights), shape, case.mode, x, grad_output)
             result = call()
             if reference is None and name == registry.BASELINE:
                 reference = result
@@ -270,8 +293,8 @@ def warm(cases: list[tuple[str, str]], settings: Settings) -> None:
         shape = BY_ID[shape_id]
         try:
             layer = registry.PROVIDERS["fusedlstm"].build(shape, dtype, settings.device, {})
-            x = torch.randn(min(shape.T, 2), shape.B, shape.I, device=settings.device, dtype=getattr(torch, dtype))
-            output = layer.forward(x)
+            x = _input(shape, min(shape.T, 2), settings.device, getattr(torch, dtype))
+            output = _tensor(layer.forward(x))
             output.sum().backward()
             with torch.no_grad():
                 layer.train(False)

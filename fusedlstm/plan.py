@@ -275,7 +275,7 @@ def _candidate(
         return None
 
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
-    if packed and schedule == "resident" and chunks > 4:
+    if packed and schedule == "resident" and chunks > 4 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
@@ -332,7 +332,8 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
         slice_bytes = chunks * p.block_k * p.columns * ITEMSIZE[p.dtype]
         if p.schedule == "resident" and (slice_bytes > 256 * p.num_warps * limits.warp_size or p.block_b == 64):
             return True  # weights need registers: 64 a thread at most
-    if p.packed and p.block_b == 64 and not limits.wide_mma and (ieee or chunks > 8):
+    tight = (ieee and p.block_b * p.block_h >= 2048) or (p.block_b == 64 and chunks > 8)
+    if p.packed and tight and not limits.wide_mma:
         return True
     if p.schedule == "resident":
         if limits.arch != "sm_90" and chunks > 8 and p.hidden * ITEMSIZE[p.dtype] % 16:

@@ -237,7 +237,7 @@ def test_rehearsal_goes_on_behind_a_broken_part(tmp_path):
     ):
         assert f"{verdict:8} {part}" in summary
     assert "broken on purpose" in summary and "| R1 | 7, 3, 8, 8 |" in summary
-    assert "pending, not served yet: R3 (proj_size)" in (tmp_path / "log-bench.txt").read_text()
+    assert "pending, not served yet: R3 (heads)" in (tmp_path / "log-bench.txt").read_text()
     measured = rows.read(tmp_path / "rehearsal.csv")
     assert {r["provider"] for r in measured if r["op"] == "lstm"} == {"torch", "fusedlstm"}
     assert {r["metric"] for r in measured if r["op"] == "roof"} == {"matmul", "copy"}

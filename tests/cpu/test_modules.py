@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import functional
@@ -157,6 +158,34 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(compiled(x)[0], ours(x)[0])
 
 
+def test_packed_compiles_without_a_graph_break():
+    """The layout of a pack is data to the graph."""
+    from fusedlstm.packing import Packing
+
+    ours = fusedlstm.LSTM(5, 7, bidirectional=True)
+    weights = [[*direction] for direction in ours.all_weights]
+
+    def run(data, lengths, first_row):
+        from fusedlstm import recurrence
+
+        zeros = data.new_zeros(2, len(lengths), 7)
+        return recurrence.layer("lstm", data, (zeros, zeros), weights, "torch", Packing(lengths, first_row))[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ([4, 2, 1], [6, 6, 3], [5, 4, 4, 1]):
+        packed = pack_padded_sequence(torch.randn(lengths[0], len(lengths), 5), torch.tensor(lengths))
+        tables = Packing.of(packed.batch_sizes, len(lengths), torch.device("cpu"))
+        found = []
+        for f in (run, compiled):
+            ours.zero_grad()
+            data = packed.data.clone().requires_grad_()
+            output = f(data, *tables)
+            output.square().sum().backward()
+            found.append([output, data.grad, *(p.grad for p in ours.parameters())])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_the_custom_ops_compile():
     """The path of the ops under Dynamo: the ops are opaque, the products around them are traced."""
     from fusedlstm import recurrence
@@ -180,19 +209,83 @@ def test_the_custom_ops_compile():
         torch.testing.assert_close(a, b)
 
 
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_autocast_on_a_cpu(backend):
-    """bfloat16 where bfloat16 was asked for, float32 gradients, and the numbers of a module in bfloat16."""
+def test_autocast_on_a_cpu(backend, dtype, packed):
+    """The dtype that was asked for, float32 gradients, and the numbers of a module in that dtype."""
     stock, ours = pair(5, 7, backend=backend)
     x = torch.randn(4, 3, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    x = pack_padded_sequence(x, torch.tensor([4, 2, 1])) if packed else x
+    with torch.autocast("cpu", dtype):
         output, (h_n, c_n) = ours(x)
-    assert output.dtype == h_n.dtype == c_n.dtype == torch.bfloat16
-    stock, x = stock.bfloat16(), x.bfloat16()
-    same_dtype, exact = stock(x)[0], stock.double()(x.double())[0]
-    assert_accurate("output", output.detach(), same_dtype.detach(), exact.detach())
+    output = output.data if packed else output
+    assert output.dtype == h_n.dtype == c_n.dtype == dtype
+    stock, x = stock.to(dtype), x.to(dtype)
+    same_dtype, exact = stock(x), stock.double()(x.double())
+    for name, a, b, c in (
+        ("output", output, same_dtype[0], exact[0]),
+        ("h_n", h_n, same_dtype[1][0], exact[1][0]),
+        ("c_n", c_n, same_dtype[1][1], exact[1][1]),
+    ):
+        b, c = (y.data if name == "output" and packed else y for y in (b, c))
+        assert_accurate(name, a.detach(), b.detach(), c.detach())
     output.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_of_a_cell(backend, dtype):
+    cell = fusedlstm.LSTMCell(5, 7, backend=backend)
+    with torch.autocast("cpu", dtype):
+        h, c = cell(torch.randn(3, 5), (torch.randn(3, 7), torch.randn(3, 7)))
+    assert h.dtype == c.dtype == dtype
+    h.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in cell.parameters())
+
+
+def test_autocast_leaves_float64_alone():
+    ours = fusedlstm.LSTM(5, 7).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(torch.randn(4, 3, 5, dtype=torch.float64))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_on_a_cpu(dtype, packed):
+    """Outputs and every gradient in the dtype of the module, no less exact than stock's."""
+    stock, ours = pair(5, 19, 2, bidirectional=True)
+    lengths = torch.tensor([6, 3, 1])
+    x, grads = torch.randn(6, 3, 5), None
+    found = []
+    for module, to in (
+        (ours.to(dtype), dtype),
+        (stock.to(dtype), dtype),
+        (copy.deepcopy(stock).double(), torch.float64),
+    ):
+        input = x.to(dtype).to(to).requires_grad_()
+        output, (h_n, c_n) = module(pack_padded_sequence(input, lengths) if packed else input)
+        results = [output.data if packed else output, h_n, c_n]
+        assert all(y.dtype == to for y in results)
+        grads = grads or [torch.randn_like(y) for y in results]
+        torch.autograd.backward(results, [g.to(to) for g in grads])
+        found.append([*results, input.grad, *(p.grad for p in module.parameters())])
+    for k, (a, b, c) in enumerate(zip(*found, strict=True)):
+        assert a.dtype == dtype
+        assert_accurate(f"tensor {k}", a.detach(), b.detach(), c.detach())
+
+
+def test_float16_on_a_cpu_computes_in_float32(monkeypatch):
+    """ATen has only slow code for it."""
+    seen = []
+    stack = torch._VF.lstm
+    monkeypatch.setattr(torch._VF, "lstm", lambda input, *rest: seen.append(input.dtype) or stack(input, *rest))
+    fusedlstm.LSTM(5, 7).half()(torch.randn(4, 3, 5).half())
+    assert seen == [torch.float32]
 
 
 def test_functional_is_the_module():

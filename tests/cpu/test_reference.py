@@ -114,7 +114,13 @@ def test_custom_ops_pass_opcheck():
     hx, cx = torch.randn(2, B, H, generator=generator), torch.randn(1, 2, B, H, generator=generator)
     checks = ("test_schema", "test_faketensor")
     for save in (True, False):
-        torch.library.opcheck(recurrence.recurrence_fwd, ("lstm", "torch", preact_x, weight_hh, hx, cx, None, None, save), test_utils=checks)
-    output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd("lstm", "torch", preact_x, weight_hh, hx, cx, None, None, True)
+        torch.library.opcheck(
+            recurrence.recurrence_fwd,
+            ("lstm", "torch", preact_x, weight_hh, hx, cx, None, None, save),
+            test_utils=checks,
+        )
+    output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd(
+        "lstm", "torch", preact_x, weight_hh, hx, cx, None, None, True
+    )
     arguments = ("lstm", "torch", output, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, None, None)
     torch.library.opcheck(recurrence.recurrence_bwd, arguments, test_utils=checks)
