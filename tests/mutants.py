@@ -59,8 +59,8 @@ MUTANTS = {
     ),
     "mask of the reduction dropped": (
         "kernels/product.py",
-        "return (offs_k < CHUNK) & (q * CHUNK + offs_k < K)",
-        "return offs_k < CHUNK",
+        "offs_k < K",
+        "offs_k < K + BLOCK_K",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "gates stored before their activation": (
@@ -77,20 +77,50 @@ MUTANTS = {
     ),
     "backward forgets cx": (
         "kernels/recurrence_bwd.py",
-        "first = step == T - 1",
-        "first = step == T",
+        "begins = step == steps - 1",
+        "begins = step == steps",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "reverse direction runs forward": (
         "kernels/recurrence_fwd.py",
-        "t = step + pid_d * (T - 1 - 2 * step)",
+        "t = step + pid_d * (steps - 1 - 2 * step)",
         "t = step + pid_d * 0",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "grad_weight_hh forgets hx": (
         "fusedlstm/recurrence.py",
-        "from_hx = grad_preact[first].t() @ hx",
-        "from_hx = 0 * grad_preact[first].t() @ hx",
+        "from_hx = product(grad_preact[first].t(), hx)",
+        "from_hx = 0 * product(grad_preact[first].t(), hx)",
+        "tests/kernels/test_recurrence.py",
+    ),
+    "packed: an ended sequence steps on": (
+        "kernels/recurrence_fwd.py",
+        "state = select_tuple(mask_t[:, None], stepped, state, 1 + S)",
+        "state = stepped",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "packed: no sequence begins in reverse": (
+        "kernels/recurrence_fwd.py",
+        "p_h = tl.where(row + offs_b < sequences, p_h, hx_ptr + row_state * H + offs_b * H)",
+        "p_h = p_h",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "packed: the state of an ended sequence is not fetched": (
+        "kernels/recurrence_bwd.py",
+        "tl.maximum(sequences, sequences_prev)",
+        "sequences",
+        "tests/kernels/test_recurrence_bwd.py",
+    ),
+    "packed: grad_weight_hh takes one direction for the other": (
+        "fusedlstm/recurrence.py",
+        "packing.previous_rows(len(output), direction)",
+        "packing.previous_rows(len(output), 0)",
+        "tests/kernels/test_recurrence.py",
+    ),
+    "projection: h_0 is forgotten": (
+        "fusedlstm/functional.py",
+        "engine, packing, preact_0)",
+        "engine, packing, 0 * preact_0)",
         "tests/kernels/test_recurrence.py",
     ),
     "walked tiles skipped": (
