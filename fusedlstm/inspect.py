@@ -121,13 +121,16 @@ def plot_gates(trace: GateTrace, *, sample: int = 0, figure=None, period: int | 
     maps = {name: value[:, sample].detach().float().cpu() for name, value in trace._asdict().items()}  # each [T, H]
     order = _order_of_activity(maps["c"])
     T, H = maps["c"].shape
-    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    projected = maps["h"].size(1) != H
+    panels = figure.subplots(2, 3, sharex=True, sharey=not projected)
     for panel, (name, (title, colours)) in zip(panels.flat, _PANELS.items(), strict=True):
-        values = (maps[name][:, order] if maps[name].size(1) == H else maps[name]).t().numpy()  # [H, T], h [P, T]
+        own_units = projected and name == "h"
+        values = (maps[name] if own_units else maps[name][:, order]).t().numpy()  # [H, T] or [P, T]
         low, high = (0, 1) if colours == "viridis" else (-1, 1)
-        if name == "c":
-            # c has no bound; a few units that count far must not wash out the others.
-            high = max(float(maps["c"].abs().quantile(0.98)), 1e-6)
+        unbounded = name == "c" or own_units
+        if unbounded:
+            # A few units that count far must not wash out the others.
+            high = max(float(maps[name].abs().quantile(0.98)), 1e-6)
             low = -high
         image = panel.imshow(
             values,
@@ -138,8 +141,8 @@ def plot_gates(trace: GateTrace, *, sample: int = 0, figure=None, period: int | 
             interpolation="nearest",
             extent=(0, T, len(values), 0),
         )
-        panel.set_title(title if len(values) == H else f"{title}, projected", fontsize=11)
-        figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05, extend="both" if name == "c" else "neither")
+        panel.set_title(f"{title}, projected" if own_units else title, fontsize=11)
+        figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05, extend="both" if unbounded else "neither")
         if period:
             panel.set_xticks(range(0, T + 1, period))
     for panel in panels[-1]:

@@ -110,3 +110,30 @@ def test_plot_draws_the_trace():
     # Every unit is in the same row of all panels.
     o, c, h = (drawn[name].double() for name in "och")
     torch.testing.assert_close(o * torch.tanh(c), h, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "direction"), [(0, 0), (1, 1)])
+def test_a_projected_layer(layer, direction):
+    """h is what the next layer reads, c has all units; the picture has a panel for each."""
+    module = fusedlstm.LSTM(5, 7, num_layers=2, bidirectional=True, proj_size=3)
+    x, states = torch.randn(4, 2, 5), (torch.randn(4, 2, 3), torch.randn(4, 2, 7))
+    trace = gate_trace(module, x, states, layer=layer, direction=direction)
+    assert trace.h.shape == (4, 2, 3) and trace.c.shape == (4, 2, 7)
+    output, (h_n, c_n) = module(x, states)
+    row, last = 2 * layer + direction, 0 if direction else -1
+    torch.testing.assert_close(trace.h[last], h_n[row])
+    torch.testing.assert_close(trace.c[last], c_n[row])
+    if layer == 1:
+        torch.testing.assert_close(trace.h, output.chunk(2, -1)[direction])
+    figure = plot_gates(trace)
+    titles = [panel.get_title() for panel in figure.axes[:6]]
+    assert sum(title.endswith("projected") for title in titles) == 1
+    shown = {panel.get_title(): panel.get_ylim() for panel in figure.axes[:6]}
+    assert all(limits == ((3, 0) if title.endswith("projected") else (7, 0)) for title, limits in shown.items())
+
+
+def test_packed_input_is_refused():
+    module = fusedlstm.LSTM(5, 7)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 5)])
+    with pytest.raises(TypeError, match="input: expected a Tensor, got PackedSequence"):
+        gate_trace(module, packed)
