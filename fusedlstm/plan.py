@@ -329,6 +329,8 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
     if limits.arch.startswith("gfx"):
         if p.columns < 16 and not ieee:
             return True  # no matrix instruction
+        if p.pass_ == "bwd" and p.hidden > 2048 and p.block_b * p.block_h >= 2048:
+            return True
         slice_bytes = chunks * p.block_k * p.columns * ITEMSIZE[p.dtype]
         if p.schedule == "resident" and (slice_bytes > 256 * p.num_warps * limits.warp_size or p.block_b == 64):
             return True  # weights need registers: 64 a thread at most
