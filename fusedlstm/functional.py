@@ -55,11 +55,12 @@ def lstm(
         compute_dtype = torch_engine.compute_dtype(input.device, dtype, dense=batch_sizes is None)
     else:
         compute_dtype = dtype
-    input, hx, weights = _cast((input, hx, weights), compute_dtype)
+    if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
+        input, hx, weights = _cast((input, hx, weights), compute_dtype)
     batch_first = batch_first and batch_sizes is None and not equal_lengths
     schedule = torch_engine.schedule(input, batch_sizes, batch_first, proj_size) if engine == "torch" else None
     with _autocast_off(input):
-        if schedule in ("stack", "runs"):
+        if schedule in ("stack", "runs", "step"):
             output, h_n, c_n = torch_engine.lstm(
                 schedule,
                 input,
@@ -82,7 +83,7 @@ def lstm(
             output = output.transpose(0, 1) if batch_first else output
     if equal_lengths:
         output = output.flatten(0, 1)
-    return _cast((output, h_n, c_n), dtype)
+    return (output, h_n, c_n) if compute_dtype == dtype else _cast((output, h_n, c_n), dtype)
 
 
 def lstm_cell(

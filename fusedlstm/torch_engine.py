@@ -13,6 +13,8 @@ CUDNN_STEPS = 65535  # cuDNN takes no more
 # Packed sequences on a CPU: below as many steps between two ends, on average, `torch_loop` is faster than oneDNN with a
 # call for every run of steps that the same sequences have.
 RUN_OF_TRAINING, RUN_OF_INFERENCE = 8, 4
+# A single step on a CPU: up to as many sequences ATen's cells are faster than oneDNN without gradients, and always with.
+STEP_OF_INFERENCE = 8
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype, dense: bool) -> torch.dtype:
@@ -23,13 +25,17 @@ def compute_dtype(device: torch.device, dtype: torch.dtype, dense: bool) -> torc
 
 
 def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, proj_size: int) -> str:
-    """How a stack runs: "stack", ATen takes it whole; "runs", ATen takes runs of steps; "loop", `torch_loop` takes it.
+    """How a stack runs: "stack", ATen takes it whole; "runs", ATen takes runs of steps; "step", ATen's cells take its only
+    step; "loop", `torch_loop` takes it.
 
-    ATen's own way with packed sequences of different lengths is a slow loop on a CPU.
+    On a CPU oneDNN is slow with a single step, and ATen with packed sequences of different lengths.
     """
     if batch_sizes is None:
-        steps = input.size(1 if batch_first else 0)
-        return "runs" if input.is_cuda and steps > CUDNN_STEPS else "stack"
+        steps, batch = input.size(1 if batch_first else 0), input.size(0 if batch_first else 1)
+        if input.is_cuda:
+            return "runs" if steps > CUDNN_STEPS else "stack"
+        few = batch <= STEP_OF_INFERENCE or torch.is_grad_enabled()
+        return "step" if steps == 1 and few and proj_size == 0 and input.device.type == "cpu" else "stack"
     if input.device.type != "cpu" or proj_size > 0 or input.dtype not in LOOP_DTYPES:
         return "stack"
     if (
@@ -53,7 +59,7 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack by ATen; `schedule` is "stack" or "runs"."""
+    """A stack by ATen; `schedule` is "stack", "runs" or "step"."""
     options = (bias, num_layers, dropout if training else 0.0)
     if input.is_cuda:
         hx = (hx[0].contiguous(), hx[1].contiguous())
@@ -62,6 +68,9 @@ def lstm(
         if batch_sizes is not None:
             return torch._VF.lstm(input, batch_sizes, hx, weights, *options, training, bidirectional)
         return torch._VF.lstm(input, hx, weights, *options, training, bidirectional, batch_first)
+    if schedule == "step":
+        output, h_n, c_n = _lstm_step(input.squeeze(1 if batch_first else 0), hx, weights, *options, bidirectional)
+        return output.unsqueeze(1 if batch_first else 0), h_n, c_n
     if batch_sizes is not None:
         return _lstm_by_runs(input, _runs_of_sequences(batch_sizes), hx, weights, *options, training, bidirectional)
     x = input.transpose(0, 1) if batch_first else input
@@ -82,6 +91,30 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step."""
     return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+
+
+def _lstm_step(
+    x: Tensor,  # [B, I]
+    hx: tuple[Tensor, Tensor],  # each [L * D, B, H]
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of a stack, a cell for every layer and direction."""
+    directions = 2 if bidirectional else 1
+    count = 4 if bias else 2
+    h_n, c_n = [], []
+    for k in range(num_layers * directions):
+        if k % directions == 0 and k > 0:
+            x = h_n[-1] if directions == 1 else torch.cat(h_n[-directions:], -1)
+            x = torch.nn.functional.dropout(x, dropout) if dropout > 0 else x
+        h, c = torch._VF.lstm_cell(x, (hx[0][k], hx[1][k]), *weights[k * count : (k + 1) * count])
+        h_n.append(h)
+        c_n.append(c)
+    output = h_n[-1] if directions == 1 else torch.cat(h_n[-directions:], -1)
+    return output, torch.stack(h_n), torch.stack(c_n)
 
 
 def _lstm_by_runs(

@@ -203,6 +203,14 @@ def one_step(library):
     return results(build(library), X[:1])
 
 
+def one_step_of_inference(library):
+    module = build(library, batch_first=True, num_layers=3, dropout=0.5)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        output, (h_n, c_n) = module(X.transpose(0, 1)[:, :1])
+    return [output, h_n, c_n]
+
+
 def dropped_out(library):
     return results(build(library, dropout=1.0))
 
@@ -230,7 +238,7 @@ def in_half_precision(library):
 SAME_CODE = [
     deep_copied, pickled, state_dict_of_the_other, old_checkpoint, functional_call, replaced_parameter, weight_drop,
     old_weight_norm, parametrised_weight_norm, spectral, pruned, hooks, checkpointed, inference, frozen, evaluated, twice,
-    from_meta, in_float64, shared, applied, flattened, state_list, state_strided, no_sequences, one_step, dropped_out,
+    from_meta, in_float64, shared, applied, flattened, state_list, state_strided, no_sequences, dropped_out,
     under_a_seed,
 ]  # fmt: skip
 
@@ -243,7 +251,7 @@ def test_same_bits_as_stock(use):
         assert torch.equal(a, b)
 
 
-TOLERANCE = {packed_under_a_seed: 1e-6, in_half_precision: 2e-3}
+TOLERANCE = {packed_under_a_seed: 1e-6, one_step: 1e-6, one_step_of_inference: 1e-6, in_half_precision: 2e-3}
 
 
 @pytest.mark.parametrize("use", TOLERANCE, ids=lambda use: use.__name__)
