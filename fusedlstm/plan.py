@@ -215,7 +215,15 @@ def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str):
 
 
 def _block_k(
-    schedule: str, block_b: int, block_h: int, dtype: str, ieee: bool, pass_: str, reduction: int, transposed: bool
+    schedule: str,
+    block_b: int,
+    block_h: int,
+    dtype: str,
+    ieee: bool,
+    pass_: str,
+    reduction: int,
+    transposed: bool,
+    packed: bool,
 ) -> int:
     """Chunk of the reduction: long enough that an unrolled loop has few, short enough that one fits into registers."""
     if schedule == "single":
@@ -227,7 +235,7 @@ def _block_k(
     elif dtype == "fp32":
         widest = 64 if transposed else 128
     elif pass_ == "bwd":
-        widest = 256
+        widest = 128 if packed and block_b == 32 else 256
     else:
         widest = 128 if block_b < 64 else 64
     return min(widest, max(16, _power_of_2(reduction)))
@@ -258,7 +266,7 @@ def _candidate(
     transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
     if schedule == "resident" and dtype == "fp32" and reduction * columns > 1 << 15:
         transposed = False  # spills, where the plain form does not
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, transposed)
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, transposed, packed)
     chunks = math.ceil(reduction / (hidden if schedule == "single" else block_k))
     slice_bytes = chunks * block_k * columns * itemsize
     exchange_bytes = block_b * block_k * itemsize
@@ -275,7 +283,7 @@ def _candidate(
         return None
 
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
-    if packed and schedule == "resident" and chunks > 4 and block_b < 64:
+    if packed and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
@@ -336,6 +344,8 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
             return True  # weights need registers: 64 a thread at most
     tight = (ieee and p.block_b * p.block_h >= 2048) or (p.block_b == 64 and chunks > 8)
     if p.packed and tight and not limits.wide_mma:
+        return True
+    if p.packed and p.schedule == "resident" and p.block_b * p.block_h >= 1024 and chunks > 16:
         return True
     if p.schedule == "resident":
         if limits.arch != "sm_90" and chunks > 8 and p.hidden * ITEMSIZE[p.dtype] % 16:

@@ -97,6 +97,7 @@ def test_projection(device, dtype, options):
 
 PACKED = {
     "sorted": ([5, 3, 3, 1], True, {}),
+    "one": ([3], True, {}),
     "equal": ([4, 4, 4], True, {"bidirectional": True}),
     "unsorted": ([2, 5, 1, 3], False, {}),
     "two bidirectional layers": ([2, 5, 1, 3], False, {"num_layers": 2, "bidirectional": True}),

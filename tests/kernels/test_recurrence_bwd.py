@@ -72,10 +72,8 @@ def test_walked_batch_tiles(device, groups):
 
 
 LENGTHS = {
-    "one": [3],
     "ragged": [7, 6, 6, 3, 1],
-    "two tiles": [5] * 3 + [4] * 12 + [3, 2, 2, 1],
-    "all long, one short": [4] * 17 + [1],
+    "two tiles": [4] * 3 + [3] * 12 + [3, 2, 2, 1],
 }
 
 

@@ -23,7 +23,7 @@ def train(built):
     tokens, classes = torch.randint(20, (8, 7)), torch.randint(3, (8,))
     model = Classifier()
     built(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     numbers = []
     for _ in range(5):
         optimizer.zero_grad()
