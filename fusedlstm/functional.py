@@ -58,9 +58,11 @@ def lstm(
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
     batch_first = batch_first and batch_sizes is None and not equal_lengths
-    schedule = torch_engine.schedule(input, batch_sizes, batch_first, proj_size) if engine == "torch" else None
+    schedule = "loop"
+    if engine == "torch":
+        schedule = torch_engine.schedule(input, batch_sizes, batch_first, hx[1].size(-1), proj_size)
     with _autocast_off(input):
-        if schedule in ("stack", "runs", "step"):
+        if schedule != "loop":
             output, h_n, c_n = torch_engine.lstm(
                 schedule,
                 input,

@@ -5,14 +5,17 @@ import functools
 import torch
 from torch import Tensor
 
+from fusedlstm.packing import Packing, begin_rows
 from fusedlstm.torch_loop import DTYPES as LOOP_DTYPES
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
 
 
-# Packed sequences on a CPU: below as many steps between two ends, on average, `torch_loop` is faster than oneDNN with a
-# call for every run of steps that the same sequences have.
-RUN_OF_TRAINING, RUN_OF_INFERENCE = 8, 4
+# Packed sequences on a CPU: from as many steps on between two ends, on average, oneDNN gets a call for every run of steps
+# that the same sequences have; below, a call for every stretch in which no more than a third of them end; but where the
+# weights are large it costs more to prepare them for every call than `torch_loop` does.
+SHORTEST_RUN, HELD, WIDEST_STRETCH = 8, 2 / 3, 256
+SHUT = 1e8  # saturates a gate whatever else is added
 # A single step on a CPU: up to as many sequences ATen's cells are faster than oneDNN without gradients, and always with.
 STEP_OF_INFERENCE = 8
 
@@ -24,9 +27,9 @@ def compute_dtype(device: torch.device, dtype: torch.dtype, dense: bool) -> torc
     return dtype
 
 
-def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, proj_size: int) -> str:
-    """How a stack runs: "stack", ATen takes it whole; "runs", ATen takes runs of steps; "step", ATen's cells take its only
-    step; "loop", `torch_loop` takes it.
+def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, hidden: int, proj_size: int) -> str:
+    """How a stack runs: "stack", ATen takes it whole; "runs" or "stretches", ATen takes some steps at a time; "step", ATen's
+    cells take its only step; "loop", `torch_loop` takes it.
 
     On a CPU oneDNN is slow with a single step, and ATen with packed sequences of different lengths.
     """
@@ -42,8 +45,9 @@ def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, proj_
         input.dtype != torch.float32 or torch.compiler.is_compiling()
     ):  # oneDNN has no float64; no graph for some lengths
         return "loop"
-    shortest = RUN_OF_TRAINING if torch.is_grad_enabled() else RUN_OF_INFERENCE
-    return "runs" if len(batch_sizes) >= shortest * len(torch.unique_consecutive(batch_sizes)) else "loop"
+    if len(batch_sizes) >= SHORTEST_RUN * len(torch.unique_consecutive(batch_sizes)):
+        return "runs"
+    return "stretches" if hidden <= WIDEST_STRETCH else "loop"
 
 
 def lstm(
@@ -59,7 +63,7 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack by ATen; `schedule` is "stack", "runs" or "step"."""
+    """A stack by ATen; `schedule` is one of its own."""
     options = (bias, num_layers, dropout if training else 0.0)
     if input.is_cuda:
         hx = (hx[0].contiguous(), hx[1].contiguous())
@@ -71,12 +75,15 @@ def lstm(
     if schedule == "step":
         output, h_n, c_n = _lstm_step(input.squeeze(1 if batch_first else 0), hx, weights, *options, bidirectional)
         return output.unsqueeze(1 if batch_first else 0), h_n, c_n
+    options = (num_layers, options[2], bidirectional)
+    if schedule == "stretches":
+        return _by_direction(_by_stretches(batch_sizes, training), input, hx, weights, *options)
     if batch_sizes is not None:
-        return _lstm_by_runs(input, _runs_of_sequences(batch_sizes), hx, weights, *options, training, bidirectional)
+        return _by_direction(_by_runs(_runs_of_sequences(batch_sizes), training), input, hx, weights, *options)
     x = input.transpose(0, 1) if batch_first else input
     T, B, _ = x.shape
     runs = [(t * B, min(CUDNN_STEPS, T - t), B) for t in range(0, T, CUDNN_STEPS)]
-    output, h_n, c_n = _lstm_by_runs(x.reshape(T * B, -1), runs, hx, weights, *options, training, bidirectional)
+    output, h_n, c_n = _by_direction(_by_runs(runs, training), x.reshape(T * B, -1), hx, weights, *options)
     output = output.unflatten(0, (T, B))
     return output.transpose(0, 1) if batch_first else output, h_n, c_n
 
@@ -117,21 +124,16 @@ def _lstm_step(
     return output, torch.stack(h_n), torch.stack(c_n)
 
 
-def _lstm_by_runs(
+def _by_direction(
+    recurrence,
     rows: Tensor,  # [R, I]
-    runs: list[tuple[int, int, int]],
     hx: tuple[Tensor, Tensor],  # each [L * D, B, H]
     weights: list[Tensor],
-    bias: bool,
     num_layers: int,
     dropout: float,
-    training: bool,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack, one dense call for every run, layer and direction; a run's final state is the next one's initial state.
-
-    `runs`: first row, number of steps and number of sequences (the first ones) of every run, in order of time.
-    """
+    """A stack of which `recurrence(rows, h, c, weights, reverse)` does a layer in one direction; h and c [1, B, H]."""
     directions = 2 if bidirectional else 1
     count = len(weights) // (num_layers * directions)
     h_n, c_n = [], []
@@ -140,29 +142,83 @@ def _lstm_by_runs(
             rows = torch.nn.functional.dropout(rows, dropout)
         outputs = []
         for k in range(layer * directions, (layer + 1) * directions):
-            reverse = k % directions == 1
-            h, c = hx[0][k : k + 1], hx[1][k : k + 1]
-            pieces = []
-            for first, steps, n in reversed(runs) if reverse else runs:
-                x = rows[first : first + steps * n].view(steps, n, -1)
-                output, h_run, c_run = torch._VF.lstm(
-                    x.flip(0) if reverse else x,
-                    (h[:, :n].contiguous(), c[:, :n].contiguous()),
-                    weights[k * count : (k + 1) * count],
-                    bias,
-                    1,
-                    0.0,
-                    training,
-                    False,
-                    False,
-                )
-                h, c = torch.cat([h_run, h[:, n:]], 1), torch.cat([c_run, c[:, n:]], 1)
-                pieces.append((output.flip(0) if reverse else output).flatten(0, 1))
-            outputs.append(torch.cat(pieces[::-1] if reverse else pieces))
+            own = weights[k * count : (k + 1) * count]
+            output, h, c = recurrence(rows, hx[0][k : k + 1], hx[1][k : k + 1], own, k % directions == 1)
+            outputs.append(output)
             h_n.append(h)
             c_n.append(c)
         rows = torch.cat(outputs, -1)
     return rows, torch.cat(h_n), torch.cat(c_n)
+
+
+def _dense(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer forward in time: x [T, B, I], h and c [1, B, H]."""
+    bias = len(weights) == 4
+    return torch._VF.lstm(x, (h.contiguous(), c.contiguous()), weights, bias, 1, 0.0, training, False, False)
+
+
+def _by_runs(runs: list[tuple[int, int, int]], training: bool):
+    """A recurrence with one dense call for every run; a run's final state is the next one's initial state.
+
+    `runs`: first row, number of steps and number of sequences (the first ones) of every run, in order of time.
+    """
+
+    def recurrence(rows, h, c, weights, reverse):
+        pieces = []
+        for first, steps, n in reversed(runs) if reverse else runs:
+            x = rows[first : first + steps * n].view(steps, n, -1)
+            x = x.flip(0) if reverse else x
+            output, h_run, c_run = _dense(x, h[:, :n], c[:, :n], weights, training)
+            h, c = torch.cat([h_run, h[:, n:]], 1), torch.cat([c_run, c[:, n:]], 1)
+            pieces.append((output.flip(0) if reverse else output).flatten(0, 1))
+        return torch.cat(pieces[::-1] if reverse else pieces), h, c
+
+    return recurrence
+
+
+def _by_stretches(batch_sizes: Tensor, training: bool):
+    """A recurrence with a dense call for every stretch of steps in which few of the sequences end.
+
+    A sequence that has ended is held to the end of its stretch by one more input feature, which shuts its input gate and
+    opens its forget gate: c and its gradient pass unchanged, and what it puts out is not looked at. In reverse every
+    sequence is turned round by itself.
+    """
+    sizes = batch_sizes.tolist()
+    packing = Packing.of(batch_sizes, sizes[0], batch_sizes.device)
+    R = sum(sizes)
+    step, sequence = packing.positions(R)
+    turned = packing.first_row[packing.lengths[sequence] - 1 - step] + sequence  # [R]
+    ends = begin_rows(packing, (R,), 1, batch_sizes.device)  # [B]
+    stretches, start = [], 0
+    for t in range(1, len(sizes) + 1):
+        if t == len(sizes) or sizes[t] < HELD * sizes[start]:
+            n = sizes[start]
+            row = packing.first_row[start:t].unsqueeze(1) + torch.arange(n)
+            lives = torch.arange(n) < batch_sizes[start:t].unsqueeze(1)  # [steps, n]
+            stretches.append((t - start, n, torch.where(lives, row, R).flatten(), lives.flatten().nonzero()[:, 0]))
+            start = t
+
+    def recurrence(rows, h, c, weights, reverse):
+        hidden = h.size(-1)
+        shut = rows.new_zeros(4 * hidden, 8)  # eight features and not one: oneDNN likes even rows
+        shut[:hidden, 0], shut[hidden : 2 * hidden, 0] = -SHUT, SHUT
+        weights = [torch.cat([weights[0], shut], 1), *weights[1:]]
+        rows = rows.index_select(0, turned) if reverse else rows
+        held = rows.new_zeros(1, rows.size(1) + 8)
+        held[0, -8] = 1.0
+        rows = torch.cat([torch.nn.functional.pad(rows, (0, 8)), held])  # [R + 1, I + 8]
+        outputs, final_c = [], []
+        for steps, n, source, living in stretches:
+            final_c.append(c[:, n:])
+            x = rows.index_select(0, source).view(steps, n, -1)
+            output, h, c = _dense(x, h[:, :n], c[:, :n], weights, training)
+            outputs.append(output.flatten(0, 1).index_select(0, living))
+        output = torch.cat(outputs)
+        h_n = output.index_select(0, ends).unsqueeze(0)
+        output = output.index_select(0, turned) if reverse else output
+        return output, h_n, torch.cat([c, *final_c[::-1]], 1)
+
+    return recurrence
 
 
 def _runs_of_sequences(batch_sizes: Tensor) -> list[tuple[int, int, int]]:

@@ -138,11 +138,11 @@ def test_gradient_through_one_result(given):
         torch.testing.assert_close(a, b, **EXACT)
 
 
-@pytest.mark.parametrize("schedule", ["runs", "loop"])
+@pytest.mark.parametrize("schedule", ["runs", "stretches", "loop"])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("lengths", [[9, 9, 4], [6, 5, 4, 3, 2, 1], [20, 1]], ids=str)
-def test_both_ways_of_a_cpu_equal_stock(monkeypatch, lengths, options, schedule):
-    """Runs of steps through ATen, and the loop, whatever the lengths would have chosen."""
+def test_every_way_of_a_cpu_equals_stock(monkeypatch, lengths, options, schedule):
+    """Runs and stretches of steps through ATen, and the loop, whatever the lengths would have chosen."""
     monkeypatch.setattr(torch_engine, "schedule", lambda *call: schedule)
     stock, ours = nn.LSTM(I, H, **options), fusedlstm.LSTM(I, H, **options, backend="torch")
     ours.load_state_dict(stock.state_dict())
@@ -161,13 +161,30 @@ def test_both_ways_of_a_cpu_equal_stock(monkeypatch, lengths, options, schedule)
 
 
 def test_which_way_a_cpu_goes():
-    def way(lengths, dtype=torch.float32, proj_size=0):
+    def way(lengths, dtype=torch.float32, hidden=256, proj_size=0):
         sizes = packing_of(lengths)[1]
-        return torch_engine.schedule(torch.zeros(sum(lengths), I, dtype=dtype), sizes, False, proj_size)
+        return torch_engine.schedule(torch.zeros(sum(lengths), I, dtype=dtype), sizes, False, hidden, proj_size)
 
     assert way([40, 20]) == "runs" and way([40, 20], torch.float64) == "loop"
-    assert way([5, 4, 3]) == "loop" and way([5, 4, 3], proj_size=2) == "stack"
-    assert way([10, 5]) == "loop"
+    assert way([5, 4, 3]) == "stretches" and way([5, 4, 3], hidden=257) == "loop"
+    assert way([5, 4, 3], proj_size=2) == "stack"
+    assert torch_engine.schedule(torch.zeros(70_000, 1, I), None, False, H, 0) == "stack"
+    assert torch_engine.schedule(torch.zeros(1, 9, I), None, False, H, 0) == "step"
     with torch.no_grad():
-        assert way([10, 5]) == "runs"
-    assert torch_engine.schedule(torch.zeros(70_000, 1, I), None, False, 0) == "stack"
+        assert torch_engine.schedule(torch.zeros(1, 8, I), None, False, H, 0) == "step"
+        assert torch_engine.schedule(torch.zeros(1, 9, I), None, False, H, 0) == "stack"
+
+
+def test_held_sequences_keep_their_state():
+    """However large the other preactivations are, c_n is what there was after the sequence's own last step."""
+    lengths = [6, 5, 5, 5, 4, 4]  # one stretch
+    ours = fusedlstm.LSTM(I, H)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.mul_(300.0)
+        x = torch.randn(6, 6, I) * 100
+        _, (h_n, c_n) = ours(pack_padded_sequence(x, torch.tensor(lengths)))
+        for b, n in enumerate(lengths):
+            _, (h, c) = ours(x[:n])
+            torch.testing.assert_close(c_n[:, b], c[:, b])
+            torch.testing.assert_close(h_n[:, b], h[:, b])
