@@ -13,7 +13,7 @@ CUDNN_STEPS = 65535  # cuDNN takes no more
 
 # Packed sequences on a CPU: from as many steps on between two ends, on average, oneDNN gets a call for every run of steps
 # that the same sequences have; below, a call for every stretch in which no more than a third of them end; but where the
-# weights are large it costs more to prepare them for every call than `torch_loop` does.
+# weights are large, training spends more on preparing and summing them for every call than `torch_loop` does.
 SHORTEST_RUN, HELD, WIDEST_STRETCH = 8, 2 / 3, 256
 SHUT = 1e8  # saturates a gate whatever else is added
 # A single step on a CPU: up to as many sequences ATen's cells are faster than oneDNN without gradients, and always with.
@@ -47,7 +47,7 @@ def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, hidde
         return "loop"
     if len(batch_sizes) >= SHORTEST_RUN * len(torch.unique_consecutive(batch_sizes)):
         return "runs"
-    return "stretches" if hidden <= WIDEST_STRETCH else "loop"
+    return "stretches" if hidden <= WIDEST_STRETCH or not torch.is_grad_enabled() else "loop"
 
 
 def lstm(

@@ -171,6 +171,7 @@ def test_which_way_a_cpu_goes():
     assert torch_engine.schedule(torch.zeros(70_000, 1, I), None, False, H, 0) == "stack"
     assert torch_engine.schedule(torch.zeros(1, 9, I), None, False, H, 0) == "step"
     with torch.no_grad():
+        assert way([5, 4, 3], hidden=257) == "stretches"
         assert torch_engine.schedule(torch.zeros(1, 8, I), None, False, H, 0) == "step"
         assert torch_engine.schedule(torch.zeros(1, 9, I), None, False, H, 0) == "stack"
 
