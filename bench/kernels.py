@@ -14,9 +14,9 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.shapes import SHAPES, Shape
-from fusedlstm.plan import DEVICES, Plan, plan
+from fusedlstm.plan import DEVICES, LAYOUTS, Plan, plan
 
-PACKED_TARGETS = ("sm_80", "sm_90")
+OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more than dense is compiled
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
 COLUMNS = [
@@ -45,24 +45,20 @@ def shapes() -> list[Shape]:
 def plans() -> list[tuple[str, str, Plan]]:
     """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, both layouts."""
     return [
-        (s.id, name, plan("lstm", s.T, s.B, s.H, name.split("-")[0], s.directions, limits, pass_, precision, packed))
+        (s.id, name, plan("lstm", s.T, s.B, s.H, name.split("-")[0], s.directions, limits, pass_, precision, layout))
         for s in shapes()
         for name, precision in DTYPES.items()
         for pass_ in ("fwd", "bwd")
         for limits in DEVICES.values()
-        for packed in (False, True)
-        if not packed or limits.arch in PACKED_TARGETS
+        for layout in LAYOUTS
+        if layout == "dense" or limits.arch in OTHER_LAYOUTS
     ]
-
-
-def layout(p: Plan) -> str:
-    return "packed" if p.packed else "dense"
 
 
 def compile_key(p: Plan) -> tuple:
     """What the machine code depends on: plans that share it share a compilation."""
     tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.precision, p.num_warps, p.stages)
-    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.packed, *tiles)
+    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.layout, *tiles)
 
 
 def compile_numbers(p: Plan) -> tuple:
@@ -120,7 +116,7 @@ def main() -> int:
         dtype = "fp32-ieee" if p.dtype == "fp32" and p.precision == "ieee" else p.dtype
         tiles = f"{p.block_b}x{p.block_h}x{p.block_k}{' T' if p.transposed else ''}"
         table.add_row(
-            *map(str, (p.hidden, dtype, p.pass_, p.arch, layout(p), p.schedule, tiles, p.num_warps, regs, spill_bytes)),
+            *map(str, (p.hidden, dtype, p.pass_, p.arch, p.layout, p.schedule, tiles, p.num_warps, regs, spill_bytes)),
             f"{smem_bytes / 1024:.0f}",
             mma,
         )
@@ -139,7 +135,7 @@ def main() -> int:
                         dtype,
                         p.pass_,
                         p.arch,
-                        layout(p),
+                        p.layout,
                         p.schedule,
                         tiles,
                         p.num_warps,
@@ -152,7 +148,7 @@ def main() -> int:
         for fault in found:
             console.print(
                 f"[red]{p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} "
-                f"{p.block_b}x{p.block_h}x{p.block_k} w{p.num_warps} {'T' if p.transposed else ''} {layout(p)}: {fault}"
+                f"{p.block_b}x{p.block_h}x{p.block_k} w{p.num_warps} {'T' if p.transposed else ''} {p.layout}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))
 

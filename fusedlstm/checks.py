@@ -15,6 +15,16 @@ def backend(value: str) -> str:
     return value
 
 
+def grad_clip(value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"grad_clip: expected a number or None, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"grad_clip: expected a number above 0, got {value}")
+    return float(value)
+
+
 def module(model) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -111,6 +121,55 @@ def _packed_data(input: PackedSequence) -> Tensor:
             "pack_padded_sequence larger than its input is long?"
         )
     return data
+
+
+def lengths_and_resets(
+    input: Tensor | PackedSequence, lengths, resets, batch_first: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check the `lengths` and `resets` of a sequence that was checked before; returns them as tensors.
+
+    Values are looked at on a CPU only: on a GPU that would wait for it, and the kernel itself asserts them.
+    """
+    packed = isinstance(input, PackedSequence)
+    if packed and lengths is not None:
+        raise ValueError("lengths: expected None with a PackedSequence, which has its own")
+    if packed and resets is not None:
+        if not isinstance(resets, PackedSequence):
+            raise TypeError(f"resets: expected a PackedSequence like input, got {type(resets).__name__}")
+        of_resets, of_input = ([y for y in (x.batch_sizes, x.sorted_indices) if y is not None] for x in (resets, input))
+        if len(of_resets) != len(of_input) or not all(map(torch.equal, of_resets, of_input)):
+            raise ValueError("resets: expected the lengths and the order of input, got others")
+        resets = resets.data
+    steps, *batch = leading = input.data.shape[:1] if packed else input.shape[:-1]
+    if batch and batch_first:
+        steps, batch = batch[0], [steps]
+    if resets is not None:
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"resets: expected a Tensor, got {type(resets).__name__}")
+        if resets.dtype != torch.bool:
+            raise ValueError(f"resets: expected torch.bool, got {resets.dtype}")
+        if resets.shape != leading:
+            raise ValueError(f"resets: expected shape {list(leading)}, got {list(resets.shape)}")
+    if lengths is not None:
+        lengths = _lengths(lengths, steps, batch)
+    return lengths, resets
+
+
+def _lengths(lengths, steps: int, batch: list[int]) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"lengths: expected a Tensor of integers, got {type(lengths).__name__}") from None
+    if lengths.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"lengths: expected integers, got {lengths.dtype}")
+    if list(lengths.shape) != batch and (batch or lengths.numel() != 1):
+        raise ValueError(f"lengths: expected shape {batch}, got {list(lengths.shape)}")
+    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+        shortest, longest = (int(x) for x in lengths.aminmax())
+        if shortest < 0 or longest > steps:
+            raise ValueError(f"lengths: expected 0 to {steps}, got {shortest if shortest < 0 else longest}")
+    return lengths.reshape(-1)
 
 
 def lstm_cell_input(module, input: Tensor, hx) -> None:

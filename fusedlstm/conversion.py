@@ -116,11 +116,14 @@ def restore(model: nn.Module) -> Report:
         before = parametrize.type_before_parametrizations(module)
         target = _TO_STOCK.get(before)
         why = _own_code(before) if target is None else _why_untouched(module)
+        if why is None and getattr(module, "grad_clip", None) is not None:
+            why = "torch.nn has no grad_clip"
         if why is not None:
             kept[name] = why
         else:
             replaced[name] = _assign_class(module, target)
-            vars(module).pop("backend", None)
+            for ours in ("backend", "grad_clip"):
+                vars(module).pop(ours, None)
     return Report(replaced, kept)
 
 

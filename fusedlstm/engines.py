@@ -40,7 +40,12 @@ def requested(backend: str) -> str:
 
 
 def why_not_triton(
-    device: torch.device, dtype: torch.dtype, cell: str = "lstm", hidden: int | None = None, directions: int = 1
+    device: torch.device,
+    dtype: torch.dtype,
+    cell: str = "lstm",
+    hidden: int | None = None,
+    directions: int = 1,
+    clipped_projection: bool = False,
 ) -> str | None:
     """The reason why the kernels cannot serve a call, or None if they can. `hidden` None: any size."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
@@ -50,6 +55,8 @@ def why_not_triton(
         )
     if dtype not in TRITON_DTYPES:
         return f"the kernels serve float32, float16 and bfloat16, got {dtype}"
+    if clipped_projection:
+        return "the kernels do not clip the gradient of a projected h (grad_clip with proj_size)"
     if not _triton_is_installed():
         return "the package triton is not installed"
     if device.type == "cuda" and hidden is not None:
@@ -66,6 +73,7 @@ def choose(
     cell: str = "lstm",
     hidden: int | None = None,
     directions: int = 1,
+    clipped_projection: bool = False,
 ) -> str:
     """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference".
 
@@ -73,9 +81,9 @@ def choose(
         RuntimeError: `triton` was asked for and cannot serve; the text names the reason.
     """
     engine = requested(backend)
+    call = (device, dtype, cell, hidden, directions, clipped_projection)
     if engine == "auto":
-        serves = device.type == "cuda" and why_not_triton(device, dtype, cell, hidden, directions) is None
-        return "triton" if serves else "torch"
-    if engine == "triton" and (reason := why_not_triton(device, dtype, cell, hidden, directions)):
+        return "triton" if device.type == "cuda" and why_not_triton(*call) is None else "torch"
+    if engine == "triton" and (reason := why_not_triton(*call)):
         raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
     return engine

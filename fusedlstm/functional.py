@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
 from fusedlstm import engines, recurrence, reference, torch_engine
-from fusedlstm.packing import Packing
+from fusedlstm.layout import Layout, Pieces
 from fusedlstm.precision import product
 
 
@@ -17,6 +17,8 @@ def lstm(
     weights: list[Tensor],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh) (, weight_hr)
     *,
     batch_sizes: Tensor | None = None,  # [T] int64 on the CPU
+    lengths: Tensor | None = None,  # [B] integers
+    resets: Tensor | None = None,  # bool, the leading axes of `input`
     bias: bool = True,
     num_layers: int = 1,
     dropout: float = 0.0,
@@ -24,8 +26,10 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     proj_size: int = 0,
+    cell_states: bool = False,
+    grad_clip: float | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run a stack of LSTM layers over a sequence; differentiable in every tensor argument.
 
     Args:
@@ -34,12 +38,17 @@ def lstm(
         weights: in the order of `torch.nn.LSTM._flat_weights`; rows in gate order i, f, g, o.
         batch_sizes: how many sequences have a step t, as in a PackedSequence; `input`, `hx` and the results are then in
             its sorted order, and `batch_first` is ignored.
+        lengths: steps of every sequence, 0 to T; what follows is padding. Not with `batch_sizes`.
+        resets: where a sequence is cut, see `fusedlstm.layout`.
         dropout: probability of zeroing an element of every layer's output but the last, if `training`.
         proj_size: P, the size of a projected h; 0 is none, and P is then H.
+        cell_states: whether c of every step is wanted of the last layer.
+        grad_clip: the largest element of the gradient of an h or c that enters a step.
         backend: see `fusedlstm.engines`.
 
     Returns:
-        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), h_n [L * D, B, P] and c_n [L * D, B, H], in the dtype of
+        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; h_n [L * D, B, P] and c_n [L * D, B, H], hx
+        of a sequence without steps; c of every step [T, B, D * H] or the like, zero in padding, or None. In the dtype of
         `input`, under autocast in that of autocast.
 
     Precision: products in the dtype of the results; on a CPU float16, and bfloat16 where the CPU has no instructions
@@ -47,20 +56,45 @@ def lstm(
     """
     dtype = _result_dtype(input)
     directions = 2 if bidirectional else 1
-    engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions)
-    equal_lengths = batch_sizes is not None and _equal_lengths(batch_sizes)
-    if equal_lengths:
-        input, batch_sizes = input.unflatten(0, (len(batch_sizes), -1)), None
+    engine = engines.choose(
+        backend,
+        input.device,
+        dtype,
+        "lstm",
+        hx[1].size(-1),
+        directions,
+        clipped_projection=bool(grad_clip and proj_size),
+    )
+    options = {
+        "bias": bias,
+        "num_layers": num_layers,
+        "dropout": dropout,
+        "training": training,
+        "bidirectional": bidirectional,
+        "proj_size": proj_size,
+        "cell_states": cell_states,
+        "grad_clip": grad_clip,
+        "backend": backend,
+    }
+    masked = lengths is not None or resets is not None
+    if engine == "torch" and masked and _has_steps(input, lengths):
+        return _in_pieces(input, hx, weights, batch_sizes, lengths, resets, batch_first, options)
+    if batch_sizes is not None and _equal_lengths(batch_sizes):
+        input, resets = (None if x is None else x.unflatten(0, (len(batch_sizes), -1)) for x in (input, resets))
+        output, h_n, c_n, c_seq = lstm(input, hx, weights, resets=resets, **options)
+        return output.flatten(0, 1), h_n, c_n, c_seq if c_seq is None else c_seq.flatten(0, 1)
+
+    batch_first = batch_first and batch_sizes is None
+    schedule, compute_dtype = "loop", dtype
     if engine == "torch":
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, dense=batch_sizes is None)
-    else:
-        compute_dtype = dtype
+        # What ATen does not serve; a clipped gradient is none where there is none.
+        if not (masked or cell_states or (grad_clip is not None and torch.is_grad_enabled())):
+            schedule = torch_engine.schedule(input, batch_sizes, batch_first, hx[1].size(-1), proj_size)
+        dense = batch_sizes is None and schedule != "loop"
+        compute_dtype = torch_engine.compute_dtype(input.device, dtype, onednn=dense)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
-    batch_first = batch_first and batch_sizes is None and not equal_lengths
-    schedule = "loop"
-    if engine == "torch":
-        schedule = torch_engine.schedule(input, batch_sizes, batch_first, hx[1].size(-1), proj_size)
+    c_seq = None
     with _autocast_off(input):
         if schedule != "loop":
             output, h_n, c_n = torch_engine.lstm(
@@ -77,15 +111,17 @@ def lstm(
                 batch_first,
             )
         else:
-            packing = None if batch_sizes is None else Packing.of(batch_sizes, hx[0].size(1), input.device)
-            x = input.transpose(0, 1) if batch_first else input
-            output, h_n, c_n = _layers(
-                engine, x, packing, hx, weights, num_layers, directions, dropout if training else 0.0, proj_size > 0
-            )
-            output = output.transpose(0, 1) if batch_first else output
-    if equal_lengths:
-        output = output.flatten(0, 1)
-    return (output, h_n, c_n) if compute_dtype == dtype else _cast((output, h_n, c_n), dtype)
+            if batch_first:
+                input, resets = (None if x is None else x.transpose(0, 1) for x in (input, resets))
+            layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
+            count = len(weights) // (num_layers * directions)
+            parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
+            layer = _layer_of(engine, proj_size, grad_clip, cell_states)
+            output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions, dropout * training)
+            if batch_first:
+                output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
+    results = (output, h_n, c_n, c_seq)
+    return results if compute_dtype == dtype else _cast(results, dtype)
 
 
 def lstm_cell(
@@ -102,11 +138,11 @@ def lstm_cell(
     dtype = _result_dtype(input)
     weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
     if engines.choose(backend, input.device, dtype, "lstm", hx[0].size(-1)) == "torch":
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, dense=False)
+        compute_dtype = torch_engine.compute_dtype(input.device, dtype, onednn=False)
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
         with _autocast_off(input):
             return _cast(torch_engine.lstm_cell(input, hx, *weights), dtype)
-    _, h, c = lstm(
+    _, h, c, _ = lstm(
         input.unsqueeze(0),
         (hx[0].unsqueeze(0), hx[1].unsqueeze(0)),
         weights,
@@ -116,43 +152,115 @@ def lstm_cell(
     return h.squeeze(0), c.squeeze(0)
 
 
-def _layers(
-    engine: str,
-    x: Tensor,  # [T, B, I] or packed [R, I]
-    packing: Packing | None,
-    hx: tuple[Tensor, Tensor],  # [L * D, B, P] and [L * D, B, H]
+def _in_pieces(
+    input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I] with batch_sizes
+    hx: tuple[Tensor, Tensor],
     weights: list[Tensor],
-    num_layers: int,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    batch_first: bool,
+    options: dict,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A batch with lengths and resets as the packed batch of its uncut pieces: so all that serves packed batches serves it."""
+    if batch_first and batch_sizes is None:
+        input, resets = (None if x is None else x.transpose(0, 1) for x in (input, resets))
+    leading, directions = input.shape[:-1], 2 if options["bidirectional"] else 1
+    layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
+    pieces = Pieces.of(layout, tuple(leading), input.device)
+    own_hx = tuple(torch.stack([pieces.enter(s, k % directions) for k, s in enumerate(state)]) for state in hx)
+    rows = pieces.gather(input.flatten(0, -2))
+    output, h, c, c_seq = lstm(rows, own_hx, weights, batch_sizes=pieces.batch_sizes, **options)
+
+    def leave(state, initial):
+        final = zip(state, initial.to(state.dtype), strict=True)
+        return torch.stack([pieces.leave(s, i, k % directions) for k, (s, i) in enumerate(final)])
+
+    h_n, c_n = leave(h, hx[0]), leave(c, hx[1])
+    output, c_seq = (
+        None if x is None else pieces.scatter(x, leading.numel()).unflatten(0, leading) for x in (output, c_seq)
+    )
+    if batch_first and batch_sizes is None:
+        output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
+    return output, h_n, c_n, c_seq
+
+
+def _layout(
+    input: Tensor,  # [T, B, I] or packed [R, I]
+    batch: int,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,  # [T, B] or [R]
+) -> Layout:
+    if resets is not None:
+        resets = resets.to(input.device, non_blocking=True).contiguous()
+    if batch_sizes is not None:
+        return Layout.of_packed(batch_sizes, batch, input.device, resets)
+    if lengths is not None:
+        lengths = lengths.to(input.device, torch.int32, non_blocking=True)
+    return Layout(lengths, None, resets)
+
+
+def _layers(
+    layer,
+    x: Tensor,  # [T, B, I] or packed [R, I]
+    layout: Layout,
+    hx: tuple[Tensor, Tensor],  # [L * D, B, P] and [L * D, B, H]
+    parameters: list[list[Tensor]],  # per layer and direction
     directions: int,
     dropout: float,
-    projected: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = len(weights) // (num_layers * directions)
-    parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
-    layer = _reference_layer if engine == "reference" else _projected_layer if projected else recurrence.layer
-    h_n, c_n = [], []
-    for k in range(num_layers):
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A stack of which `layer(x, layout, state, parameters, is_last)` does one."""
+    h_n, c_n, c_seq = [], [], None
+    for k in range(0, len(parameters), directions):
         if k > 0 and dropout > 0:
             x = dropout_fn(x, dropout)
-        rows = slice(k * directions, (k + 1) * directions)
-        x, (h, c) = layer("lstm", x, (hx[0][rows], hx[1][rows]), parameters[rows], engine, packing)
+        rows = slice(k, k + directions)
+        x, (h, c), c_seq = layer(
+            x, layout, (hx[0][rows], hx[1][rows]), parameters[rows], k + directions == len(parameters)
+        )
         h_n.append(h)
         c_n.append(c)
-    if num_layers == 1:
-        return x, h_n[0], c_n[0]
-    return x, torch.cat(h_n), torch.cat(c_n)
+    if len(h_n) == 1:
+        return x, h_n[0], c_n[0], c_seq
+    return x, torch.cat(h_n), torch.cat(c_n), c_seq
+
+
+def _layer_of(engine: str, proj_size: int, clip: float | None, cell_states: bool):
+    """What does one layer, for `_layers`."""
+
+    def fused(x, layout, state, parameters, is_last):
+        wants_c_seq = cell_states and is_last
+        if proj_size:
+            return _projected_layer(x, state, parameters, engine, layout, wants_c_seq)
+        output, state, c_seq = recurrence.layer(
+            "lstm", x, state, parameters, engine, layout, clip if torch.is_grad_enabled() else None, wants_c_seq
+        )
+        return output, state, c_seq[0] if wants_c_seq else None
+
+    def specified(x, layout, state, parameters, is_last):
+        """The specification, projection and all; plain autograd differentiates it."""
+        weight_hr = [p[-1] for p in parameters] if proj_size else None
+        parameters = [p[: len(p) // 2 * 2] for p in parameters]
+        output, h_n, c_n, c_seq = reference.layer(
+            "lstm", x, state[0], state[1].unsqueeze(0), parameters, layout, weight_hr, clip
+        )
+        return output, (h_n, c_n[0]), c_seq[0] if cell_states and is_last else None
+
+    # The loop over o tanh(c) has no gradient of a projected h to clip.
+    return specified if engine == "reference" or (proj_size and clip is not None) else fused
 
 
 def _projected_layer(
-    cell: str,
     x: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, Tensor],  # [D, B, P] and [D, B, H]
     parameters: list[
         list[Tensor]
     ],  # per direction: weight_ih, weight_hh [4H, P] (, bias_ih, bias_hh), weight_hr [P, H]
     engine: str,
-    packing: Packing | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    layout: Layout,
+    wants_c_seq: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
     """h_t = weight_hr y_t of a recurrence over y, whose recurrent weight is weight_hh weight_hr.
 
     So the loop has one product and one wait a step, as without a projection, and the projection is one product of all
@@ -162,20 +270,15 @@ def _projected_layer(
     over_y = [[p[0], product(p[1], p[-1]), *p[2:-1]] for p in parameters]
     preact_0 = torch.stack([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
     no_y = torch.zeros_like(state[1])
-    y, (y_n, c_n) = recurrence.layer(cell, x, (no_y, state[1]), over_y, engine, packing, preact_0)
+    y, (y_n, c_n), c_seq = recurrence.layer(
+        "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, preact_0=preact_0
+    )
     by_direction = zip(y.chunk(len(parameters), -1), weight_hr, strict=True)
     output = torch.cat([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)
     h_n = torch.stack([product(y_d, w.t()) for y_d, w in zip(y_n, weight_hr, strict=True)])
-    return output.unflatten(0, y.shape[:-1]), (h_n, c_n)
-
-
-def _reference_layer(cell, x, state, parameters, engine, packing):
-    """The specification, projection and all; plain autograd differentiates it."""
-    first_row = None if packing is None else packing.first_row
-    weight_hr = [p[-1] for p in parameters] if len(parameters[0]) % 2 else None
-    parameters = [p[: len(p) // 2 * 2] for p in parameters]
-    output, h_n, c_n = reference.layer(cell, x, state[0], state[1].unsqueeze(0), parameters, first_row, weight_hr)
-    return output, (h_n, c_n.squeeze(0))
+    if layout.name == "ragged" and layout.lengths is not None:
+        h_n = torch.where((layout.lengths == 0).unsqueeze(1), state[0], h_n)
+    return output.unflatten(0, y.shape[:-1]), (h_n, c_n), c_seq[0] if wants_c_seq else None
 
 
 def _result_dtype(input: Tensor) -> torch.dtype:
@@ -196,9 +299,23 @@ def _autocast_off(input: Tensor):
 
 def _cast(tree, dtype: torch.dtype):
     """Tensors in nested tuples and lists, in `dtype`."""
+    if tree is None:
+        return None
     if isinstance(tree, Tensor):
         return tree if tree.dtype == dtype else tree.to(dtype)
     return type(tree)([_cast(x, dtype) for x in tree])
+
+
+def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
+    """Whether a sequence is known to have a step: a compiler may not ask."""
+    if _traced(input):
+        return False
+    return input.numel() > 0 and (lengths is None or bool(lengths.any()))
+
+
+def _traced(input: Tensor) -> bool:
+    """Whether the values of tensors are not to be had."""
+    return torch.compiler.is_compiling() or input.is_meta
 
 
 def _equal_lengths(batch_sizes: Tensor) -> bool:

@@ -14,11 +14,17 @@ from fusedlstm import plan as planning
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
+from fusedlstm.layout import DENSE, Layout
 from fusedlstm.plan import Plan
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
-FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr")
+FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr")
+# Compile-time switches beyond what a plan says.
+FLAGS = {
+    "fwd": ("PACKED", "RAGGED", "RESETS", "SAVE_GATES", "SAVE_STATES"),
+    "bwd": ("PACKED", "RAGGED", "RESETS", "CLIP", "HAS_GRAD_OUTPUT", "HAS_GRAD_C_SEQ"),
+}
 
 if triton.knobs.runtime.interpret:
     from fusedlstm import interpreter
@@ -27,7 +33,7 @@ if triton.knobs.runtime.interpret:
 
 
 def constants(plan: Plan, **flags: bool) -> dict:
-    """The compile-time arguments of the plan's kernel. Flags: PACKED; SAVE forward, HAS_GRAD_OUTPUT backward."""
+    """The compile-time arguments of the plan's kernel; `flags` are those of `FLAGS` that are on."""
     cell = cells.CELLS[plan.cell]
     return {
         "H": plan.hidden,
@@ -44,7 +50,7 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "PRECISION": plan.precision,
         "STAGES": plan.stages,
         "SPIN_LIMIT": planning.SPIN_LIMIT,
-        **flags,
+        **{name: flags.get(name, False) for name in FLAGS[plan.pass_]},
     }
 
 
@@ -53,7 +59,13 @@ def signature(plan: Plan) -> dict[str, str]:
     names = KERNELS[plan.pass_].arg_names
     types = {name: "*" + plan.dtype for name in names if name.endswith("_ptr")}
     types |= {name: "*fp32" for name in FLOAT32_POINTERS if name in types}
-    types |= {"arrived_ptr": "*i32", "lengths_ptr": "*i32", "first_row_ptr": "*i64"}
+    types |= {
+        "arrived_ptr": "*i32",
+        "lengths_ptr": "*i32",
+        "first_row_ptr": "*i64",
+        "resets_ptr": "*i8",
+        "clip": "fp32",
+    }
     return types | {name: "i32" for name in names if name in "TBDR" or name.startswith("rows_")}
 
 
@@ -92,10 +104,10 @@ def device_limits(index: int | None) -> planning.DeviceLimits:
     )
 
 
-def plan_for(cell: str, like: Tensor, T: int, B: int, H: int, D: int, pass_: str, packed: bool) -> Plan:
+def plan_for(cell: str, like: Tensor, T: int, B: int, H: int, D: int, pass_: str, layout: str) -> Plan:
     """The plan for tensors of the dtype and on the device of `like`."""
     index = like.device.index if like.device.type == "cuda" else None
-    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), packed)
+    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), layout)
 
 
 def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device) -> str | None:
@@ -105,7 +117,7 @@ def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device:
         return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
     try:
         for pass_ in ("fwd", "bwd"):
-            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision(), False)
+            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision(), "dense")
     except planning.PlanError as error:
         return str(error)
     return None
@@ -117,10 +129,10 @@ def _float32_precision() -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _cached_plan(
-    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, pass_: str, precision: str, packed: bool
+    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, pass_: str, precision: str, layout: str
 ) -> Plan:
     """T has no part in the choice."""
-    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, device_limits(index), pass_, precision, packed)
+    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, device_limits(index), pass_, precision, layout)
 
 
 def recurrence_fwd(
@@ -129,24 +141,24 @@ def recurrence_fwd(
     weight_hh: list[Tensor],  # D times [G*H, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    lengths: Tensor | None = None,  # [B] int32
-    first_row: Tensor | None = None,  # [T + 1] int64
+    layout: Layout = DENSE,
     *,
-    save: bool,
+    save_gates: bool,
+    save_states: bool,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `recurrence.recurrence_fwd` does."""
     D, *rows, GH = preact_x.shape
     B, H, S = hx.size(1), hx.size(2), cx.size(0)
-    packed = first_row is not None
-    T = len(first_row) - 1 if packed else rows[0]
+    packed = layout.first_row is not None
+    T = len(layout.first_row) - 1 if packed else rows[0]
     new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
     output, h_n, c_n = new(*rows, D * H), new(D, B, H), new(S, D, B, H)
-    gates = new((*rows, D * GH) if save else 0)
-    c_seq = new((S, *rows, D * H) if save else 0, dtype=torch.float32)
+    gates = new((*rows, D * GH) if save_gates else 0)
+    c_seq = new((S, *rows, D * H) if save_states else 0, dtype=torch.float32)
     if B == 0:
         return output, h_n, c_n, gates, c_seq
-    plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd", packed)
+    plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd", layout.name)
     weight_hh = [w.contiguous() for w in weight_hh]
     counters = _counters(plan, output.device)
     _launch(
@@ -156,8 +168,7 @@ def recurrence_fwd(
         weight_hh_reverse_ptr=weight_hh[-1],
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
-        lengths_ptr=lengths if packed else counters,
-        first_row_ptr=first_row if packed else _no_rows(output.device),
+        **_tables(layout, counters),
         output_ptr=output,
         h_n_ptr=h_n,
         c_n_ptr=c_n,
@@ -171,7 +182,7 @@ def recurrence_fwd(
         rows_preact_d=preact_x.stride(0) // GH,
         rows_preact_t=0 if packed else preact_x.stride(1) // GH,
         rows_preact_b=preact_x.stride(-2) // GH,
-        **constants(plan, PACKED=packed, SAVE=save),
+        **constants(plan, **_flags(layout), SAVE_GATES=save_gates, SAVE_STATES=save_states),
     )
     return output, h_n, c_n, gates, c_seq
 
@@ -179,6 +190,7 @@ def recurrence_fwd(
 def recurrence_bwd(
     cell: str,
     grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
+    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
     weight_hh: list[Tensor],  # D times [G*H, H]
@@ -187,20 +199,20 @@ def recurrence_bwd(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
-    lengths: Tensor | None = None,  # [B] int32
-    first_row: Tensor | None = None,  # [T + 1] int64
+    layout: Layout = DENSE,
+    clip: float | None = None,
     *,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel. Returns grad_preact, grad_hx, grad_cx as `recurrence.recurrence_bwd` does."""
     *rows, DH = output.shape
     D, B, H = hx.shape
-    packed = first_row is not None
-    T = len(first_row) - 1 if packed else rows[0]
+    packed = layout.first_row is not None
+    T = len(layout.first_row) - 1 if packed else rows[0]
     grad_preact, grad_hx, grad_cx = torch.empty_like(gates), hx.new_empty(D, B, H), cx.new_empty(cx.shape)
     if B == 0:
         return grad_preact, grad_hx, grad_cx
-    plan = plan or plan_for(cell, gates, T, B, H, D, "bwd", packed)
+    plan = plan or plan_for(cell, gates, T, B, H, D, "bwd", layout.name)
     weight_hh = [w.contiguous() for w in weight_hh]
     counters = _counters(plan, output.device)
     has_grad_output = grad_output is not None
@@ -209,14 +221,14 @@ def recurrence_bwd(
     _launch(
         plan,
         grad_output_ptr=grad_output if has_grad_output else output,
+        grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
         grad_h_n_ptr=grad_h_n.contiguous(),
         grad_c_n_ptr=grad_c_n.contiguous(),
         weight_hh_ptr=weight_hh[0],
         weight_hh_reverse_ptr=weight_hh[-1],
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
-        lengths_ptr=lengths if packed else counters,
-        first_row_ptr=first_row if packed else _no_rows(output.device),
+        **_tables(layout, counters),
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
@@ -230,9 +242,34 @@ def recurrence_bwd(
         R=math.prod(rows),
         rows_grad_output_t=grad_output.stride(0) // DH if has_grad_output and not packed else 0,
         rows_grad_output_b=grad_output.stride(-2) // DH if has_grad_output else 0,
-        **constants(plan, PACKED=packed, HAS_GRAD_OUTPUT=has_grad_output),
+        clip=0.0 if clip is None else clip,
+        **constants(
+            plan,
+            **_flags(layout),
+            CLIP=clip is not None,
+            HAS_GRAD_OUTPUT=has_grad_output,
+            HAS_GRAD_C_SEQ=grad_c_seq is not None,
+        ),
     )
     return grad_preact, grad_hx, grad_cx
+
+
+def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
+    """The arguments that tell a kernel how the rows lie; `unread`, int32, stands where it never looks."""
+    return {
+        "lengths_ptr": unread if layout.lengths is None else layout.lengths,
+        "first_row_ptr": _no_rows(unread.device) if layout.first_row is None else layout.first_row,
+        "resets_ptr": (unread if layout.resets is None else layout.resets).view(torch.int8),
+    }
+
+
+def _flags(layout: Layout) -> dict[str, bool]:
+    packed = layout.first_row is not None
+    return {
+        "PACKED": packed,
+        "RAGGED": layout.lengths is not None and not packed,
+        "RESETS": layout.resets is not None,
+    }
 
 
 def _launch(plan: Plan, **arguments) -> None:

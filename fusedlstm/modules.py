@@ -1,5 +1,7 @@
 """The layers that a user builds: parameters and conventions of `torch.nn`, no arithmetic."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -26,6 +28,8 @@ class LSTM(nn.RNNBase):
             `torch.nn.LSTM`, with the same parameter names, shapes, gate order (i, f, g, o) and values under a seed.
         backend: "auto", "triton", "torch" or "reference"; see `fusedlstm.engines`. An engine asked for by name
             serves the call or raises.
+        grad_clip: in the backward, every element of the gradient of an h or c that enters a step is kept within
+            -grad_clip and grad_clip; None is no limit.
 
     Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
         [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
@@ -50,6 +54,7 @@ class LSTM(nn.RNNBase):
         dtype=None,
         *,
         backend: str = "auto",
+        grad_clip: float | None = None,
     ) -> None:
         nn.RNNBase.__init__(  # by name: between this class and nn.RNNBase a subclass may have nn.LSTM
             self,
@@ -66,8 +71,9 @@ class LSTM(nn.RNNBase):
             dtype,
         )
         self.backend = checks.backend(backend)
+        self.grad_clip = checks.grad_clip(grad_clip)
 
-    backend = "auto"  # of a module that was made without our constructor
+    backend, grad_clip = "auto", None  # of a module that was made without our constructor
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
@@ -76,32 +82,58 @@ class LSTM(nn.RNNBase):
         self,
         input: Tensor | PackedSequence,  # [T, B, I], [B, T, I] or [T, I], or packed
         hx: tuple[Tensor, Tensor] | None = None,  # [L * D, B, P] and [L * D, B, H], or [L * D, P] and [L * D, H]
+        *,
+        lengths: Tensor | None = None,  # [B] integers
+        resets: Tensor | PackedSequence | None = None,  # bool, [T, B], [B, T] or [T], or packed like input
+        return_cell_states: bool = False,
+        grad_clip: float | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the stack over a sequence; see the class for shapes.
+
+        Args:
+            lengths: how many steps every sequence has, 0 to T, on any device. The rest is padding: output is zero there,
+                h_n and c_n are those of the last step before it (hx, where there is none), and the reverse direction
+                begins before it. The same numbers as packing; what the padding holds should be finite.
+            resets: a true at step t cuts the sequence between t - 1 and t: forward, the state that enters step t is zero
+                (at t = 0 hx is dropped); in the reverse direction, that which enters step t - 1. No gradient crosses.
+            return_cell_states: return also c of every step of the last layer, [T, B, D * H] or like the output.
+            grad_clip: for this call, in place of the module's.
 
         Raises:
             ValueError, RuntimeError: a shape, dtype or device disagrees; type and text are those of `torch.nn.LSTM`.
         """
         self._update_flat_weights()
         checks.lstm_input(self, input, hx)
+        if lengths is not None or resets is not None:
+            lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
+        run = functools.partial(
+            self._run,
+            cell_states=return_cell_states,
+            grad_clip=self.grad_clip if grad_clip is None else checks.grad_clip(grad_clip),
+        )
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._zeros(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
-            output, h_n, c_n = self._run(data, hx, batch_sizes)
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return output, self.permute_hidden((h_n, c_n), unsorted_indices)
-        batched = input.dim() == 3
-        batch_dim = 0 if self.batch_first else 1
-        if not batched:
-            input = input.unsqueeze(batch_dim)
-        if hx is None:
-            hx = self._zeros(input, input.size(batch_dim))
-        elif not batched:
-            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        output, h_n, c_n = self._run(input, hx)
-        if not batched:
-            return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
-        return output, (h_n, c_n)
+            output, h_n, c_n, c_seq = run(data, hx, batch_sizes=batch_sizes, resets=resets)
+            output, c_seq = (
+                None if x is None else PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
+                for x in (output, c_seq)
+            )
+            h_n, c_n = self.permute_hidden((h_n, c_n), unsorted_indices)
+        else:
+            batched = input.dim() == 3
+            batch_dim = 0 if self.batch_first else 1
+            if not batched:
+                input, resets = input.unsqueeze(batch_dim), None if resets is None else resets.unsqueeze(batch_dim)
+            if hx is None:
+                hx = self._zeros(input, input.size(batch_dim))
+            elif not batched:
+                hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            output, h_n, c_n, c_seq = run(input, hx, lengths=lengths, resets=resets)
+            if not batched:
+                output, c_seq = (None if x is None else x.squeeze(batch_dim) for x in (output, c_seq))
+                h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
+        return (output, (h_n, c_n), c_seq) if return_cell_states else (output, (h_n, c_n))
 
     def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """h_0 and c_0 where none are given."""
@@ -109,14 +141,11 @@ class LSTM(nn.RNNBase):
         zeros = torch.zeros(rows, batch, self.hidden_size, dtype=input.dtype, device=input.device)
         return (zeros[..., : self.proj_size] if self.proj_size else zeros), zeros
 
-    def _run(
-        self, input: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, input: Tensor, hx: tuple[Tensor, Tensor], **options):
         return functional.lstm(
             input,
             (hx[0], hx[1]),
             self._flat_weights,
-            batch_sizes=batch_sizes,
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -125,6 +154,7 @@ class LSTM(nn.RNNBase):
             batch_first=self.batch_first,
             proj_size=self.proj_size,
             backend=self.backend,
+            **options,
         )
 
     # What code for torch.nn.LSTM calls beside forward.

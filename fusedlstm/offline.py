@@ -69,8 +69,10 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, arch: str
 def compile_plan(plan: Plan, **flags: bool) -> Compiled:
     """Compile the kernel of `plan` for its architecture, as a launch would. Flags as in `launch.constants`."""
     kernel = launch.KERNELS[plan.pass_]
-    flags = {"PACKED": plan.packed, "SAVE" if plan.pass_ == "fwd" else "HAS_GRAD_OUTPUT": True, **flags}
-    constants = launch.constants(plan, **flags)
+    training = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else {"HAS_GRAD_OUTPUT"}
+    ragged = {"RAGGED", "RESETS", "CLIP", "HAS_GRAD_C_SEQ"}  # the most that it can be
+    on = training | {"dense": set(), "packed": {"PACKED"}, "ragged": ragged}[plan.layout]
+    constants = launch.constants(plan, **dict.fromkeys(on, True) | flags)
     return compile_kernel(kernel, launch.signature(plan), constants, plan.arch, **launch.options(plan))
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from fusedlstm import cells
 
+# How the rows of a batch lie (`fusedlstm.layout`): all of the same length; sorted and packed; or not, with lengths or resets.
+LAYOUTS = ("dense", "packed", "ragged")
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
 SPIN_LIMIT = 1 << 26  # polls before a wait is an error; tens of seconds
@@ -70,7 +72,7 @@ class Plan:
     arch: str
     dtype: str
     hidden: int
-    packed: bool  # sequences of different lengths
+    layout: str  # one of LAYOUTS
     schedule: str  # "single", "resident" or "streamed"
     block_b: int
     block_h: int
@@ -130,7 +132,7 @@ def plan(
     limits: DeviceLimits,
     pass_: str,
     precision: str = "tf32",
-    packed: bool = False,
+    layout: str = "dense",
 ) -> Plan:
     """Choose how one layer runs.
 
@@ -142,7 +144,7 @@ def plan(
         limits: of the device; `DEVICES` has one an architecture.
         pass_: "fwd" or "bwd".
         precision: of float32 products, "tf32" or "ieee".
-        packed: sequences have lengths of their own; the tiles of a group then end at different steps.
+        layout: one of `LAYOUTS`; with lengths of their own, the tiles of a group end at different steps.
 
     Raises:
         PlanError: nothing fits; the text names the size and the limit.
@@ -156,7 +158,7 @@ def plan(
         for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_)
         if (
             candidate := _candidate(
-                cell, batch, hidden, dtype, directions, limits, pass_, precision, packed, schedule, block_b, block_h
+                cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, schedule, block_b, block_h
             )
         )
     ]
@@ -223,7 +225,7 @@ def _block_k(
     pass_: str,
     reduction: int,
     transposed: bool,
-    packed: bool,
+    layout: str,
 ) -> int:
     """Chunk of the reduction: long enough that an unrolled loop has few, short enough that one fits into registers."""
     if schedule == "single":
@@ -235,7 +237,7 @@ def _block_k(
     elif dtype == "fp32":
         widest = 64 if transposed else 128
     elif pass_ == "bwd":
-        widest = 128 if packed and block_b == 32 else 256
+        widest = 128 if layout != "dense" and block_b == 32 else 256
     else:
         widest = 128 if block_b < 64 else 64
     return min(widest, max(16, _power_of_2(reduction)))
@@ -250,7 +252,7 @@ def _candidate(
     limits: DeviceLimits,
     pass_: str,
     precision: str,
-    packed: bool,
+    layout: str,
     schedule: str,
     block_b: int,
     block_h: int,
@@ -266,7 +268,7 @@ def _candidate(
     transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
     if schedule == "resident" and dtype == "fp32" and reduction * columns > 1 << 15:
         transposed = False  # spills, where the plain form does not
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, transposed, packed)
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, transposed, layout)
     chunks = math.ceil(reduction / (hidden if schedule == "single" else block_k))
     slice_bytes = chunks * block_k * columns * itemsize
     exchange_bytes = block_b * block_k * itemsize
@@ -283,7 +285,7 @@ def _candidate(
         return None
 
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
-    if packed and schedule == "resident" and chunks > 3 and block_b < 64:
+    if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
@@ -311,7 +313,7 @@ def _candidate(
         arch=limits.arch,
         dtype=dtype,
         hidden=hidden,
-        packed=packed,
+        layout=layout,
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
@@ -342,10 +344,7 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
         slice_bytes = chunks * p.block_k * p.columns * ITEMSIZE[p.dtype]
         if p.schedule == "resident" and (slice_bytes > 256 * p.num_warps * limits.warp_size or p.block_b == 64):
             return True  # weights need registers: 64 a thread at most
-    tight = (ieee and p.block_b * p.block_h >= 2048) or (p.block_b == 64 and chunks > 8)
-    if p.packed and tight and not limits.wide_mma:
-        return True
-    if p.packed and p.schedule == "resident" and p.block_b * p.block_h >= 1024 and chunks > 16:
+    if p.layout != "dense" and _spills_with_masks(p, limits, ieee, chunks):
         return True
     if p.schedule == "resident":
         if limits.arch != "sm_90" and chunks > 8 and p.hidden * ITEMSIZE[p.dtype] % 16:
@@ -353,6 +352,18 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
         if not limits.wide_mma and p.block_b == 64 and p.block_h == 8:
             return True
     return False
+
+
+def _spills_with_masks(p: Plan, limits: DeviceLimits, ieee: bool, chunks: int) -> bool:
+    """The same, of the plans that are clean without rows that come and go."""
+    tile = p.block_b * p.block_h
+    if not limits.wide_mma and ((ieee and tile >= 2048) or (p.block_b == 64 and chunks > 8)):
+        return True
+    if p.dtype == "fp32" and (ieee or not limits.wide_mma) and tile >= (1024 if p.hidden * 4 % 16 else 2048):
+        return True
+    if p.schedule == "resident":
+        return (tile >= 1024 and chunks >= 16) or (p.pass_ == "bwd" and tile >= 512 and chunks >= 32)
+    return p.schedule == "single" and p.pass_ == "bwd" and p.dtype == "fp32" and p.block_h >= 64
 
 
 def _why(schedule: str, slice_bytes: int, group: int, limits: DeviceLimits) -> str:

@@ -2,7 +2,7 @@ r"""The specification: every cell's equations in plain torch, any dtype, forward
 
 Dimensions: T steps, B batch, I input size, H hidden size, G gates, D directions, S states beside h, P size of h (H, or
 `proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
-packed (`fusedlstm.packing`); `first_row` [T + 1] is then given, and tells the first row of every step.
+packed; lengths, packing and resets are told in `fusedlstm.layout`.
 
 A recurrence maps `preact_x` (the input part of the preactivations) and the initial states to all h:
 
@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, packing
+from fusedlstm import cells
+from fusedlstm.layout import DENSE, Layout, spans
 
 State = tuple[Tensor, ...]  # h first, each [B, H]
 Gates = tuple[Tensor, ...]  # each [B, H]
@@ -72,24 +73,71 @@ def steps_of(T: int, direction: int) -> range:
     return range(T) if direction == 0 else range(T - 1, -1, -1)
 
 
+class _ClipGradient(torch.autograd.Function):
+    """x, whose gradient is kept within -limit and limit."""
+
+    @staticmethod
+    def forward(ctx, x, limit):
+        ctx.limit = limit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-ctx.limit, ctx.limit), None
+
+
+def _cut(layout: Layout, steps: list[tuple[int, int]], t: int, direction: int) -> Tensor | None:
+    """Which of the sequences that have step t enter it with a state of zero in a direction, [n, 1] bool; None: none."""
+    if layout.resets is None:
+        return None
+    _, n = steps[t]
+    later = t + direction
+    cut = torch.zeros(n, dtype=torch.bool, device=layout.resets.device)
+    if later < len(steps):
+        first, m = steps[later]
+        cut[:m] = layout.resets.flatten()[first : first + m][:n]
+        if layout.first_row is None and layout.lengths is not None:
+            cut &= later < layout.lengths
+    return cut.unsqueeze(1)
+
+
+def _lives(layout: Layout, t: int) -> Tensor | None:
+    """Which sequences have step t, [B, 1] bool; None: all that have a row of it."""
+    if layout.first_row is not None or layout.lengths is None:
+        return None
+    return (t < layout.lengths).unsqueeze(1)
+
+
+def _where(condition: Tensor | None, yes: State, no: State | float) -> State:
+    """State by state; all of `yes` if there is no condition."""
+    if condition is None:
+        return yes
+    no = no if isinstance(no, tuple) else (yes[0].new_tensor(no),) * len(yes)
+    return tuple(torch.where(condition, y, n) for y, n in zip(yes, no, strict=True))
+
+
 def recurrence_fwd(
     cell: str,
     preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
     weight_hh: list[Tensor],  # D times [G * H, P]
     hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
-    first_row: Tensor | None = None,  # [T + 1]
+    layout: Layout = DENSE,
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
+    clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All T steps of one layer, both directions; plain autograd can differentiate it.
 
+    Args:
+        clip: the largest element of the gradient of a state that enters a step.
+
     Returns:
-        output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], and for the backward
-        gates [T, B, D * G * H] (after the nonlinearity), c_seq [S, T, B, D * H]; [R, ...] in place of [T, B, ...].
+        output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], gates [T, B, D * G * H] (after the nonlinearity) and
+        c_seq [S, T, B, D * H]; [R, ...] in place of [T, B, ...]. All but gates are zero in padding.
     """
     num_gates, step = cells.CELLS[cell].num_gates, STEPS[cell].forward
     D, *leading, _ = preact_x.shape
-    steps = packing.spans(first_row, leading)
+    steps = spans(layout.first_row, leading)
     preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
@@ -97,13 +145,19 @@ def recurrence_fwd(
         states, gates = [None] * len(steps), [None] * len(steps)
         for t in steps_of(len(steps), d):
             first, n = steps[t]  # sequences 0 to n - 1 have this step; the others have ended, or in reverse not begun
-            now = tuple(s[:n] for s in state)
-            preact_h = now[0] @ weight_hh[d].t()
+            lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
+            entered = tuple(s[:n] for s in state)
+            if clip is not None:
+                entered = tuple(_ClipGradient.apply(s, clip) for s in entered)
+            if cut is not None:
+                entered = _where(~cut, entered, 0.0)
+            preact_h = entered[0] @ weight_hh[d].t()
             x = preact_x[d, first : first + n]
-            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), now)
+            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered)
             if weight_hr:
                 now = (now[0] @ weight_hr[d].t(), *now[1:])
-            states[t] = now
+            states[t] = _where(lives, now, 0.0)
+            now = _where(lives, now, tuple(s[:n] for s in state))
             state = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, state, strict=True))
         output.append(torch.cat([s[0] for s in states]))
         h_n.append(state[0])
@@ -122,6 +176,7 @@ def recurrence_fwd(
 def recurrence_bwd(
     cell: str,
     grad_output: Tensor,  # [T, B, D * H] or packed [R, D * H]
+    grad_c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
     weight_hh: list[Tensor],  # D times [G * H, H]
@@ -130,20 +185,21 @@ def recurrence_bwd(
     output: Tensor,  # [T, B, D * H] or [R, D * H]
     gates: Tensor,  # [T, B, D * G * H] or [R, D * G * H]
     c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
-    first_row: Tensor | None = None,  # [T + 1]
+    layout: Layout = DENSE,
+    clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that must be found step by step; those of the weights follow from them as one product each.
 
     Returns:
-        grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H].
+        grad_preact like gates (zero in padding), grad_hx [D, B, H], grad_cx [S, D, B, H].
     """
     num_gates, step_backward = cells.CELLS[cell].num_gates, STEPS[cell].backward
     *leading, _ = gates.shape
-    D, steps = len(weight_hh), packing.spans(first_row, leading)
+    D, steps = len(weight_hh), spans(layout.first_row, leading)
     output, grad_output, gates = (
         x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
     )  # [R, D, features]
-    c_seq = c_seq.reshape(len(cx), -1, D, c_seq.size(-1) // D)
+    c_seq, grad_c_seq = (x.reshape(len(cx), -1, D, x.size(-1) // D) for x in (c_seq, grad_c_seq))
     grad_preact, grad_hx, grad_cx = [], [], []
     for d in range(D):
         order = steps_of(len(steps), d)
@@ -153,6 +209,7 @@ def recurrence_bwd(
             first, n = steps[t]
             rows = slice(first, first + n)
             state = (output[rows, d], *c_seq[:, rows, d])
+            lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
             # The state before: that of the step before where the sequence has it, else the initial one.
             first_prev, n_prev = steps[order[k - 1]] if k > 0 else (0, 0)
             n_prev = min(n, n_prev)
@@ -161,11 +218,20 @@ def recurrence_bwd(
                 torch.cat([output[rows_prev, d], hx[d, n_prev:n]]),
                 *torch.cat([c_seq[:, rows_prev, d], cx[:, d, n_prev:n]], 1),
             )
-            now = tuple(ds[:n] for ds in dstate)
-            now = (now[0] + grad_output[rows, d], *now[1:])
-            dpreact, now = step_backward(gates[rows, d].chunk(num_gates, -1), state_prev, state, now)
+            begins = _lives(layout, t + 1) if d == 1 and t + 1 < len(steps) else None
+            state_prev = _where(begins, state_prev, tuple(s[:n] for s in (hx[d], *cx[:, d])))
+            entered = state_prev if cut is None else _where(~cut, state_prev, 0.0)
+            carried = tuple(ds[:n] for ds in dstate)
+            now = tuple(ds + g for ds, g in zip(carried, (grad_output[rows, d], *grad_c_seq[:, rows, d]), strict=True))
+            dpreact, now = step_backward(gates[rows, d].chunk(num_gates, -1), entered, state, now)
+            dpreact = _where(lives, dpreact, 0.0)
             dpreacts[t] = torch.cat(dpreact, -1)
             now = (now[0] + dpreacts[t] @ weight_hh[d], *now[1:])
+            if cut is not None:
+                now = _where(~cut, now, 0.0)
+            if clip is not None:
+                now = tuple(ds.clamp(-clip, clip) for ds in now)
+            now = _where(lives, now, carried)
             dstate = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, dstate, strict=True))
         grad_preact.append(torch.cat(dpreacts))
         grad_hx.append(dstate[0])
@@ -179,9 +245,13 @@ def layer(
     hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
     parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh [G*H, P] (, bias_ih, bias_hh [G*H])
-    first_row: Tensor | None = None,  # [T + 1]
+    layout: Layout = DENSE,
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer with its input product; returns output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H]."""
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and c_seq."""
     preact_x = torch.stack([input @ p[0].t() + (sum(p[2:]) if len(p) > 2 else 0) for p in parameters])
-    return recurrence_fwd(cell, preact_x, [p[1] for p in parameters], hx, cx, first_row, weight_hr)[:3]
+    output, h_n, c_n, _, c_seq = recurrence_fwd(
+        cell, preact_x, [p[1] for p in parameters], hx, cx, layout, weight_hr, clip
+    )
+    return output, h_n, c_n, c_seq

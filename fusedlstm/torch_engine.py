@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fusedlstm.packing import Packing, begin_rows
+from fusedlstm.layout import Layout
 from fusedlstm.torch_loop import DTYPES as LOOP_DTYPES
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
@@ -20,10 +20,13 @@ SHUT = 1e8  # saturates a gate whatever else is added
 STEP_OF_INFERENCE = 8
 
 
-def compute_dtype(device: torch.device, dtype: torch.dtype, dense: bool) -> torch.dtype:
-    """The dtype in which to compute on a device: float32 for half precision that a CPU has only slow code for."""
+def compute_dtype(device: torch.device, dtype: torch.dtype, onednn: bool) -> torch.dtype:
+    """The dtype in which to compute: float32 for half precision where a CPU has only slow code.
+
+    `onednn`: whether it serves the call on a CPU.
+    """
     if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        return dtype if dtype == torch.bfloat16 and dense and _onednn_has_bfloat16() else torch.float32
+        return dtype if dtype == torch.bfloat16 and onednn and _onednn_has_bfloat16() else torch.float32
     return dtype
 
 
@@ -184,16 +187,16 @@ def _by_stretches(batch_sizes: Tensor, training: bool):
     sequence is turned round by itself.
     """
     sizes = batch_sizes.tolist()
-    packing = Packing.of(batch_sizes, sizes[0], batch_sizes.device)
+    layout = Layout.of_packed(batch_sizes, sizes[0], batch_sizes.device)
     R = sum(sizes)
-    step, sequence = packing.positions(R)
-    turned = packing.first_row[packing.lengths[sequence] - 1 - step] + sequence  # [R]
-    ends = begin_rows(packing, (R,), 1, batch_sizes.device)  # [B]
+    step, sequence = layout.positions(R)
+    turned = layout.first_row[layout.lengths[sequence] - 1 - step] + sequence  # [R]
+    ends = layout.begin_rows((R,), 1, batch_sizes.device)  # [B]
     stretches, start = [], 0
     for t in range(1, len(sizes) + 1):
         if t == len(sizes) or sizes[t] < HELD * sizes[start]:
             n = sizes[start]
-            row = packing.first_row[start:t].unsqueeze(1) + torch.arange(n)
+            row = layout.first_row[start:t].unsqueeze(1) + torch.arange(n)
             lives = torch.arange(n) < batch_sizes[start:t].unsqueeze(1)  # [steps, n]
             stretches.append((t - start, n, torch.where(lives, row, R).flatten(), lives.flatten().nonzero()[:, 0]))
             start = t

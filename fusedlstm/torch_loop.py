@@ -1,16 +1,19 @@
 """A recurrence as a loop of torch operations, with the backward written out: for a CPU, where no kernel runs.
 
-Serves what ATen serves badly there: packed sequences of different lengths. What makes it fast is that nothing is done at a
+Serves what ATen serves badly there, packed sequences of different lengths, or not at all: all cell states, clipped gradients
+of the states, lengths and resets inside a compiled graph. What makes it fast is that nothing is done at a
 step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in place,
 on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation each; and
 the gradients of the weights are one product outside. Equations as in `fusedlstm.reference`; names and layouts as there.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fusedlstm import cells
-from fusedlstm.packing import spans
+from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.reference import steps_of
 
 DTYPES = (torch.float32, torch.float64)
@@ -22,14 +25,28 @@ def recurrence_fwd(
     weight_hh: list[Tensor],  # D times [G*H, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    first_row: Tensor | None,  # [T + 1]
-    save: bool,
+    layout: Layout,
+    save_gates: bool,
+    save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps forward; returns what `recurrence.recurrence_fwd` does."""
     assert cell == cells.LSTM.name
     D, *leading, GH = preact_x.shape
     H = hx.size(-1)
-    steps = spans(first_row, leading)
+    if layout.name == "ragged" or layout.resets is not None:
+        pieces, packed = _pieces(layout, leading, hx.device)
+        preact_x = preact_x.flatten(1, -2).index_select(1, pieces.rows)
+        output, h_n, c_n, gates, c_seq = recurrence_fwd(
+            cell, preact_x, weight_hh, _enter(pieces, hx), _enter(pieces, cx[0])[None], packed, save_gates, save_states
+        )
+        return (
+            _unpacked(output, pieces, leading),
+            _leave(pieces, h_n, hx),
+            _leave(pieces, c_n[0], cx[0])[None],
+            _unpacked(gates, pieces, leading) if save_gates else gates,
+            _unpacked(c_seq[0], pieces, leading)[None] if save_states else c_seq,
+        )
+    steps = spans(layout.first_row, leading)
     R = sum(n for _, n in steps)
     output, c_seq = preact_x.new_empty(R, D, H), preact_x.new_empty(R, D, H)
     gates = preact_x.new_empty(R, D, GH)
@@ -40,8 +57,8 @@ def recurrence_fwd(
         output.view(*leading, D * H),
         h_n,
         c_n.unsqueeze(0),
-        gates.view(*leading, D * GH) if save else gates.new_empty(0),
-        c_seq.view(1, *leading, D * H) if save else c_seq.new_empty(0),
+        gates.view(*leading, D * GH) if save_gates else gates.new_empty(0),
+        c_seq.view(1, *leading, D * H) if save_states else c_seq.new_empty(0),
     )
 
 
@@ -76,6 +93,7 @@ def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> 
 def recurrence_bwd(
     cell: str,
     grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
+    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
     weight_hh: list[Tensor],  # D times [G*H, H]
@@ -84,27 +102,55 @@ def recurrence_bwd(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
-    first_row: Tensor | None,  # [T + 1]
+    layout: Layout,
+    clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps backward; returns what `recurrence.recurrence_bwd` does."""
     assert cell == cells.LSTM.name
     *leading, _ = output.shape
     D, _, H = hx.shape
-    steps = spans(first_row, leading)
+    if layout.name == "ragged" or layout.resets is not None:
+        pieces, packed = _pieces(layout, leading, hx.device)
+        own = (None if x is None else _packed(x, pieces) for x in (grad_output, output, gates))
+        grad_output, output, gates = own
+        grad_c_seq, c_seq = (None if x is None else _packed(x[0], pieces)[None] for x in (grad_c_seq, c_seq))
+        grad_preact, grad_h, grad_c = recurrence_bwd(
+            cell,
+            grad_output,
+            grad_c_seq,
+            _left(pieces, grad_h_n),
+            _left(pieces, grad_c_n[0])[None],
+            weight_hh,
+            _enter(pieces, hx),
+            _enter(pieces, cx[0])[None],
+            output,
+            gates,
+            c_seq,
+            packed,
+            clip,
+        )
+        return (
+            _unpacked(grad_preact, pieces, leading),
+            _entered(pieces, grad_h, grad_h_n),
+            _entered(pieces, grad_c[0], grad_c_n[0])[None],
+        )
+    steps = spans(layout.first_row, leading)
     R = sum(n for _, n in steps)
-    grad_preact = gates.new_empty(R, D, gates.size(-1) // D)
+    GH = gates.size(-1) // D
+    grad_preact = gates.new_empty(R, D, GH)
     grad_hx, grad_cx = torch.zeros_like(hx), grad_c_n.clone()
     dh = gates.new_zeros(R, D, H) if grad_output is None else grad_output.reshape(R, D, H).clone()
-    gates, c_seq = gates.view(R, D, -1), c_seq.view(R, D, H)
+    gates, c_seq = gates.view(R, D, GH), c_seq.view(R, D, H)
+    dc_seq = None if grad_c_seq is None else grad_c_seq.reshape(R, D, H)
     for d in range(D):
         _lstm_bwd(
-            gates[:, d], c_seq[:, d], cx[0, d], weight_hh[d], grad_h_n[d], steps, d,
-            dh[:, d], grad_preact[:, d], grad_hx[d], grad_cx[0, d],
+            gates[:, d], c_seq[:, d], cx[0, d], weight_hh[d], grad_h_n[d], None if dc_seq is None else dc_seq[:, d],
+            steps, d, clip, dh[:, d], grad_preact[:, d], grad_hx[d], grad_cx[0, d],
         )  # fmt: skip
-    return grad_preact.view(*leading, -1), grad_hx, grad_cx
+    return grad_preact.view(*leading, D * GH), grad_hx, grad_cx
 
 
-def _lstm_bwd(gates, c_seq, cx, weight_hh, grad_h_n, steps, d, dh, dpreact, grad_hx, grad_cx) -> None:
+def _lstm_bwd(gates, c_seq, cx, weight_hh, grad_h_n, dc_seq, steps, d, clip, dh, dpreact, grad_hx, grad_cx) -> None:
     """One direction: fills dpreact [R, 4H] and grad_hx [B, H]; dh [R, H] and grad_cx [B, H] come with gradients."""
     sizes = [n for _, n in steps]
     H = cx.size(-1)
@@ -126,20 +172,31 @@ def _lstm_bwd(gates, c_seq, cx, weight_hh, grad_h_n, steps, d, dh, dpreact, grad
     ends = [0] * len(cx)
     for first, n in steps if d == 0 else steps[:1]:
         ends[:n] = range(first, first + n)
-    dh.index_add_(0, torch.tensor(ends), grad_h_n)
+    if len(dh):
+        dh.index_add_(0, torch.tensor(ends, dtype=torch.int64, device=dh.device), grad_h_n)
 
     difg = dpreact[:, : 3 * H].unflatten(1, (3, H)).split(sizes)
     dh, do, dpreact, dc_of_dh, f = (x.split(sizes) for x in (dh, do, dpreact, dc_of_dh, f))
+    dc_seq = None if dc_seq is None else dc_seq.split(sizes)
     order = list(steps_of(len(steps), d))
     for k in range(len(order) - 1, -1, -1):
         t, n = order[k], sizes[order[k]]
         dc = grad_cx[:n]
+        if dc_seq is not None:
+            dc += dc_seq[t]
         dc.addcmul_(dh[t], dc_of_dh[t])
         difg[t].mul_(dc.unsqueeze(1))
         do[t].mul_(dh[t])
         dc.mul_(f[t])
         # The gradient of h goes to the step before, or to hx for those that begin here.
         n_prev = min(n, sizes[order[k - 1]]) if k > 0 else 0
+        if clip is not None:
+            dc.clamp_(-clip, clip)
+            through = (dpreact[t] @ weight_hh).clamp_(-clip, clip)
+            if n_prev:
+                dh[order[k - 1]][:n_prev] += through[:n_prev]
+            grad_hx[n_prev:n] = through[n_prev:]
+            continue
         if n_prev:
             dh[order[k - 1]][:n_prev].addmm_(dpreact[t][:n_prev], weight_hh)
         if n_prev < n:
@@ -156,4 +213,48 @@ def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d
         if n > n_prev:
             pieces[t] = torch.cat([pieces[t], initial[n_prev:n]])
         first_prev, n_prev = first, n
-    return torch.cat(pieces)
+    return torch.cat(pieces) if pieces else seq
+
+
+def _pieces(layout: Layout, leading: list[int], device: torch.device) -> tuple[Pieces, Layout]:
+    """The uncut pieces of a batch, and how these lie."""
+    pieces = Pieces.of(layout, tuple(leading), device)
+    return pieces, Layout.of_packed(pieces.batch_sizes, len(pieces.enters[0]), device)
+
+
+def _packed(seq: Tensor, pieces: Pieces) -> Tensor:
+    return pieces.gather(seq.flatten(0, -2))
+
+
+def _unpacked(seq: Tensor, pieces: Pieces, leading: list[int]) -> Tensor:
+    return pieces.scatter(seq, math.prod(leading)).unflatten(0, leading)
+
+
+def _enter(pieces: Pieces, state: Tensor) -> Tensor:
+    """[D, B, H] -> [D, pieces, H]"""
+    return torch.stack([pieces.enter(s, d) for d, s in enumerate(state)])
+
+
+def _leave(pieces: Pieces, state: Tensor, initial: Tensor) -> Tensor:
+    """[D, pieces, H] -> [D, B, H]"""
+    return torch.stack([pieces.leave(s, i, d) for d, (s, i) in enumerate(zip(state, initial, strict=True))])
+
+
+def _left(pieces: Pieces, grad: Tensor) -> Tensor:
+    """The gradient of `_leave`: [D, B, H] -> [D, pieces, H]."""
+    n = len(pieces.enters[0])
+    found = grad.new_zeros(len(grad), n + grad.size(1), grad.size(2))
+    for d, g in enumerate(grad):
+        found[d, pieces.leaves[d]] = g
+    return found[:, :n]
+
+
+def _entered(pieces: Pieces, grad: Tensor, grad_final: Tensor) -> Tensor:
+    """The gradient of `_enter`, [D, pieces, H] -> [D, B, H], and of `_leave` where a sequence has no steps."""
+    n, B = grad.size(1), grad_final.size(1)
+    found = grad.new_zeros(len(grad), B + 1, grad.size(2))
+    for d, g in enumerate(grad):
+        empty = (pieces.leaves[d] >= n).unsqueeze(1)
+        found[d, :B] = torch.where(empty, grad_final[d], 0)
+        found[d, pieces.enters[d]] = g
+    return found[:, :B].contiguous()

@@ -20,6 +20,22 @@ def load_tuple(
 
 
 @triton.jit
+def load_state(
+    h_ptr,
+    c_ptr,  # the states beside h: float32, `stride` elements from one to the next
+    offs,  # [BLOCK_B, BLOCK_H]
+    mask,  # [BLOCK_B, BLOCK_H]
+    stride,
+    S: tl.constexpr,
+):
+    """A state: h and S tiles beside it, as float32."""
+    state = load_tuple(h_ptr, offs, mask, 0, 1)
+    if S > 0:
+        state = state + load_tuple(c_ptr, offs, mask, stride, S)
+    return state
+
+
+@triton.jit
 def store_tuple(
     ptr,
     offs,  # [BLOCK_B, BLOCK_H]
@@ -35,6 +51,16 @@ def store_tuple(
 
 
 @triton.jit
+def zero_tuple(COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """COUNT tiles of zeros, float32."""
+    zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    tiles = (zero,)
+    for _ in tl.static_range(1, COUNT):
+        tiles = tiles + (zero,)
+    return tiles
+
+
+@triton.jit
 def select_tuple(
     condition,  # [BLOCK_B, 1]
     yes,
@@ -45,6 +71,24 @@ def select_tuple(
     tiles = (tl.where(condition, yes[0], no[0]),)
     for k in tl.static_range(1, COUNT):
         tiles = tiles + (tl.where(condition, yes[k], no[k]),)
+    return tiles
+
+
+@triton.jit
+def add_tuple(a, b, COUNT: tl.constexpr):
+    """Tile by tile, a + b; COUNT may be zero."""
+    tiles = ()
+    for k in tl.static_range(COUNT):
+        tiles = tiles + (a[k] + b[k],)
+    return tiles
+
+
+@triton.jit
+def clamp_tuple(tiles_in, limit, COUNT: tl.constexpr):
+    """Tile by tile, kept within -limit and limit."""
+    tiles = (tl.clamp(tiles_in[0], -limit, limit),)
+    for k in tl.static_range(1, COUNT):
+        tiles = tiles + (tl.clamp(tiles_in[k], -limit, limit),)
     return tiles
 
 

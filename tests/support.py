@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedlstm import cells
-from fusedlstm.packing import Packing
+from fusedlstm.layout import Layout
 from fusedlstm.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,7 +57,7 @@ def tiled(
         arch="sm_90",
         dtype=dtype,
         hidden=hidden,
-        packed=False,  # the data says it
+        layout="dense",  # the data says it
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
@@ -76,11 +76,22 @@ def tiled(
 
 
 def recurrence_inputs(
-    T: int, B: int, H: int, D: int, dtype: torch.dtype, device="cpu", cell="lstm", seed=0, lengths=None
+    T: int,
+    B: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    device="cpu",
+    cell="lstm",
+    seed=0,
+    packed=None,
+    lengths=None,
+    resets=0.0,
 ) -> dict:
-    """preact_x, weight_hh, hx and cx of a recurrence; the values are rounded to `dtype`.
+    """preact_x, weight_hh, hx, cx and layout of a recurrence; the values are rounded to `dtype`.
 
-    With `lengths`, descending, T and B follow from them, preact_x is packed, and the tables of the packing come along.
+    T and B follow from `packed`, the descending lengths of a packed batch, or from T and `lengths`, those of a ragged one.
+    `resets` is the share of the rows at which a sequence is cut.
     """
     spec = cells.CELLS[cell]
     G, S = spec.num_gates, spec.num_cell_states
@@ -89,32 +100,43 @@ def recurrence_inputs(
     def randn(*shape, scale=1.0):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
 
-    tables = {}
-    if lengths:
-        T, B = lengths[0], len(lengths)
-        batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)])
-        tables = Packing.of(batch_sizes, B, torch.device(device))._asdict()
+    if packed:
+        T, B = packed[0], len(packed)
+        batch_sizes = torch.tensor([sum(n > t for n in packed) for t in range(T)])
+        layout, leading = Layout.of_packed(batch_sizes, B, torch.device(device)), (sum(packed),)
+    else:
+        B = len(lengths) if lengths else B
+        layout = Layout(torch.tensor(lengths, dtype=torch.int32, device=device) if lengths else None)
+        leading = (T, B)
+    if resets:
+        layout = layout._replace(resets=(torch.rand(leading, generator=generator) < resets).to(device))
     return {
-        "preact_x": randn(D, sum(lengths), G * H) if lengths else randn(D, T, B, G * H),
+        "preact_x": randn(D, *leading, G * H),
         "weight_hh": [randn(G * H, H, scale=H**-0.5) for _ in range(D)],
         "hx": randn(D, B, H),
         "cx": randn(S, D, B, H),
-        **tables,
+        "layout": layout,
     }
 
 
-def spec_inputs(inputs: dict, dtype: torch.dtype) -> dict:
-    """What the specification takes of a kernel's inputs, in `dtype` on the CPU: it needs no lengths."""
-    return {k: v for k, v in cast(inputs, dtype).items() if k != "lengths"}
+def without_padding(gates: Tensor, layout: Layout) -> Tensor:
+    """The rows that are of a sequence: gates of the others have no meaning."""
+    if layout.name != "ragged" or layout.lengths is None:
+        return gates
+    steps = torch.arange(len(gates), device=gates.device).unsqueeze(1)
+    return gates[steps < layout.lengths.to(gates.device)]
 
 
 def cast(tree, dtype: torch.dtype, device="cpu"):
-    """Tensors of a dict or list in another dtype; integers keep theirs."""
+    """Tensors of a dict, list or layout in another dtype; integers keep theirs."""
+    if tree is None:
+        return None
     if isinstance(tree, Tensor):
         return tree.detach().to(device=device, dtype=dtype if tree.is_floating_point() else tree.dtype)
     if isinstance(tree, dict):
         return {k: cast(v, dtype, device) for k, v in tree.items()}
-    return type(tree)(cast(v, dtype, device) for v in tree)
+    values = [cast(v, dtype, device) for v in tree]
+    return type(tree)(*values) if isinstance(tree, Layout) else type(tree)(values)
 
 
 def strided(x: Tensor) -> Tensor:

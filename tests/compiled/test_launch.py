@@ -55,8 +55,10 @@ def test_the_jit_takes_every_argument(warmed, hidden, directions):
     T, B, dtype = 3, 64, torch.bfloat16
     preact_x, weight_hh, hx, cx = tensors(T, B, hidden, directions, dtype)
     fwd, bwd = (plan("lstm", T, B, hidden, "bf16", directions, DEVICES["sm_90"], p) for p in ("fwd", "bwd"))
-    output, h_n, c_n, gates, c_seq = launch.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, save=True, plan=fwd)
-    launch.recurrence_bwd("lstm", output, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, plan=bwd)
+    output, h_n, c_n, gates, c_seq = launch.recurrence_fwd(
+        "lstm", preact_x, weight_hh, hx, cx, save_gates=True, save_states=True, plan=fwd
+    )
+    launch.recurrence_bwd("lstm", output, c_seq, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, plan=bwd)
     for p, kernel in zip((fwd, bwd), warmed, strict=True):
         assert kernel.metadata.launch_cooperative_grid == (not p.local)
         assert kernel.metadata.num_warps == p.num_warps
@@ -67,5 +69,5 @@ def test_the_jit_takes_every_argument(warmed, hidden, directions):
 def test_a_new_length_or_batch_compiles_nothing(warmed):
     p = plan("lstm", 3, 64, 64, "bf16", 1, DEVICES["sm_90"], "fwd")
     for T, B in ((3, 64), (1, 64), (16, 63), (100, 1)):
-        launch.recurrence_fwd("lstm", *tensors(T, B, 64, 1, torch.bfloat16), save=True, plan=p)
+        launch.recurrence_fwd("lstm", *tensors(T, B, 64, 1, torch.bfloat16), save_gates=True, save_states=True, plan=p)
     assert len({kernel.hash for kernel in warmed}) == 1

@@ -124,6 +124,13 @@ def test_a_model():
     torch.testing.assert_close(model.lstm.eval()(packed)[0].data, stock.lstm.eval()(packed)[0].data)
 
 
+def test_what_torch_has_not_is_not_restored():
+    model = nn.Sequential(fusedlstm.LSTM(3, 4, grad_clip=1.0), fusedlstm.LSTM(3, 4))
+    report = restore(model)
+    assert report.kept == {"0": "torch.nn has no grad_clip"} and list(report.replaced) == ["1"]
+    assert type(model[0]) is fusedlstm.LSTM and not hasattr(model[1], "grad_clip")
+
+
 def test_the_backend_is_set_and_used():
     model = Tagger()
     expected = model.eval()(X)

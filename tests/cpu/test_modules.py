@@ -160,21 +160,21 @@ def test_compiles_without_a_graph_break():
 
 def test_packed_compiles_without_a_graph_break():
     """The layout of a pack is data to the graph."""
-    from fusedlstm.packing import Packing
+    from fusedlstm.layout import Layout
 
     ours = fusedlstm.LSTM(5, 7, bidirectional=True)
     weights = [[*direction] for direction in ours.all_weights]
 
-    def run(data, lengths, first_row):
+    def run(data, *layout):
         from fusedlstm import recurrence
 
-        zeros = data.new_zeros(2, len(lengths), 7)
-        return recurrence.layer("lstm", data, (zeros, zeros), weights, "torch", Packing(lengths, first_row))[0]
+        zeros = data.new_zeros(2, len(layout[0]), 7)
+        return recurrence.layer("lstm", data, (zeros, zeros), weights, "torch", Layout(*layout))[0]
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
     for lengths in ([4, 2, 1], [6, 6, 3], [5, 4, 4, 1]):
         packed = pack_padded_sequence(torch.randn(lengths[0], len(lengths), 5), torch.tensor(lengths))
-        tables = Packing.of(packed.batch_sizes, len(lengths), torch.device("cpu"))
+        tables = Layout.of_packed(packed.batch_sizes, len(lengths), torch.device("cpu"))
         found = []
         for f in (run, compiled):
             ours.zero_grad()
@@ -291,6 +291,6 @@ def test_float16_on_a_cpu_computes_in_float32(monkeypatch):
 def test_functional_is_the_module():
     _, ours = pair(5, 7, 2, bidirectional=True)
     x, zeros = torch.randn(4, 3, 5), torch.zeros(4, 3, 7)
-    output, h_n, c_n = functional.lstm(x, (zeros, zeros), ours._flat_weights, num_layers=2, bidirectional=True)
+    output, h_n, c_n, _ = functional.lstm(x, (zeros, zeros), ours._flat_weights, num_layers=2, bidirectional=True)
     expected, (h, c) = ours(x)
     assert torch.equal(output, expected) and torch.equal(h_n, h) and torch.equal(c_n, c)

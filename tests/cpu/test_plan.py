@@ -6,21 +6,21 @@ import math
 import pytest
 
 from fusedlstm import __main__ as command_line
-from fusedlstm.plan import DEVICES, Plan, PlanError, plan
+from fusedlstm.plan import DEVICES, LAYOUTS, Plan, PlanError, plan
 
 HIDDEN = (1, 7, 16, 32, 33, 64, 100, 128, 129, 160, 256, 400, 512, 768, 1000, 1024, 1150, 1536, 2048, 4096)
 BATCH = (1, 3, 16, 17, 64, 65, 128, 512, 4096)
 PROBLEMS = list(
-    itertools.product(HIDDEN, BATCH, ("fp32", "fp16", "bf16"), (1, 2), ("fwd", "bwd"), ("tf32", "ieee"), (False, True))
+    itertools.product(HIDDEN, BATCH, ("fp32", "fp16", "bf16"), (1, 2), ("fwd", "bwd"), ("tf32", "ieee"), LAYOUTS)
 )
 
 
 def every_plan(arch):
-    for hidden, batch, dtype, directions, pass_, precision, packed in PROBLEMS:
+    for hidden, batch, dtype, directions, pass_, precision, layout in PROBLEMS:
         if precision == "ieee" and dtype != "fp32":
             continue
         try:
-            yield batch, plan("lstm", 10, batch, hidden, dtype, directions, DEVICES[arch], pass_, precision, packed)
+            yield batch, plan("lstm", 10, batch, hidden, dtype, directions, DEVICES[arch], pass_, precision, layout)
         except PlanError:
             assert hidden * directions >= 2048, "only the largest sizes may not fit"
 

@@ -31,7 +31,7 @@ def test_equals_torch(directions):
             for name, value in zip(names, parameters[d], strict=True):
                 getattr(stock, name + suffix).copy_(value)
     expected, (h_n, c_n) = stock(input, (hx, cx[0]))
-    ours = reference.layer("lstm", input, hx, cx, parameters)
+    ours = reference.layer("lstm", input, hx, cx, parameters)[:3]
     for a, b in zip(ours, (expected, h_n, c_n.unsqueeze(0)), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -47,8 +47,8 @@ def test_written_out_backward_equals_autograd(directions):
     weight_hh = [randn(4 * H, H) for _ in range(directions)]
     hx, cx = randn(directions, B, H).requires_grad_(), randn(1, directions, B, H).requires_grad_()
     output, h_n, c_n, gates, c_seq = reference.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx)
-    grads = [randn(*x.shape) for x in (output, h_n, c_n)]
-    by_autograd = torch.autograd.grad([output, h_n, c_n], [preact_x, hx, cx], grads)
+    grads = [randn(*x.shape) for x in (output, c_seq, h_n, c_n)]
+    by_autograd = torch.autograd.grad([output, c_seq, h_n, c_n], [preact_x, hx, cx], grads)
     with torch.no_grad():
         grad_preact, grad_hx, grad_cx = reference.recurrence_bwd(
             "lstm", *grads, weight_hh, hx, cx, output, gates, c_seq
@@ -62,7 +62,7 @@ def test_equals_the_oracle():
     (input, hx, cx), parameters = random_layer(1)
     values = [x.detach().numpy() for x in (input, hx[0], cx[0, 0], *parameters[0])]
     outputs, h, c, tape = oracle.lstm_layer(*values)
-    output, h_n, c_n = reference.layer("lstm", input, hx, cx, parameters)
+    output, h_n, c_n, _ = reference.layer("lstm", input, hx, cx, parameters)
     for ours, exact in ((output, outputs), (h_n[0], h), (c_n[0, 0], c)):
         torch.testing.assert_close(ours.detach(), torch.from_numpy(exact), **EXACT)
 
@@ -99,7 +99,9 @@ def test_custom_ops_without_a_gpu():
     flat = [p for direction in parameters for p in direction]
 
     def run(*tensors):
-        return RecurrenceFunction.apply("lstm", "torch", 2, None, None, *tensors[:3], None, *tensors[3:])[:3]
+        return RecurrenceFunction.apply(
+            "lstm", "torch", 2, None, False, None, None, None, *tensors[:3], None, *tensors[3:]
+        )[:3]
 
     assert torch.autograd.gradcheck(run, (input[:2].detach().requires_grad_(), hx, cx, *flat))
     assert torch.autograd.gradgradcheck(run, (input[:2, :1].detach().requires_grad_(), hx[:, :1], cx[:, :, :1], *flat))
@@ -113,14 +115,13 @@ def test_custom_ops_pass_opcheck():
     weight_hh = [torch.randn(4 * H, H, generator=generator) for _ in range(2)]
     hx, cx = torch.randn(2, B, H, generator=generator), torch.randn(1, 2, B, H, generator=generator)
     checks = ("test_schema", "test_faketensor")
-    for save in (True, False):
-        torch.library.opcheck(
-            recurrence.recurrence_fwd,
-            ("lstm", "torch", preact_x, weight_hh, hx, cx, None, None, save),
-            test_utils=checks,
-        )
-    output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd(
-        "lstm", "torch", preact_x, weight_hh, hx, cx, None, None, True
-    )
-    arguments = ("lstm", "torch", output, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, None, None)
-    torch.library.opcheck(recurrence.recurrence_bwd, arguments, test_utils=checks)
+    lengths = torch.randint(0, 4, (B,), generator=generator, dtype=torch.int32)
+    resets = torch.rand(3, B, generator=generator) < 0.3
+    states = ("lstm", "torch", preact_x, weight_hh, hx, cx)
+    for layout in ((None, None, None), (lengths, None, resets)):
+        for saves in ((True, True), (False, True), (False, False)):
+            torch.library.opcheck(recurrence.recurrence_fwd, (*states, *layout, *saves), test_utils=checks)
+        output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd(*states, *layout, True, True)
+        for grads, clip in (((output, None, h_n, c_n), None), ((None, c_seq, h_n, c_n), 0.5)):
+            arguments = ("lstm", "torch", *grads, weight_hh, hx, cx, output, gates, c_seq, *layout, clip)
+            torch.library.opcheck(recurrence.recurrence_bwd, arguments, test_utils=checks)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusedlstm import launch, reference
 from fusedlstm.kernels import barrier
-from support import assert_accurate, cast, recurrence_inputs, spec_inputs, tiled
+from support import assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
 
@@ -26,25 +26,27 @@ def run_both(inputs):
     """Forward and backward; (result, exact) of every tensor."""
     options = {"directions": D, "precision": "ieee"}
     fwd, bwd = (tiled(pass_, B, H, "fp32", block_k=64, **options) for pass_ in ("fwd", "bwd"))
-    ours = launch.recurrence_fwd("lstm", **inputs, save=True, plan=fwd)
-    exact_inputs = spec_inputs(inputs, torch.float64)
+    ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=fwd)
+    exact_inputs = cast(inputs, torch.float64)
     exact = reference.recurrence_fwd("lstm", **exact_inputs)
     generator = torch.Generator().manual_seed(2)
-    grads = [torch.randn(x.shape, generator=generator).to(x.device) for x in ours[:3]]
+    grads = [torch.randn(ours[k].shape, generator=generator).to(ours[k].device) for k in (0, 4, 1, 2)]
     states = {k: v for k, v in inputs.items() if k != "preact_x"}
     saved = dict(zip(("output", "gates", "c_seq"), (ours[0], *ours[3:]), strict=True))
     ours_bwd = launch.recurrence_bwd("lstm", *_shared(grads), **states, **_shared(saved), plan=bwd)
     exact_states = {k: v for k, v in exact_inputs.items() if k != "preact_x"}
     exact_saved = dict(zip(saved, (exact[0], *exact[3:]), strict=True))
     exact_bwd = reference.recurrence_bwd("lstm", *cast(grads, torch.float64), **exact_states, **exact_saved)
-    return list(zip([*ours, *ours_bwd], [*exact, *exact_bwd], strict=True))
+    pairs = list(zip([*ours, *ours_bwd], [*exact, *exact_bwd], strict=True))
+    pairs[3] = tuple(without_padding(gates, inputs["layout"]) for gates in pairs[3])
+    return pairs
 
 
 def _shared(tree):
     """Move tensors to memory that forked processes share."""
     for x in tree.values() if isinstance(tree, dict) else tree:
-        for tensor in x if isinstance(x, list) else [x]:
-            if not tensor.is_cuda:
+        for tensor in x if isinstance(x, (list, tuple)) else [x]:
+            if tensor is not None and not tensor.is_cuda:
                 tensor.share_memory_()
     return tree
 
@@ -80,9 +82,22 @@ def test_groups_that_end_at_different_steps(seed):
 
     lengths = [4] * 3 + [3] * 10 + [2] * 5 + [1] * 2
     assert len(lengths) == B
-    packed = _shared(recurrence_inputs(0, 0, H, D, torch.float32, lengths=lengths))
+    packed = _shared(recurrence_inputs(0, 0, H, D, torch.float32, packed=lengths))
     with interpreter.side_by_side(seed, yield_on_memory=True):
         assert_right(run_both(packed))
+
+
+@interpreted
+@pytest.mark.parametrize("resets", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_ragged_batches(seed, resets):
+    """The first batch tile ends before T, the second at its third step, and a sequence has none at all."""
+    from fusedlstm import interpreter
+
+    lengths = [2, 3, 0, 4, 1] * 3 + [3, 0, 1, 2, 2]
+    ragged = _shared(recurrence_inputs(5, 0, H, D, torch.float32, lengths=lengths, resets=resets))
+    with interpreter.side_by_side(seed, yield_on_memory=True):
+        assert_right(run_both(ragged))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ def tiles(monkeypatch):
     """Make every launch use tiles of the test's choice."""
 
     def choose(**kwargs):
-        def plan_for(cell, x, T, B, H, D, pass_, packed):
+        def plan_for(cell, x, T, B, H, D, pass_, layout):
             return tiled(pass_, B, H, launch.DTYPES[x.dtype], directions=D, precision="ieee", **kwargs)
 
         monkeypatch.setattr(launch, "plan_for", plan_for)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, spec_inputs, strided, tiled
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")
 FORMS = [
@@ -22,30 +22,32 @@ def gradients(leading, B, H, D, dtype, device):
     generator = torch.Generator().manual_seed(1)
     return {
         "grad_output": torch.randn(*leading, D * H, generator=generator).to(dtype).to(device),
+        "grad_c_seq": torch.randn(1, *leading, D * H, generator=generator).to(dtype).to(device),
         "grad_h_n": torch.randn(D, B, H, generator=generator).to(dtype).to(device),
         "grad_c_n": torch.randn(1, D, B, H, generator=generator).to(dtype).to(device),
     }
 
 
-def backward_of_reference(inputs, grads, dtype):
-    inputs, grads = spec_inputs(inputs, dtype), cast(grads, dtype)
+def backward_of_reference(inputs, grads, dtype, clip):
+    inputs, grads = cast(inputs, dtype), cast(grads, dtype)
     output, _, _, gates, c_seq = reference.recurrence_fwd("lstm", **inputs)
     del inputs["preact_x"]
-    return reference.recurrence_bwd("lstm", **grads, **inputs, output=output, gates=gates, c_seq=c_seq)
+    return reference.recurrence_bwd("lstm", **grads, **inputs, output=output, gates=gates, c_seq=c_seq, clip=clip)
 
 
-def check(T, B, H, D, dtype, device, fwd_plan, bwd_plan, change=lambda grads: grads, lengths=None):
-    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], device, lengths=lengths)
-    B = len(lengths) if lengths else B
-    grads = gradients([sum(lengths)] if lengths else [T, B], B, H, D, DTYPES[dtype], device)
-    output, _, _, gates, c_seq = launch.recurrence_fwd("lstm", **inputs, save=True, plan=fwd_plan)
+def check(T, B, H, D, dtype, device, fwd_plan, bwd_plan, change=lambda grads: grads, clip=None, **layout):
+    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], device, **layout)
+    grads = gradients(inputs["preact_x"].shape[1:-1], inputs["hx"].size(1), H, D, DTYPES[dtype], device)
+    output, _, _, gates, c_seq = launch.recurrence_fwd(
+        "lstm", **inputs, save_gates=True, save_states=True, plan=fwd_plan
+    )
     del inputs["preact_x"]
     ours = launch.recurrence_bwd(
-        "lstm", **change(dict(grads)), **inputs, output=output, gates=gates, c_seq=c_seq, plan=bwd_plan
+        "lstm", **change(dict(grads)), **inputs, output=output, gates=gates, c_seq=c_seq, plan=bwd_plan, clip=clip
     )
-    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], lengths=lengths)
-    torch_results = backward_of_reference(inputs, grads, DTYPES[dtype])
-    exact = backward_of_reference(inputs, grads, torch.float64)
+    inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], **layout)
+    torch_results = backward_of_reference(inputs, grads, DTYPES[dtype], clip)
+    exact = backward_of_reference(inputs, grads, torch.float64, clip)
     for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
         assert_accurate(name, a, b, c)
 
@@ -83,14 +85,57 @@ LENGTHS = {
 def test_packed(device, schedule, transposed, directions, lengths):
     options = {"schedule": schedule, "transposed": transposed, "directions": directions, "precision": "ieee"}
     plans = [tiled(pass_, len(lengths), 20, "fp32", **options) for pass_ in ("fwd", "bwd")]
-    check(0, 0, 20, directions, "fp32", device, *plans, lengths=lengths)
+    check(0, 0, 20, directions, "fp32", device, *plans, packed=lengths)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_packed_in_half_precision(device, dtype):
     """With walked tiles: 37 sequences by one group a direction."""
     plans = [tiled(pass_, 37, 40, dtype, directions=2, groups=1, block_k=64) for pass_ in ("fwd", "bwd")]
-    check(0, 0, 40, 2, dtype, device, *plans, lengths=[3] * 9 + [2] * 20 + [1] * 8)
+    check(0, 0, 40, 2, dtype, device, *plans, packed=[3] * 9 + [2] * 20 + [1] * 8)
+
+
+RAGGED = {
+    "one tile": (7, [3, 0, 7, 6, 1]),
+    "two tiles, one of empty sequences": (5, [2, 4, 0, 1] * 4 + [0, 0, 0]),
+    "two tiles": (4, [1, 0, 3, 2] * 4 + [4, 2]),
+}
+
+
+@pytest.mark.parametrize("resets", [0.0, 0.3])
+@pytest.mark.parametrize(("T", "lengths"), RAGGED.values(), ids=RAGGED.keys())
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+def test_ragged(device, schedule, transposed, directions, T, lengths, resets):
+    options = {"schedule": schedule, "transposed": transposed, "directions": directions, "precision": "ieee"}
+    plans = [tiled(pass_, len(lengths), 20, "fp32", **options) for pass_ in ("fwd", "bwd")]
+    check(T, 0, 20, directions, "fp32", device, *plans, lengths=lengths, resets=resets)
+
+
+@pytest.mark.parametrize("packed", [None, LENGTHS["two tiles"]], ids=["dense", "packed"])
+@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+def test_resets(device, schedule, transposed, packed):
+    """No gradient crosses a cut; and none that enters a step is larger than the clip."""
+    options = {"schedule": schedule, "transposed": transposed, "directions": 2, "precision": "ieee"}
+    plans = [tiled(pass_, 19, 20, "fp32", **options) for pass_ in ("fwd", "bwd")]
+    for clip in (None, 0.3):
+        check(4, 19, 20, 2, "fp32", device, *plans, packed=packed, resets=0.3, clip=clip)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_ragged_in_half_precision(device, dtype):
+    """With walked tiles: 37 sequences by one group a direction."""
+    plans = [tiled(pass_, 37, 40, dtype, directions=2, groups=1, block_k=64) for pass_ in ("fwd", "bwd")]
+    check(3, 0, 40, 2, dtype, device, *plans, lengths=[3, 0, 1, 2] * 9 + [3], resets=0.3)
+
+
+@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+def test_clipped(device, schedule, transposed):
+    plans = [
+        tiled(pass_, 5, 20, "fp32", schedule=schedule, transposed=transposed, precision="ieee")
+        for pass_ in ("fwd", "bwd")
+    ]
+    check(6, 5, 20, 1, "fp32", device, *plans, clip=0.3)
 
 
 LAYOUTS = {
@@ -111,14 +156,16 @@ def test_layouts_of_grad_output(device, layout):
     check(3, 5, 20, 1, "fp32", device, *plans, change)
 
 
-def test_without_grad_output(device):
+def test_without_gradients_of_sequences(device):
     """None means zero, and is not read."""
     inputs = recurrence_inputs(3, 5, 20, 1, torch.float32, device)
     grads = gradients([3, 5], 5, 20, 1, torch.float32, device)
-    output, _, _, gates, c_seq = launch.recurrence_fwd("lstm", **inputs, save=True)
+    output, _, _, gates, c_seq = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True)
     del inputs["preact_x"]
     saved = {**inputs, "output": output, "gates": gates, "c_seq": c_seq}
-    none = launch.recurrence_bwd("lstm", **{**grads, "grad_output": None}, **saved)
-    zero = launch.recurrence_bwd("lstm", **{**grads, "grad_output": torch.zeros_like(output)}, **saved)
+    nothing = {"grad_output": None, "grad_c_seq": None}
+    zeros = {"grad_output": torch.zeros_like(output), "grad_c_seq": torch.zeros_like(c_seq)}
+    none = launch.recurrence_bwd("lstm", **grads | nothing, **saved)
+    zero = launch.recurrence_bwd("lstm", **grads | zeros, **saved)
     assert all(torch.equal(a, b) for a, b in zip(none, zero, strict=True))
     assert none[0].norm() > 0

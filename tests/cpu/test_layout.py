@@ -1,4 +1,4 @@
-"""packing.py, torch_loop.py and the packed specification: against torch.nn.LSTM, and against each other, in float64."""
+"""layout.py, torch_loop.py and the specification of packed batches: against torch.nn.LSTM, and each other, in float64."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import recurrence, reference, torch_engine, torch_loop
-from fusedlstm.packing import Packing, begin_rows, spans
+from fusedlstm.layout import DENSE, Layout, spans
 from support import assert_accurate
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -17,31 +17,31 @@ LENGTHS = [[3], [4, 4, 4], [5, 3, 3, 1], [6, 5, 4, 3, 2, 1]]
 I, H, P = 4, 6, 3
 
 
-def packing_of(lengths):
+def packed(lengths):
     batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
-    return Packing.of(batch_sizes, len(lengths), torch.device("cpu")), batch_sizes
+    return Layout.of_packed(batch_sizes, len(lengths), torch.device("cpu")), batch_sizes
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_tables_describe_torchs_layout(lengths):
     """Rows that name their own step and sequence, packed by torch, tell where each must lie."""
-    packing, batch_sizes = packing_of(lengths)
+    layout, batch_sizes = packed(lengths)
     padded = torch.tensor([[100 * t + b for b in range(len(lengths))] for t in range(lengths[0])])
     names = pack_padded_sequence(padded.unsqueeze(-1), torch.tensor(lengths)).data[:, 0]
-    step, sequence = packing.positions(len(names))
+    step, sequence = layout.positions(len(names))
     assert torch.equal(100 * step + sequence, names)
-    assert packing.lengths.tolist() == lengths
-    assert [n for _, n in spans(packing.first_row, names.shape)] == batch_sizes.tolist()
+    assert layout.lengths.tolist() == lengths
+    assert [n for _, n in spans(layout.first_row, names.shape)] == batch_sizes.tolist()
     row_of = {name: row for row, name in enumerate(names.tolist())}
     for direction, by in ((0, -1), (1, 1)):
-        begins = begin_rows(packing, names.shape, direction, torch.device("cpu")).tolist()
-        previous = packing.previous_rows(len(names), direction).tolist()
+        begins = layout.begin_rows(names.shape, direction, torch.device("cpu")).tolist()
+        before = layout.states_before(names.unsqueeze(1), -1 - torch.arange(len(lengths)).unsqueeze(1), direction)
         for b, n in enumerate(lengths):
             first = 0 if direction == 0 else n - 1
             assert begins[b] == row_of[100 * first + b]
             for t in range(n):
-                expected = len(names) + b if t == first else row_of[100 * (t + by) + b]
-                assert previous[row_of[100 * t + b]] == expected
+                expected = -1 - b if t == first else 100 * (t + by) + b
+                assert before[row_of[100 * t + b]].item() == expected
 
 
 def random_layer(lengths, directions, hidden_out=H):
@@ -59,7 +59,7 @@ def random_layer(lengths, directions, hidden_out=H):
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_specification_equals_torch(lengths, directions, proj_size):
-    packing, batch_sizes = packing_of(lengths)
+    layout, batch_sizes = packed(lengths)
     input, hx, cx, parameters = random_layer(lengths, directions, proj_size or H)
     weight_hr = [torch.randn(P, H, dtype=torch.float64) for _ in range(directions)] if proj_size else None
     stock = nn.LSTM(I, H, bidirectional=directions == 2, proj_size=proj_size).double()
@@ -67,18 +67,36 @@ def test_specification_equals_torch(lengths, directions, proj_size):
     for own, value in zip(stock.parameters(), [x for p in values for x in p], strict=True):
         own.data.copy_(value)
     output, (h_n, c_n) = stock(PackedSequence(input, batch_sizes), (hx, cx[0]))
-    ours = reference.layer("lstm", input, hx, cx, parameters, packing.first_row, weight_hr)
+    ours = reference.layer("lstm", input, hx, cx, parameters, layout, weight_hr)[:3]
     for a, b in zip(ours, (output.data, h_n, c_n.unsqueeze(0)), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+def some_resets(leading):
+    return torch.rand(leading, generator=torch.Generator().manual_seed(7)) < 0.3
+
+
+# Lengths of the ragged ones in no order, with a sequence without steps; resets also in the padding and at the beginning.
+LAYOUTS = {
+    "dense": (DENSE, (4, 3)),
+    "resets": (Layout(resets=some_resets((4, 3))), (4, 3)),
+    "ragged": (Layout(torch.tensor([2, 0, 4, 1], dtype=torch.int32)), (4, 4)),
+    "ragged, none of T": (Layout(torch.tensor([2, 3, 1], dtype=torch.int32)), (5, 3)),
+    "ragged, all empty": (Layout(torch.tensor([0, 0], dtype=torch.int32)), (3, 2)),
+    "ragged, resets": (Layout(torch.tensor([2, 0, 4, 1], dtype=torch.int32), None, some_resets((4, 4))), (4, 4)),
+    "all reset": (Layout(resets=torch.ones(4, 3, dtype=torch.bool)), (4, 3)),
+    **{f"packed {n}": (packed(n)[0], (sum(n),)) for n in LENGTHS},
+    "packed, resets": (packed([5, 3, 3, 1])[0]._replace(resets=some_resets((12,))), (12,)),
+}
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("lengths", [None, *LENGTHS], ids=str)
-def test_loop_and_written_out_backward_equal_autograd(lengths, directions):
-    """The specification's backward, and both passes of the loop, dense and packed."""
-    first_row, leading, B = None, (4, 3), 3
-    if lengths:
-        first_row, leading, B = packing_of(lengths)[0].first_row, (sum(lengths),), len(lengths)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loop_and_written_out_backward_equal_autograd(layout, directions, clip):
+    """The specification's backward, and both passes of the loop, on every layout."""
+    layout, leading = LAYOUTS[layout]
+    B = leading[1] if len(leading) == 2 else len(layout.lengths)
     generator = torch.Generator().manual_seed(3)
 
     def randn(*shape):
@@ -87,38 +105,39 @@ def test_loop_and_written_out_backward_equal_autograd(lengths, directions):
     preact_x = randn(directions, *leading, 4 * H).requires_grad_()
     weight_hh = [randn(4 * H, H) for _ in range(directions)]
     hx, cx = randn(directions, B, H).requires_grad_(), randn(1, directions, B, H).requires_grad_()
-    results = reference.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, first_row)
-    grads = [randn(*x.shape) for x in results[:3]]
-    by_autograd = torch.autograd.grad(results[:3], [preact_x, hx, cx], grads)
+    *results, gates, c_seq = reference.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, layout, clip=clip)
+    grads = [randn(*x.shape) for x in (results[0], c_seq, *results[1:])]
+    by_autograd = torch.autograd.grad([results[0], c_seq, *results[1:]], [preact_x, hx, cx], grads)
     with torch.no_grad():
-        looped = torch_loop.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, first_row, True)
-        for a, b in zip(looped, results, strict=True):
+        looped = torch_loop.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, layout, True, True)
+        for a, b in zip([*looped[:3], looped[4]], [*results, c_seq], strict=True):
             torch.testing.assert_close(a, b, **EXACT)
-        output, _, _, gates, c_seq = looped
-        for module in (reference, torch_loop):
+        for module, saved in ((reference, gates), (torch_loop, looped[3])):
             grad_preact, grad_hx, grad_cx = module.recurrence_bwd(
-                "lstm", *grads, weight_hh, hx, cx, output, gates, c_seq, first_row
+                "lstm", *grads, weight_hh, hx, cx, results[0], saved, c_seq, layout, clip
             )
             grad_preact = grad_preact.unflatten(-1, (directions, 4 * H)).movedim(-2, 0)
             for a, b in zip((grad_preact, grad_hx, grad_cx), by_autograd, strict=True):
                 torch.testing.assert_close(a, b, **EXACT)
 
 
-@pytest.mark.parametrize("lengths", [None, [3, 2, 2]], ids=str)
 @pytest.mark.parametrize("directions", [1, 2])
-def test_gradients_twice(directions, lengths):
+@pytest.mark.parametrize("layout", ["dense", "ragged, resets", "packed [3]", "packed, resets"])
+def test_gradients_twice(directions, layout):
     """gradcheck and gradgradcheck of a layer, with the preactivations that a projection adds to first steps."""
-    input, hx, cx, parameters = random_layer(lengths or [2, 2, 2], directions)
-    packing = packing_of(lengths)[0] if lengths else None
-    if not lengths:
-        input = input.detach().unflatten(0, (2, 3)).requires_grad_()
-    preact_0 = torch.randn(directions, 3, 4 * H, dtype=torch.float64, requires_grad=True)
+    layout, leading = LAYOUTS[layout]
+    lengths = [1] * (leading[1] if len(leading) == 2 else len(layout.lengths))
+    _, hx, cx, parameters = random_layer(lengths, directions)
+    input = torch.randn(*leading, I, dtype=torch.float64, requires_grad=True)
+    preact_0 = torch.randn(directions, len(lengths), 4 * H, dtype=torch.float64, requires_grad=True)
     flat = [p for direction in parameters for p in direction]
 
     def run(input, hx, cx, preact_0, *flat):
         per_direction = [flat[k : k + 4] for k in range(0, len(flat), 4)]
-        output, (h, c) = recurrence.layer("lstm", input, (hx, cx[0]), per_direction, "torch", packing, preact_0)
-        return output, h, c
+        output, (h, c), c_seq = recurrence.layer(
+            "lstm", input, (hx, cx[0]), per_direction, "torch", layout, None, True, preact_0
+        )
+        return output, h, c, c_seq
 
     assert torch.autograd.gradcheck(run, (input, hx, cx, preact_0, *flat), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (input, hx, cx, preact_0, *flat), fast_mode=True)
@@ -127,10 +146,10 @@ def test_gradients_twice(directions, lengths):
 @pytest.mark.parametrize("given", [0, 1, 2], ids=["output", "h_n", "c_n"])
 def test_gradient_through_one_result(given):
     lengths = [4, 2, 1]
-    packing, _ = packing_of(lengths)
+    layout, _ = packed(lengths)
     input, hx, cx, parameters = random_layer(lengths, 2)
-    output, (h_n, c_n) = recurrence.layer("lstm", input, (hx, cx[0]), parameters, "torch", packing)
-    expected = reference.layer("lstm", input, hx, cx, parameters, packing.first_row)
+    output, (h_n, c_n), _ = recurrence.layer("lstm", input, (hx, cx[0]), parameters, "torch", layout)
+    expected = reference.layer("lstm", input, hx, cx, parameters, layout)
     leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
     ours = torch.autograd.grad((output, h_n, c_n)[given].square().sum(), leaves)
     exact = torch.autograd.grad(expected[given].square().sum(), leaves)
@@ -162,7 +181,7 @@ def test_every_way_of_a_cpu_equals_stock(monkeypatch, lengths, options, schedule
 
 def test_which_way_a_cpu_goes():
     def way(lengths, dtype=torch.float32, hidden=256, proj_size=0):
-        sizes = packing_of(lengths)[1]
+        sizes = packed(lengths)[1]
         return torch_engine.schedule(torch.zeros(sum(lengths), I, dtype=dtype), sizes, False, hidden, proj_size)
 
     assert way([40, 20]) == "runs" and way([40, 20], torch.float64) == "loop"
