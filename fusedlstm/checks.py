@@ -25,6 +25,11 @@ def grad_clip(value: float | None) -> float | None:
     return float(value)
 
 
+def instance(name: str, value, cls: type) -> None:
+    if not isinstance(value, cls):
+        raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+
+
 def module(model) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -144,18 +149,21 @@ def lengths_and_resets(
     if batch and batch_first:
         steps, batch = batch[0], [steps]
     if resets is not None:
-        if not isinstance(resets, Tensor):
-            raise TypeError(f"resets: expected a Tensor, got {type(resets).__name__}")
+        instance("resets", resets, Tensor)
         if resets.dtype != torch.bool:
             raise ValueError(f"resets: expected torch.bool, got {resets.dtype}")
         if resets.shape != leading:
             raise ValueError(f"resets: expected shape {list(leading)}, got {list(resets.shape)}")
     if lengths is not None:
-        lengths = _lengths(lengths, steps, batch)
+        lengths = sequence_lengths(lengths, steps, batch)
     return lengths, resets
 
 
-def _lengths(lengths, steps: int, batch: list[int]) -> Tensor:
+def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bool = False) -> Tensor:
+    """Check the lengths of a padded batch; returns them as a tensor [B].
+
+    `on_any_device`: look at their values wherever they are; else on a CPU only.
+    """
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths)
@@ -165,7 +173,8 @@ def _lengths(lengths, steps: int, batch: list[int]) -> Tensor:
         raise ValueError(f"lengths: expected integers, got {lengths.dtype}")
     if list(lengths.shape) != batch and (batch or lengths.numel() != 1):
         raise ValueError(f"lengths: expected shape {batch}, got {list(lengths.shape)}")
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    look = (on_any_device or lengths.device.type == "cpu") and not torch.compiler.is_compiling()
+    if look and lengths.numel():
         shortest, longest = (int(x) for x in lengths.aminmax())
         if shortest < 0 or longest > steps:
             raise ValueError(f"lengths: expected 0 to {steps}, got {shortest if shortest < 0 else longest}")

@@ -169,11 +169,11 @@ class Pieces(NamedTuple):
 
     def gather(self, seq: Tensor) -> Tensor:
         """From [rows of the batch, features] to [R, features]."""
-        return _Take.apply(seq, self.rows)
+        return take_rows(seq, self.rows)
 
     def scatter(self, seq: Tensor, rows: int) -> Tensor:
         """From [R, features] to [rows, features], with zeros in the padding."""
-        return _Put.apply(seq, self.rows, rows)
+        return put_rows(seq, self.rows, rows)
 
     def enter(self, state: Tensor, direction: int) -> Tensor:
         """The initial states of the pieces, [pieces, H], from those of the sequences, [B, H]."""
@@ -184,9 +184,17 @@ class Pieces(NamedTuple):
         return torch.cat([state, initial]).index_select(0, self.leaves[direction])
 
 
-class _Take(torch.autograd.Function):
-    """Rows of a matrix, none of them twice: so the gradient is a copy, and not a sum as that of an index is."""
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of `x`, none of them twice: so the gradient is a copy, and not a sum as that of an index is."""
+    return _Take.apply(x, rows)
 
+
+def put_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """The reverse: into zeros of `size` rows."""
+    return _Put.apply(x, rows, size)
+
+
+class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows):
         ctx.rows, ctx.size = rows, len(x)
@@ -198,12 +206,10 @@ class _Take(torch.autograd.Function):
 
 
 class _Put(torch.autograd.Function):
-    """The reverse: rows into a matrix of zeros."""
-
     @staticmethod
     def forward(ctx, x, rows, size):
         ctx.rows = rows
-        return x.new_zeros(size, x.size(1)).index_copy_(0, rows, x)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
     @staticmethod
     def backward(ctx, grad):
