@@ -3,6 +3,8 @@
 Each case forces the tiles, so that the group, its weights and the form of its dot are what the test names.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +138,65 @@ def test_packed(device, lengths, is_sorted, options, given):
     for name, in_torch in found[0].items():
         ours, exact = found[1][name], found[2][name]
         assert_accurate(name, ours.detach(), in_torch.detach(), exact.detach())
+
+
+MASKED = {
+    "one layer": {},
+    "two bidirectional layers, batch first": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "projected": {"num_layers": 2, "bidirectional": True, "proj_size": 4},
+    "clipped, no bias": {"bidirectional": True, "bias": False, "grad_clip": 0.3},
+}
+
+
+@pytest.mark.parametrize("given", ["lengths", "resets", "both"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", MASKED.values(), ids=MASKED.keys())
+def test_lengths_and_resets(device, options, dtype, given):
+    """Every result, all cell states and every gradient, against the specification in the same dtype and in float64."""
+    T, B, I, H = 5, 6, 5, 19
+    ours = fusedlstm.LSTM(I, H, **options, backend="triton").to(DTYPES[dtype])
+    rows, P = ours.num_layers * (2 if ours.bidirectional else 1), ours.proj_size or H
+    lead = (B, T) if ours.batch_first else (T, B)
+    x, *hx = (torch.randn(s).to(DTYPES[dtype]) for s in ((*lead, I), (rows, B, P), (rows, B, H)))
+    masks = {"lengths": torch.tensor([3, 0, 5, 1, 4, 2]), "resets": torch.rand(lead) < 0.3}
+    masks = {k: v for k, v in masks.items() if given in (k, "both")}
+    found, grads = [], None
+    for backend, place, precision in (
+        ("triton", device, DTYPES[dtype]),
+        ("reference", "cpu", DTYPES[dtype]),
+        ("reference", "cpu", torch.float64),
+    ):
+        module = copy.deepcopy(ours).to(place, precision)
+        module.backend = backend
+        input, *states = (y.clone().to(place, precision).requires_grad_() for y in (x, *hx))
+        output, (h_n, c_n), c_seq = module(input, tuple(states), **masks, return_cell_states=True)
+        results = [output, h_n, c_n, c_seq]
+        grads = grads or [torch.randn(y.shape).to(DTYPES[dtype]) for y in results]
+        torch.autograd.backward(results, [g.to(place, precision) for g in grads])
+        found.append([*results, input.grad, *(y.grad for y in states), *(p.grad for p in module.parameters())])
+    for k, (a, b, c) in enumerate(zip(*found, strict=True)):
+        assert_accurate(f"tensor {k}", a.detach(), b.detach(), c.detach())
+
+
+def test_lengths_elsewhere(device):
+    """On the CPU, as a list, of another integer type: the same."""
+    ours = fusedlstm.LSTM(5, 7, bidirectional=True, backend="triton").to(device)
+    x, lengths = torch.randn(4, 3, 5, device=device), torch.tensor([2, 0, 4])
+    expected = ours(x, lengths=lengths.to(device))[0]
+    for other in (lengths, lengths.tolist(), lengths.to(device, torch.uint8)):
+        assert torch.equal(ours(x, lengths=other)[0], expected)
+
+
+def test_all_cell_states_without_gradients(device):
+    """Of the last layer, where nothing else is saved; and with no mask at all."""
+    ours = fusedlstm.LSTM(5, 7, num_layers=2, backend="triton").to(device)
+    x = torch.randn(4, 3, 5, device=device)
+    with torch.no_grad():
+        output, (_, c_n), c_seq = ours(x, return_cell_states=True)
+        prefix = ours(x[:2])
+    assert c_seq.shape == output.shape
+    torch.testing.assert_close(c_seq[-1], c_n[1])
+    torch.testing.assert_close(c_seq[1], prefix[1][1][1])
 
 
 def test_strided_input(device):
