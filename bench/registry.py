@@ -3,6 +3,7 @@
 To add one: write a function under `@provider("name")`, here or in a file given to `--plugin`.
 """
 
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 from bench.shapes import Shape
 
 BASELINE = "torch"
+AGAIN = "torch-again"
 
 
 @dataclass(frozen=True)
 class Layer:
     """A built provider.
 
-    forward: input [T, B, I] -> output [T, B, D * H], with h_0 = c_0 = 0; packed for a shape with lengths.
+    forward: input [T, B, I] -> output [T, B, D * H], with h_0 = c_0 = 0; packed for a shape with lengths, cut by
+        `resets_of` for a shape with resets.
     parameters: every leaf whose gradient a training step computes.
     train: switches between training and inference.
     """
@@ -32,11 +35,12 @@ def _serves_all(shape: Shape, dtype: str, device: str) -> str | None:
 
 
 def _dense(serves=_serves_all):
-    """The same, for providers that know neither packed input nor projections."""
+    """The same, for providers that know neither packed input nor projections nor resets."""
 
     def dense(shape, dtype, device):
-        if shape.lengths or shape.proj:
-            return "no packed input" if shape.lengths else "no projection"
+        for needed, what in ((shape.lengths, "packed input"), (shape.proj, "projection"), (shape.resets, "resets")):
+            if needed:
+                return f"no {what}"
         return serves(shape, dtype, device)
 
     return dense
@@ -79,6 +83,13 @@ def load_plugin(path: str) -> None:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def resets_of(shape: Shape, device: str):
+    """Where the sequences of a shape are cut, [T, B] bool: the same every time."""
+    import torch
+
+    return (torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(0)) < shape.resets).to(device)
+
+
 def _module(cls, shape: Shape, dtype: str, device: str, weights: dict, **kwargs) -> Layer:
     import torch
 
@@ -94,7 +105,7 @@ def _module(cls, shape: Shape, dtype: str, device: str, weights: dict, **kwargs)
     )
     if weights:
         lstm.load_state_dict(weights)
-    return Layer(lambda x: lstm(x)[0], list(lstm.parameters()), lstm.train)
+    return Layer(lambda x, **masks: lstm(x, **masks)[0], list(lstm.parameters()), lstm.train)
 
 
 def baseline_weights(shape: Shape, dtype: str, device: str) -> dict:
@@ -109,10 +120,14 @@ def baseline_weights(shape: Shape, dtype: str, device: str) -> dict:
 
 
 @provider("fusedlstm")
-def _fusedlstm(shape, dtype, device, weights):
+def _fusedlstm(shape, dtype, device, weights, **kwargs):
     import fusedlstm
 
-    return _module(fusedlstm.LSTM, shape, dtype, device, weights)
+    layer = _module(fusedlstm.LSTM, shape, dtype, device, weights, **kwargs)
+    if not shape.resets:
+        return layer
+    resets = resets_of(shape, device)
+    return dataclasses.replace(layer, forward=lambda x: layer.forward(x, resets=resets[: len(x)]))
 
 
 @provider("torch")
@@ -123,7 +138,7 @@ def _torch(shape, dtype, device, weights):
 
 
 # The baseline once more: how far two timings of the same code lie apart is the noise of a case.
-PROVIDERS["torch-again"] = Provider("torch-again", PROVIDERS["torch"].build)
+PROVIDERS[AGAIN] = Provider(AGAIN, PROVIDERS["torch"].build)
 
 
 def _where_auto_differs(shape, dtype, device):
@@ -140,9 +155,7 @@ def _where_auto_differs(shape, dtype, device):
 
 @provider("fusedlstm-triton", serves=_where_auto_differs)
 def _fusedlstm_triton(shape, dtype, device, weights):
-    import fusedlstm
-
-    return _module(fusedlstm.LSTM, shape, dtype, device, weights, backend="triton")
+    return _fusedlstm(shape, dtype, device, weights, backend="triton")
 
 
 def _cell_loop(shape, dtype, device, weights, compiled):
@@ -159,6 +172,7 @@ def _cell_loop(shape, dtype, device, weights, compiled):
     if compiled:
         torch._dynamo.reset()  # every case builds new cells, and Dynamo counts them all against its limit
     steps = [torch.compile(cell, dynamic=False) if compiled else cell for cell in cells]
+    keep = (~resets_of(shape, device)).to(getattr(torch, dtype)).unsqueeze(-1)  # [T, B, 1]
 
     def forward(x):
         for layer in range(shape.layers):
@@ -166,10 +180,12 @@ def _cell_loop(shape, dtype, device, weights, compiled):
             for direction in range(shape.directions):
                 step = steps[layer * shape.directions + direction]
                 h = c = x.new_zeros(x.size(1), shape.H)
-                sequence = x.unbind(0)
+                order = range(len(x)) if direction == 0 else range(len(x) - 1, -1, -1)
                 hs = []
-                for x_t in sequence if direction == 0 else reversed(sequence):
-                    h, c = step(x_t, (h, c))
+                for t in order:
+                    if shape.resets and 0 < t + direction < len(x):
+                        h, c = h * keep[t + direction], c * keep[t + direction]
+                    h, c = step(x[t], (h, c))
                     hs.append(h)
                 outputs.append(torch.stack(hs if direction == 0 else hs[::-1]))
             x = outputs[0] if shape.directions == 1 else torch.cat(outputs, -1)
@@ -179,7 +195,9 @@ def _cell_loop(shape, dtype, device, weights, compiled):
 
 
 def _loop_serves(shape, dtype, device):
-    return None if shape.T <= 1024 else "a Python loop of more than 1024 steps"
+    if shape.resets:
+        return None
+    return _dense()(shape, dtype, device) or (None if shape.T <= 1024 else "a Python loop of more than 1024 steps")
 
 
 def _compiled_serves(shape, dtype, device):
@@ -187,7 +205,7 @@ def _compiled_serves(shape, dtype, device):
     return None if shape.id in ("C1", "M1") else "compiled for C1 and M1 only"
 
 
-@provider("cell-loop", slow=True, serves=_dense(_loop_serves))
+@provider("cell-loop", slow=True, serves=_loop_serves)
 def _cell_loop_eager(shape, dtype, device, weights):
     return _cell_loop(shape, dtype, device, weights, compiled=False)
 

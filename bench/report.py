@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 from bench import rows
-from bench.registry import BASELINE
+from bench.registry import AGAIN, BASELINE
 from bench.shapes import BY_ID, MODES, SHAPES
 
-AGAIN = "torch-again"
 OURS = "fusedlstm"
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 MODE_NAMES = {"infer": "inference", "fwd": "forward", "fwdbwd": "forward + backward"}
@@ -65,6 +64,7 @@ def table(measured: list[rows.Row], kind: str = "") -> tuple[list[str], list[lis
         if known := BY_ID.get(shape):
             sizes += f", packed, lengths {known.lengths[0]} … {known.lengths[1]}" if known.lengths else ""
             sizes += f", projected to {known.proj}" if known.proj else ""
+            sizes += f", resets at {known.resets:.0%} of the steps (torch.nn.LSTM: none)" if known.resets else ""
         ratio = found.get((OURS, speedup))
         noise = found.get((AGAIN, speedup))
         bound = bound_ms(any_row, roofs)

@@ -9,7 +9,7 @@ MODES = ("fwdbwd", "infer", "fwd")
 GPU_DTYPES = ("bfloat16", "float16", "float32")
 
 # Features beyond a dense stack that `fusedlstm.LSTM` serves. A shape that needs another one is pending.
-SERVED: frozenset[str] = frozenset({"proj_size", "packed"})
+SERVED: frozenset[str] = frozenset({"proj_size", "packed", "resets"})
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Shape:
         layers, bidirectional: as in `torch.nn.LSTM`.
         proj: size of the projected h, 0 for none.
         heads: number of blocks on the diagonal of `weight_hh`.
-        resets: share of the (t, b) pairs at which the state starts anew.
+        resets: share of the (t, b) pairs at which the state starts anew; who cannot do that runs without.
         lengths: shortest and longest sequence of a packed batch, or None for a dense one.
         alternating: every second layer runs backwards in time.
         modes, dtypes: what is measured; dtypes on a GPU (a CPU runs float32).
@@ -115,7 +115,7 @@ SHAPES: list[Shape] = [
     _shape("M1", 100, 64, 512, telling=0, source="PyTorch fastrnns"),
     _shape("M2-B16", 150, 16, 256, sets=BOTH, telling=1, source="DeepBench"),
     _shape("M2-B64", 150, 64, 256, telling=0, source="DeepBench"),
-    _shape("M3", 128, 128, 256, resets=0.03, source="reinforcement learning (TorchRL)"),
+    _shape("M3", 128, 128, 256, resets=0.03, sets=BOTH, telling=0, source="reinforcement learning (TorchRL)"),
     _shape("M3-dense", 128, 128, 256, source="M3 without its resets"),
     _shape("M4", 100, 64, 512, lengths=(30, 99), source="fastrnns, variable length"),
     _shape("M5", 40, 16, 512, layers=2, sets=BOTH, telling=1, source="RNN-T prediction net"),
@@ -163,6 +163,7 @@ SHAPES: list[Shape] = [
     _shape("R1", 7, 3, 8, sets=("rehearsal",), telling=0, source="rehearsal"),
     _shape("R2", 5, 2, 6, I=4, layers=2, bidirectional=True, modes=INFER, sets=("rehearsal",), source="rehearsal"),
     _shape("R3", 5, 2, 8, heads=2, sets=("rehearsal",), source="rehearsal of a pending shape"),
+    _shape("R5", 5, 3, 8, resets=0.3, sets=("rehearsal",), source="rehearsal of resets"),
     _shape("R4", 5, 3, 8, proj=4, lengths=(2, 5), sets=("rehearsal",), source="rehearsal of a packed batch"),
 ]
 
