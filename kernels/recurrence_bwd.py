@@ -120,7 +120,7 @@ def recurrence_bwd_kernel(
             steps = T
 
         # The last step of the forward order; each step hands its previous state on, so that a state is loaded once.
-        t = (steps - 1) * (1 - pid_d)
+        t = tl.maximum(steps - 1, 0) * (1 - pid_d)
         if PACKED:
             first_row = tl.load(first_row_ptr + t)
             sequences = tl.load(first_row_ptr + t + 1) - first_row  # that have step t
@@ -252,6 +252,6 @@ def recurrence_bwd_kernel(
         store_tuple(grad_hx_ptr + row_state * H, offs_state, mask, 0, dstate, 0, 1)
         store_tuple(grad_cx_ptr + row_state * H, offs_state, mask, stride_state, dstate, 1, S)
         if RAGGED:
-            for t in range(steps, T):
-                dpreact_ptr = grad_preact_ptr + ((t * B + row) * D + pid_d) * GH
+            for t in range(steps, T):  # no sequence of the tile comes so far
+                dpreact_ptr = grad_preact_ptr + ((t.to(tl.int64) * B + row) * D + pid_d) * GH
                 store_tuple(dpreact_ptr, offs_gates, mask, H, zero_tuple(G, BLOCK_B, BLOCK_H), 0, G)

@@ -160,8 +160,7 @@ def recurrence_fwd_kernel(
                         mask_reset = t + pid_d < length
                 reset = tl.load(resets_ptr + reset_row + row + offs_b, mask=mask_reset, other=0)
                 keep = reset[:, None] == 0
-                zero = zero_tuple(1 + S, BLOCK_B, BLOCK_H)
-                state = select_tuple(keep, state, zero, 1 + S)
+                state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
 
             preact_x = load_tuple(preact_x_ptr + preact_row * GH, offs_preact, mask, H, G)
             if LOCAL:
@@ -187,9 +186,7 @@ def recurrence_fwd_kernel(
                 )
             preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
 
-            if (
-                RESETS and not LOCAL
-            ):  # the product took what was there; zero tiles and not a masked load: fewer registers
+            if RESETS and not LOCAL:  # what was exchanged is not cut; a mask there would cost more registers
                 preact_h = select_tuple(keep, preact_h, zero_tuple(G_PADDED, BLOCK_B, BLOCK_H), G_PADDED)
 
             gates, stepped = STEP(preact_x, preact_h, state)
@@ -220,8 +217,8 @@ def recurrence_fwd_kernel(
         store_tuple(c_n_ptr + row_state * H, offs_state, mask, stride_state, state, 1, S)
         if RAGGED:
             zero = zero_tuple(1 + S, BLOCK_B, BLOCK_H)
-            for t in range(steps, T):
-                row_seq = (t * B + row) * D + pid_d
+            for t in range(steps, T):  # no sequence of the tile comes so far
+                row_seq = (t.to(tl.int64) * B + row) * D + pid_d
                 store_tuple(output_ptr + row_seq * H, offs_seq, mask, 0, zero, 0, 1)
                 if SAVE_STATES:
                     store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, zero, 1, S)
