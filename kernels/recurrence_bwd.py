@@ -253,5 +253,5 @@ def recurrence_bwd_kernel(
         store_tuple(grad_cx_ptr + row_state * H, offs_state, mask, stride_state, dstate, 1, S)
         if RAGGED:
             for t in range(steps, T):  # no sequence of the tile comes so far
-                dpreact_ptr = grad_preact_ptr + ((t.to(tl.int64) * B + row) * D + pid_d) * GH
+                dpreact_ptr = grad_preact_ptr + ((B.to(tl.int64) * t + row) * D + pid_d) * GH
                 store_tuple(dpreact_ptr, offs_gates, mask, H, zero_tuple(G, BLOCK_B, BLOCK_H), 0, G)

@@ -218,7 +218,7 @@ def recurrence_fwd_kernel(
         if RAGGED:
             zero = zero_tuple(1 + S, BLOCK_B, BLOCK_H)
             for t in range(steps, T):  # no sequence of the tile comes so far
-                row_seq = (t.to(tl.int64) * B + row) * D + pid_d
+                row_seq = (B.to(tl.int64) * t + row) * D + pid_d
                 store_tuple(output_ptr + row_seq * H, offs_seq, mask, 0, zero, 0, 1)
                 if SAVE_STATES:
                     store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, zero, 1, S)
