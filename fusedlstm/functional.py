@@ -197,7 +197,8 @@ def _layout(
     if batch_sizes is not None:
         return Layout.of_packed(batch_sizes, batch, input.device, resets)
     if lengths is not None:
-        lengths = lengths.to(input.device, torch.int32, non_blocking=True)
+        dtype = lengths.dtype if lengths.dtype == torch.int64 else torch.int32  # these two the kernels read
+        lengths = lengths.to(input.device, dtype, non_blocking=True)
     return Layout(lengths, None, resets)
 
 

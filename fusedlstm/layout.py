@@ -22,7 +22,7 @@ from torch import Tensor
 class Layout(NamedTuple):
     """Its tables lie on the device of the data. Its methods wait for no device."""
 
-    lengths: Tensor | None = None  # [B] int32, if ragged or packed
+    lengths: Tensor | None = None  # [B] int32, if ragged or packed; ragged also int64
     first_row: Tensor | None = None  # [T + 1] int64 if packed; the last is R
     resets: Tensor | None = None  # bool, [T, B] or packed [R]
 

@@ -146,7 +146,7 @@ class RecurrenceFunction(torch.autograd.Function):
             grad_input = product(rows, _cat(weight_ih)).view(input.shape)  # [R, D*G*H] @ [D*G*H, I]
         if needs[3]:
             grad_preact_0 = torch.stack(
-                [_of_first_steps(g, d, input, layout) for d, g in enumerate(rows.chunk(ctx.directions, -1))]
+                [_of_first_steps(g, d, layout) for d, g in enumerate(grad_preact.chunk(ctx.directions, -1))]
             )
         grad_parameters = [None] * len(parameters)
         needs_parameter = _per_direction(needs[4:], ctx.directions)
@@ -219,11 +219,16 @@ def _cat(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _of_first_steps(rows: Tensor, direction: int, input: Tensor, layout: Layout) -> Tensor:
-    """Of every sequence the row of its first step, [B, features]; zeros where that step is none or drops its hx."""
-    leading = input.shape[:-1]
-    found = rows[layout.begin_rows(leading, direction, rows.device)]
-    dropped = layout.drops_hx(leading, direction)
+def _of_first_steps(seq: Tensor, direction: int, layout: Layout) -> Tensor:
+    """Of every sequence the row of its first step, [B, features] of [T, B, features] or [R, features].
+
+    Zeros where a reset drops its hx.
+    """
+    if layout.lengths is None:
+        found = seq[-direction]
+    else:
+        found = seq.flatten(0, -2)[layout.begin_rows(seq.shape[:-1], direction, seq.device)]
+    dropped = layout.drops_hx(seq.shape[:-1], direction)
     return found if dropped is None else found.masked_fill(dropped.unsqueeze(1), 0)
 
 
@@ -261,13 +266,11 @@ def _recurrent_weight_gradient(
     layout: Layout,
 ) -> Tensor:
     """sum over t of grad_preact_t^T h_{t-1}: [G*H, H]."""
-    # Without resets the states before are views; what padding would add is zero.
-    if layout.first_row is not None or layout.resets is not None or (layout.lengths is not None and direction == 1):
+    # Else the states before are views: output is zero where a sequence has no later step, grad_preact where it has no step.
+    if layout.first_row is not None or layout.resets is not None:
         return product(grad_preact.flatten(0, -2).t(), layout.states_before(output, hx, direction))
-    first, later, earlier = (
-        (0, slice(1, None), slice(None, -1)) if direction == 0 else (-1, slice(None, -1), slice(1, None))
-    )
-    from_hx = product(grad_preact[first].t(), hx)
+    later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
+    from_hx = product(_of_first_steps(grad_preact, direction, layout).t(), hx)
     return product(grad_preact[later].flatten(0, 1).t(), output[earlier].flatten(0, 1), from_hx)
 
 

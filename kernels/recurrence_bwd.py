@@ -41,7 +41,7 @@ def recurrence_bwd_kernel(
     weight_hh_reverse_ptr,  # [G*H, H]  direction 1
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
-    lengths_ptr,  # [B]  int32; read if RAGGED or PACKED
+    lengths_ptr,  # [B]  int32, or int64 if RAGGED; read if RAGGED or PACKED
     first_row_ptr,  # [T+1]  int64; read if PACKED
     resets_ptr,  # [R]  bool; read if RESETS
     output_ptr,  # [R, D*H]  h of every step
@@ -114,7 +114,7 @@ def recurrence_bwd_kernel(
         if PACKED:
             steps = tl.load(lengths_ptr + row)  # the longest sequence of the tile
         elif RAGGED:
-            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
+            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0).to(tl.int32)  # [BLOCK_B]
             steps = tl.max(length)
         else:
             steps = T

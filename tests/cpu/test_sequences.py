@@ -46,14 +46,7 @@ def by_hand(lstm, x, hx, lengths, resets, clip=None):
                         h, c = torch.zeros_like(h), torch.zeros_like(c)
                     if clip:
                         h, c = clipped(h, clip), clipped(c, clip)
-                    gates = p["weight_ih"] @ x[t, b] + p["weight_hh"] @ h
-                    if lstm.bias:
-                        gates = gates + p["bias_ih"] + p["bias_hh"]
-                    i, f, g, o = gates.chunk(4)
-                    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                    h = o.sigmoid() * c.tanh()
-                    if lstm.proj_size:
-                        h = p["weight_hr"] @ h
+                    h, c = cell(p, x[t, b], h, c)
                     output = output.index_put((torch.tensor(t), torch.tensor(b), torch.arange(d * P, d * P + P)), h)
                     units = torch.arange(d * lstm.hidden_size, (d + 1) * lstm.hidden_size)
                     cells = cells.index_put((torch.tensor(t), torch.tensor(b), units), c)
@@ -61,6 +54,17 @@ def by_hand(lstm, x, hx, lengths, resets, clip=None):
                 c_n = c_n.index_put((torch.tensor(row), torch.tensor(b)), c)
         x = output
     return x, h_n, c_n, cells
+
+
+def cell(p, x, h, c):
+    """One step of one sequence by torch's LSTMCell, which knows no projection: that by its equations."""
+    weights = (p["weight_ih"], p["weight_hh"], p.get("bias_ih"), p.get("bias_hh"))
+    if "weight_hr" not in p:
+        h, c = torch._VF.lstm_cell(x.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0)), *weights)
+        return h.squeeze(0), c.squeeze(0)
+    i, f, g, o = (p["weight_ih"] @ x + p["bias_ih"] + p["weight_hh"] @ h + p["bias_hh"]).chunk(4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return p["weight_hr"] @ (o.sigmoid() * c.tanh()), c
 
 
 def clipped(x, limit):

@@ -1,0 +1,60 @@
+"""examples/: they run, and what they claim of themselves holds."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recall_rewards_memory_alone():
+    """Who remembers the cue is always right; who does not, by chance; an episode begins after every bell."""
+    recurrent_policy = example("recurrent_policy")
+    env = recurrent_policy.Recall(50, torch.Generator().manual_seed(1))
+    cue, rewards, bells, waited = torch.zeros(50, dtype=torch.long), 0, 0, torch.zeros(50)
+    for _ in range(100):
+        lights, begins = env.observe(), env.begins.clone()
+        assert (lights[:, :4].sum(1) == begins).all()
+        cue = torch.where(begins, lights[:, :4].argmax(1), cue)
+        waited = torch.where(begins, 0, waited + 1)
+        rings = lights[:, 4] == 1
+        assert ((waited[rings] > recurrent_policy.SHORTEST) & (waited[rings] <= recurrent_policy.LONGEST + 1)).all()
+        reward = env.step(cue)
+        assert torch.equal(reward == 1, rings) and torch.equal(env.begins, rings)
+        rewards, bells = rewards + reward.sum(), bells + rings.sum()
+    assert rewards == bells > 100
+
+
+def test_recurrent_policy_learns_alike_in_both_forms():
+    """The same gradients on a rollout that continues episodes and ends others; then the same curve."""
+    recurrent_policy = example("recurrent_policy")
+    torch.manual_seed(0)
+    policy = recurrent_policy.Policy(8)
+    env = recurrent_policy.Recall(6, torch.Generator().manual_seed(0))
+    stream = recurrent_policy.fusedlstm.Stream(policy.lstm)
+    recurrent_policy.play(policy, stream, env, 7)
+    rollout = recurrent_policy.play(policy, stream, env, 20)
+    assert rollout.begins.any() and rollout.state[0].any()
+    found = []
+    for hidden_states in (recurrent_policy.in_one_call, recurrent_policy.in_a_loop):
+        output = hidden_states(policy.lstm, rollout)
+        found.append([output, *torch.autograd.grad(output.square().sum(), list(policy.lstm.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_recurrent_policy_prints_both_curves(capsys):
+    example("recurrent_policy").main(["--updates", "6", "--steps", "20", "--batch", "8", "--hidden-size", "8"])
+    printed = capsys.readouterr().out
+    assert "resets=" in printed and "a loop over LSTMCell" in printed and "median update" in printed
+    rows = re.findall(r"(\d+\.\d)%[^%\n]*?(\d+\.\d)%", printed)
+    assert rows and all(a == b for a, b in rows)
