@@ -239,7 +239,7 @@ def _block_k(
     elif pass_ == "bwd":
         widest = 128 if layout != "dense" and block_b == 32 else 256
     else:
-        widest = 128 if block_b < 64 else 64
+        widest = 128 if block_b < (32 if layout == "ragged" else 64) else 64
     return min(widest, max(16, _power_of_2(reduction)))
 
 
@@ -359,7 +359,8 @@ def _spills_with_masks(p: Plan, limits: DeviceLimits, ieee: bool, chunks: int) -
     tile = p.block_b * p.block_h
     if not limits.wide_mma and ((ieee and tile >= 2048) or (p.block_b == 64 and chunks > 8)):
         return True
-    if p.dtype == "fp32" and (ieee or not limits.wide_mma) and tile >= (1024 if p.hidden * 4 % 16 else 2048):
+    largest = 1024 if p.hidden * ITEMSIZE[p.dtype] % 16 else 2048 if p.dtype == "fp32" else math.inf
+    if (ieee or not limits.wide_mma) and tile >= largest:
         return True
     if p.schedule == "resident":
         return (tile >= 1024 and chunks >= 16) or (p.pass_ == "bwd" and tile >= 512 and chunks >= 32)
