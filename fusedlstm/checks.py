@@ -1,6 +1,7 @@
 """Every error that a user can cause. Texts and types are torch.nn's where it has one."""
 
 import importlib
+import numbers
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ def backend(value: str) -> str:
 def grad_clip(value: float | None) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"grad_clip: expected a number or None, got {type(value).__name__}")
     if not value > 0:
         raise ValueError(f"grad_clip: expected a number above 0, got {value}")
@@ -141,9 +142,16 @@ def lengths_and_resets(
     if packed and resets is not None:
         if not isinstance(resets, PackedSequence):
             raise TypeError(f"resets: expected a PackedSequence like input, got {type(resets).__name__}")
-        of_resets, of_input = ([y for y in (x.batch_sizes, x.sorted_indices) if y is not None] for x in (resets, input))
-        if len(of_resets) != len(of_input) or not all(map(torch.equal, of_resets, of_input)):
-            raise ValueError("resets: expected the lengths and the order of input, got others")
+        text = "resets: expected the lengths and the order of input, got others"
+        orders = resets.sorted_indices, input.sorted_indices
+        if not torch.equal(resets.batch_sizes, input.batch_sizes) or (orders[0] is None) != (orders[1] is None):
+            raise ValueError(text)
+        if orders[0] is not orders[1]:
+            same = orders[0].to(orders[1].device) == orders[1]
+            if same.is_cuda:
+                torch._assert_async(same.all(), text)
+            elif not same.all():
+                raise ValueError(text)
         resets = resets.data
     steps, *batch = leading = input.data.shape[:1] if packed else input.shape[:-1]
     if batch and batch_first:
@@ -167,6 +175,7 @@ def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bo
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths)
+            lengths = lengths if lengths.numel() else lengths.long()  # of an empty list
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"lengths: expected a Tensor of integers, got {type(lengths).__name__}") from None
     if lengths.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):

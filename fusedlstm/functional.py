@@ -56,15 +56,10 @@ def lstm(
     """
     dtype = _result_dtype(input)
     directions = 2 if bidirectional else 1
-    engine = engines.choose(
-        backend,
-        input.device,
-        dtype,
-        "lstm",
-        hx[1].size(-1),
-        directions,
-        clipped_projection=bool(grad_clip and proj_size),
-    )
+    if not torch.is_grad_enabled():
+        grad_clip = None
+    clips_projection = grad_clip is not None and proj_size > 0
+    engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions, clips_projection)
     options = {
         "bias": bias,
         "num_layers": num_layers,
@@ -87,11 +82,9 @@ def lstm(
     batch_first = batch_first and batch_sizes is None
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
-        # What ATen does not serve; a clipped gradient is none where there is none.
-        if not (masked or cell_states or (grad_clip is not None and torch.is_grad_enabled())):
-            schedule = torch_engine.schedule(input, batch_sizes, batch_first, hx[1].size(-1), proj_size)
-        dense = batch_sizes is None and schedule != "loop"
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, onednn=dense)
+        if not (masked or cell_states or grad_clip is not None):  # which ATen does not serve
+            schedule = torch_engine.schedule(input, dtype, batch_sizes, batch_first, hx[1].size(-1), proj_size)
+        compute_dtype = torch_engine.compute_dtype(input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
     c_seq = None
@@ -138,7 +131,7 @@ def lstm_cell(
     dtype = _result_dtype(input)
     weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
     if engines.choose(backend, input.device, dtype, "lstm", hx[0].size(-1)) == "torch":
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, onednn=False)
+        compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
         with _autocast_off(input):
             return _cast(torch_engine.lstm_cell(input, hx, *weights), dtype)
@@ -193,13 +186,21 @@ def _layout(
     resets: Tensor | None,  # [T, B] or [R]
 ) -> Layout:
     if resets is not None:
-        resets = resets.to(input.device, non_blocking=True).contiguous()
+        resets = _moved(resets, input.device, torch.bool)
     if batch_sizes is not None:
         return Layout.of_packed(batch_sizes, batch, input.device, resets)
     if lengths is not None:
         dtype = lengths.dtype if lengths.dtype == torch.int64 else torch.int32  # these two the kernels read
-        lengths = lengths.to(input.device, dtype, non_blocking=True)
+        lengths = _moved(lengths, input.device, dtype)
     return Layout(lengths, None, resets)
+
+
+def _moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`x` there, in that type. To a GPU without waiting for it, but for pinned memory: the caller may write that again."""
+    if x.device == device:
+        return x.to(dtype)
+    unpinned = not torch.compiler.is_compiling() and not x.is_pinned()
+    return x.to(device, dtype, non_blocking=device.type == "cuda" and unpinned)
 
 
 def _layers(
@@ -234,9 +235,7 @@ def _layer_of(engine: str, proj_size: int, clip: float | None, cell_states: bool
         wants_c_seq = cell_states and is_last
         if proj_size:
             return _projected_layer(x, state, parameters, engine, layout, wants_c_seq)
-        output, state, c_seq = recurrence.layer(
-            "lstm", x, state, parameters, engine, layout, clip if torch.is_grad_enabled() else None, wants_c_seq
-        )
+        output, state, c_seq = recurrence.layer("lstm", x, state, parameters, engine, layout, clip, wants_c_seq)
         return output, state, c_seq[0] if wants_c_seq else None
 
     def specified(x, layout, state, parameters, is_last):

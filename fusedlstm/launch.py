@@ -34,6 +34,7 @@ if triton.knobs.runtime.interpret:
 
 def constants(plan: Plan, **flags: bool) -> dict:
     """The compile-time arguments of the plan's kernel; `flags` are those of `FLAGS` that are on."""
+    assert flags.keys() <= set(FLAGS[plan.pass_]), f"flags: expected some of {FLAGS[plan.pass_]}, got {[*flags]}"
     cell = cells.CELLS[plan.cell]
     return {
         "H": plan.hidden,
@@ -257,9 +258,9 @@ def recurrence_bwd(
 def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
     """The arguments that tell a kernel how the rows lie; `unread`, int32, stands where it never looks."""
     return {
-        "lengths_ptr": unread if layout.lengths is None else layout.lengths,
+        "lengths_ptr": unread if layout.lengths is None else layout.lengths.contiguous(),
         "first_row_ptr": _no_rows(unread.device) if layout.first_row is None else layout.first_row,
-        "resets_ptr": (unread if layout.resets is None else layout.resets).view(torch.int8),
+        "resets_ptr": (unread if layout.resets is None else layout.resets.contiguous()).view(torch.int8),
     }
 
 

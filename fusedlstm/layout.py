@@ -37,7 +37,8 @@ class Layout(NamedTuple):
         """From the number of sequences at every step, of `batch` sequences in all."""
         first_row = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
         # Sequence b has as many steps as have more than b sequences.
-        lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0, dtype=torch.int32)
+        fewer = torch.searchsorted(batch_sizes.flip(0), torch.arange(batch), right=True)
+        lengths = (len(batch_sizes) - fewer).int()
         return cls(lengths.to(device, non_blocking=True), first_row.to(device, non_blocking=True), resets)
 
     @property

@@ -29,7 +29,7 @@ class LSTM(nn.RNNBase):
         backend: "auto", "triton", "torch" or "reference"; see `fusedlstm.engines`. An engine asked for by name
             serves the call or raises.
         grad_clip: in the backward, every element of the gradient of an h or c that enters a step is kept within
-            -grad_clip and grad_clip; None is no limit.
+            -grad_clip and grad_clip; None is no limit. Of scaled losses (`GradScaler`) it bounds the scaled gradient.
 
     Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
         [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
@@ -109,7 +109,7 @@ class LSTM(nn.RNNBase):
         run = functools.partial(
             self._run,
             cell_states=return_cell_states,
-            grad_clip=self.grad_clip if grad_clip is None else checks.grad_clip(grad_clip),
+            grad_clip=checks.grad_clip(self.grad_clip if grad_clip is None else grad_clip),
         )
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input

@@ -70,9 +70,10 @@ def compile_plan(plan: Plan, **flags: bool) -> Compiled:
     """Compile the kernel of `plan` for its architecture, as a launch would. Flags as in `launch.constants`."""
     kernel = launch.KERNELS[plan.pass_]
     training = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else {"HAS_GRAD_OUTPUT"}
-    ragged = {"RAGGED", "RESETS", "CLIP", "HAS_GRAD_C_SEQ"}  # the most that it can be
-    on = training | {"dense": set(), "packed": {"PACKED"}, "ragged": ragged}[plan.layout]
-    constants = launch.constants(plan, **dict.fromkeys(on, True) | flags)
+    # With masks, the most that a kernel can be asked for.
+    masks = {"dense": set(), "packed": {"PACKED", "RESETS"}, "ragged": {"RAGGED", "RESETS"}}[plan.layout]
+    more = {"CLIP", "HAS_GRAD_C_SEQ"} if masks and plan.pass_ == "bwd" else set()
+    constants = launch.constants(plan, **dict.fromkeys(training | masks | more, True) | flags)
     return compile_kernel(kernel, launch.signature(plan), constants, plan.arch, **launch.options(plan))
 
 

@@ -167,7 +167,9 @@ def plan(
             f"hidden={hidden} with {directions} direction(s) in {dtype} does not fit {limits.name}: a group must be on "
             f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
         )
-    return min(candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
+    # Better a few spilled bytes than no plan.
+    clean = [c for c in candidates if c.layout == "dense" or not _spills_with_masks(c, limits)]
+    return min(clean or candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
 
 
 def explain(
@@ -344,8 +346,6 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
         slice_bytes = chunks * p.block_k * p.columns * ITEMSIZE[p.dtype]
         if p.schedule == "resident" and (slice_bytes > 256 * p.num_warps * limits.warp_size or p.block_b == 64):
             return True  # weights need registers: 64 a thread at most
-    if p.layout != "dense" and _spills_with_masks(p, limits, ieee, chunks):
-        return True
     if p.schedule == "resident":
         if limits.arch != "sm_90" and chunks > 8 and p.hidden * ITEMSIZE[p.dtype] % 16:
             return True  # rows that are not aligned; Triton 3.7.1 compiles one of these for sm_100 to a trap
@@ -354,9 +354,10 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
     return False
 
 
-def _spills_with_masks(p: Plan, limits: DeviceLimits, ieee: bool, chunks: int) -> bool:
-    """The same, of the plans that are clean without rows that come and go."""
-    tile = p.block_b * p.block_h
+def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:
+    """The same, of the plans that are clean without rows that come and go: some bytes only."""
+    ieee = p.dtype == "fp32" and p.precision == "ieee"
+    chunks, tile = math.ceil(p.reduction / p.block_k), p.block_b * p.block_h
     if not limits.wide_mma and ((ieee and tile >= 2048) or (p.block_b == 64 and chunks > 8)):
         return True
     largest = 1024 if p.hidden * ITEMSIZE[p.dtype] % 16 else 2048 if p.dtype == "fp32" else math.inf

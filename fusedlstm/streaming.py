@@ -43,7 +43,10 @@ class Stream:
         self._change(Tensor.detach)
 
     def reset(self, which: Tensor | None = None) -> None:
-        """Begin anew: all sequences, or those where `which` ([B] bool) is true. Inside a chunk, that is `resets=`."""
+        """Begin anew: all sequences, or those where `which` is true, [B] bool ([1] or [] without a batch axis).
+
+        Inside a chunk, that is `resets=`.
+        """
         if which is None:
             self.state = None
             return
@@ -53,9 +56,10 @@ class Stream:
         if self.state is None:
             return
         state = self.state if isinstance(self.state, Tensor) else self.state[0]
-        if which.shape != state.shape[1:2]:
-            raise ValueError(f"which: expected shape {list(state.shape[1:2])}, got {list(which.shape)}")
-        which = which.to(state.device).unsqueeze(1)
+        batch = state.size(1) if state.dim() == 3 else 1
+        if which.shape != (batch,) and (state.dim() == 3 or which.dim() > 0):
+            raise ValueError(f"which: expected shape [{batch}], got {list(which.shape)}")
+        which = which.to(state.device).reshape(-1, 1)
         self._change(lambda s: s.masked_fill(which, 0))
 
     def _change(self, f) -> None:

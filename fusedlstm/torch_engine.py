@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fusedlstm.layout import Layout
-from fusedlstm.torch_loop import DTYPES as LOOP_DTYPES
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
 
@@ -20,19 +19,25 @@ SHUT = 1e8  # saturates a gate whatever else is added
 STEP_OF_INFERENCE = 8
 
 
-def compute_dtype(device: torch.device, dtype: torch.dtype, onednn: bool) -> torch.dtype:
-    """The dtype in which to compute: float32 for half precision where a CPU has only slow code.
+def compute_dtype(device: torch.device, dtype: torch.dtype, schedule: str, dense: bool) -> torch.dtype:
+    """The dtype in which to compute: float32 for half precision where there is only slow code, or inexact.
 
-    `onednn`: whether it serves the call on a CPU.
+    `dense`: the sequences are not packed.
     """
-    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        return dtype if dtype == torch.bfloat16 and onednn and _onednn_has_bfloat16() else torch.float32
+    if dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    if schedule == "loop":
+        return torch.float32
+    if device.type == "cpu":
+        return dtype if dtype == torch.bfloat16 and dense and _onednn_has_bfloat16() else torch.float32
     return dtype
 
 
-def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, hidden: int, proj_size: int) -> str:
+def schedule(
+    input: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, batch_first: bool, hidden: int, proj_size: int
+) -> str:
     """How a stack runs: "stack", ATen takes it whole; "runs" or "stretches", ATen takes some steps at a time; "step", ATen's
-    cells take its only step; "loop", `torch_loop` takes it.
+    cells take its only step; "loop", `torch_loop` takes it. `dtype` is that of the results.
 
     On a CPU oneDNN is slow with a single step, and ATen with packed sequences of different lengths.
     """
@@ -42,11 +47,9 @@ def schedule(input: Tensor, batch_sizes: Tensor | None, batch_first: bool, hidde
             return "runs" if steps > CUDNN_STEPS else "stack"
         few = batch <= STEP_OF_INFERENCE or torch.is_grad_enabled()
         return "step" if steps == 1 and few and proj_size == 0 and input.device.type == "cpu" else "stack"
-    if input.device.type != "cpu" or proj_size > 0 or input.dtype not in LOOP_DTYPES:
+    if input.device.type != "cpu" or proj_size > 0:
         return "stack"
-    if (
-        input.dtype != torch.float32 or torch.compiler.is_compiling()
-    ):  # oneDNN has no float64; no graph for some lengths
+    if dtype == torch.float64 or torch.compiler.is_compiling():  # oneDNN has none; no graph is for some lengths
         return "loop"
     if len(batch_sizes) >= SHORTEST_RUN * len(torch.unique_consecutive(batch_sizes)):
         return "runs"

@@ -16,8 +16,6 @@ from fusedlstm import cells
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.reference import steps_of
 
-DTYPES = (torch.float32, torch.float64)
-
 
 def recurrence_fwd(
     cell: str,

@@ -85,10 +85,10 @@ def add_tuple(a, b, COUNT: tl.constexpr):
 
 @triton.jit
 def clamp_tuple(tiles_in, limit, COUNT: tl.constexpr):
-    """Tile by tile, kept within -limit and limit."""
-    tiles = (tl.clamp(tiles_in[0], -limit, limit),)
+    """Tile by tile, kept within -limit and limit; NaN stays NaN."""
+    tiles = (tl.clamp(tiles_in[0], -limit, limit, tl.PropagateNan.ALL),)
     for k in tl.static_range(1, COUNT):
-        tiles = tiles + (tl.clamp(tiles_in[k], -limit, limit),)
+        tiles = tiles + (tl.clamp(tiles_in[k], -limit, limit, tl.PropagateNan.ALL),)
     return tiles
 
 

@@ -89,8 +89,8 @@ MUTANTS = {
     ),
     "grad_weight_hh forgets hx": (
         "fusedlstm/recurrence.py",
-        "from_hx = product(grad_preact[first].t(), hx)",
-        "from_hx = 0 * product(grad_preact[first].t(), hx)",
+        "from_hx = product(",
+        "from_hx = 0 * product(",
         "tests/kernels/test_recurrence.py",
     ),
     "packed: an ended sequence steps on": (

@@ -85,8 +85,13 @@ def test_matrix_instruction_in_the_loop():
 
 
 def test_inference_and_missing_gradient_compile():
-    assert offline.compile_plan(sm_90("fwd"), SAVE=False).spill_bytes == 0
+    assert offline.compile_plan(sm_90("fwd"), SAVE_GATES=False, SAVE_STATES=False).spill_bytes == 0
     assert offline.compile_plan(sm_90("bwd"), HAS_GRAD_OUTPUT=False).spill_bytes == 0
+
+
+def test_a_clipped_gradient_that_is_nan_stays_nan():
+    ptx = offline.compile_plan(sm_90("bwd"), CLIP=True).asm["ptx"]
+    assert "min.NaN.f32" in ptx and "max.NaN.f32" in ptx
 
 
 def test_nothing_is_specialised_on_length_or_batch():

@@ -1,5 +1,6 @@
 """The Python in the documents runs as it stands."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -18,6 +19,15 @@ BLOCKS = {
 def test_blocks_run(block):
     torch.manual_seed(0)
     exec(BLOCKS[block], {})
+
+
+def test_the_text_of_every_mutant_is_there():
+    """A fault that cannot be put in proves nothing (`make mutants`)."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests" / "mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    for name, (file, text, *_) in mutants.MUTANTS.items():
+        assert text in (ROOT / file).read_text(), name
 
 
 def test_there_are_blocks():

@@ -26,6 +26,25 @@ def every_plan(arch):
 
 
 @pytest.mark.parametrize("arch", DEVICES)
+def test_whatever_runs_dense_runs_with_masks(arch):
+    """Sizes whose rows are not aligned among them, up to the largest that fit."""
+    found = 0
+    for hidden, dtype, directions, precision in itertools.product(
+        (1754, 2150, 3470, 5001, 6001, 8192), ("fp32", "bf16"), (1, 2), ("tf32", "ieee")
+    ):
+        for pass_ in ("fwd", "bwd"):
+            arguments = ("lstm", 1, 64, hidden, dtype, directions, DEVICES[arch], pass_, precision)
+            try:
+                plan(*arguments)
+            except PlanError:
+                continue
+            found += 1
+            for layout in LAYOUTS:
+                plan(*arguments, layout)
+    assert found > 20
+
+
+@pytest.mark.parametrize("arch", DEVICES)
 def test_plans_fit_the_device(arch):
     limits = DEVICES[arch]
     count = 0

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedlstm
-from fusedlstm import functional
+from fusedlstm import engines, functional
 from support import assert_accurate
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -245,7 +246,8 @@ def test_no_sequence_has_a_step():
         assert not output.any() and not c_seq.any() and not grad_x.any()
         assert torch.equal(h_n, hx[0]) and torch.equal(c_n, hx[1])
         assert torch.equal(grad_h, grads[1]) and torch.equal(grad_c, grads[2])
-    assert lstm(x[:, :0], lengths=torch.zeros(0, dtype=torch.int64))[0].shape == (T, 0, 2 * H)
+    for none in (torch.zeros(0, dtype=torch.int64), []):
+        assert lstm(x[:, :0], lengths=none)[0].shape == (T, 0, 2 * H)
 
 
 def test_what_padding_holds_is_not_looked_at():
@@ -309,8 +311,11 @@ def test_grad_clip_of_a_module():
 
     assert grad(lstm).abs().max() <= 0.01 < grad(free).abs().max()
     assert torch.equal(grad(free, grad_clip=0.01), grad(lstm))
-    free.grad_clip = 0.01
-    assert torch.equal(grad(free), grad(lstm))
+    free.grad_clip = np.float32(0.01)
+    torch.testing.assert_close(grad(free), grad(lstm))
+    free.grad_clip = -1.0
+    with pytest.raises(ValueError, match="grad_clip: expected a number above 0, got -1.0"):
+        free(x)
 
 
 BAD = {
@@ -367,5 +372,6 @@ def test_errors_of_packs():
 def test_triton_says_why_it_does_not_clip_projections(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     lstm = fusedlstm.LSTM(I, H, proj_size=2, backend="triton", grad_clip=1.0)
+    assert engines.why_not_triton(torch.device("cpu"), torch.float32) is None
     with pytest.raises(RuntimeError, match="do not clip the gradient of a projected h"):
         lstm(torch.zeros(2, 3, I))

@@ -112,6 +112,22 @@ def test_a_state_that_is_a_tensor():
     assert not stream.state[:, 0].any() and stream.state[:, 1].any()
 
 
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_reset_without_a_batch_axis(cls):
+    stream = fusedlstm.Stream(cls(I, H))
+    for which in (torch.tensor([True]), torch.tensor(True), None):
+        first = stream(x := torch.randn(3, I))
+        again = stream(x)
+        assert not torch.equal(first, again)
+        stream.reset(torch.tensor([False]))
+        stream.reset(which)
+        assert torch.equal(stream(x), first)
+        stream.reset()
+    stream(torch.randn(3, I))
+    with pytest.raises(ValueError, match=r"which: expected shape \[1\], got \[5\]"):
+        stream.reset(torch.ones(H, dtype=torch.bool))
+
+
 def test_errors(lstm):
     with pytest.raises(TypeError, match="module: expected a Module, got str"):
         fusedlstm.Stream("lstm")

@@ -179,12 +179,26 @@ def test_lengths_and_resets(device, options, dtype, given):
 
 
 def test_lengths_elsewhere(device):
-    """On the CPU, as a list, of another integer type: the same."""
+    """On the CPU, as a list, of another integer type, with strides: the same."""
     ours = fusedlstm.LSTM(5, 7, bidirectional=True, backend="triton").to(device)
     x, lengths = torch.randn(4, 3, 5, device=device), torch.tensor([2, 0, 4])
     expected = ours(x, lengths=lengths.to(device))[0]
-    for other in (lengths, lengths.tolist(), lengths.to(device, torch.uint8)):
+    column = torch.stack([lengths, lengths + 1], 1).to(device, torch.int32)[:, 0]
+    for other in (lengths, lengths.tolist(), lengths.to(device, torch.uint8), column):
         assert torch.equal(ours(x, lengths=other)[0], expected)
+    all_of_two = ours(x, lengths=torch.full((3,), 2, device=device))[0]
+    assert torch.equal(ours(x, lengths=torch.tensor(2, device=device).expand(3))[0], all_of_two)
+    resets = (torch.rand(3, 4, device=device) < 0.5).t()
+    assert torch.equal(ours(x, resets=resets)[0], ours(x, resets=resets.contiguous())[0])
+
+
+def test_a_nan_passes_the_clip(device):
+    ours = fusedlstm.LSTM(5, 7, backend="triton", grad_clip=0.1).to(device)
+    x = torch.randn(4, 3, 5, device=device, requires_grad=True)
+    grad = torch.zeros(4, 3, 7, device=device)
+    grad[3, 1, 2] = float("nan")
+    ours(x)[0].backward(grad)
+    assert x.grad[:, 1].isnan().all() and x.grad[:, [0, 2]].isfinite().all()
 
 
 def test_all_cell_states_without_gradients(device):
