@@ -4,7 +4,7 @@ The task: an episode shows one of four cues, then nothing for 4 to 12 steps, the
 the cue, for a reward of 1. A new episode begins at once, so a batch of T steps holds several of each environment's, and
 nothing may leak from one to the next. The policy is an LSTM whose state is reset where an episode begins.
 
-The same training runs twice from the same seed, and prints the same learning curve: with `resets=`, all steps in one call;
+The same training runs twice from the same seed, and prints the same learning curve up to rounding: with `resets=`, all steps in one call;
 and with a loop over `torch.nn.LSTMCell`, as it is written by hand. Rollouts are alike in both; the time printed is that of
 the updates (forward, backward and optimiser).
 
