@@ -11,6 +11,18 @@ from fusedlstm.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+# Of packed batches, by 16 a tile: steps at which none, one and several sequences end; a tile that ends before the other.
+LENGTHS = {
+    "ragged": [7, 6, 6, 3, 1],
+    "two tiles": [4] * 3 + [3] * 12 + [3, 2, 2, 1],
+}
+# T and lengths of ragged batches: in no order, with empty ones; a tile of none but these; a T that no sequence has.
+RAGGED = {
+    "one tile": (7, [3, 0, 7, 6, 1]),
+    "two tiles, one of empty sequences": (5, [2, 4, 0, 1] * 4 + [0, 0, 0]),
+    "two tiles": (4, [1, 0, 3, 2] * 4 + [4, 2]),
+}
+
 
 def error(x: Tensor, exact: Tensor) -> float:
     """RMS error of `x` relative to `exact`, which is float64; absolute where `exact` is zero."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
+from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")
 FORMS = [
@@ -73,12 +73,6 @@ def test_walked_batch_tiles(device, groups):
     check(2, 70, 20, 1, "fp32", device, *plans)
 
 
-LENGTHS = {
-    "ragged": [7, 6, 6, 3, 1],
-    "two tiles": [4] * 3 + [3] * 12 + [3, 2, 2, 1],
-}
-
-
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(("schedule", "transposed"), FORMS)
@@ -93,13 +87,6 @@ def test_packed_in_half_precision(device, dtype):
     """With walked tiles: 37 sequences by one group a direction."""
     plans = [tiled(pass_, 37, 40, dtype, directions=2, groups=1, block_k=64) for pass_ in ("fwd", "bwd")]
     check(0, 0, 40, 2, dtype, device, *plans, packed=[3] * 9 + [2] * 20 + [1] * 8)
-
-
-RAGGED = {
-    "one tile": (7, [3, 0, 7, 6, 1]),
-    "two tiles, one of empty sequences": (5, [2, 4, 0, 1] * 4 + [0, 0, 0]),
-    "two tiles": (4, [1, 0, 3, 2] * 4 + [4, 2]),
-}
 
 
 @pytest.mark.parametrize("resets", [0.0, 0.3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
 NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
 FORMS = [
@@ -44,13 +44,6 @@ def test_two_directions(device, schedule):
     check(inputs, tiled("fwd", 5, 20, "fp32", schedule=schedule, directions=2, precision="ieee"))
 
 
-# Steps at which none, one and several sequences end; a batch tile that ends before the other, and one within it.
-LENGTHS = {
-    "ragged": [7, 6, 6, 3, 1],
-    "two tiles": [4] * 3 + [3] * 12 + [3, 2, 2, 1],
-}
-
-
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(("schedule", "transposed"), FORMS)
@@ -66,14 +59,6 @@ def test_packed_in_half_precision(device, dtype):
     """With walked tiles: 37 sequences by one group a direction."""
     inputs = recurrence_inputs(0, 0, 40, 2, DTYPES[dtype], device, packed=[3] * 9 + [2] * 20 + [1] * 8)
     check(inputs, tiled("fwd", 37, 40, dtype, directions=2, groups=1, block_k=64))
-
-
-# In no order, with empty ones; a tile of none but these; a T that no sequence has.
-RAGGED = {
-    "one tile": (7, [3, 0, 7, 6, 1]),
-    "two tiles, one of empty sequences": (5, [2, 4, 0, 1] * 4 + [0, 0, 0]),
-    "two tiles": (4, [1, 0, 3, 2] * 4 + [4, 2]),
-}
 
 
 @pytest.mark.parametrize("resets", [0.0, 0.3])
