@@ -57,11 +57,15 @@ def tiled(
     groups: int | None = None,
     cell: str = "lstm",
     precision: str = "tf32",
+    protocol: str = "counter",
+    heads: int = 1,
+    stack: bool = False,
 ) -> Plan:
     """A plan with these tiles; `groups` batch tiles run side by side (default all), the rest are walked."""
     if schedule == "single":
-        block_h = block_k = max(16, 1 << (hidden - 1).bit_length())
-    group = math.ceil(hidden / block_h)
+        block_h = block_k = max(16, 1 << (hidden // heads - 1).bit_length())
+        protocol = "none"
+    group = math.ceil(hidden // heads / block_h)
     tiles_b = math.ceil(batch / block_b)
     return Plan(
         cell=cell,
@@ -69,16 +73,19 @@ def tiled(
         arch="sm_90",
         dtype=dtype,
         hidden=hidden,
+        heads=heads,
+        stack=stack,
         layout="dense",  # the data says it
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
         block_k=block_k,
+        protocol=protocol,
         transposed=transposed,
         precision=precision,
         num_warps=4,
         stages=2,
-        grid=(group, groups or tiles_b, directions),
+        grid=(group * heads, groups or tiles_b, directions),
         tiles_b=tiles_b,
         smem_bytes=0,
         regs=0,
