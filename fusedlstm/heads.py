@@ -26,8 +26,8 @@ def recurrent_backward(dpreact: Tensor, weight_hh: Tensor, hidden: int) -> Tenso
     DH = weight_hh.size(1)
     if hidden == DH:
         return dpreact @ weight_hh
-    by_head = (-1, hidden // DH, DH)
-    return torch.einsum("bgnu,gnuk->bnk", dpreact.unflatten(1, by_head), weight_hh.unflatten(0, by_head)).flatten(1)
+    by_gate_and_head = dpreact.unflatten(1, (-1, DH)).transpose(0, 1) @ weight_hh.unflatten(0, (-1, DH))  # [G*n, B, DH]
+    return by_gate_and_head.unflatten(0, (-1, hidden // DH)).sum(0).transpose(0, 1).flatten(1)
 
 
 def weight_gradient(
