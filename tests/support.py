@@ -106,11 +106,12 @@ def recurrence_inputs(
     packed=None,
     lengths=None,
     resets=0.0,
+    heads=1,
 ) -> dict:
     """preact_x, weight_hh, hx, cx and layout of a recurrence; the values are rounded to `dtype`.
 
     T and B follow from `packed`, the descending lengths of a packed batch, or from T and `lengths`, those of a ragged one.
-    `resets` is the share of the rows at which a sequence is cut.
+    `resets` is the share of the rows at which a sequence is cut; `heads` divides H.
     """
     spec = cells.CELLS[cell]
     G, S = spec.num_gates, spec.num_cell_states
@@ -131,7 +132,7 @@ def recurrence_inputs(
         layout = layout._replace(resets=(torch.rand(leading, generator=generator) < resets).to(device))
     return {
         "preact_x": randn(D, *leading, G * H),
-        "weight_hh": [randn(G * H, H, scale=H**-0.5) for _ in range(D)],
+        "weight_hh": [randn(G * H, H // heads, scale=(H // heads) ** -0.5) for _ in range(D)],
         "hx": randn(D, B, H),
         "cx": randn(S, D, B, H),
         "layout": layout,
