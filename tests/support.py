@@ -148,7 +148,7 @@ def without_padding(gates: Tensor, layout: Layout) -> Tensor:
 
 
 def cast(tree, dtype: torch.dtype, device="cpu"):
-    """Tensors of a dict, list or layout in another dtype; integers keep theirs."""
+    """Tensors of a dict, list or named tuple in another dtype; integers keep theirs."""
     if tree is None:
         return None
     if isinstance(tree, Tensor):
@@ -156,7 +156,7 @@ def cast(tree, dtype: torch.dtype, device="cpu"):
     if isinstance(tree, dict):
         return {k: cast(v, dtype, device) for k, v in tree.items()}
     values = [cast(v, dtype, device) for v in tree]
-    return type(tree)(*values) if isinstance(tree, Layout) else type(tree)(values)
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def strided(x: Tensor) -> Tensor:
