@@ -132,6 +132,28 @@ def plan_for(
     return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), layout, heads, stack)
 
 
+def layers_together(cell: str, like: Tensor, hx: Tensor, layers: int, layout: str, training: bool) -> int:
+    """See `plan.wave`; for tensors of the dtype and on the device of `like`, and hx [L, B, H]."""
+    index = like.device.index if like.device.type == "cuda" else None
+    return _cached_wave(cell, layers, hx.size(1), hx.size(2), like.dtype, index, _float32_precision(), layout, training)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_wave(
+    cell: str,
+    layers: int,
+    B: int,
+    H: int,
+    dtype: torch.dtype,
+    index: int | None,
+    precision: str,
+    layout: str,
+    training: bool,
+) -> int:
+    limits = device_limits(index)
+    return planning.wave(cell, layers, B, H, DTYPES[dtype], limits, precision, layout, training) if B else 1
+
+
 def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device) -> str | None:
     """Why a layer of this size cannot run on this GPU, or None if it can."""
     properties = torch.cuda.get_device_properties(device)

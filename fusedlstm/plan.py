@@ -195,6 +195,43 @@ def plan(
     return min(clean or candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
 
 
+def wave(
+    cell: str,
+    layers: int,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    limits: DeviceLimits,
+    precision: str = "tf32",
+    layout: str = "dense",
+    training: bool = True,
+) -> int:
+    """How many layers of a stack should share a launch, one step apart: what is predicted to take least; at least 1.
+
+    Sizes as in `plan`; `training` if a backward will follow.
+    """
+
+    def stack_us(together: int) -> float:
+        """A step of all layers, in launches of `together` and one of the rest."""
+        total = 0.0
+        for n, launches in ((together, layers // together), (layers % together, 1)):
+            for pass_ in ("fwd", "bwd") if training else ("fwd",):
+                if n:
+                    p = plan(cell, 1, batch, hidden, dtype, n, limits, pass_, precision, layout, stack=n > 1)
+                    total += p.step_us * launches
+        return total
+
+    best, least = 1, stack_us(1)
+    for together in range(2, layers + 1):
+        try:
+            predicted = stack_us(together)
+        except PlanError:
+            break  # nor do more fit
+        if predicted < least:
+            best, least = together, predicted
+    return best
+
+
 def explain(
     hidden: int, batch: int = 64, steps: int = 100, dtype: str = "bf16", arch: str = "sm_90", directions: int = 1
 ) -> str:
@@ -336,8 +373,9 @@ def _candidate(
     tflops = limits.fp32_tflops if ieee else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
     if limits.wide_mma and matrix_rows < 64:
         tflops *= 0.6  # the narrow instruction
-    math_us = 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
-    l2_bytes = 0 if protocol == "none" else block_b * reduction * itemsize
+    products = 2 if stack else 1  # the h of the layer below, too
+    math_us = products * 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
+    l2_bytes = 0 if protocol == "none" else products * block_b * reduction * itemsize
     if schedule == "streamed":
         l2_bytes += slice_bytes
     l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
