@@ -14,7 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.shapes import SHAPES, Shape
-from fusedlstm.plan import DEVICES, LAYOUTS, Plan, plan
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import LAYOUTS, Plan, plan
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more than dense is compiled
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"

@@ -95,21 +95,21 @@ def options(plan: Plan) -> dict:
 
 
 @functools.cache
-def device_limits(index: int | None) -> planning.DeviceLimits:
+def device_limits(index: int | None) -> devices.DeviceLimits:
     """Limits of a device by its index; None is the interpreter, which plays an sm_90."""
     if index is None:
-        return planning.DEVICES["sm_90"]
+        return devices.DEVICES["sm_90"]
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        known = planning.DEVICES["gfx942"]
+        known = devices.DEVICES["gfx942"]
     elif properties.major >= 12:
-        known = planning.DEVICES["sm_120"]
+        known = devices.DEVICES["sm_120"]
     elif properties.major >= 10:
-        known = planning.DEVICES["sm_100"]
+        known = devices.DEVICES["sm_100"]
     elif properties.major == 9:
-        known = planning.DEVICES["sm_90"]
+        known = devices.DEVICES["sm_90"]
     else:
-        known = planning.DEVICES["sm_80"]
+        known = devices.DEVICES["sm_80"]
     smem_bytes = getattr(properties, "shared_memory_per_block_optin", 0) or known.smem_bytes
     return dataclasses.replace(
         known, name=properties.name, num_sms=properties.multi_processor_count, smem_bytes=smem_bytes

@@ -12,55 +12,28 @@ direction form a group and exchange h (forward) or the gradients of the preactiv
 Every group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
 most as many programs as the device holds, and walks the remaining batch tiles one after another.
 
-The choice is the candidate with the least predicted time. The prediction counts bytes, matrix operations and waits; its
-constants come from data sheets and are not yet fitted to measurements, so that it orders candidates and promises nothing.
+The choice is the candidate with the least predicted time (`fusedlstm.cost`), of those that fit and compile well. The
+prediction's constants are not fitted to measurements (`fusedlstm.devices`), so that it orders candidates and promises nothing;
+a choice measured by `fusedlstm.tune` overrides it.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from fusedlstm import cells
+from fusedlstm import cost as costs
+from fusedlstm.cost import ITEMSIZE
+from fusedlstm.devices import DEVICES, DeviceLimits
 
 # How the rows of a batch lie (`fusedlstm.layout`): all of the same length; sorted and packed; or not, with lengths or resets.
 LAYOUTS = ("dense", "packed", "ragged")
-ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
 SPIN_LIMIT = 1 << 26  # polls before a wait is an error; tens of seconds
 
 
 class PlanError(RuntimeError):
     """No plan fits the device; the text says what was asked and what the device has."""
-
-
-@dataclass(frozen=True)
-class DeviceLimits:
-    """What a plan may use, and how fast it is (peak rates of the data sheet, dense)."""
-
-    arch: str
-    name: str
-    num_sms: int
-    smem_bytes: int  # a program may have
-    warp_size: int
-    half_tflops: float
-    tf32_tflops: float
-    fp32_tflops: float
-    l2_tbps: float
-    wide_mma: bool  # the fast matrix instruction needs 64 rows (wgmma, tcgen05)
-    weights_in_registers: bool = False  # Triton keeps a loop-invariant operand there, not in shared memory
-    barrier_us: float = 1.2  # assumed
-
-
-# Sources: NVIDIA A100, H100/H200, B200 and RTX Blackwell data sheets and CUDA programming guide (shared memory);
-# AMD CDNA 3 white paper. L2 rates are of the order that public microbenchmarks find.
-DEVICES = {
-    "sm_80": DeviceLimits("sm_80", "A100", 108, 163 << 10, 32, 312, 156, 19.5, 4.0, wide_mma=False),
-    "sm_90": DeviceLimits("sm_90", "H100/H200", 132, 227 << 10, 32, 990, 495, 67, 5.5, wide_mma=True),
-    "sm_100": DeviceLimits("sm_100", "B200", 148, 227 << 10, 32, 2250, 1100, 80, 9.0, wide_mma=True),
-    "sm_120": DeviceLimits("sm_120", "RTX 5090", 170, 99 << 10, 32, 210, 105, 105, 5.0, wide_mma=False),
-    "gfx942": DeviceLimits(
-        "gfx942", "MI300X", 304, 64 << 10, 64, 1300, 650, 163, 8.0, wide_mma=False, weights_in_registers=True
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -107,6 +80,17 @@ class Plan:
         return _product_sizes(self.cell, self.hidden // self.heads, self.block_h, self.pass_)[1]
 
     @property
+    def chunks(self) -> int:
+        """Of the reduction: `block_k` each, cut where a gate ends if gates are taken one by one."""
+        segments = cells.CELLS[self.cell].num_gates if self.pass_ == "bwd" and (self.local or self.heads > 1) else 1
+        return segments * math.ceil(self.reduction // segments / self.block_k)
+
+    @property
+    def padded_reduction(self) -> int:
+        """K with the padding of its chunks."""
+        return self.chunks * self.block_k
+
+    @property
     def local(self) -> bool:
         """Whether nothing is exchanged."""
         return self.protocol == "none"
@@ -140,14 +124,35 @@ def plan(
     stack: bool = False,
     protocol: str | None = None,
 ) -> Plan:
-    """Choose how one layer runs.
+    """Choose how one layer runs: the first of `candidates`, whose arguments these are."""
+    return candidates(
+        cell, steps, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol
+    )[0]
+
+
+def candidates(
+    cell: str,
+    steps: int,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str = "tf32",
+    layout: str = "dense",
+    heads: int = 1,
+    stack: bool = False,
+    protocol: str | None = None,
+) -> list[Plan]:
+    """All plans with which one layer can run, by predicted time, least first; at least one.
 
     Args:
         cell: a name of `fusedlstm.cells.CELLS`.
-        steps, batch, hidden: T, B, H; at least 1. T does not change the choice.
+        steps, batch, hidden: T, B, H; at least 1. T does not change the order.
         dtype: "fp32", "fp16" or "bf16".
         directions: 1 or 2, or the layers of a stack; all run in one launch.
-        limits: of the device; `DEVICES` has one an architecture.
+        limits: of the device; `devices.DEVICES` has one an architecture.
         pass_: "fwd" or "bwd".
         precision: of float32 products, "tf32" or "ieee".
         layout: one of `LAYOUTS`; with lengths of their own, the tiles of a group end at different steps.
@@ -162,37 +167,19 @@ def plan(
         raise PlanError(f"steps, batch and hidden: expected at least 1, got {steps}, {batch} and {hidden}")
     if limits.arch.startswith("gfx"):
         precision = "ieee"  # Triton takes tf32 on few AMD targets
-    candidates = [
-        candidate
-        for schedule, block_b, block_h in _tilings(hidden // heads, batch, dtype, precision, pass_)
-        if (
-            candidate := _candidate(
-                cell,
-                batch,
-                hidden,
-                dtype,
-                directions,
-                limits,
-                pass_,
-                precision,
-                layout,
-                heads,
-                stack,
-                protocol,
-                schedule,
-                block_b,
-                block_h,
-            )
-        )
-    ]
-    if not candidates:
+    problem = (cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
+    tilings = _tilings(hidden // heads, batch, dtype, precision, pass_)
+    found = [p for tiling in tilings if (p := _fit(*problem, *tiling)) and not _spills(p, limits)]
+    if not found:
         raise PlanError(
             f"hidden={hidden} with {directions} direction(s) in {dtype} does not fit {limits.name}: a group must be on "
             f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
         )
     # Better a few spilled bytes than no plan.
-    clean = [c for c in candidates if c.layout == "dense" or not _spills_with_masks(c, limits)]
-    return min(clean or candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
+    clean = [p for p in found if layout == "dense" or not _spills_with_masks(p, limits)]
+    costed = [(p, costs.cost(p, 1, batch, limits)) for p in clean or found]
+    costed.sort(key=lambda x: (*x[1].rank, x[0].grid[0] * x[0].grid[1], x[0].block_b, x[0].block_h))
+    return [dataclasses.replace(p, step_us=c.step) for p, c in costed]
 
 
 def wave(
@@ -305,7 +292,7 @@ def _block_k(
     return min(widest, max(16, _power_of_2(reduction)))
 
 
-def _candidate(
+def _fit(
     cell: str,
     batch: int,
     hidden: int,
@@ -367,22 +354,7 @@ def _candidate(
         return None
     tiles_b = math.ceil(batch / block_b)
     groups = tiles_b if protocol == "none" else min(tiles_b, limits.num_sms // (group_of_heads * directions))
-    walked = math.ceil(tiles_b / groups)
-
-    matrix_rows = columns if transposed else block_b
-    tflops = limits.fp32_tflops if ieee else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
-    if limits.wide_mma and matrix_rows < 64:
-        tflops *= 0.6  # the narrow instruction
-    products = 2 if stack else 1  # the h of the layer below, too
-    math_us = products * 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
-    l2_bytes = 0 if protocol == "none" else products * block_b * reduction * itemsize
-    if schedule == "streamed":
-        l2_bytes += slice_bytes
-    l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
-    pointwise_us = 0.3 + 0.002 * block_b * block_h / num_warps
-    step_us = math_us + l2_us + pointwise_us + (0.0 if schedule == "single" else limits.barrier_us)
-    waves = math.ceil(tiles_b * group_of_heads * directions / limits.num_sms) if protocol == "none" else walked
-    found = Plan(
+    return Plan(
         cell=cell,
         pass_=pass_,
         arch=limits.arch,
@@ -404,10 +376,9 @@ def _candidate(
         tiles_b=tiles_b,
         smem_bytes=smem_bytes,
         regs=regs,
-        step_us=step_us * waves,
+        step_us=math.nan,  # that is for `candidates` to say
         why=_why(schedule, slice_bytes, group, limits),
     )
-    return None if _spills(found, limits) else found
 
 
 def _spills(p: Plan, limits: DeviceLimits) -> bool:

@@ -10,7 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fusedlstm import launch, offline
-from fusedlstm.plan import DEVICES, plan
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import plan
 
 
 class ClaimedDriver:

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from fusedlstm import __main__ as command_line
-from fusedlstm.plan import DEVICES, LAYOUTS, Plan, PlanError, plan
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import LAYOUTS, Plan, PlanError, plan
 
 HIDDEN = (1, 7, 16, 32, 33, 64, 100, 128, 129, 160, 256, 400, 512, 768, 1000, 1024, 1150, 1536, 2048, 4096)
 BATCH = (1, 3, 16, 17, 64, 65, 128, 512, 4096)
@@ -100,7 +101,7 @@ def test_more_rows_than_fit_are_walked():
     ("sizes", "text"),
     [
         ((0, 1, 1), "got 0, 1 and 1"),
-        ((1, 1, 100_000), "hidden=100000 with 1 direction\\(s\\) in bf16 does not fit H100"),
+        ((1, 1, 100_000), "hidden=100000 with 1 direction\\(s\\) in bf16 does not fit NVIDIA H200"),
     ],
 )
 def test_errors_name_the_size_and_the_limit(sizes, text):
