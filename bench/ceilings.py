@@ -31,6 +31,7 @@ from fusedlstm.kernels import barrier
 
 ROWS_OF_TILE, UNITS, ABSENT = 16, 8, -1  # a program owns 8 units of 16 rows, as the smallest resident plans do
 SPIN_LIMIT = 1 << 22
+STEP_SIZES = ((16, 768), (64, 512), (128, 1024), (128, 2048))  # B, H of products of one step
 MEASURED_AS = {  # field of a row in the planner's table of devices -> (metric, shape, dtype, scale)
     "barrier_us": ("barrier", "P128", "int32", 1.0),
     "l2_tbps": ("l2_shared", "", "int32", 1.0),
@@ -121,6 +122,7 @@ class Machine:
         self.gpu = torch.cuda.is_available()
         self.device = "cuda" if self.gpu else "cpu"
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count if self.gpu else 2
+        self.matrix, self.copy_mib, self.steps = (8192, 2048, (10, 1010)) if self.gpu else (256, 8, (1, 2))
 
     def launch(self, kernel, programs: int, *args, waits: bool = False, **constants) -> None:
         """`waits`: programs wait for each other, so all must be there at once."""
@@ -165,7 +167,7 @@ class Machine:
 
 def barriers(machine: Machine):
     """(shape, provider, metric, unit, values, protocol) of barriers and exchanges."""
-    few, many = (10, 1010) if machine.gpu else (1, 2)
+    few, many = machine.steps
     for P in (1, 2, 8, 32, 64, 128) if machine.gpu else (1, 2):
         if machine.sms < P:
             continue
@@ -265,7 +267,7 @@ def reads(machine: Machine):
 def products(machine: Machine):
     """Large products, a large copy, and the product of one step."""
     torch.backends.cuda.matmul.allow_tf32 = True  # float32 is TF32, as in torch.nn.LSTM
-    n, mebibytes = (8192, 2048) if machine.gpu else (256, 8)
+    n, mebibytes = machine.matrix, machine.copy_mib
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         a, b = (torch.randn(n, n, device=machine.device, dtype=dtype) for _ in range(2))
         values = [2 * n**3 / (ms * 1e9) for ms in machine.ms(lambda a=a, b=b: a @ b)]
@@ -277,7 +279,7 @@ def products(machine: Machine):
     if not machine.gpu:
         print("products of a step in a graph: skipped, needs a GPU")
         return
-    for B, H in ((16, 768), (64, 512), (128, 1024), (128, 2048)):
+    for B, H in STEP_SIZES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             h, weight = (torch.randn(m, H, device=machine.device, dtype=dtype) for m in (B, 4 * H))
             out = h.new_empty(B, 4 * H)

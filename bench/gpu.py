@@ -29,11 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL_S = 570  # a minute under the ten that a visit lasts would be wasted, a second over them loses everything
 TABLE_AT_S = 300  # what comes before the table is cut short or left out so that it begins by then
 TABLE_RESERVE_S = 65  # for what comes after it
+LEAST_S = 5  # no part begins with less
 STOP_S = 8  # for the table to end by itself
 MAX_LOG_BYTES = 4 << 20
 
 # On the GPU TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled; in a rehearsal it is set.
-PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-v", "--maxfail=25")
+# -vv: the configuration's own -q takes one away, and a name a line tells how far a run that was stopped had come.
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv", "--maxfail=25")
 PYTEST_ARGS = (*PYTEST, "tests/kernels")
 PYTEST_WORKERS = 12  # with pytest-xdist, if it is there: nearly all of the time goes into compiling kernels
 REHEARSAL_PYTEST_ARGS = (*PYTEST, "tests/kernels/test_recurrence_fwd.py", "-k", "two_directions")
@@ -363,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         now = time.monotonic()
         left = table_at - now if k < last else end - now - (TABLE_RESERVE_S * options.seconds / TOTAL_S) * (k == last)
         print(f"... {part.name}", flush=True)
-        if part.skip or left <= 5:
+        if part.skip or left <= LEAST_S:
             ended(Outcome(part.name, SKIPPED, part.skip or "no time left", 0.0, part.correctness))
             continue
         try:

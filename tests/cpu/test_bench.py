@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import math
+import re
 import subprocess
 import sys
 import time
@@ -293,8 +294,9 @@ class FakeGraph:
         time.sleep(1e-4)
 
 
-def test_gpu_path_with_a_make_believe_device(monkeypatch):
-    """All of `measure` that only a GPU takes, on the device "cpu:0" with torch.cuda replaced."""
+@pytest.fixture
+def make_believe(monkeypatch):
+    """torch.cuda replaced, so that what only a GPU takes can run on the device "cpu:0"."""
     nothing = {name: lambda *args: None for name in ("synchronize", "reset_peak_memory_stats")}
     stream = SimpleNamespace(wait_stream=lambda other: None)
     context = {name: lambda *args: contextlib.nullcontext() for name in ("stream", "graph")}
@@ -302,13 +304,17 @@ def test_gpu_path_with_a_make_believe_device(monkeypatch):
     told = {"memory_allocated": lambda: 1 << 20, "max_memory_allocated": lambda: 3 << 20}
     for name, value in (nothing | context | made | told | {"get_device_name": lambda index: "Make-believe"}).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(timing, "GRAPH_BELOW_MS", math.inf)
     environment.facts.cache_clear()
+    yield
+    environment.facts.cache_clear()
+
+
+def test_measuring_on_a_make_believe_gpu(make_believe, monkeypatch):
+    monkeypatch.setattr(timing, "GRAPH_BELOW_MS", math.inf)
     events = []
     settings = Settings("cpu:0", threads=1, seconds_per_case=0.02)
     case = Case("R1", "float32", "fwdbwd", ("torch", "fusedlstm", "fusedlstm-triton"))
     worker.measure(case, settings, lambda *event: events.append(event))
-    environment.facts.cache_clear()
     measured = {(e[1]["provider"], e[1]["metric"]): e[1] for e in events if e[0] == "row"}
     assert measured["fusedlstm", "peak_memory"]["p50"] == "2"
     assert measured["torch", "kept_memory"]["mode"] == "fwdbwd"
@@ -330,6 +336,49 @@ def test_gpu_path_with_a_make_believe_device(monkeypatch):
     assert list(samples.ms) == ["torch", "fusedlstm"] and "not permitted" in refused["eager"]
 
 
+def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, capsys):
+    """Every group as on a GPU, with launches that take no time and leave what the exchange must leave."""
+    from bench import ceilings
+
+    def launch(self, kernel, programs, *args, waits=False, **constants):
+        if kernel is ceilings.exchange_kernel:
+            _, seen, _, steps = args
+            seen.copy_(steps * (torch.arange(programs) % 7 + 1).repeat_interleave(ceilings.UNITS))
+        if waits and args[1:]:
+            time.sleep(1e-5 * args[-1])  # 10 us a step
+
+    def machine():
+        made = ceilings.Machine.__new__(ceilings.Machine)
+        made.gpu, made.device, made.sms, made.matrix, made.copy_mib, made.steps = True, "cpu:0", 132, 16, 1, (1, 101)
+        return made
+
+    monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None, raising=False)
+    monkeypatch.setattr(ceilings.Machine, "launch", launch)
+    monkeypatch.setattr(ceilings, "STEP_SIZES", ((2, 4),))
+    made = machine()
+    monkeypatch.setattr(ceilings, "Machine", lambda: made)
+    assert ceilings.main(["--out", str(tmp_path / "r.csv")]) == 0, capsys.readouterr().out
+    measured = rows.read(tmp_path / "r.csv")
+    told = {(r["metric"], r["shape"], r["provider"]): r for r in measured}
+    assert len(told) < len(measured)  # dtypes
+    assert {shape for metric, shape, _ in told if metric == "barrier"} == {f"P{n}" for n in (1, 2, 8, 32, 64, 128)}
+    assert {shape for metric, shape, _ in told if metric == "launch"} == {"host", "device", "cooperative", "graph"}
+    assert len([r for r in measured if r["metric"] == "step_matmul"]) == 3
+    assert 9 < float(told["barrier", "P128", "counter"]["p50"]) < 100
+    assert 9 < expected.rates(measured)["barrier", "P8"] < 100
+    assert "barrier_us" in capsys.readouterr().out
+
+    def wrong(self, kernel, programs, *args, waits=False, **constants):
+        if kernel is ceilings.exchange_kernel:
+            args[1].zero_()
+
+    monkeypatch.setattr(type(made), "launch", wrong)
+    assert ceilings.main(["--out", str(tmp_path / "r.csv"), "--only", "barriers"]) == 1
+    assert (
+        "FAILED barriers: RuntimeError: exchange of 1 programs, by data False: wrong numbers" in capsys.readouterr().out
+    )
+
+
 def test_rehearsal(tmp_path):
     """The GPU run from end to end: every part passes, or is skipped for a reason that the summary names."""
     command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--rehearse"]
@@ -349,6 +398,7 @@ def test_rehearsal(tmp_path):
     assert f"\n{gpu.NO_MEMORY}\n" in summary and "slowest: " in summary and "aten::lstm" in summary
     for line in ("| R1 | 3, 3, 16, 16 | ", "barrier_us                1.2", "as constants: {"):
         assert line in summary
+    assert re.search(r"test_two_directions\[\w+\] PASSED", (tmp_path / "log-correctness.txt").read_text())
     assert "memory: skipped" in (tmp_path / "log-table.txt").read_text()
     measured = rows.read(tmp_path / "rehearsal.csv")
     latencies = {(r["provider"], r["shape"], r["mode"]) for r in measured if r["metric"] == "latency"}
@@ -380,10 +430,11 @@ def test_a_broken_part_stops_no_other(tmp_path, monkeypatch, capsys):
         ]
 
     monkeypatch.setattr(gpu, "parts", parts)
+    monkeypatch.setattr(gpu, "LEAST_S", 0.5)
     start = time.monotonic()
-    status = gpu.main(["--out", str(tmp_path), "--rehearse", "--seconds", "22"])
+    status = gpu.main(["--out", str(tmp_path), "--rehearse", "--seconds", "10"])
     summary = (tmp_path / "summary.md").read_text()
-    assert status == 1 and time.monotonic() - start < 20
+    assert status == 1 and time.monotonic() - start < 9
     for told in (
         "passed   smoke ",
         "FAILED   tests ",
