@@ -4,6 +4,7 @@
 |---|---|---|
 | `barrier` | us | one arrival and wait of `kernels/barrier.py`, P programs |
 | `exchange` | us | one step in which each of P programs hands a tile to all: by counter, and with the data as its own flag |
+| `loop` | us | one step of our recurrence, forward and backward, by each protocol |
 | `launch` | us | an empty kernel: host time, device time of many in a row, in a CUDA graph, cooperative |
 | `l2_shared`, `l2_sliced` | TB/s | `.cg` loads of a buffer in the L2, by all multiprocessors: all of it each, or a slice each |
 | `copy` | GB/s | a large copy, read plus written |
@@ -16,6 +17,7 @@ launch is not in them. On a CPU the same runs interpreted, tiny, by the host clo
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -31,6 +33,7 @@ from fusedlstm.kernels import barrier
 
 ROWS_OF_TILE, UNITS, ABSENT = 16, 8, -1  # a program owns 8 units of 16 rows, as the smallest resident plans do
 SPIN_LIMIT = 1 << 22
+LOOP_SIZES = ((16, 768), (128, 1024))  # B, H of our loops: F1 and L1; each is four kernels to compile
 STEP_SIZES = ((16, 768), (64, 512), (128, 1024), (128, 2048))  # B, H of products of one step
 MEASURED_AS = {  # field of a row in the planner's table of devices -> (metric, shape, dtype, scale)
     "barrier_us": ("barrier", "P128", "int32", 1.0),
@@ -123,6 +126,7 @@ class Machine:
         self.device = "cuda" if self.gpu else "cpu"
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count if self.gpu else 2
         self.matrix, self.copy_mib, self.steps = (8192, 2048, (10, 1010)) if self.gpu else (256, 8, (1, 2))
+        self.loop_sizes, self.loop_steps = (LOOP_SIZES, (20, 220)) if self.gpu else (((2, 32),), (1, 2))
 
     def launch(self, kernel, programs: int, *args, waits: bool = False, **constants) -> None:
         """`waits`: programs wait for each other, so all must be there at once."""
@@ -159,9 +163,9 @@ class Machine:
 
     def us_a_step(self, run, few: int, many: int, before=lambda: None) -> list[float]:
         """Microseconds of one step of `run(steps)`: the difference of a long and a short launch."""
+        if not self.gpu:  # two steps: a difference would be noise
+            return [ms * 1e3 / many for ms in self.ms(lambda: run(many), before)]
         short, long = (self.ms(lambda n=n: run(n), before) for n in (few, many))
-        if not self.gpu:
-            return [ms * 1e3 / many for ms in long]  # two steps: their difference is noise
         return [(b - a) * 1e3 / (many - few) for a, b in zip(short, long, strict=True)]
 
 
@@ -198,14 +202,62 @@ def barriers(machine: Machine):
             if not (seen == expected.to(torch.int16)).all():
                 raise RuntimeError(f"exchange of {P} programs, by data {by_data}: wrong numbers")
             yield f"P{P}", "data" if by_data else "counter", "exchange", "us", values, steps
-    if not _data_protocol_in_package():
-        print("exchange by data inside the recurrence: not built (no fusedlstm.kernels.exchange)")
 
 
-def _data_protocol_in_package() -> bool:
-    import importlib.util
+def loops(machine: Machine):
+    """A step of our own loops, forward and backward, by each protocol of the exchange; both must give the same numbers."""
+    from fusedlstm import launch, plan
 
-    return importlib.util.find_spec("fusedlstm.kernels.exchange") is not None
+    limits = launch.device_limits(torch.cuda.current_device() if machine.gpu else None)
+    few, many = machine.loop_steps
+    for B, H in machine.loop_sizes:
+        kept = None
+        for protocol in ("counter", "data"):
+            forward, backward = (
+                plan.plan("lstm", many, B, H, "bf16", 1, limits, pass_, protocol=protocol) for pass_ in ("fwd", "bwd")
+            )
+            if not machine.gpu:  # a group of two in place of one: the smallest that exchanges
+                tiles = {"schedule": "resident", "block_h": H // 2, "block_k": H // 2, "transposed": False}
+                forward, backward = (
+                    dataclasses.replace(p, **tiles, grid=(2, 1, 1), protocol=protocol) for p in (forward, backward)
+                )
+            runs = {n: _loop(machine, B, H, n, forward, backward) for n in (few, many)}
+            tensors = [x for run in runs[many] for x in run()]
+            kept = kept or tensors
+            if not all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True)):
+                raise RuntimeError(f"B{B} H{H}: the protocols do not agree")
+            for k, (pass_, p) in enumerate((("fwd", forward), ("bwd", backward))):
+                values = machine.us_a_step(lambda n, k=k, runs=runs: runs[n][k](), few, many)
+                words = f"{p.protocol} {p.schedule} {p.block_b}x{p.block_h}, {many} steps less {few}, bfloat16"
+                yield f"{pass_}-B{B}-H{H}", protocol, "loop", "us", values, words
+
+
+def _loop(machine: Machine, B: int, H: int, T: int, forward_plan, backward_plan):
+    """Functions that launch the forward and the backward loop of T steps on random data."""
+    from fusedlstm import launch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(machine.device, torch.bfloat16)
+
+    preact_x, weight_hh = randn(1, T, B, 4 * H), [randn(4 * H, H, scale=H**-0.5)]
+    hx, cx, grad_output = randn(1, B, H), randn(1, 1, B, H), randn(T, B, H)
+    grad_h_n, grad_c_n = randn(1, B, H), randn(1, 1, B, H)
+
+    def forward():
+        return launch.recurrence_fwd(
+            "lstm", preact_x, weight_hh, hx, cx, save_gates=True, save_states=True, plan=forward_plan
+        )
+
+    output, _, _, gates, c_seq = forward()
+
+    def backward():
+        return launch.recurrence_bwd(
+            "lstm", grad_output, None, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, plan=backward_plan
+        )
+
+    return forward, backward
 
 
 def launches(machine: Machine):
@@ -293,7 +345,7 @@ def products(machine: Machine):
 
 
 # Last what could hang: an assertion on the device ends the process, and what is written stays.
-GROUPS = {"products": products, "reads": reads, "launches": launches, "barriers": barriers}
+GROUPS = {"products": products, "reads": reads, "launches": launches, "barriers": barriers, "loops": loops}
 
 
 def constants() -> tuple[str, dict]:
@@ -322,7 +374,8 @@ def beside_constants(measured: list[rows.Row]) -> tuple[list[str], dict[str, flo
 
 
 def _row(machine: Machine, shape: str, provider: str, metric: str, unit: str, values, protocol: str) -> dict:
-    dtype = provider.removeprefix("torch.") if provider.startswith("torch.") else "int32"
+    other = "bfloat16" if metric == "loop" else "int32"
+    dtype = provider.removeprefix("torch.") if provider.startswith("torch.") else other
     p50, p20, p80 = timing.percentiles(values)
     return {
         **dict.fromkeys(("T", "B", "I", "H", "layers", "directions"), 0),

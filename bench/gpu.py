@@ -206,7 +206,7 @@ def parts(out: Path, csv: Path, rehearse: bool) -> list[Part]:
         Part("facts", python("-c", FACTS), 60, MACHINE_LOG),
         Part("smoke", python(*smoke), 90, MACHINE_LOG, True, judge_smoke),
         Part("tests", python(*tests), 150, CORRECTNESS_LOG, True, judge_tests),
-        Part("ceilings", python("-m", "bench.ceilings", "--out", str(csv)), 60, MACHINE_LOG),
+        Part("ceilings", python("-m", "bench.ceilings", "--out", str(csv)), 80, MACHINE_LOG),
         # The checkers leave all but one core idle: compile what the table needs.
         Part(
             "compile", python(*table, "--set", "gpu", "--compile-only"), 110, TABLE_LOG, skip=compiled, background=True
