@@ -135,21 +135,12 @@ def plan_for(
 def layers_together(cell: str, like: Tensor, hx: Tensor, layers: int, layout: str, training: bool) -> int:
     """See `plan.wave`; for tensors of the dtype and on the device of `like`, and hx [L, B, H]."""
     index = like.device.index if like.device.type == "cuda" else None
-    return _cached_wave(cell, layers, hx.size(1), hx.size(2), like.dtype, index, _float32_precision(), layout, training)
+    B, H = hx.shape[1:]
+    return _cached_wave(cell, layers, B, H, like.dtype, index, _float32_precision(), layout, training)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_wave(
-    cell: str,
-    layers: int,
-    B: int,
-    H: int,
-    dtype: torch.dtype,
-    index: int | None,
-    precision: str,
-    layout: str,
-    training: bool,
-) -> int:
+def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) -> int:
     limits = device_limits(index)
     return planning.wave(cell, layers, B, H, DTYPES[dtype], limits, precision, layout, training) if B else 1
 

@@ -153,6 +153,8 @@ def layers_together(
     layout: Layout,
 ) -> int:
     """How many layers of a stack a launch should take: 1 where a wave does not fit or does not pay."""
+    if torch.compiler.is_compiling():
+        return 1  # a graph is for any batch, and the choice is not
     from fusedlstm import launch
 
     heads = hx.size(-1) // weights[1].size(1)
