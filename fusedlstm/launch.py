@@ -59,6 +59,7 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "PROTOCOL": plan.protocol,
         "RESIDENT": plan.resident,
         "TRANSPOSED": plan.transposed,
+        "SPLIT": plan.split,
         "PRECISION": plan.precision,
         "STAGES": plan.stages,
         "STACK": plan.stack,
