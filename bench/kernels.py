@@ -62,7 +62,7 @@ def plans() -> list[tuple[str, str, Plan]]:
 
 def compile_key(p: Plan) -> tuple:
     """What the machine code depends on: plans that share it share a compilation."""
-    tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.precision, p.num_warps, p.stages)
+    tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.split, p.precision, p.num_warps, p.stages)
     return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.layout, *tiles)
 
 

@@ -61,7 +61,7 @@ class Place(NamedTuple):
 
 
 # What of a plan is stored: enough to find it among the candidates again.
-FIELDS = ("schedule", "block_b", "block_h", "block_k", "protocol", "transposed", "num_warps", "stages")
+FIELDS = ("schedule", "block_b", "block_h", "block_k", "protocol", "transposed", "split", "num_warps", "stages")
 
 _generation = 1  # of what is known of the file: part of the keys of whoever keeps what was looked up
 _warned: set[str] = set()
