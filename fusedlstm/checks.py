@@ -26,6 +26,12 @@ def grad_clip(value: float | None) -> float | None:
     return float(value)
 
 
+def save(value: str) -> str:
+    if value not in ("gates", "states"):
+        raise ValueError(f"save: expected gates or states, got {value!r}")
+    return value
+
+
 def instance(name: str, value, cls: type) -> None:
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")

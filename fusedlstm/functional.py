@@ -28,6 +28,7 @@ def lstm(
     proj_size: int = 0,
     cell_states: bool = False,
     grad_clip: float | None = None,
+    save: str = "gates",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run a stack of LSTM layers over a sequence; differentiable in every tensor argument.
@@ -44,6 +45,8 @@ def lstm(
         proj_size: P, the size of a projected h; 0 is none, and P is then H.
         cell_states: whether c of every step is wanted of the last layer.
         grad_clip: the largest element of the gradient of an h or c that enters a step.
+        save: what the custom ops keep for the backward, "gates" or "states"; see `fusedlstm.memory`. Where ATen or the
+            specification serves the call, they decide.
         backend: see `fusedlstm.engines`.
 
     Returns:
@@ -69,6 +72,7 @@ def lstm(
         "proj_size": proj_size,
         "cell_states": cell_states,
         "grad_clip": grad_clip,
+        "save": save,
         "backend": backend,
     }
     masked = lengths is not None or resets is not None
@@ -109,7 +113,7 @@ def lstm(
             layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
             count = len(weights) // (num_layers * directions)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
-            layer = _layer_of(engine, proj_size, grad_clip, cell_states)
+            layer = _layer_of(engine, proj_size, grad_clip, cell_states, save)
             output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions, dropout * training)
             if batch_first:
                 output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
@@ -228,14 +232,16 @@ def _layers(
     return x, torch.cat(h_n), torch.cat(c_n), c_seq
 
 
-def _layer_of(engine: str, proj_size: int, clip: float | None, cell_states: bool):
+def _layer_of(engine: str, proj_size: int, clip: float | None, cell_states: bool, save: str):
     """What does one layer, for `_layers`."""
 
     def fused(x, layout, state, parameters, is_last):
         wants_c_seq = cell_states and is_last
         if proj_size:
-            return _projected_layer(x, state, parameters, engine, layout, wants_c_seq)
-        output, state, c_seq = recurrence.layer("lstm", x, state, parameters, engine, layout, clip, wants_c_seq)
+            return _projected_layer(x, state, parameters, engine, layout, wants_c_seq, save)
+        output, state, c_seq = recurrence.layer(
+            "lstm", x, state, parameters, engine, layout, clip, wants_c_seq, save=save
+        )
         return output, state, c_seq[0] if wants_c_seq else None
 
     def specified(x, layout, state, parameters, is_last):
@@ -260,6 +266,7 @@ def _projected_layer(
     engine: str,
     layout: Layout,
     wants_c_seq: bool,
+    save: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
     """h_t = weight_hr y_t of a recurrence over y, whose recurrent weight is weight_hh weight_hr.
 
@@ -271,7 +278,7 @@ def _projected_layer(
     preact_0 = torch.stack([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
     no_y = torch.zeros_like(state[1])
     y, (y_n, c_n), c_seq = recurrence.layer(
-        "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, preact_0=preact_0
+        "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, save=save, preact_0=preact_0
     )
     by_direction = zip(y.chunk(len(parameters), -1), weight_hr, strict=True)
     output = torch.cat([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)

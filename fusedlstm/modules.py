@@ -30,13 +30,17 @@ class LSTM(nn.RNNBase):
             serves the call or raises.
         grad_clip: in the backward, every element of the gradient of an h or c that enters a step is kept within
             -grad_clip and grad_clip; None is no limit. Of scaled losses (`GradScaler`) it bounds the scaled gradient.
+        save: what our own loops, the kernels' above all, keep for the backward: "gates" is faster; "states" is lean, the
+            backward recomputes the gates with one more product. Where ATen serves the call, ATen decides.
 
     Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
         [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
         c_0. L layers, D directions; P is `proj_size`, or H without one.
 
     Precision: products in the dtype of `input`; on the Triton engine sums, gates and c in float32.
-    Memory: the Triton engine keeps T * B * H * D * (4 * itemsize + 4) bytes a layer for the backward.
+    Memory: beside its output the Triton engine keeps T * B * H * D * (4 * itemsize + 4) bytes a layer for the backward;
+        with save="states" 4 * B * H for each of at most nine borders between blocks of steps, in two directions and
+        packed none. `fusedlstm.memory` has kept and peak bytes as functions of the shapes.
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000, as `torch.nn.LSTM` writes it.
     """
 
@@ -55,6 +59,7 @@ class LSTM(nn.RNNBase):
         *,
         backend: str = "auto",
         grad_clip: float | None = None,
+        save: str = "gates",
     ) -> None:
         nn.RNNBase.__init__(  # by name: between this class and nn.RNNBase a subclass may have nn.LSTM
             self,
@@ -72,8 +77,9 @@ class LSTM(nn.RNNBase):
         )
         self.backend = checks.backend(backend)
         self.grad_clip = checks.grad_clip(grad_clip)
+        self.save = checks.save(save)
 
-    backend, grad_clip = "auto", None  # of a module that was made without our constructor
+    backend, grad_clip, save = "auto", None, "gates"  # of a module that was made without our constructor
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
@@ -153,6 +159,7 @@ class LSTM(nn.RNNBase):
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
             proj_size=self.proj_size,
+            save=self.save,
             backend=self.backend,
             **options,
         )

@@ -20,7 +20,7 @@ from fusedlstm.reference import steps_of
 def recurrence_fwd(
     cell: str,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, H]; none if preact_x has the recurrent part already
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     layout: Layout,
@@ -50,7 +50,8 @@ def recurrence_fwd(
     gates = preact_x.new_empty(R, D, GH)
     h_n, c_n = hx.clone(), cx[0].clone()  # rows beyond a step's keep what they have
     for d in range(D):
-        _lstm_fwd(preact_x[d].reshape(R, GH), weight_hh[d], h_n[d], c_n[d], steps, d, output, gates, c_seq)
+        weight = weight_hh[d] if weight_hh else None
+        _lstm_fwd(preact_x[d].reshape(R, GH), weight, h_n[d], c_n[d], steps, d, output, gates, c_seq)
     return (
         output.view(*leading, D * H),
         h_n,
@@ -68,7 +69,7 @@ def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> 
     i, f, g, o = (x.split(sizes) for x in gates.chunk(4, -1))
     i_and_f = gates[:, : 2 * H].split(sizes)
     preact_x, gates, c_seq, output = (x.split(sizes) for x in (preact_x, gates, c_seq, output))
-    weight_t = weight_hh.t()
+    weight_t = None if weight_hh is None else weight_hh.t()
     scratch = torch.empty_like(h_n)
     h, c, before = h_n, c_n, len(h_n)
     for t in steps_of(len(steps), d):
@@ -78,7 +79,10 @@ def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> 
             h, c = h[:n], c[:n]
         elif n > before:  # in reverse some begin
             h, c = torch.cat([h, h_n[before:n]]), torch.cat([c, c_n[before:n]])
-        torch.addmm(preact_x[t], h, weight_t, out=gates[t])
+        if weight_t is None:
+            gates[t].copy_(preact_x[t])
+        else:
+            torch.addmm(preact_x[t], h, weight_t, out=gates[t])
         i_and_f[t].sigmoid_()
         g[t].tanh_()
         o[t].sigmoid_()
