@@ -72,16 +72,19 @@ class Plan:
     arch: str
     dtype: str
     hidden: int
+    heads: int  # block-diagonal blocks of weight_hh
+    stack: bool  # whether the recurrences of the launch are layers, and not directions
     layout: str  # one of LAYOUTS
     schedule: str  # "single", "resident" or "streamed"
     block_b: int
     block_h: int
     block_k: int
+    protocol: str  # of the exchange: "counter", "data" or "none"
     transposed: bool
     precision: str  # of float32 products: "tf32" or "ieee"
     num_warps: int
     stages: int  # of the streamed loop
-    grid: tuple[int, int, int]  # programs of a group, groups that run side by side a direction, directions
+    grid: tuple[int, int, int]  # programs of all heads' groups, batch tiles that run side by side, directions or layers
     tiles_b: int  # batch tiles; grid[1] of them run at once
     smem_bytes: int  # at most, a program
     regs: int  # roughly, a thread
@@ -91,22 +94,22 @@ class Plan:
     @property
     def group(self) -> int:
         """Programs that exchange data."""
-        return self.grid[0]
+        return self.grid[0] // self.heads
 
     @property
     def columns(self) -> int:
         """N of the program's product: gates and units forward, units backward."""
-        return _product_sizes(self.cell, self.hidden, self.block_h, self.pass_)[0]
+        return _product_sizes(self.cell, self.hidden // self.heads, self.block_h, self.pass_)[0]
 
     @property
     def reduction(self) -> int:
         """K of the program's product: units forward, gates and units backward."""
-        return _product_sizes(self.cell, self.hidden, self.block_h, self.pass_)[1]
+        return _product_sizes(self.cell, self.hidden // self.heads, self.block_h, self.pass_)[1]
 
     @property
     def local(self) -> bool:
         """Whether nothing is exchanged."""
-        return self.schedule == "single"
+        return self.protocol == "none"
 
     @property
     def resident(self) -> bool:
@@ -133,6 +136,9 @@ def plan(
     pass_: str,
     precision: str = "tf32",
     layout: str = "dense",
+    heads: int = 1,
+    stack: bool = False,
+    protocol: str | None = None,
 ) -> Plan:
     """Choose how one layer runs.
 
@@ -140,11 +146,14 @@ def plan(
         cell: a name of `fusedlstm.cells.CELLS`.
         steps, batch, hidden: T, B, H; at least 1. T does not change the choice.
         dtype: "fp32", "fp16" or "bf16".
-        directions: 1 or 2; both run in one launch.
+        directions: 1 or 2, or the layers of a stack; all run in one launch.
         limits: of the device; `DEVICES` has one an architecture.
         pass_: "fwd" or "bwd".
         precision: of float32 products, "tf32" or "ieee".
         layout: one of `LAYOUTS`; with lengths of their own, the tiles of a group end at different steps.
+        heads: blocks of a block-diagonal `weight_hh`.
+        stack: whether the recurrences are the layers of a stack, as a wave.
+        protocol: of the exchange, "counter" or "data"; None leaves it to the plan.
 
     Raises:
         PlanError: nothing fits; the text names the size and the limit.
@@ -155,10 +164,24 @@ def plan(
         precision = "ieee"  # Triton takes tf32 on few AMD targets
     candidates = [
         candidate
-        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_)
+        for schedule, block_b, block_h in _tilings(hidden // heads, batch, dtype, precision, pass_)
         if (
             candidate := _candidate(
-                cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, schedule, block_b, block_h
+                cell,
+                batch,
+                hidden,
+                dtype,
+                directions,
+                limits,
+                pass_,
+                precision,
+                layout,
+                heads,
+                stack,
+                protocol,
+                schedule,
+                block_b,
+                block_h,
             )
         )
     ]
@@ -184,7 +207,7 @@ def explain(
             f"\n{title}: {p.schedule} - {p.why}",
             f"  tile           {p.block_b} batch rows x {p.block_h} hidden units, reduction in chunks of {p.block_k}"
             + (", transposed dot" if p.transposed else ""),
-            f"  grid           {p.grid[0]} programs a group x {p.grid[1]} groups x {p.grid[2]} direction(s), "
+            f"  grid           {p.group} programs a group x {p.grid[1]} groups x {p.grid[2]} direction(s), "
             f"{p.num_warps} warps each; {p.walked} batch tile(s) a group, one after another",
             f"  shared memory  at most {p.smem_bytes / 1024:.0f} of {limits.smem_bytes >> 10} KiB; "
             f"about {p.regs} registers a thread",
@@ -255,6 +278,9 @@ def _candidate(
     pass_: str,
     precision: str,
     layout: str,
+    heads: int,
+    stack: bool,
+    protocol: str | None,
     schedule: str,
     block_b: int,
     block_h: int,
@@ -262,24 +288,33 @@ def _candidate(
     """The plan with these tiles, or None if it does not fit."""
     itemsize = ITEMSIZE[dtype]
     ieee = dtype == "fp32" and precision == "ieee"
-    columns, reduction = _product_sizes(cell, hidden, block_h, pass_)
-    group = 1 if schedule == "single" else math.ceil(hidden / block_h)
-    if group * directions > limits.num_sms:
+    columns, reduction = _product_sizes(cell, hidden // heads, block_h, pass_)
+    group = 1 if schedule == "single" else math.ceil(hidden // heads / block_h)
+    if schedule == "single":
+        if stack:
+            return None  # layers exchange h
+        protocol = "none"
+    elif protocol is None:
+        protocol = "counter"
+    group_of_heads = group * heads
+    if protocol != "none" and group_of_heads * directions > limits.num_sms:
         return None
 
     transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
     if schedule == "resident" and dtype == "fp32" and reduction * columns > 1 << 15:
         transposed = False  # spills, where the plain form does not
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, transposed, layout)
-    chunks = math.ceil(reduction / (hidden if schedule == "single" else block_k))
-    slice_bytes = chunks * block_k * columns * itemsize
+    by_gate = pass_ == "bwd" and (schedule == "single" or heads > 1)  # a head's columns are a part of every gate
+    segment = hidden // heads if by_gate else reduction
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, segment, transposed, layout)
+    chunks = reduction // segment * math.ceil(segment / block_k)
+    slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
     stages = 1 if schedule != "streamed" else 2 if ieee else 3
     if schedule == "streamed":
         smem_bytes = stages * (block_k * columns * itemsize + exchange_bytes)
     else:
         if schedule == "single" and pass_ == "bwd":
-            exchange_bytes *= reduction // hidden  # the gradients of all gates are on their way at once
+            exchange_bytes *= chunks  # the gradients of all gates are on their way at once
         in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
         smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
     smem_bytes += 4 * block_b * columns  # a change of layout may stage the accumulators
@@ -294,7 +329,7 @@ def _candidate(
     if regs > 255:
         return None
     tiles_b = math.ceil(batch / block_b)
-    groups = min(tiles_b, limits.num_sms // (group * directions)) if schedule != "single" else tiles_b
+    groups = tiles_b if protocol == "none" else min(tiles_b, limits.num_sms // (group_of_heads * directions))
     walked = math.ceil(tiles_b / groups)
 
     matrix_rows = columns if transposed else block_b
@@ -302,29 +337,32 @@ def _candidate(
     if limits.wide_mma and matrix_rows < 64:
         tflops *= 0.6  # the narrow instruction
     math_us = 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
-    l2_bytes = 0 if schedule == "single" else block_b * reduction * itemsize
+    l2_bytes = 0 if protocol == "none" else block_b * reduction * itemsize
     if schedule == "streamed":
         l2_bytes += slice_bytes
     l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
     pointwise_us = 0.3 + 0.002 * block_b * block_h / num_warps
     step_us = math_us + l2_us + pointwise_us + (0.0 if schedule == "single" else limits.barrier_us)
-    waves = math.ceil(tiles_b * group * directions / limits.num_sms) if schedule == "single" else walked
+    waves = math.ceil(tiles_b * group_of_heads * directions / limits.num_sms) if protocol == "none" else walked
     found = Plan(
         cell=cell,
         pass_=pass_,
         arch=limits.arch,
         dtype=dtype,
         hidden=hidden,
+        heads=heads,
+        stack=stack,
         layout=layout,
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
         block_k=block_k,
+        protocol=protocol,
         transposed=transposed,
         precision=precision if dtype == "fp32" else "tf32",
         num_warps=num_warps,
         stages=stages,
-        grid=(group, groups, directions),
+        grid=(group_of_heads, groups, directions),
         tiles_b=tiles_b,
         smem_bytes=smem_bytes,
         regs=regs,

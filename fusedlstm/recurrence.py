@@ -3,7 +3,7 @@
 Two custom ops hold what must be done step by step; around them an `autograd.Function` does the large products: the
 input product before the loop, and those of the weights, biases and input after it. A third recomputes what the forward
 did not keep. Sequences have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one
-axis, so that both directions share each product.
+axis, so that both directions share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
 """
 
 import itertools
@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fusedlstm import memory, reference, torch_loop
+from fusedlstm import heads, memory, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.precision import add_product, product
 
@@ -21,7 +21,7 @@ def recurrence_fwd(
     cell: str,
     engine: str,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     lengths: Tensor | None,  # these three: a `Layout`
@@ -62,7 +62,7 @@ def recurrence_bwd(
     grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
@@ -237,7 +237,7 @@ class RecurrenceFunction(torch.autograd.Function):
                 grad_weight_ih = add_product(grad_weight_ih, rows.t(), x.flatten(0, -2))  # [D*G*H, I]
             if any(n[1] for n in needs_parameter):
                 grad_weight_hh = [
-                    _add_recurrent_weight_gradient(total, g, y_d, h[d], d, own)
+                    _add_recurrent_weight_gradient(total, g, y_d, h[d], d, own, hx.size(-1) // weight_hh[d].size(1))
                     for d, (total, g, y_d) in enumerate(
                         zip(grad_weight_hh, by_direction, y.chunk(ctx.directions, -1), strict=True)
                     )
@@ -406,25 +406,27 @@ def _recomputed(
     if _batch_major(input):
         preact = preact.contiguous()
     for d, (y, p) in enumerate(zip(output.chunk(len(parameters), -1), parameters, strict=True)):
-        add_product(preact[d].view(-1, preact.size(-1)), layout.states_before(y, hx[d], d), p[1].t())
+        heads.add_recurrent(preact[d].view(-1, preact.size(-1)), layout.states_before(y, hx[d], d), p[1])
     return recompute(cell, engine, preact, hx, cx, *layout)
 
 
 def _add_recurrent_weight_gradient(
-    total: Tensor | None,  # [G*H, H]
+    total: Tensor | None,  # [G*H, DH]
     grad_preact: Tensor,  # [T, B, G*H] or [R, G*H]
     output: Tensor,  # [T, B, H] or [R, H]
     hx: Tensor,  # [B, H]
     direction: int,
     layout: Layout,
+    num_heads: int,
 ) -> Tensor:
-    """total + sum over t of grad_preact_t^T h_{t-1}: [G*H, H]."""
+    """total + sum over t of grad_preact_t^T h_{t-1}, within heads: [G*H, DH]."""
     # Else the states before are views: output is zero where a sequence has no later step, grad_preact where it has no step.
     if layout.first_row is not None or layout.resets is not None:
-        return add_product(total, grad_preact.flatten(0, -2).t(), layout.states_before(output, hx, direction))
+        before = layout.states_before(output, hx, direction)
+        return heads.weight_gradient(grad_preact.flatten(0, -2), before, num_heads, total)
     later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
-    total = add_product(total, _of_first_steps(grad_preact, direction, layout).t(), hx)
-    return add_product(total, grad_preact[later].flatten(0, 1).t(), output[earlier].flatten(0, 1))
+    total = heads.weight_gradient(_of_first_steps(grad_preact, direction, layout), hx, num_heads, total)
+    return heads.weight_gradient(grad_preact[later].flatten(0, 1), output[earlier].flatten(0, 1), num_heads, total)
 
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout):

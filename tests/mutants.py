@@ -89,8 +89,8 @@ MUTANTS = {
     ),
     "grad_weight_hh forgets hx": (
         "fusedlstm/recurrence.py",
-        "_of_first_steps(grad_preact, direction, layout).t(), hx)",
-        "_of_first_steps(grad_preact, direction, layout).t(), 0 * hx)",
+        "_of_first_steps(grad_preact, direction, layout), hx,",
+        "_of_first_steps(grad_preact, direction, layout), 0 * hx,",
         "tests/kernels/test_recurrence.py",
     ),
     "packed: an ended sequence steps on": (
@@ -189,6 +189,12 @@ MUTANTS = {
         "                grad_c,\n                weight_hh,",
         "                0 * grad_c,\n                weight_hh,",
         "tests/kernels/test_recompute.py",
+    ),
+    "heads: grad_weight_hh takes the states of another head": (
+        "fusedlstm/heads.py",
+        "h.unflatten(1, (num_heads, DH)).transpose(0, 1)",
+        "h.unflatten(1, (num_heads, DH)).transpose(0, 1).flip(0)",
+        "tests/cpu/test_heads.py",
     ),
     "walked tiles skipped": (
         "kernels/recurrence_bwd.py",

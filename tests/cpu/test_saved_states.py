@@ -53,24 +53,24 @@ LAYOUTS = {
 }
 
 
-def random_layer(leading, batch, directions, bias=True, dtype=torch.float64):
+def random_layer(leading, batch, directions, bias=True, dtype=torch.float64, heads=1):
     generator = torch.Generator().manual_seed(5)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
 
-    shapes = [(4 * H, I), (4 * H, H), *([(4 * H,)] * 2 if bias else [])]
+    shapes = [(4 * H, I), (4 * H, H // heads), *([(4 * H,)] * 2 if bias else [])]
     parameters = [[randn(*s) for s in shapes] for _ in range(directions)]
     return randn(*leading, I), randn(directions, batch, H), randn(1, directions, batch, H), parameters
 
 
-@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize(("clip", "heads"), [(None, 1), (0.1, 1), (None, 3)])
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_equals_the_specification(short_blocks, name, directions, clip):
+def test_equals_the_specification(short_blocks, name, directions, clip, heads):
     layout, leading = LAYOUTS[name]
     batch = leading[1] if len(leading) == 2 else len(layout.lengths)
-    input, hx, cx, parameters = random_layer(leading, batch, directions)
+    input, hx, cx, parameters = random_layer(leading, batch, directions, heads=heads)
     leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
     output, (h_n, c_n), c_seq = recurrence.layer(
         "lstm", input, (hx, cx[0]), parameters, "torch", layout, clip, wants_c_seq=True, save="states"
