@@ -158,6 +158,18 @@ def _fusedlstm_triton(shape, dtype, device, weights):
     return _fusedlstm(shape, dtype, device, weights, backend="triton")
 
 
+def _where_memory_is_claimed(shape, dtype, device):
+    if not device.startswith("cuda"):
+        return "ATen decides what it keeps"
+    return None if shape.id in ("L1", "F1") else "memory is measured at L1 and F1"
+
+
+@provider("fusedlstm-states", serves=_where_memory_is_claimed)
+def _fusedlstm_states(shape, dtype, device, weights):
+    """Its peak_memory, beside that of `torch.nn.LSTM`, is what `fusedlstm.memory` foretells, with the gradients."""
+    return _fusedlstm(shape, dtype, device, weights, save="states")
+
+
 def _cell_loop(shape, dtype, device, weights, compiled):
     import torch
 

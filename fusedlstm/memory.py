@@ -1,7 +1,7 @@
 """Bytes of a training step of one LSTM layer, from its shapes; and the blocks of steps in which it runs with save="states".
 
-Sizes: T steps, B batch, I input, H hidden, D directions; N = T * B * H * D, values of a sequence. w is the bytes of a value
-of the layer's dtype, s those of a state beside h, which is kept in float32 (float64 in float64).
+T steps, B batch, I input size, H hidden size; `itemsize`, bytes of a value of the layer's dtype. States beside h are kept in
+float32 (float64 in float64).
 
 What a step holds has three parts. Inputs and parameters, which were there before, count for nobody. The gradients of output,
 input and parameters are results, and every implementation holds them (`gradients`). The rest is the layer's own (`own_peak`),
@@ -19,9 +19,10 @@ peak is that of "gates" nearly.
 cuDNN, for comparison. `cudnnGetRNNTempSpaceSizes` is known only where cuDNN runs, and no table of it is published. Two sizes
 are: github.com/pytorch/pytorch/issues/2895 prints, for 4 layers of H 320 in float32, 736,000,000 bytes for an LSTM and
 864,000,000 for a GRU. Both are whole numbers of values of every unit and step if T * B is 25,000: 23 = 4 * 5 + 3 and
-27 = 4 * 6 + 3. That is, for a layer, four gates and c (five for a GRU and h), and the outputs between layers. T and B are
-inferred, so `cudnn_reserve` is called a bound: what no backward without recomputation can do without. Half precision is
-taken at its word, c in two bytes too, which is to cuDNN's credit. `make gpu` measures.
+27 = 4 * 6 + 3: for a layer of an LSTM five, which are four gates and c, for one of a GRU six, and the outputs between layers.
+T and B are inferred, and other versions may take more, so `cudnn_reserve` is a bound: gates and c are what a backward that
+recomputes nothing reads. In half precision c is taken to have two bytes as well, which is to cuDNN's credit. `make gpu`
+measures the peaks of `nn.LSTM` and of ours, gradients included.
 """
 
 import itertools
