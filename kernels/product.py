@@ -169,7 +169,7 @@ def exchanged_product(
     else:
         for q in tl.range(0, CHUNKS, num_stages=STAGES):
             x = exchanged_tile(p_x, mask_b, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED, SPLIT)
-            w_q = weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED)
+            w_q = weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED, 1)
             acc = _dot(x, w_q, acc, TRANSPOSED, PRECISION)
     if SPLIT > 1:
         acc = tl.sum(acc, 0)
