@@ -3,8 +3,10 @@
 Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a TFLOP/s 1e6 operations. One time step:
 
     wait       = the exchange: barrier_us (counter), exchange_us (data), launch_us (a launch a step), or nothing
-    operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps
-    product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the instruction
+    operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps; at least L2_US for every
+                 chunk of K, or so many chunks as stages let be under way at once
+    product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the instruction;
+                 at least LINK_US for every instruction along K, of which each waits for the sum of the one before
     pointwise  = POINTWISE_US + POINTWISE_ELEMENT_US x block_b x block_h / warps
     chain      = max(fetch_us, wait + operand + product) + pointwise     one after another; what a step needs from memory
                                                                            is asked for before the wait
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 STATE_ITEMSIZE = 4  # states beside h are saved in float32
 POINTWISE_US, POINTWISE_ELEMENT_US = 0.3, 0.002  # assumed: the latency of a cell, and an element's share, by warp
+L2_US = 0.25  # assumed: from a load to its data, from the L2
+LINK_US = 0.018  # assumed: from one matrix instruction to the next that adds to its result, some 32 cycles
+LINK_K = {"fp32": 8, "fp16": 16, "bf16": 16}  # of the reduction, an instruction
 GEMM_EFFICIENCY = 0.7  # assumed: of a large product's share of the peak
 
 
@@ -104,8 +109,11 @@ def cost(p: "Plan", steps: int, batch: int, limits: DeviceLimits, *, saves: bool
     operand_bytes = rows * p.reduction * item * products if exchanges else 0
     if not p.resident:
         operand_bytes += p.reduction * p.columns * item * products
-    operand = operand_bytes / share
+    trips = p.padded_reduction / p.block_k / max(1, p.stages - 1) * products if exchanges else 0.0
+    operand = max(operand_bytes / share, trips * L2_US)
     product = 2 * p.block_b * p.columns * p.padded_reduction * products / (_rate(p, limits) / limits.num_sms * 1e6)
+    if not (p.dtype == "fp32" and p.precision == "ieee"):
+        product = max(product, p.padded_reduction * products / p.split / LINK_K[p.dtype] * LINK_US)
     pointwise = POINTWISE_US + POINTWISE_ELEMENT_US * p.block_b * p.block_h / p.num_warps
     waits = {"counter": limits.barrier_us, "data": limits.exchange_us, "none": limits.launch_us if stepped else 0.0}
 

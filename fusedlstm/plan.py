@@ -332,10 +332,11 @@ def _block_k(
     block_h: int,
     dtype: str,
     ieee: bool,
-    pass_: str,
     reduction: int,
+    columns: int,
+    pass_: str,
     transposed: bool,
-    layout: str,
+    split: bool,
 ) -> int:
     """Chunk of the reduction: long enough that an unrolled loop has few, short enough that one fits into registers."""
     if schedule == "single":
@@ -345,11 +346,13 @@ def _block_k(
     elif schedule == "streamed":
         widest = 64 if dtype != "fp32" else 32
     elif dtype == "fp32":
-        widest = 64 if transposed else 128
-    elif pass_ == "bwd":
-        widest = 128 if layout != "dense" and block_b == 32 else 256
+        widest = 64 if transposed or (split and columns > 16) else 256 if split else 128
+    elif transposed:
+        widest = 256 if block_b == 16 else 128
+    elif split:
+        widest = 512 if block_b == 16 else 256 if columns <= 16 else 128
     else:
-        widest = 128 if block_b < (32 if layout == "ragged" else 64) else 64
+        widest = 64 if block_b == 64 else 256 if pass_ == "bwd" and block_b == 16 else 128
     return min(widest, max(16, _power_of_2(reduction)))
 
 
@@ -380,7 +383,7 @@ def _fit(
             return None  # layers exchange h
         protocol = "none"
     elif protocol is None:
-        protocol = "counter"
+        protocol = "data"  # one trip through the L2 and not three; and fewer registers, as `make kernels` finds
     group_of_heads = group * heads
     if protocol != "none" and group_of_heads * directions > limits.num_sms:
         return None
@@ -390,7 +393,9 @@ def _fit(
         transposed = False  # spills, where the plain form does not
     by_gate = pass_ == "bwd" and (schedule == "single" or heads > 1)  # a head's columns are a part of every gate
     segment = hidden // heads if by_gate else reduction
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, segment, transposed, layout)
+    # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
+    splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, transposed, splits)
     chunks = reduction // segment * math.ceil(segment / block_k)
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
@@ -407,10 +412,11 @@ def _fit(
         return None
 
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
+    if pass_ == "bwd" and ((ieee and block_h > 8) or (schedule == "resident" and block_b * block_h >= 1024)):
+        num_warps = 8
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
-    # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
-    split = num_warps if schedule == "resident" and not transposed and block_b * columns <= 1024 else 1
+    split = min(num_warps, block_k // 16) if splits else 1
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
@@ -462,7 +468,12 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
             return True  # rows that are not aligned; Triton 3.7.1 compiles one of these for sm_100 to a trap
         if not limits.wide_mma and p.block_b == 64 and p.block_h == 8:
             return True
-    return False
+        if not limits.wide_mma and p.block_b == 64 and chunks > 8:
+            return True
+    unaligned = p.hidden * ITEMSIZE[p.dtype] % 16 != 0
+    if p.schedule == "streamed" and not limits.wide_mma and p.block_b * p.block_h >= (1024 if unaligned else 2048):
+        return True
+    return ieee and p.protocol == "data" and p.block_b * p.block_h >= (1024 if unaligned else 2048)
 
 
 def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:
