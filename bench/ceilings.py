@@ -215,9 +215,11 @@ def loops(machine: Machine):
     for B, H in machine.loop_sizes:
         kept = None
         for protocol in ("counter", "data"):
-            forward, backward = (
-                plan.plan("lstm", many, B, H, "bf16", 1, limits, pass_, protocol=protocol) for pass_ in ("fwd", "bwd")
+            # The same tiles for both: other tiles add up in another order.
+            by_data = (
+                plan.plan("lstm", many, B, H, "bf16", 1, limits, pass_, protocol="data") for pass_ in ("fwd", "bwd")
             )
+            forward, backward = (p if p.local else dataclasses.replace(p, protocol=protocol) for p in by_data)
             if not machine.gpu:  # a group of two in place of one: the smallest that exchanges
                 tiles = {"schedule": "resident", "block_h": H // 2, "block_k": H // 2, "transposed": False}
                 forward, backward = (
