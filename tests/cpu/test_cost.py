@@ -72,22 +72,26 @@ def test_candidates_are_sorted_and_the_plan_is_the_first():
         assert p.step_us == cost.cost(p, 1, batch, SM_90).step
 
 
+# So slow that bytes and operations outweigh every latency.
+SLOW = dataclasses.replace(SM_90, l2_tbps=0.55, half_tflops=99.0)
+
+
 def one(**changes):
     sizes = {"batch": 64, "hidden": 1024, "dtype": "bf16", "directions": 1, "limits": SM_90, "pass_": "fwd"}
-    return plan.plan("lstm", 1, **(sizes | changes))
+    return plan.plan("lstm", 1, **(sizes | {"protocol": "counter"} | changes))
 
 
 def test_parts_by_hand():
     """H 1024, B 64, bf16, forward: 64 programs with 16 units and 32 rows each."""
     p = one()
-    assert (p.schedule, p.block_b, p.block_h, p.grid, p.transposed) == ("resident", 32, 16, (64, 2, 1), True)
-    c = cost.cost(p, 100, 64, SM_90)
-    assert c.operand == pytest.approx(32 * 1024 * 2 / (5.5e6 / 132))  # h of 32 rows
-    assert c.product == pytest.approx(2 * 32 * 64 * 1024 / (990e6 / 132))  # four gates of 16 units
+    p = dataclasses.replace(p, block_b=32, block_h=16, grid=(64, 2, 1), tiles_b=2, transposed=True, schedule="resident")
+    c = cost.cost(p, 100, 64, SLOW)
+    assert c.operand == pytest.approx(32 * 1024 * 2 / (0.55e6 / 132))  # h of 32 rows
+    assert c.product == pytest.approx(2 * 32 * 64 * 1024 / (99e6 / 132))  # four gates of 16 units
     unit_bytes = 4 * 2 + 2 + 4 * 2 + 4  # preactivations, h, gates, c
     assert c.traffic == pytest.approx(64 * 1024 * unit_bytes / 4.8e6)
-    assert c.wait == SM_90.barrier_us and c.walked == 1
-    assert c.step == pytest.approx(c.wait + c.operand + c.product + c.pointwise)
+    assert c.wait == SLOW.barrier_us and c.walked == 1
+    assert c.step == c.chain == pytest.approx(c.wait + c.operand + c.product + c.pointwise)
     assert c.total == pytest.approx(3.0 + 8 * 2**20 / 4.8e6 + 100 * c.step)
     least = cost.bound("lstm", 100, 64, 1024, "bf16", 1, SM_90, "fwd")
     assert least.arithmetic == pytest.approx(2 * 64 * 4096 * 1024 / 990e6)
@@ -95,14 +99,14 @@ def test_parts_by_hand():
 
 
 def test_what_each_choice_changes():
-    p = one()
-    by_data = cost.cost(dataclasses.replace(p, protocol="data"), 1, 64, SM_90)
-    counter = cost.cost(p, 1, 64, SM_90)
+    p = dataclasses.replace(one(), transposed=True)
+    counter = cost.cost(p, 1, 64, SLOW)
+    by_data = cost.cost(dataclasses.replace(p, protocol="data"), 1, 64, SLOW)
     assert counter.wait - by_data.wait == pytest.approx(SM_90.barrier_us - SM_90.exchange_us)
     assert by_data.traffic > counter.traffic, "what is exchanged is filled before"
-    streamed = cost.cost(dataclasses.replace(p, schedule="streamed"), 1, 64, SM_90)
-    assert streamed.operand - counter.operand == pytest.approx(1024 * 64 * 2 / (5.5e6 / 132))
-    narrow = cost.cost(dataclasses.replace(p, transposed=False), 1, 64, SM_90)
+    streamed = cost.cost(dataclasses.replace(p, schedule="streamed"), 1, 64, SLOW)
+    assert streamed.operand - counter.operand == pytest.approx(1024 * p.columns * 2 / (0.55e6 / 132))
+    narrow = cost.cost(dataclasses.replace(p, transposed=False), 1, 64, SLOW)
     assert narrow.product == pytest.approx(counter.product / SM_90.narrow_mma)
     single = cost.cost(one(hidden=64), 1, 64, SM_90)
     assert single.wait == single.operand == 0 and single.chain >= SM_90.fetch_us
@@ -112,7 +116,7 @@ def test_what_each_choice_changes():
     assert large.traffic >= 4 * 4096 * 4096 * 2 / 4.8e6, (
         "weights that the L2 cannot hold come from memory at every step"
     )
-    assert cost.cost(p, 1, 64, SM_90, saves=False).traffic < counter.traffic
+    assert cost.cost(p, 1, 64, SLOW, saves=False).traffic < counter.traffic
     stepped = cost.cost(dataclasses.replace(p, schedule="stepped", protocol="none"), 10, 64, SM_90)
     assert stepped.wait == SM_90.launch_us
 
