@@ -22,6 +22,7 @@ setup(
     packages=[*find_packages(include=["fusedlstm", "fusedlstm.*"]), "fusedlstm.kernels", "fusedlstm.kernels.cells"],
     # A top-level package called `kernels` would overwrite Hugging Face's.
     package_dir={"fusedlstm.kernels": "kernels"},
+    package_data={"fusedlstm": ["measured.json"]},
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "demo": DEMO,

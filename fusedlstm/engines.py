@@ -103,7 +103,7 @@ def fastest(call: tuned.Call, index: int | None) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=4096)
 def _fastest(call: tuned.Call, index: int | None, generation: int) -> tuple[str, str]:
-    measured = tuned.engine(call, tuned.place(index)) if generation else None
+    measured = tuned.engine(call, index) if generation else None
     return measured or predicted(call, index)
 
 

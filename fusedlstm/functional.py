@@ -69,6 +69,7 @@ def lstm(
         engine == "triton"
         and input.is_cuda
         and engines.requested(backend) == "auto"
+        and save == "gates"  # else memory is asked for, and not time
         and not (masked or cell_states or grad_clip is not None or torch.compiler.is_compiling())
     ):
         call = tuned_call(input, hx, weights, dtype, batch_sizes, masked, num_layers, directions, proj_size)

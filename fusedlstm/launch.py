@@ -176,7 +176,7 @@ def precision_of(dtype: torch.dtype) -> str:
 def _cached_plan(problem: Problem, index: int | None, generation: int) -> Plan:
     """What was measured on this device, else what is predicted. T has no part in the choice."""
     limits = device_limits(index)
-    measured = tuned.plan(problem, tuned.place(index), limits) if generation else None
+    measured = tuned.plan(problem, index, limits) if generation else None
     return measured or tuned.candidates(problem, limits)[0]
 
 

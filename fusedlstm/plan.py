@@ -126,9 +126,9 @@ def plan(
     protocol: str | None = None,
 ) -> Plan:
     """Choose how one layer runs: the first of `candidates`, whose arguments these are."""
-    return candidates(
-        cell, steps, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol
-    )[0]
+    problem = (cell, steps, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
+    p, c = _ranked(*problem)[0]
+    return dataclasses.replace(p, step_us=c.step)
 
 
 def candidates(
@@ -164,6 +164,26 @@ def candidates(
     Raises:
         PlanError: nothing fits; the text names the size and the limit.
     """
+    problem = (cell, steps, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
+    return [dataclasses.replace(p, step_us=c.step) for p, c in _ranked(*problem)]
+
+
+def _ranked(
+    cell: str,
+    steps: int,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str,
+    layout: str,
+    heads: int,
+    stack: bool,
+    protocol: str | None,
+) -> list[tuple[Plan, costs.Cost]]:
+    """Plans without their time, and their costs, best first."""
     if min(steps, batch, hidden) < 1:
         raise PlanError(f"steps, batch and hidden: expected at least 1, got {steps}, {batch} and {hidden}")
     if limits.arch.startswith("gfx"):
@@ -180,7 +200,7 @@ def candidates(
     clean = [p for p in found if layout == "dense" or not _spills_with_masks(p, limits)]
     costed = [(p, costs.cost(p, 1, batch, limits)) for p in clean or found]
     costed.sort(key=lambda x: (*x[1].rank, x[0].grid[0] * x[0].grid[1], x[0].block_b, x[0].block_h))
-    return [dataclasses.replace(p, step_us=c.step) for p, c in costed]
+    return costed
 
 
 def wave(

@@ -99,18 +99,19 @@ def place(index: int | None) -> Place:
     return Place(properties.name, properties.multi_processor_count, words, *versions)
 
 
-def find(where: Place, what: Problem | Call) -> dict | None:
-    """The stored choice, or None."""
-    return _table(path(), _generation).get(_words(where), {}).get(_words(what))
+def find(index: int | None, what: Problem | Call) -> dict | None:
+    """The choice stored for a device, or None."""
+    table = _table(path(), _generation)
+    return table.get(_words(place(index)), {}).get(_words(what)) if table else None
 
 
-def store(where: Place, choices: dict) -> Path:
-    """Add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns the file."""
+def store(index: int | None, choices: dict) -> Path:
+    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns the file."""
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
     forget()
-    table = {place: dict(known) for place, known in _table(file, _generation).items()}
-    table.setdefault(_words(where), {}).update({_words(what): choice for what, choice in choices.items()})
+    table = {words: dict(known) for words, known in _table(file, _generation).items()}
+    table.setdefault(_words(place(index)), {}).update({_words(what): choice for what, choice in choices.items()})
     # Beside the file and then in its place: a reader sees the old one or the new one.
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=".tuning-", suffix=".json")
     try:
@@ -147,9 +148,9 @@ def everything() -> dict[str, dict[str, dict]]:
     return _table(path(), _generation)
 
 
-def plan(problem: Problem, where: Place, limits):
+def plan(problem: Problem, index: int | None, limits):
     """The measured plan, rebuilt among those that fit the device now; None if there is none."""
-    choice = find(where, problem)
+    choice = find(index, problem)
     if choice is None:
         return None
     from fusedlstm import plan as planning
@@ -175,9 +176,9 @@ def candidates(problem: Problem, limits, protocol: str | None = None) -> list:
     return planning.candidates(*sizes, heads=p.heads, stack=p.stack, protocol=protocol)
 
 
-def engine(call: Call, where: Place) -> tuple[str, str] | None:
+def engine(call: Call, index: int | None) -> tuple[str, str] | None:
     """The measured engine, "triton" or "torch", and why in words; None if there is none."""
-    choice = find(where, call)
+    choice = find(index, call)
     if choice is None:
         return None
     try:

@@ -76,7 +76,7 @@ def tune(
     timer = timer or (in_rounds(_device_ms) if index is not None else in_rounds(_host_ms))
     run = _Run(module, input, hx, lengths, resets)
     modes = [False, True] if any(p.requires_grad for p in module.parameters()) else [False]
-    where, limits = tuned.place(index), launch.device_limits(index)
+    limits = launch.device_limits(index)
     plans: dict[Problem, object] = {}  # chosen so far
     found, choices = [], {}
     around = torch.cuda.device(index) if index is not None else contextlib.nullcontext()
@@ -100,7 +100,7 @@ def tune(
                 if len(ms) == 2:
                     choices[call] = {"ms": ms}
                     found.append(Measured(call, min(ms, key=ms.get), engines.predicted(call, index)[0], ms))
-    tuned.store(where, choices)
+    tuned.store(index, choices)
     return found
 
 

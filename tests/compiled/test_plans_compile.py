@@ -9,6 +9,7 @@ import csv
 import pytest
 
 from bench import kernels
+from bench.shapes import BY_ID
 from fusedlstm import offline
 from fusedlstm.devices import DEVICES
 from fusedlstm.plan import plan
@@ -50,6 +51,8 @@ def test_the_committed_table_is_of_these_plans():
         assert (row["schedule"], row["tiles"], int(row["warps"])) == (p.schedule, tiles, p.num_warps), key
         numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
         assert not kernels.faults(p, numbers), (key, kernels.faults(p, numbers))
+        assert (row["predicted_us"], row["bound_us"]) == kernels.times(BY_ID[key[0]], p), key
+        assert float(row["predicted_us"]) >= float(row["bound_us"]) >= 0
 
 
 def sm_90(pass_, hidden=512, batch=64):

@@ -197,7 +197,7 @@ def test_choice_of_engine(monkeypatch):
     monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])
     assert engines.choose("auto", cuda, torch.bfloat16, "lstm", 1024) == "triton"
     assert engines.choose("auto", cuda, torch.bfloat16, "lstm", 16384) == "torch"
-    with pytest.raises(RuntimeError, match="hidden=16384 with 1 direction.* does not fit H100"):
+    with pytest.raises(RuntimeError, match="hidden=16384 with 1 direction.* does not fit NVIDIA H200"):
         engines.choose("triton", cuda, torch.bfloat16, "lstm", 16384)
     known.major = 7
     with pytest.raises(RuntimeError, match="need compute capability 8.0, H100 has 7.0"):

@@ -48,10 +48,10 @@ def test_products_follow_the_flag_of_recurrent_layers(rnn, matmul):
 def test_the_plan_follows_the_flag():
     from fusedlstm import launch
 
-    like = torch.empty(0)
+    like, weight_hh, hx = torch.empty(0), [torch.empty(2048, 512)], torch.empty(1, 16, 512)
     for value in ("tf32", "ieee"):
         RNN.fp32_precision = value
-        assert launch.plan_for("lstm", like, 1, 16, 512, 1, "fwd", False).precision == value
+        assert launch.plan_for("lstm", like, weight_hh, hx, "fwd", "dense").precision == value
 
 
 @pytest.mark.parametrize(

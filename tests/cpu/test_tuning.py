@@ -1,0 +1,303 @@
+"""The file of measured choices, who looks them up, and the errors of `tune`; the measuring itself is in tests/kernels."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fusedlstm
+from fusedlstm import __main__ as command_line
+from fusedlstm import engines, functional, launch, tuned, tuning
+from fusedlstm.devices import DEVICES
+from fusedlstm.tuned import Call, Problem
+
+SM_90 = DEVICES["sm_90"]
+HERE = tuned.Place("gpu 0", 132, "13.0", "2.13.0", "3.7.1", "0.1.0")
+PROBLEM = Problem("lstm", 64, 512, "bf16", 1, "fwd", "tf32", "dense")
+CALL = Call("lstm", 64, 512, 512, 0, 1, 1, "bf16", "tf32", "dense", True)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUSEDLSTM_TUNING", raising=False)
+    monkeypatch.delenv("FUSEDLSTM_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tuned, "place", lambda index: HERE._replace(device=f"gpu {index}"))
+    monkeypatch.setattr(launch, "device_limits", lambda index: SM_90)
+    tuned.forget()
+    tuned._warned.clear()
+    yield tmp_path / "cache"
+    tuned.forget()
+
+
+def second_best():
+    return tuned.candidates(PROBLEM, SM_90, "data")[1]
+
+
+def stored(p, **changes):
+    return {"plan": {name: getattr(p, name) for name in tuned.FIELDS} | changes, "ms": {"a": 1.0}}
+
+
+def plan_of(problem=PROBLEM):
+    return launch._cached_plan(problem, 0, tuned.generation())
+
+
+def test_a_stored_plan_overrides_the_prediction(monkeypatch):
+    predicted, wanted = plan_of(), second_best()
+    assert predicted != wanted
+    file = tuned.store(0, {PROBLEM: stored(wanted)})
+    assert plan_of() == wanted
+    assert plan_of(PROBLEM._replace(batch=63)) != wanted, "for the very sizes only"
+    monkeypatch.setenv("FUSEDLSTM_TUNING", "0")
+    assert plan_of() == predicted
+    monkeypatch.delenv("FUSEDLSTM_TUNING")
+    assert plan_of() == wanted
+    assert tuned.clear() and not file.exists() and not tuned.clear()
+    assert plan_of() == predicted
+
+
+@pytest.mark.parametrize("field", tuned.Place._fields)
+def test_a_choice_counts_only_where_it_was_measured(monkeypatch, field):
+    tuned.store(0, {PROBLEM: stored(second_best())})
+    other = HERE._replace(**{field: 108 if field == "num_sms" else "another"})
+    monkeypatch.setattr(tuned, "place", lambda index: other)
+    tuned.forget()
+    assert plan_of() != second_best()
+
+
+@pytest.mark.parametrize("field", Problem._fields)
+def test_every_field_is_part_of_the_key(field):
+    changed = {
+        **{"cell": "gru", "dtype": "fp16", "pass_": "bwd", "precision": "ieee", "layout": "packed", "stack": True},
+        **{"batch": 65, "hidden": 513, "directions": 2, "heads": 2},
+    }
+    tuned.store(0, {PROBLEM: stored(second_best())})
+    assert tuned.find(0, PROBLEM) and tuned.find(0, PROBLEM._replace(**{field: changed[field]})) is None
+
+
+def test_choices_of_others_stay(folder):
+    tuned.store(1, {PROBLEM: stored(second_best())})
+    tuned.store(0, {CALL: {"ms": {"triton": 1.0, "torch": 2.0}}})
+    tuned.store(0, {PROBLEM: stored(second_best())})
+    assert tuned.find(1, PROBLEM) and tuned.find(0, PROBLEM) and tuned.find(0, CALL)
+    assert [p.name for p in folder.iterdir()] == ["tuning.json"], "nothing is left beside it"
+    with pytest.raises(TypeError):
+        tuned.store(0, {PROBLEM: {"plan": object()}})
+    assert [p.name for p in folder.iterdir()] == ["tuning.json"]
+    assert tuned.find(0, PROBLEM), "and a file that could not be written leaves the old one"
+
+
+def once(text):
+    """Look up twice: one warning."""
+    with pytest.warns(RuntimeWarning, match=text) as seen:
+        found = plan_of()
+        tuned.forget()
+        assert plan_of() == found
+    assert len(seen) == 1
+    return found
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"format": 99, "choices": {}}',
+        '{"format": 1}',
+        '{"format": 1, "choices": {"a": {"b": 3}}}',
+    ],
+)
+def test_a_corrupt_file_is_ignored_with_one_warning_and_replaced(folder, content):
+    predicted = plan_of()
+    folder.mkdir()
+    tuned.path().write_text(content)
+    tuned.forget()
+    assert once("no choices of fusedlstm.tune, ignored") == predicted
+    tuned.store(0, {PROBLEM: stored(second_best())})
+    assert plan_of() == second_best() and json.loads(tuned.path().read_text())["format"] == tuned.FORMAT
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ({"plan": {}}, "KeyError"),
+        ({}, "KeyError"),
+        ({"plan": 3}, "TypeError"),
+        (stored(second_best(), block_b=4096), "no such plan fits NVIDIA H200"),
+        (stored(second_best(), protocol="telepathy"), "no such plan fits|PlanError|KeyError"),
+    ],
+    ids=["no fields", "no plan", "no dictionary", "too large", "no such protocol"],
+)
+def test_a_choice_that_does_not_fit_is_ignored_with_one_warning(choice, text):
+    predicted = plan_of()
+    tuned.store(0, {PROBLEM: choice})
+    assert once(text) == predicted
+
+
+def test_limits_are_checked_when_a_choice_is_read(monkeypatch):
+    """A plan of a device with more shared memory is no plan of this one."""
+    wanted = next(p for p in tuned.candidates(PROBLEM, SM_90) if p.smem_bytes > 60 << 10)
+    tuned.store(0, {PROBLEM: stored(wanted)})
+    assert plan_of() == wanted
+    monkeypatch.setattr(launch, "device_limits", lambda index: dataclasses.replace(SM_90, smem_bytes=48 << 10))
+    tuned.forget()
+    assert once("no such plan fits").smem_bytes <= 48 << 10
+
+
+def test_the_path_follows_the_environment(monkeypatch, tmp_path):
+    assert tuned.path() == tmp_path / "cache" / "tuning.json"
+    monkeypatch.delenv("FUSEDLSTM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuned.path() == tmp_path / "fusedlstm" / "tuning.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuned.path().parts[-2:] == ("fusedlstm", "tuning.json")
+
+
+def test_the_engine_is_the_measured_one_else_the_predicted_one(monkeypatch):
+    assert engines.fastest(CALL._replace(batch=16), 0)[0] == "triton"
+    for ms, expected in (({"triton": 2.0, "torch": 1.0}, "torch"), ({"triton": 1.0, "torch": 2.0}, "triton")):
+        tuned.store(0, {CALL: {"ms": ms}})
+        engine, why = engines.fastest(CALL, 0)
+        assert engine == expected and why.startswith("measured: ")
+    half = CALL._replace(dtype="fp16")
+    tuned.store(0, {half: {"ms": {"triton": 1.0}}})
+    with pytest.warns(RuntimeWarning, match="KeyError"):
+        assert engines.fastest(half, 0)[1].startswith("predicted")
+
+
+def test_without_a_measurement_cudnn_must_be_clearly_faster(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    for times, expected in (((3.1, 2.0), "torch"), ((2.9, 2.0), "triton"), ((1.0, 2.0), "triton")):
+        monkeypatch.setattr("fusedlstm.plan.beside_cudnn", lambda *args, times=times: times)
+        assert engines.predicted(CALL, 0)[0] == expected
+    monkeypatch.setattr("fusedlstm.plan.beside_cudnn", lambda *args: (9.0, 1.0))
+    assert engines.predicted(CALL._replace(layout="packed"), 0)[0] == "triton"
+    assert engines.predicted(CALL._replace(proj_size=3), 0)[0] == "triton"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
+    assert engines.predicted(CALL, 0) == ("triton", "this cuDNN has no bfloat16")
+
+
+class OnGPU(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({}, True),
+        ({"backend": "triton"}, False),
+        ({"lengths": torch.tensor([2, 3])}, False),
+        ({"cell_states": True}, False),
+        ({"save": "states"}, False),
+    ],
+    ids=str,
+)
+def test_auto_asks_for_the_fastest_engine_where_cudnn_serves(monkeypatch, options, asked):
+    calls = []
+
+    def fastest(call, index):
+        calls.append(call)
+        raise KeyboardInterrupt  # no kernel runs here
+
+    monkeypatch.setattr(engines, "choose", lambda *args, **kwargs: "triton")
+    monkeypatch.setattr(engines, "fastest", fastest)
+    monkeypatch.setattr(functional, "_layout", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    module = fusedlstm.LSTM(5, 7, 2)
+    input = torch.randn(3, 2, 5).as_subclass(OnGPU)
+    state = torch.zeros(2, 2, 7)
+    with pytest.raises(KeyboardInterrupt):
+        functional.lstm(input, (state, state), module._flat_weights, num_layers=2, **options)
+    expected = Call("lstm", 2, 5, 7, 0, 2, 1, "fp32", launch.precision_of(torch.float32), "dense", True)
+    assert calls == ([expected] if asked else [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((torch.nn.LSTM(3, 4), torch.zeros(2, 2, 3)), TypeError, "module: expected a LSTM, got LSTM|module: expected"),
+        ((fusedlstm.LSTM(3, 4), [1.0]), TypeError, "input: expected a Tensor, got list"),
+        (
+            (fusedlstm.LSTM(3, 4), torch.zeros(2, 2, 3)),
+            RuntimeError,
+            "tune measures .* need a CUDA or ROCm device, got",
+        ),
+        ((fusedlstm.LSTM(3, 4), torch.zeros(2, 2, 3), None, 0.0), ValueError, "seconds: expected a positive number"),
+    ],
+    ids=["module", "input", "device", "seconds"],
+)
+def test_errors_of_tune_name_what_it_needs(arguments, error, text, folder):
+    module, input, *rest = arguments
+    with pytest.raises(error, match=text):
+        fusedlstm.tune(module, input, rest[0] if rest else None, seconds=rest[1] if rest else 1.0)
+    assert not folder.exists()
+
+
+def test_rounds_interleave():
+    """In every second round backwards; the median of each; at least some rounds however little time there is."""
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    clock = iter(range(100))
+
+    def ticks(call):
+        call()
+        return float(next(clock))
+
+    ms = tuning.in_rounds(ticks)(calls, 0.0)
+    assert "".join(order[2 * tuning.WARM_UP :]) == "abbaab"
+    assert ms == {"a": 7.0, "b": 6.0}  # of 4, 7, 8 and 5, 6, 9
+
+
+def test_a_call_that_cannot_run_is_left_out():
+    def fails():
+        raise ValueError("too large")
+
+    timer = tuning.in_rounds(tuning._host_ms)
+    assert list(tuning._timed({"a": fails, "b": lambda: None}, timer, 0.0)) == ["b"]
+    with pytest.raises(RuntimeError, match="none of a runs: ValueError: too large"):
+        tuning._timed({"a": fails}, timer, 0.0)
+
+
+def test_command_line_shows_and_clears(capsys):
+    command_line.main(["tune", "--show"])
+    assert "no choices" in capsys.readouterr().out
+    tuned.store(0, {PROBLEM: stored(second_best()), CALL: {"ms": {"triton": 2.0, "torch": 1.0}}})
+    command_line.main(["tune", "--show"])
+    printed = capsys.readouterr().out
+    assert "device=gpu 0" in printed and "batch=64" in printed and "torch" in printed
+    command_line.main(["tune", "--clear"])
+    assert "removed" in capsys.readouterr().out and not tuned.path().exists()
+    with pytest.raises(SystemExit, match="--hidden: expected"):
+        command_line.main(["tune"])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="need a CUDA or ROCm device"):
+            command_line.main(["tune", "--hidden", "8"])
+
+
+def test_command_line_explains_bound_runners_up_and_engine(capsys):
+    command_line.main(["plan", "--hidden", "1024", "--batch", "128", "--dtype", "bf16"])
+    printed = capsys.readouterr().out
+    assert "bound" in printed and "set by arithmetic" in printed
+    assert printed.count("1. ") == 2 and printed.count("3. ") == 2, "runners-up of both passes"
+    for title in ("training", "inference"):
+        assert f"auto, {title}: t" in printed
+    with pytest.raises(SystemExit, match="does not fit"):
+        command_line.main(["plan", "--hidden", "100000"])
+
+
+def test_tables_without_rich(monkeypatch):
+    from fusedlstm import tables
+
+    rows = [("a", 1), ("long", 2.5)]
+    with_rich = tables.text(["name", "value"], rows)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    plain = tables.text(["name", "value"], rows)
+    assert plain == "name  value\na     1\nlong  2.5"
+    assert [line.split() for line in with_rich.splitlines() if "─" not in line] == [
+        x.split() for x in plain.splitlines()
+    ]
