@@ -59,7 +59,9 @@ def lstm(
     if not torch.is_grad_enabled():
         grad_clip = None
     clips_projection = grad_clip is not None and proj_size > 0
-    engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions, clips_projection)
+    masked = lengths is not None or resets is not None
+    rows = "packed" if batch_sizes is not None else "ragged" if masked else "dense"
+    engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions, clips_projection, rows)
     options = {
         "bias": bias,
         "num_layers": num_layers,
@@ -71,7 +73,6 @@ def lstm(
         "grad_clip": grad_clip,
         "backend": backend,
     }
-    masked = lengths is not None or resets is not None
     if engine == "torch" and masked and _has_steps(input, lengths):
         return _in_pieces(input, hx, weights, batch_sizes, lengths, resets, batch_first, options)
     if batch_sizes is not None and _equal_lengths(batch_sizes):
@@ -109,8 +110,16 @@ def lstm(
             layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
             count = len(weights) // (num_layers * directions)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
-            layer = _layer_of(engine, proj_size, grad_clip, cell_states)
-            output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions, dropout * training)
+            inference = not (torch.is_grad_enabled() and any(x.requires_grad for x in (input, *hx, *weights)))
+            in_one = inference and recurrence.is_one_step(engine, input, layout)
+            if in_one and not (proj_size or cell_states or dropout * training):
+                output, h_n, c_n, _, _ = recurrence.step_fwd(
+                    "lstm", input[0], hx[0], hx[1].unsqueeze(0), weights, directions, False, False
+                )
+                output, c_n = output.unsqueeze(0), c_n.squeeze(0)
+            else:
+                layer = _layer_of(engine, proj_size, grad_clip, cell_states)
+                output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions, dropout * training)
             if batch_first:
                 output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
     results = (output, h_n, c_n, c_seq)

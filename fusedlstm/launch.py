@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedlstm import cells, precision
+from fusedlstm import cells, precision, stepping
 from fusedlstm import plan as planning
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
@@ -111,14 +111,16 @@ def plan_for(cell: str, like: Tensor, T: int, B: int, H: int, D: int, pass_: str
     return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), layout)
 
 
-def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device) -> str | None:
-    """Why a layer of this size cannot run on this GPU, or None if it can."""
+def why_not(
+    cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device, layout: str = "dense"
+) -> str | None:
+    """Why a layer of this size and layout cannot run on this GPU, or None if it can."""
     properties = torch.cuda.get_device_properties(device)
     if not torch.version.hip and properties.major < 8:
         return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
     try:
         for pass_ in ("fwd", "bwd"):
-            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision(), "dense")
+            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision(), layout)
     except planning.PlanError as error:
         return str(error)
     return None
@@ -160,6 +162,10 @@ def recurrence_fwd(
     if B == 0:
         return output, h_n, c_n, gates, c_seq
     plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd", layout.name)
+    if plan.schedule == "stepped":
+        _only_dense(layout)
+        stepping.recurrence_fwd(plan, preact_x, weight_hh, hx, cx, output, h_n, c_n, gates, c_seq)
+        return output, h_n, c_n, gates, c_seq
     weight_hh = [w.contiguous() for w in weight_hh]
     counters = _counters(plan, output.device)
     _launch(
@@ -214,11 +220,16 @@ def recurrence_bwd(
     if B == 0:
         return grad_preact, grad_hx, grad_cx
     plan = plan or plan_for(cell, gates, T, B, H, D, "bwd", layout.name)
-    weight_hh = [w.contiguous() for w in weight_hh]
-    counters = _counters(plan, output.device)
     has_grad_output = grad_output is not None
     if has_grad_output and not _rows_of(grad_output, DH):
         grad_output = grad_output.contiguous()
+    if plan.schedule == "stepped":
+        _only_dense(layout)
+        given = (grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, clip)
+        stepping.recurrence_bwd(plan, *given, grad_preact, grad_hx, grad_cx)
+        return grad_preact, grad_hx, grad_cx
+    weight_hh = [w.contiguous() for w in weight_hh]
+    counters = _counters(plan, output.device)
     _launch(
         plan,
         grad_output_ptr=grad_output if has_grad_output else output,
@@ -253,6 +264,48 @@ def recurrence_bwd(
         ),
     )
     return grad_preact, grad_hx, grad_cx
+
+
+def step_fwd(
+    cell: str,
+    input: Tensor,  # [B, I]
+    hx: Tensor,  # [L*D, B, H]
+    cx: Tensor,  # [S, L*D, B, H]
+    parameters: list[list[Tensor]],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh)
+    directions: int,
+    *,
+    save_gates: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of a stack, one launch a layer. Returns output, h_n, c_n, gates, c_seq as `recurrence.step_fwd` does."""
+    (_, B, H), D, S = hx.shape, directions, cx.size(0)
+    new = functools.partial(torch.empty, dtype=input.dtype, device=input.device)
+    output = [new(B, D * H) for _ in parameters[::D]]
+    h_n, c_n = new(hx.shape), new(cx.shape, dtype=cx.dtype)
+    gates = new((B, D * cells.CELLS[cell].num_gates * H) if save_gates else 0)
+    c_seq = new((S, B, D * H) if save_states else 0, dtype=torch.float32)
+    if B > 0:
+        plans = [step_plan_for(cell, input, H, D, p[0].size(1)) for p in parameters[::D]]
+        stepping.single_step(plans, input, hx, cx, parameters, output, h_n, c_n, gates, c_seq)
+    return output[-1], h_n, c_n, gates, c_seq
+
+
+def step_plan_for(cell: str, like: Tensor, H: int, D: int, input_size: int) -> Plan:
+    """The plan of a step for an input [B, ...] of the dtype and on the device of `like`."""
+    index = like.device.index if like.device.type == "cuda" else None
+    return _cached_step_plan(cell, like.size(0), H, like.dtype, D, index, _float32_precision(), input_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_step_plan(
+    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, precision: str, input_size: int
+) -> Plan:
+    return planning.step_plan(cell, B, H, DTYPES[dtype], D, device_limits(index), "fwd", precision, input_size)
+
+
+def _only_dense(layout: Layout) -> None:
+    if layout.name != "dense":
+        raise ValueError(f"plan: the schedule 'stepped' runs dense batches, got a {layout.name} one")
 
 
 def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:

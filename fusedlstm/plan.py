@@ -8,8 +8,9 @@ direction form a group and exchange h (forward) or the gradients of the preactiv
 | `single` | on chip | none: a group of one, all hidden units in one program |
 | `resident` | the program's slice stays on chip for all steps | group barrier |
 | `streamed` | read from L2 at every step | group barrier |
+| `stepped` | the same | one launch a step, of any number of programs: where no group is small enough, dense only |
 
-Every group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
+Every other group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
 most as many programs as the device holds, and walks the remaining batch tiles one after another.
 
 The choice is the candidate with the least predicted time. The prediction counts bytes, matrix operations and waits; its
@@ -73,7 +74,7 @@ class Plan:
     dtype: str
     hidden: int
     layout: str  # one of LAYOUTS
-    schedule: str  # "single", "resident" or "streamed"
+    schedule: str  # "single", "resident", "streamed" or "stepped"
     block_b: int
     block_h: int
     block_k: int
@@ -110,11 +111,11 @@ class Plan:
 
     @property
     def resident(self) -> bool:
-        return self.schedule != "streamed"
+        return self.schedule in ("single", "resident")
 
     @property
     def barriers_per_step(self) -> int:
-        return 0 if self.local else 1
+        return 1 if self.schedule in ("resident", "streamed") else 0
 
     @property
     def walked(self) -> int:
@@ -162,14 +163,66 @@ def plan(
             )
         )
     ]
+    if not candidates and layout == "dense":
+        return step_plan(cell, batch, hidden, dtype, directions, limits, pass_, precision)
     if not candidates:
         raise PlanError(
-            f"hidden={hidden} with {directions} direction(s) in {dtype} does not fit {limits.name}: a group must be on "
-            f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
+            f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a group must "
+            f"be on the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
         )
     # Better a few spilled bytes than no plan.
     clean = [c for c in candidates if c.layout == "dense" or not _spills_with_masks(c, limits)]
     return min(clean or candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
+
+
+def step_plan(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str = "tf32",
+    input_size: int = 0,
+) -> Plan:
+    """Choose how the kernels of one step run: nobody waits, so there may be more programs than the device holds at once.
+
+    Args: as `plan`, and
+        input_size: I, if the input product is taken in the same launch; 0: the preactivations come ready-made.
+
+    Raises:
+        PlanError: a size is less than 1, or nothing fits.
+    """
+    if min(batch, hidden) < 1 or input_size < 0:
+        raise PlanError(
+            f"batch and hidden: expected at least 1, input_size at least 0, got {batch}, {hidden} and {input_size}"
+        )
+    if limits.arch.startswith("gfx"):
+        precision = "ieee"  # Triton takes tf32 on few AMD targets
+    if batch == 1:
+        tiles = [(1, _units_of_a_row(hidden * directions, limits, pass_))]
+    else:
+        # 64 and 128 rows beside the input product need registers for two products.
+        most_rows = 64 if input_size or (dtype == "fp32" and precision == "ieee") else 128
+        tiles = [
+            (block_b, block_h)
+            for block_b in (16, 32, 64, 128)
+            for block_h in (4, 8, 16, 32, 64)
+            if (block_b == 16 or block_b < 2 * batch) and block_b <= most_rows and (block_h < 2 * hidden or block_h == 4)
+        ]
+    candidates = [
+        candidate
+        for block_b, block_h in tiles
+        if (
+            candidate := _step_candidate(
+                cell, batch, hidden, dtype, directions, limits, pass_, precision, input_size, block_b, block_h
+            )
+        )
+    ]
+    if not candidates:
+        raise PlanError(f"a step with hidden={hidden} in {dtype} does not fit {limits.name}")
+    return min(candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
 
 
 def explain(
@@ -332,6 +385,85 @@ def _candidate(
         why=_why(schedule, slice_bytes, group, limits),
     )
     return None if _spills(found, limits) else found
+
+
+def _units_of_a_row(units: int, limits: DeviceLimits, pass_: str) -> int:
+    """Hidden units of a program for a single sequence: as many as leave four programs to a multiprocessor.
+
+    Backward at least 32: those lie side by side in memory.
+    """
+    most = max(1, units // (4 * limits.num_sms))
+    block_h = min(8, _power_of_2(most + 1) // 2)
+    return max(32, block_h) if pass_ == "bwd" else block_h
+
+
+def _step_candidate(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str,
+    input_size: int,
+    block_b: int,
+    block_h: int,
+) -> Plan | None:
+    """The plan of one step with these tiles, or None if it does not fit."""
+    itemsize = ITEMSIZE[dtype]
+    ieee = dtype == "fp32" and precision == "ieee"
+    columns, reduction = _product_sizes(cell, hidden, block_h, pass_)
+    longest = _power_of_2(max(reduction, input_size))
+    if block_b == 1:
+        block_k, stages, transposed = min(longest, 1024, 8192 // columns), 2, False
+        smem_bytes = stages * columns * block_k * itemsize
+        num_warps = max(1, min(4, columns * block_k // (limits.warp_size * 8)))
+        regs = 64 + 2 * columns * block_k // (limits.warp_size * num_warps)
+    else:
+        transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
+        widest = 16 if ieee else min(128, max(32, (16 << 10) // (itemsize * max(columns, block_b))))
+        block_k = min(widest, max(16, longest))
+        stages = 2 if ieee else 3
+        smem_bytes = stages * block_k * (columns + block_b) * itemsize + 4 * block_b * columns
+        num_warps = 8 if block_b * columns >= 8192 else 4
+        products = 2 if input_size else 1
+        regs = _registers(
+            block_b, block_h, block_k, products * columns, itemsize, num_warps * limits.warp_size, "streamed", 0, limits
+        )
+    if smem_bytes > limits.smem_bytes or regs > 255:
+        return None
+    group, tiles_b = math.ceil(hidden / block_h), math.ceil(batch / block_b)
+    tflops = limits.fp32_tflops if ieee or block_b == 1 else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
+    if limits.wide_mma and (columns if transposed else block_b) < 64:
+        tflops *= 0.6  # the narrow instruction
+    math_us = 2 * block_b * columns * (reduction + input_size) / (tflops / limits.num_sms * 1e6)
+    l2_bytes = (block_b + columns) * (reduction + input_size) * itemsize
+    l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
+    pointwise_us = 0.3 + 0.002 * block_b * block_h / num_warps
+    waves = math.ceil(group * tiles_b * directions / limits.num_sms)
+    return Plan(
+        cell=cell,
+        pass_=pass_,
+        arch=limits.arch,
+        dtype=dtype,
+        hidden=hidden,
+        layout="dense",
+        schedule="stepped",
+        block_b=block_b,
+        block_h=block_h,
+        block_k=block_k,
+        transposed=transposed,
+        precision=precision if dtype == "fp32" else "tf32",
+        num_warps=num_warps,
+        stages=stages,
+        grid=(group, tiles_b, directions),
+        tiles_b=tiles_b,
+        smem_bytes=smem_bytes,
+        regs=regs,
+        step_us=waves * (max(math_us, l2_us) + pointwise_us),
+        why="one launch a step: weights pass by once, h goes through memory, nobody waits",
+    )
 
 
 def _spills(p: Plan, limits: DeviceLimits) -> bool:
