@@ -1,9 +1,9 @@
 """Fused LSTM layers for PyTorch: `fusedlstm.LSTM` in place of `torch.nn.LSTM`."""
 
-from fusedlstm import sequences
+from fusedlstm import heads, sequences
 from fusedlstm.conversion import convert, patch_torch, restore
 from fusedlstm.modules import LSTM, LSTMCell
 from fusedlstm.streaming import Stream
 
-__all__ = ["LSTM", "LSTMCell", "Stream", "__version__", "convert", "patch_torch", "restore", "sequences"]
+__all__ = ["LSTM", "LSTMCell", "Stream", "__version__", "convert", "heads", "patch_torch", "restore", "sequences"]
 __version__ = "0.1.0"

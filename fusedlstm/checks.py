@@ -26,6 +26,18 @@ def grad_clip(value: float | None) -> float | None:
     return float(value)
 
 
+def num_heads(value: int, hidden_size: int, proj_size: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"num_heads: expected an integer, got {type(value).__name__}")
+    if value < 1 or hidden_size % value:
+        raise ValueError(f"num_heads: expected a positive divisor of hidden_size ({hidden_size}), got {value}")
+    if value > 1 and proj_size:
+        raise ValueError(
+            f"num_heads: expected 1 with proj_size={proj_size}, which mixes the units of all heads, got {value}"
+        )
+    return int(value)
+
+
 def instance(name: str, value, cls: type) -> None:
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")

@@ -100,7 +100,8 @@ def restore(model: nn.Module) -> Report:
     """Make every LSTM and LSTMCell of ours in `model` one of `torch.nn` again. Changes `model` in place.
 
     The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
-    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` is lost. What
+    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` is lost. A module with
+    `grad_clip` or heads, which torch's have not, stays. What
     was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one piece.
 
     Returns:
@@ -118,11 +119,13 @@ def restore(model: nn.Module) -> Report:
         why = _own_code(before) if target is None else _why_untouched(module)
         if why is None and getattr(module, "grad_clip", None) is not None:
             why = "torch.nn has no grad_clip"
+        if why is None and module.num_heads > 1:
+            why = "torch.nn has no heads (fusedlstm.heads.dense_weight gives the weights of a dense layer)"
         if why is not None:
             kept[name] = why
         else:
             replaced[name] = _assign_class(module, target)
-            for ours in ("backend", "grad_clip"):
+            for ours in ("backend", "grad_clip", "num_heads"):
                 vars(module).pop(ours, None)
     return Report(replaced, kept)
 

@@ -35,7 +35,8 @@ def lstm(
     Args:
         input: any strides.
         hx: h and c before the first step.
-        weights: in the order of `torch.nn.LSTM._flat_weights`; rows in gate order i, f, g, o.
+        weights: in the order of `torch.nn.LSTM._flat_weights`; rows in gate order i, f, g, o. A weight_hh [4H, DH] with
+            fewer columns than h has H / DH heads (`fusedlstm.heads`).
         batch_sizes: how many sequences have a step t, as in a PackedSequence; `input`, `hx` and the results are then in
             its sorted order, and `batch_first` is ignored.
         lengths: steps of every sequence, 0 to T; what follows is padding. Not with `batch_sizes`.
@@ -83,7 +84,8 @@ def lstm(
     batch_first = batch_first and batch_sizes is None
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
-        if not (masked or cell_states or grad_clip is not None):  # which ATen does not serve
+        has_heads = not proj_size and weights[1].size(1) < hx[1].size(-1)
+        if not (masked or cell_states or grad_clip is not None or has_heads):  # which ATen does not serve
             schedule = torch_engine.schedule(input, dtype, batch_sizes, batch_first, hx[1].size(-1), proj_size)
         compute_dtype = torch_engine.compute_dtype(input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
@@ -130,7 +132,7 @@ def lstm_cell(
     input: Tensor,  # [B, I]
     hx: tuple[Tensor, Tensor],  # each [B, H]
     weight_ih: Tensor,  # [4H, I]
-    weight_hh: Tensor,  # [4H, H]
+    weight_hh: Tensor,  # [4H, H], or [4H, DH] with heads
     bias_ih: Tensor | None = None,  # [4H]
     bias_hh: Tensor | None = None,  # [4H]
     *,
@@ -139,7 +141,8 @@ def lstm_cell(
     """Run one LSTM step; differentiable in every tensor argument. Returns h and c, each [B, H]. Dtypes as in `lstm`."""
     dtype = _result_dtype(input)
     weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
-    if engines.choose(backend, input.device, dtype, "lstm", hx[0].size(-1)) == "torch":
+    hidden = hx[0].size(-1)
+    if engines.choose(backend, input.device, dtype, "lstm", hidden) == "torch" and weight_hh.size(1) == hidden:
         compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
         with _autocast_off(input):

@@ -16,6 +16,7 @@ import threading
 
 import numpy as np
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 from triton.runtime.errors import InterpreterError
 
@@ -110,24 +111,37 @@ class _Scheduler:
 _local = threading.local()  # the scheduler and the number of the program that this thread runs
 
 
-def _yielding(name: str):
-    """An interpreter operation after which the baton may go on."""
+def _yielding(name: str, always: bool):
+    """An interpreter operation after which the baton may go on; if not `always`, only where it polls."""
     operation = getattr(stock.InterpreterBuilder, name)
 
     def yielding(self, *args, **kwargs):
         result = operation(self, *args, **kwargs)
         scheduler = getattr(_local, "scheduler", None)
         if scheduler is not None:
-            progress = True
-            if name == "create_atomic_rmw":
-                # Adding zero is a poll; it is progress only if it saw a new value.
-                seen = result.data.tobytes()
-                progress = bool((args[2].data != 0).any()) or seen != _local.seen
-                _local.seen = seen
-            scheduler.switch(_local.program, progress)
+            polls, progress = _poll(name, args, result)
+            if always or polls:
+                scheduler.switch(_local.program, progress)
         return result
 
     return operation, yielding
+
+
+def _poll(name: str, args, result) -> tuple[bool, bool]:
+    """Whether an operation waits for another program, and whether it saw something new. What does not wait is progress."""
+    if name == "create_atomic_rmw":
+        pointers, polls = args[1], not (args[2].data != 0).any()  # adding zero
+    elif name == "create_masked_load" and args[3] == ir.CACHE_MODIFIER.CG:
+        bits = np.ascontiguousarray(result.data).view(f"i{result.data.itemsize}")
+        pointers, polls = args[0], bool((bits == -1).any())  # what `kernels.exchange` calls absent
+    else:
+        return False, True
+    if not polls:
+        return False, True
+    address, seen = pointers.data.flat[0], result.data.tobytes()
+    progress = _local.seen.get(address) != seen
+    _local.seen[address] = seen
+    return True, progress
 
 
 def replace_grid(run_programs):
@@ -163,18 +177,21 @@ def side_by_side(seed: int | None = None, yield_on_memory: bool = False, patienc
 
     Args:
         seed: of the schedule; None is round robin.
-        yield_on_memory: hand the baton on at every load and store too, not only at atomics. A barrier that does not
-            wait is caught only so.
+        yield_on_memory: hand the baton on at every load and store too, not only at atomics and at loads that see what
+            has not arrived. An exchange that does not wait is caught only so.
         patience: polls without progress, a program, after which the launch is a deadlock.
 
     Raises:
         Deadlock: all programs wait.
     """
     builder = stock.InterpreterBuilder
-    names = ["create_atomic_rmw"] + ["create_masked_load", "create_masked_store"] * yield_on_memory
     saved = {}
-    for name in names:
-        saved[name], replacement = _yielding(name)
+    for name, always in {
+        "create_atomic_rmw": True,
+        "create_masked_load": yield_on_memory,
+        "create_masked_store": yield_on_memory,
+    }.items():
+        saved[name], replacement = _yielding(name, always)
         setattr(builder, name, replacement)
     saved_call = stock.GridExecutor.__call__
     saved_options = stock.interpreter_builder.options
@@ -184,7 +201,7 @@ def side_by_side(seed: int | None = None, yield_on_memory: bool = False, patienc
         scheduler = _Scheduler(programs, seed, patience)
 
         def body(me):
-            _local.scheduler, _local.program, _local.seen = scheduler, me, None
+            _local.scheduler, _local.program, _local.seen = scheduler, me, {}
             scheduler.run(me, lambda: fn(**args))
 
         threads = [threading.Thread(target=body, args=(k,), daemon=True) for k in range(len(programs))]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fusedlstm import cells, precision, stepping
 from fusedlstm import plan as planning
+from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
@@ -32,12 +34,20 @@ if triton.knobs.runtime.interpret:
     interpreter.repair_bfloat16()
 
 
+class Stack(NamedTuple):
+    """What the layers of a stack above the first make of the h of the layer below, in the launch of all of them."""
+
+    weight_ih: Tensor  # [D - 1, G*H, H]
+    bias: Tensor  # [D - 1, G*H]
+
+
 def constants(plan: Plan, **flags: bool) -> dict:
     """The compile-time arguments of the plan's kernel; `flags` are those of `FLAGS` that are on."""
     assert flags.keys() <= set(FLAGS[plan.pass_]), f"flags: expected some of {FLAGS[plan.pass_]}, got {[*flags]}"
     cell = cells.CELLS[plan.cell]
     return {
         "H": plan.hidden,
+        "DH": plan.hidden // plan.heads,
         "G": cell.num_gates,
         "S": cell.num_cell_states,
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
@@ -45,11 +55,12 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "BLOCK_B": plan.block_b,
         "BLOCK_H": plan.block_h,
         "BLOCK_K": plan.block_k,
-        "LOCAL": plan.local,
+        "PROTOCOL": plan.protocol,
         "RESIDENT": plan.resident,
         "TRANSPOSED": plan.transposed,
         "PRECISION": plan.precision,
         "STAGES": plan.stages,
+        "STACK": plan.stack,
         "SPIN_LIMIT": planning.SPIN_LIMIT,
         **{name: flags.get(name, False) for name in FLAGS[plan.pass_]},
     }
@@ -105,10 +116,20 @@ def device_limits(index: int | None) -> planning.DeviceLimits:
     )
 
 
-def plan_for(cell: str, like: Tensor, T: int, B: int, H: int, D: int, pass_: str, layout: str) -> Plan:
+def plan_for(
+    cell: str,
+    like: Tensor,
+    weight_hh: list[Tensor],  # D times [G*H, H / heads]
+    hx: Tensor,  # [D, B, H]
+    pass_: str,
+    layout: str,
+    stack: bool = False,
+) -> Plan:
     """The plan for tensors of the dtype and on the device of `like`."""
     index = like.device.index if like.device.type == "cuda" else None
-    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), layout)
+    D, B, H = hx.shape
+    heads = H // weight_hh[0].size(1)
+    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), layout, heads, stack)
 
 
 def why_not(
@@ -132,51 +153,67 @@ def _float32_precision() -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _cached_plan(
-    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, pass_: str, precision: str, layout: str
+    cell: str,
+    B: int,
+    H: int,
+    dtype: torch.dtype,
+    D: int,
+    index: int | None,
+    pass_: str,
+    precision: str,
+    layout: str,
+    heads: int = 1,
+    stack: bool = False,
 ) -> Plan:
     """T has no part in the choice."""
-    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, device_limits(index), pass_, precision, layout)
+    limits = device_limits(index)
+    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, limits, pass_, precision, layout, heads, stack)
 
 
 def recurrence_fwd(
     cell: str,
-    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous; of a stack layer 0's, [1, ...]
+    weight_hh: list[Tensor],  # D times [G*H, H / heads]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     layout: Layout = DENSE,
     *,
     save_gates: bool,
     save_states: bool,
+    stack: Stack | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `recurrence.recurrence_fwd` does."""
-    D, *rows, GH = preact_x.shape
-    B, H, S = hx.size(1), hx.size(2), cx.size(0)
+    """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `recurrence.recurrence_fwd` does.
+
+    With `stack` the D recurrences are the layers of a stack, and D is an axis of its own: output [D, T, B, H], gates
+    [D, T, B, G*H], c_seq [S, D, T, B, H].
+    """
+    _, *rows, GH = preact_x.shape
+    (D, B, H), S = hx.shape, cx.size(0)
     packed = layout.first_row is not None
     T = len(layout.first_row) - 1 if packed else rows[0]
+    sequence = (lambda width: (D, *rows, width)) if stack else (lambda width: (*rows, D * width))
     new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
-    output, h_n, c_n = new(*rows, D * H), new(D, B, H), new(S, D, B, H)
-    gates = new((*rows, D * GH) if save_gates else 0)
-    c_seq = new((S, *rows, D * H) if save_states else 0, dtype=torch.float32)
+    output, h_n, c_n = new(sequence(H)), new(D, B, H), new(S, D, B, H)
+    gates = new(sequence(GH) if save_gates else 0)
+    c_seq = new((S, *sequence(H)) if save_states else 0, dtype=torch.float32)
     if B == 0:
         return output, h_n, c_n, gates, c_seq
-    plan = plan or plan_for(cell, preact_x, T, B, H, D, "fwd", layout.name)
+    plan = plan or plan_for(cell, preact_x, weight_hh, hx, "fwd", layout.name, stack is not None)
     if plan.schedule == "stepped":
-        _only_dense(layout)
+        _only_dense(layout, stack)
         stepping.recurrence_fwd(plan, preact_x, weight_hh, hx, cx, output, h_n, c_n, gates, c_seq)
         return output, h_n, c_n, gates, c_seq
-    weight_hh = [w.contiguous() for w in weight_hh]
     counters = _counters(plan, output.device)
     _launch(
         plan,
         preact_x_ptr=preact_x,
-        weight_hh_ptr=weight_hh[0],
-        weight_hh_reverse_ptr=weight_hh[-1],
+        **_weights(weight_hh, stack),
+        bias_ptr=stack.bias.contiguous() if stack else preact_x,
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
-        output_ptr=output,
+        output_ptr=_exchanged(output, plan),
         h_n_ptr=h_n,
         c_n_ptr=c_n,
         gates_ptr=gates,
@@ -196,39 +233,39 @@ def recurrence_fwd(
 
 def recurrence_bwd(
     cell: str,
-    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
-    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
+    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]; of a stack the last layer's, [T, B, H] or [R, H]
+    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]; the same
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, H / heads]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]; these three as `recurrence_fwd` returns them
     gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
     layout: Layout = DENSE,
     clip: float | None = None,
     *,
+    stack: Stack | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel. Returns grad_preact, grad_hx, grad_cx as `recurrence.recurrence_bwd` does."""
-    *rows, DH = output.shape
+    """Launch the backward kernel. Returns grad_preact like gates, grad_hx, grad_cx as `recurrence.recurrence_bwd` does."""
+    rows, width = output.shape[bool(stack) : -1], output.size(-1)
     D, B, H = hx.shape
     packed = layout.first_row is not None
     T = len(layout.first_row) - 1 if packed else rows[0]
     grad_preact, grad_hx, grad_cx = torch.empty_like(gates), hx.new_empty(D, B, H), cx.new_empty(cx.shape)
     if B == 0:
         return grad_preact, grad_hx, grad_cx
-    plan = plan or plan_for(cell, gates, T, B, H, D, "bwd", layout.name)
+    plan = plan or plan_for(cell, gates, weight_hh, hx, "bwd", layout.name, stack is not None)
     has_grad_output = grad_output is not None
-    if has_grad_output and not _rows_of(grad_output, DH):
+    if has_grad_output and not _rows_of(grad_output, width):
         grad_output = grad_output.contiguous()
     if plan.schedule == "stepped":
-        _only_dense(layout)
+        _only_dense(layout, stack)
         given = (grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, clip)
         stepping.recurrence_bwd(plan, *given, grad_preact, grad_hx, grad_cx)
         return grad_preact, grad_hx, grad_cx
-    weight_hh = [w.contiguous() for w in weight_hh]
     counters = _counters(plan, output.device)
     _launch(
         plan,
@@ -236,15 +273,14 @@ def recurrence_bwd(
         grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
         grad_h_n_ptr=grad_h_n.contiguous(),
         grad_c_n_ptr=grad_c_n.contiguous(),
-        weight_hh_ptr=weight_hh[0],
-        weight_hh_reverse_ptr=weight_hh[-1],
+        **_weights(weight_hh, stack),
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
-        grad_preact_ptr=grad_preact,
+        grad_preact_ptr=_exchanged(grad_preact, plan),
         grad_hx_ptr=grad_hx,
         grad_cx_ptr=grad_cx,
         arrived_ptr=counters,
@@ -252,8 +288,8 @@ def recurrence_bwd(
         B=B,
         D=D,
         R=math.prod(rows),
-        rows_grad_output_t=grad_output.stride(0) // DH if has_grad_output and not packed else 0,
-        rows_grad_output_b=grad_output.stride(-2) // DH if has_grad_output else 0,
+        rows_grad_output_t=grad_output.stride(0) // width if has_grad_output and not packed else 0,
+        rows_grad_output_b=grad_output.stride(-2) // width if has_grad_output else 0,
         clip=0.0 if clip is None else clip,
         **constants(
             plan,
@@ -285,27 +321,44 @@ def step_fwd(
     gates = new((B, D * cells.CELLS[cell].num_gates * H) if save_gates else 0)
     c_seq = new((S, B, D * H) if save_states else 0, dtype=torch.float32)
     if B > 0:
-        plans = [step_plan_for(cell, input, H, D, p[0].size(1)) for p in parameters[::D]]
+        heads = H // parameters[0][1].size(1)
+        plans = [step_plan_for(cell, input, H, D, heads, p[0].size(1)) for p in parameters[::D]]
         stepping.single_step(plans, input, hx, cx, parameters, output, h_n, c_n, gates, c_seq)
     return output[-1], h_n, c_n, gates, c_seq
 
 
-def step_plan_for(cell: str, like: Tensor, H: int, D: int, input_size: int) -> Plan:
+def step_plan_for(cell: str, like: Tensor, H: int, D: int, heads: int, input_size: int) -> Plan:
     """The plan of a step for an input [B, ...] of the dtype and on the device of `like`."""
     index = like.device.index if like.device.type == "cuda" else None
-    return _cached_step_plan(cell, like.size(0), H, like.dtype, D, index, _float32_precision(), input_size)
+    return _cached_step_plan(cell, like.size(0), H, like.dtype, D, index, _float32_precision(), heads, input_size)
 
 
 @functools.lru_cache(maxsize=4096)
 def _cached_step_plan(
-    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, precision: str, input_size: int
+    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, precision: str, heads: int, input_size: int
 ) -> Plan:
-    return planning.step_plan(cell, B, H, DTYPES[dtype], D, device_limits(index), "fwd", precision, input_size)
+    limits = device_limits(index)
+    return planning.step_plan(cell, B, H, DTYPES[dtype], D, limits, "fwd", precision, heads, input_size)
 
 
-def _only_dense(layout: Layout) -> None:
-    if layout.name != "dense":
-        raise ValueError(f"plan: the schedule 'stepped' runs dense batches, got a {layout.name} one")
+def _only_dense(layout: Layout, stack: Stack | None) -> None:
+    if layout.name != "dense" or stack:
+        raise ValueError(
+            f"plan: the schedule 'stepped' runs dense batches of one layer, got {'a stack' if stack else layout.name}"
+        )
+
+
+def _weights(weight_hh: list[Tensor], stack: Stack | None) -> dict[str, Tensor]:
+    """The weights of all recurrences in one tensor each; a single one is taken as it lies."""
+    weight_hh = weight_hh[0].contiguous() if len(weight_hh) == 1 else torch.stack(weight_hh)
+    return {"weight_hh_ptr": weight_hh, "weight_ih_ptr": stack.weight_ih.contiguous() if stack else weight_hh}
+
+
+def _exchanged(x: Tensor, plan: Plan) -> Tensor:
+    """A new tensor that the group writes and reads: filled for the protocol of `exchange` that needs it."""
+    if plan.protocol == "data":
+        x.view(torch.int16 if x.element_size() == 2 else torch.int32).fill_(exchange.ABSENT.value)
+    return x
 
 
 def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
@@ -337,8 +390,8 @@ def _launch(plan: Plan, **arguments) -> None:
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
-    """One counter a batch tile and direction, at zero."""
-    shape = (plan.grid[2], plan.tiles_b, planning.COUNTER_STRIDE) if not plan.local else 1
+    """One counter a recurrence, head and batch tile, at zero."""
+    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if plan.protocol == "counter" else 1
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
 

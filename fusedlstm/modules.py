@@ -30,6 +30,9 @@ class LSTM(nn.RNNBase):
             serves the call or raises.
         grad_clip: in the backward, every element of the gradient of an h or c that enters a step is kept within
             -grad_clip and grad_clip; None is no limit. Of scaled losses (`GradScaler`) it bounds the scaled gradient.
+        num_heads: n, how many groups of DH = H / n hidden units there are, each of which sees only its own h: U is block
+            diagonal. Unit u is of head u // DH, and `weight_hh_l*` is [4H, DH], a column for every unit of the row's
+            head; initial values are uniform in 1 / sqrt(H) as all others. 1 is the usual LSTM. Not with `proj_size`.
 
     Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
         [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
@@ -55,6 +58,7 @@ class LSTM(nn.RNNBase):
         *,
         backend: str = "auto",
         grad_clip: float | None = None,
+        num_heads: int = 1,
     ) -> None:
         nn.RNNBase.__init__(  # by name: between this class and nn.RNNBase a subclass may have nn.LSTM
             self,
@@ -67,13 +71,19 @@ class LSTM(nn.RNNBase):
             dropout,
             bidirectional,
             proj_size,
-            device,
+            device if num_heads == 1 else "meta",
             dtype,
         )
         self.backend = checks.backend(backend)
         self.grad_clip = checks.grad_clip(grad_clip)
+        self.num_heads = checks.num_heads(num_heads, hidden_size, proj_size)
+        if num_heads > 1:
+            _make_heads(self, device)
 
-    backend, grad_clip = "auto", None  # of a module that was made without our constructor
+    backend, grad_clip, num_heads = "auto", None, 1  # of a module that was made without our constructor
+
+    def extra_repr(self) -> str:
+        return _with_heads(super().extra_repr(), self.num_heads)
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
@@ -164,21 +174,36 @@ class LSTM(nn.RNNBase):
 
 
 class LSTMCell(nn.RNNCellBase):
-    r"""One LSTM step; takes the place of `torch.nn.LSTMCell`. Equations and engines as in :class:`LSTM`.
+    r"""One LSTM step; takes the place of `torch.nn.LSTMCell`. Equations, engines and heads as in :class:`LSTM`.
 
     Shapes: input [B, I] or [I]; h_0 and c_0 [B, H] or [H], zero if not given; returns (h_1, c_1) of the same shape.
     Raises: ValueError or RuntimeError with the type and text of `torch.nn.LSTMCell`.
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None, *, backend: str = "auto"
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+        num_heads: int = 1,
     ) -> None:
+        made_on = device if num_heads == 1 else "meta"
         nn.RNNCellBase.__init__(  # by name, as in LSTM
-            self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype
+            self, input_size, hidden_size, bias, num_chunks=4, device=made_on, dtype=dtype
         )
         self.backend = checks.backend(backend)
+        self.num_heads = checks.num_heads(num_heads, hidden_size)
+        if num_heads > 1:
+            _make_heads(self, device)
 
-    backend = "auto"  # of a module that was made without our constructor
+    backend, num_heads = "auto", 1  # of a module that was made without our constructor
+
+    def extra_repr(self) -> str:
+        return _with_heads(super().extra_repr(), self.num_heads)
 
     def forward(
         self,
@@ -199,3 +224,17 @@ class LSTMCell(nn.RNNCellBase):
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend
         )
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+
+def _make_heads(module: LSTM | LSTMCell, device) -> None:
+    """Give a module whose parameters torch made dense, and on the meta device, those of its heads on `device`."""
+    for name, weight in list(module.named_parameters()):
+        if name.startswith("weight_hh"):
+            heads = weight.new_empty(len(weight), module.hidden_size // module.num_heads)
+            setattr(module, name, nn.Parameter(heads))
+    module.to_empty(device=torch.empty(0, device=device).device)  # None is the default device
+    module.reset_parameters()
+
+
+def _with_heads(text: str, num_heads: int) -> str:
+    return text if num_heads == 1 else f"{text}, num_heads={num_heads}"

@@ -73,16 +73,19 @@ class Plan:
     arch: str
     dtype: str
     hidden: int
+    heads: int  # block-diagonal blocks of weight_hh
+    stack: bool  # whether the recurrences of the launch are layers, and not directions
     layout: str  # one of LAYOUTS
     schedule: str  # "single", "resident", "streamed" or "stepped"
     block_b: int
     block_h: int
     block_k: int
+    protocol: str  # of the exchange: "counter", "data" or "none"
     transposed: bool
     precision: str  # of float32 products: "tf32" or "ieee"
     num_warps: int
     stages: int  # of the streamed loop
-    grid: tuple[int, int, int]  # programs of a group, groups that run side by side a direction, directions
+    grid: tuple[int, int, int]  # programs of all heads' groups, batch tiles that run side by side, directions or layers
     tiles_b: int  # batch tiles; grid[1] of them run at once
     smem_bytes: int  # at most, a program
     regs: int  # roughly, a thread
@@ -92,22 +95,22 @@ class Plan:
     @property
     def group(self) -> int:
         """Programs that exchange data."""
-        return self.grid[0]
+        return self.grid[0] // self.heads
 
     @property
     def columns(self) -> int:
         """N of the program's product: gates and units forward, units backward."""
-        return _product_sizes(self.cell, self.hidden, self.block_h, self.pass_)[0]
+        return _product_sizes(self.cell, self.hidden // self.heads, self.block_h, self.pass_)[0]
 
     @property
     def reduction(self) -> int:
         """K of the program's product: units forward, gates and units backward."""
-        return _product_sizes(self.cell, self.hidden, self.block_h, self.pass_)[1]
+        return _product_sizes(self.cell, self.hidden // self.heads, self.block_h, self.pass_)[1]
 
     @property
     def local(self) -> bool:
         """Whether nothing is exchanged."""
-        return self.schedule == "single"
+        return self.protocol == "none"
 
     @property
     def resident(self) -> bool:
@@ -134,6 +137,9 @@ def plan(
     pass_: str,
     precision: str = "tf32",
     layout: str = "dense",
+    heads: int = 1,
+    stack: bool = False,
+    protocol: str | None = None,
 ) -> Plan:
     """Choose how one layer runs.
 
@@ -141,11 +147,14 @@ def plan(
         cell: a name of `fusedlstm.cells.CELLS`.
         steps, batch, hidden: T, B, H; at least 1. T does not change the choice.
         dtype: "fp32", "fp16" or "bf16".
-        directions: 1 or 2; both run in one launch.
+        directions: 1 or 2, or the layers of a stack; all run in one launch.
         limits: of the device; `DEVICES` has one an architecture.
         pass_: "fwd" or "bwd".
         precision: of float32 products, "tf32" or "ieee".
         layout: one of `LAYOUTS`; with lengths of their own, the tiles of a group end at different steps.
+        heads: blocks of a block-diagonal `weight_hh`.
+        stack: whether the recurrences are the layers of a stack, as a wave.
+        protocol: of the exchange, "counter" or "data"; None leaves it to the plan.
 
     Raises:
         PlanError: nothing fits; the text names the size and the limit.
@@ -156,15 +165,29 @@ def plan(
         precision = "ieee"  # Triton takes tf32 on few AMD targets
     candidates = [
         candidate
-        for schedule, block_b, block_h in _tilings(hidden, batch, dtype, precision, pass_)
+        for schedule, block_b, block_h in _tilings(hidden // heads, batch, dtype, precision, pass_)
         if (
             candidate := _candidate(
-                cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, schedule, block_b, block_h
+                cell,
+                batch,
+                hidden,
+                dtype,
+                directions,
+                limits,
+                pass_,
+                precision,
+                layout,
+                heads,
+                stack,
+                protocol,
+                schedule,
+                block_b,
+                block_h,
             )
         )
     ]
-    if not candidates and layout == "dense":
-        return step_plan(cell, batch, hidden, dtype, directions, limits, pass_, precision)
+    if not candidates and layout == "dense" and not stack:
+        return step_plan(cell, batch, hidden, dtype, directions, limits, pass_, precision, heads)
     if not candidates:
         raise PlanError(
             f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a group must "
@@ -184,6 +207,7 @@ def step_plan(
     limits: DeviceLimits,
     pass_: str,
     precision: str = "tf32",
+    heads: int = 1,
     input_size: int = 0,
 ) -> Plan:
     """Choose how the kernels of one step run: nobody waits, so there may be more programs than the device holds at once.
@@ -203,20 +227,21 @@ def step_plan(
     if batch == 1:
         tiles = [(1, _units_of_a_row(hidden * directions, limits, pass_))]
     else:
-        # 64 and 128 rows beside the input product need registers for two products.
-        most_rows = 64 if input_size or (dtype == "fp32" and precision == "ieee") else 128
+        # An element of the cell needs a dozen registers; unaligned rows need more, and so do two products at once.
+        unaligned = hidden // heads * ITEMSIZE[dtype] % 16 or (dtype == "fp32" and precision == "ieee")
+        most = 2048 if unaligned or input_size or limits.arch.startswith("gfx") else 4096
         tiles = [
             (block_b, block_h)
             for block_b in (16, 32, 64, 128)
             for block_h in (4, 8, 16, 32, 64)
-            if (block_b == 16 or block_b < 2 * batch) and block_b <= most_rows and (block_h < 2 * hidden or block_h == 4)
+            if (block_b == 16 or block_b < 2 * batch) and block_b * block_h <= most and block_h < max(5, 2 * hidden // heads)
         ]
     candidates = [
         candidate
         for block_b, block_h in tiles
         if (
             candidate := _step_candidate(
-                cell, batch, hidden, dtype, directions, limits, pass_, precision, input_size, block_b, block_h
+                cell, batch, hidden, dtype, directions, limits, pass_, precision, heads, input_size, block_b, block_h
             )
         )
     ]
@@ -237,7 +262,7 @@ def explain(
             f"\n{title}: {p.schedule} - {p.why}",
             f"  tile           {p.block_b} batch rows x {p.block_h} hidden units, reduction in chunks of {p.block_k}"
             + (", transposed dot" if p.transposed else ""),
-            f"  grid           {p.grid[0]} programs a group x {p.grid[1]} groups x {p.grid[2]} direction(s), "
+            f"  grid           {p.group} programs a group x {p.grid[1]} groups x {p.grid[2]} direction(s), "
             f"{p.num_warps} warps each; {p.walked} batch tile(s) a group, one after another",
             f"  shared memory  at most {p.smem_bytes / 1024:.0f} of {limits.smem_bytes >> 10} KiB; "
             f"about {p.regs} registers a thread",
@@ -308,6 +333,9 @@ def _candidate(
     pass_: str,
     precision: str,
     layout: str,
+    heads: int,
+    stack: bool,
+    protocol: str | None,
     schedule: str,
     block_b: int,
     block_h: int,
@@ -315,24 +343,33 @@ def _candidate(
     """The plan with these tiles, or None if it does not fit."""
     itemsize = ITEMSIZE[dtype]
     ieee = dtype == "fp32" and precision == "ieee"
-    columns, reduction = _product_sizes(cell, hidden, block_h, pass_)
-    group = 1 if schedule == "single" else math.ceil(hidden / block_h)
-    if group * directions > limits.num_sms:
+    columns, reduction = _product_sizes(cell, hidden // heads, block_h, pass_)
+    group = 1 if schedule == "single" else math.ceil(hidden // heads / block_h)
+    if schedule == "single":
+        if stack:
+            return None  # layers exchange h
+        protocol = "none"
+    elif protocol is None:
+        protocol = "counter"
+    group_of_heads = group * heads
+    if protocol != "none" and group_of_heads * directions > limits.num_sms:
         return None
 
     transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
     if schedule == "resident" and dtype == "fp32" and reduction * columns > 1 << 15:
         transposed = False  # spills, where the plain form does not
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, reduction, transposed, layout)
-    chunks = math.ceil(reduction / (hidden if schedule == "single" else block_k))
-    slice_bytes = chunks * block_k * columns * itemsize
+    by_gate = pass_ == "bwd" and (schedule == "single" or heads > 1)  # a head's columns are a part of every gate
+    segment = hidden // heads if by_gate else reduction
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, pass_, segment, transposed, layout)
+    chunks = reduction // segment * math.ceil(segment / block_k)
+    slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
     stages = 1 if schedule != "streamed" else 2 if ieee else 3
     if schedule == "streamed":
         smem_bytes = stages * (block_k * columns * itemsize + exchange_bytes)
     else:
         if schedule == "single" and pass_ == "bwd":
-            exchange_bytes *= reduction // hidden  # the gradients of all gates are on their way at once
+            exchange_bytes *= chunks  # the gradients of all gates are on their way at once
         in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
         smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
     smem_bytes += 4 * block_b * columns  # a change of layout may stage the accumulators
@@ -347,7 +384,7 @@ def _candidate(
     if regs > 255:
         return None
     tiles_b = math.ceil(batch / block_b)
-    groups = min(tiles_b, limits.num_sms // (group * directions)) if schedule != "single" else tiles_b
+    groups = tiles_b if protocol == "none" else min(tiles_b, limits.num_sms // (group_of_heads * directions))
     walked = math.ceil(tiles_b / groups)
 
     matrix_rows = columns if transposed else block_b
@@ -355,29 +392,32 @@ def _candidate(
     if limits.wide_mma and matrix_rows < 64:
         tflops *= 0.6  # the narrow instruction
     math_us = 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
-    l2_bytes = 0 if schedule == "single" else block_b * reduction * itemsize
+    l2_bytes = 0 if protocol == "none" else block_b * reduction * itemsize
     if schedule == "streamed":
         l2_bytes += slice_bytes
     l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
     pointwise_us = 0.3 + 0.002 * block_b * block_h / num_warps
     step_us = math_us + l2_us + pointwise_us + (0.0 if schedule == "single" else limits.barrier_us)
-    waves = math.ceil(tiles_b * group * directions / limits.num_sms) if schedule == "single" else walked
+    waves = math.ceil(tiles_b * group_of_heads * directions / limits.num_sms) if protocol == "none" else walked
     found = Plan(
         cell=cell,
         pass_=pass_,
         arch=limits.arch,
         dtype=dtype,
         hidden=hidden,
+        heads=heads,
+        stack=stack,
         layout=layout,
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
         block_k=block_k,
+        protocol=protocol,
         transposed=transposed,
         precision=precision if dtype == "fp32" else "tf32",
         num_warps=num_warps,
         stages=stages,
-        grid=(group, groups, directions),
+        grid=(group_of_heads, groups, directions),
         tiles_b=tiles_b,
         smem_bytes=smem_bytes,
         regs=regs,
@@ -406,6 +446,7 @@ def _step_candidate(
     limits: DeviceLimits,
     pass_: str,
     precision: str,
+    heads: int,
     input_size: int,
     block_b: int,
     block_h: int,
@@ -413,8 +454,8 @@ def _step_candidate(
     """The plan of one step with these tiles, or None if it does not fit."""
     itemsize = ITEMSIZE[dtype]
     ieee = dtype == "fp32" and precision == "ieee"
-    columns, reduction = _product_sizes(cell, hidden, block_h, pass_)
-    longest = _power_of_2(max(reduction, input_size))
+    columns, reduction = _product_sizes(cell, hidden // heads, block_h, pass_)
+    longest = _power_of_2(max(hidden // heads if heads > 1 else reduction, input_size))
     if block_b == 1:
         block_k, stages, transposed = min(longest, 1024, 8192 // columns), 2, False
         smem_bytes = stages * columns * block_k * itemsize
@@ -426,14 +467,13 @@ def _step_candidate(
         block_k = min(widest, max(16, longest))
         stages = 2 if ieee else 3
         smem_bytes = stages * block_k * (columns + block_b) * itemsize + 4 * block_b * columns
-        num_warps = 8 if block_b * columns >= 8192 else 4
+        num_warps = 8 if block_b * columns >= 8192 or block_b * block_h >= 2048 else 4
         products = 2 if input_size else 1
-        regs = _registers(
-            block_b, block_h, block_k, products * columns, itemsize, num_warps * limits.warp_size, "streamed", 0, limits
-        )
-    if smem_bytes > limits.smem_bytes or regs > 255:
+        threads = num_warps * limits.warp_size
+        regs = 48 + (products * block_b * columns + 6 * block_b * block_h) // threads
+    if smem_bytes > limits.smem_bytes:
         return None
-    group, tiles_b = math.ceil(hidden / block_h), math.ceil(batch / block_b)
+    group, tiles_b = math.ceil(hidden // heads / block_h) * heads, math.ceil(batch / block_b)
     tflops = limits.fp32_tflops if ieee or block_b == 1 else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
     if limits.wide_mma and (columns if transposed else block_b) < 64:
         tflops *= 0.6  # the narrow instruction
@@ -448,11 +488,14 @@ def _step_candidate(
         arch=limits.arch,
         dtype=dtype,
         hidden=hidden,
+        heads=heads,
+        stack=False,
         layout="dense",
         schedule="stepped",
         block_b=block_b,
         block_h=block_h,
         block_k=block_k,
+        protocol="none",
         transposed=transposed,
         precision=precision if dtype == "fp32" else "tf32",
         num_warps=num_warps,

@@ -32,9 +32,9 @@ def as_recurrent():
 
 
 def product(
-    a: Tensor,  # [M, K]
-    b: Tensor,  # [K, N]
-    added: Tensor | None = None,  # [N] or [M, N]
+    a: Tensor,  # [M, K], or a batch of these
+    b: Tensor,  # [K, N], likewise
+    added: Tensor | None = None,  # [N] or [M, N]; not of a batch
 ) -> Tensor:
     """a @ b (+ added), [M, N]; differentiable."""
     if a.is_cuda and a.dtype == torch.float32:
@@ -51,7 +51,7 @@ def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
 
 @_product.register_fake
 def _(a, b, added):
-    return a.new_empty(a.size(0), b.size(1))
+    return a.new_empty(*a.shape[:-1], b.size(-1))
 
 
 def _setup_context(ctx, inputs, output):
@@ -62,8 +62,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     a, b = ctx.saved_tensors
-    grad_a = _product(grad, b.t(), None) if ctx.needs_input_grad[0] else None
-    grad_b = _product(a.t(), grad, None) if ctx.needs_input_grad[1] else None
+    grad_a = _product(grad, b.mT, None) if ctx.needs_input_grad[0] else None
+    grad_b = _product(a.mT, grad, None) if ctx.needs_input_grad[1] else None
     grad_added = None
     if ctx.added_dim and ctx.needs_input_grad[2]:
         grad_added = grad.sum(0) if ctx.added_dim == 1 else grad

@@ -3,12 +3,13 @@
 Two custom ops hold what must be done step by step; around them an `autograd.Function` does the large products: the
 input product before the loop, and those of the weights, biases and input after it. Sequences have rows, [T, B] or packed
 [R] (`fusedlstm.layout`), and then directions and features on one axis, so that both directions share each product.
+A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
 """
 
 import torch
 from torch import Tensor
 
-from fusedlstm import reference, torch_loop
+from fusedlstm import heads, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.precision import product
 
@@ -18,7 +19,7 @@ def recurrence_fwd(
     cell: str,
     engine: str,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     lengths: Tensor | None,  # these three: a `Layout`
@@ -59,7 +60,7 @@ def recurrence_bwd(
     grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
@@ -186,7 +187,8 @@ class RecurrenceFunction(torch.autograd.Function):
         if any(n[1] for n in needs_parameter):
             by_direction = zip(grad_preact.chunk(ctx.directions, -1), output.chunk(ctx.directions, -1), strict=True)
             grad_parameters[1::count] = [
-                _recurrent_weight_gradient(g, h, hx[d], d, layout) for d, (g, h) in enumerate(by_direction)
+                _recurrent_weight_gradient(g, h, hx[d], d, layout, hx.size(-1) // weight_hh[d].size(1))
+                for d, (g, h) in enumerate(by_direction)
             ]
         if count == 4 and any(n[2] or n[3] for n in needs_parameter):
             grad_bias = rows.sum(0)  # [D*G*H], the same for both biases
@@ -321,14 +323,18 @@ def _recurrent_weight_gradient(
     hx: Tensor,  # [B, H]
     direction: int,
     layout: Layout,
+    num_heads: int,
 ) -> Tensor:
-    """sum over t of grad_preact_t^T h_{t-1}: [G*H, H]."""
+    """sum over t of grad_preact_t^T h_{t-1}, within heads: [G*H, DH]."""
     # Else the states before are views: output is zero where a sequence has no later step, grad_preact where it has no step.
     if layout.first_row is not None or layout.resets is not None:
-        return product(grad_preact.flatten(0, -2).t(), layout.states_before(output, hx, direction))
+        before = layout.states_before(output, hx, direction)
+        return heads.weight_gradient(grad_preact.flatten(0, -2), before, num_heads)
     later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
-    from_hx = product(_of_first_steps(grad_preact, direction, layout).t(), hx)
-    return product(grad_preact[later].flatten(0, 1).t(), output[earlier].flatten(0, 1), from_hx)
+    from_hx = heads.weight_gradient(_of_first_steps(grad_preact, direction, layout), hx, num_heads)
+    return heads.weight_gradient(
+        grad_preact[later].flatten(0, 1), output[earlier].flatten(0, 1), num_heads, added=from_hx
+    )
 
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout):

@@ -2,7 +2,8 @@ r"""The specification: every cell's equations in plain torch, any dtype, forward
 
 Dimensions: T steps, B batch, I input size, H hidden size, G gates, D directions, S states beside h, P size of h (H, or
 `proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
-packed; lengths, packing and resets are told in `fusedlstm.layout`.
+packed; lengths, packing and resets are told in `fusedlstm.layout`. `weight_hh` has H / DH heads (`fusedlstm.heads`); one
+is the usual LSTM.
 
 A recurrence maps `preact_x` (the input part of the preactivations) and the initial states to all h:
 
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm import cells, heads
 from fusedlstm.layout import DENSE, Layout, spans
 
 State = tuple[Tensor, ...]  # h first, each [B, H]
@@ -119,7 +120,7 @@ def _where(condition: Tensor | None, yes: State, no: State | float) -> State:
 def recurrence_fwd(
     cell: str,
     preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
-    weight_hh: list[Tensor],  # D times [G * H, P]
+    weight_hh: list[Tensor],  # D times [G * H, P], or [G * H, DH] with heads
     hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
     layout: Layout = DENSE,
@@ -151,7 +152,7 @@ def recurrence_fwd(
                 entered = tuple(_ClipGradient.apply(s, clip) for s in entered)
             if cut is not None:
                 entered = _where(~cut, entered, 0.0)
-            preact_h = entered[0] @ weight_hh[d].t()
+            preact_h = heads.recurrent(entered[0], weight_hh[d])
             x = preact_x[d, first : first + n]
             gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered)
             if weight_hr:
@@ -179,7 +180,7 @@ def recurrence_bwd(
     grad_c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G * H, H]
+    weight_hh: list[Tensor],  # D times [G * H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D * H] or [R, D * H]
@@ -195,7 +196,7 @@ def recurrence_bwd(
     """
     num_gates, step_backward = cells.CELLS[cell].num_gates, STEPS[cell].backward
     *leading, _ = gates.shape
-    D, steps = len(weight_hh), spans(layout.first_row, leading)
+    D, H, steps = len(weight_hh), hx.size(-1), spans(layout.first_row, leading)
     output, grad_output, gates = (
         x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
     )  # [R, D, features]
@@ -226,7 +227,7 @@ def recurrence_bwd(
             dpreact, now = step_backward(gates[rows, d].chunk(num_gates, -1), entered, state, now)
             dpreact = _where(lives, dpreact, 0.0)
             dpreacts[t] = torch.cat(dpreact, -1)
-            now = (now[0] + dpreacts[t] @ weight_hh[d], *now[1:])
+            now = (now[0] + heads.recurrent_backward(dpreacts[t], weight_hh[d], H), *now[1:])
             if cut is not None:
                 now = _where(~cut, now, 0.0)
             if clip is not None:
@@ -244,7 +245,7 @@ def layer(
     input: Tensor,  # [T, B, I] or packed [R, I]
     hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
-    parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh [G*H, P] (, bias_ih, bias_hh [G*H])
+    parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh as above (, bias_ih, bias_hh [G*H])
     layout: Layout = DENSE,
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
     clip: float | None = None,

@@ -30,6 +30,7 @@ def constants(plan: Plan, input_size: int = 0, **flags: bool) -> dict:
     return {
         **({"I": input_size} if plan.pass_ == "fwd" else {}),
         "H": plan.hidden,
+        "DH": plan.hidden // plan.heads,
         "G": cell.num_gates,
         "S": cell.num_cell_states,
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
@@ -59,7 +60,7 @@ def options(plan: Plan) -> dict:
 def recurrence_fwd(
     plan: Plan,
     preact_x: Tensor,  # [D, T, B, G*H]; rows of G*H contiguous
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H]  these are written
@@ -110,7 +111,7 @@ def recurrence_bwd(
     grad_c_seq: Tensor | None,  # [S, T, B, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H]

@@ -4,7 +4,7 @@ Serves what ATen serves badly there, packed sequences of different lengths, or n
 of the states, lengths and resets inside a compiled graph. What makes it fast is that nothing is done at a
 step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in place,
 on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation each; and
-the gradients of the weights are one product outside. Equations as in `fusedlstm.reference`; names and layouts as there.
+the gradients of the weights are one product outside. Heads are a batch in the recurrent product. Equations as in `fusedlstm.reference`; names and layouts as there.
 """
 
 import math
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm import cells, heads
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.reference import steps_of
 
@@ -20,7 +20,7 @@ from fusedlstm.reference import steps_of
 def recurrence_fwd(
     cell: str,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     layout: Layout,
@@ -68,7 +68,7 @@ def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> 
     i, f, g, o = (x.split(sizes) for x in gates.chunk(4, -1))
     i_and_f = gates[:, : 2 * H].split(sizes)
     preact_x, gates, c_seq, output = (x.split(sizes) for x in (preact_x, gates, c_seq, output))
-    weight_t = weight_hh.t()
+    add_recurrent = _recurrent_product(weight_hh, H)
     scratch = torch.empty_like(h_n)
     h, c, before = h_n, c_n, len(h_n)
     for t in steps_of(len(steps), d):
@@ -78,7 +78,7 @@ def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> 
             h, c = h[:n], c[:n]
         elif n > before:  # in reverse some begin
             h, c = torch.cat([h, h_n[before:n]]), torch.cat([c, c_n[before:n]])
-        torch.addmm(preact_x[t], h, weight_t, out=gates[t])
+        add_recurrent(preact_x[t], h, gates[t])
         i_and_f[t].sigmoid_()
         g[t].tanh_()
         o[t].sigmoid_()
@@ -88,13 +88,30 @@ def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> 
     h_n[:before], c_n[:before] = h, c
 
 
+def _recurrent_product(weight_hh: Tensor, H: int):
+    """A function of preact [B, 4H], h [B, H] and out [B, 4H] that writes preact + h U^T."""
+    DH = weight_hh.size(1)
+    if DH == H:
+        weight_t = weight_hh.t()
+        return lambda preact, h, out: torch.addmm(preact, h, weight_t, out=out)
+    G, n = len(weight_hh) // H, H // DH
+    by_head = weight_hh.reshape(G, n, DH, DH).permute(1, 3, 0, 2).reshape(n, DH, G * DH)
+
+    def add(preact, h, out):
+        B = len(h)
+        product = torch.bmm(h.view(B, n, DH).transpose(0, 1), by_head).view(n, B, G, DH)
+        torch.add(preact.view(B, G, n, DH), product.permute(1, 2, 0, 3), out=out.view(B, G, n, DH))
+
+    return add
+
+
 def recurrence_bwd(
     cell: str,
     grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
     grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
@@ -190,15 +207,23 @@ def _lstm_bwd(gates, c_seq, cx, weight_hh, grad_h_n, dc_seq, steps, d, clip, dh,
         n_prev = min(n, sizes[order[k - 1]]) if k > 0 else 0
         if clip is not None:
             dc.clamp_(-clip, clip)
-            through = (dpreact[t] @ weight_hh).clamp_(-clip, clip)
+            through = heads.recurrent_backward(dpreact[t], weight_hh, H).clamp_(-clip, clip)
             if n_prev:
                 dh[order[k - 1]][:n_prev] += through[:n_prev]
             grad_hx[n_prev:n] = through[n_prev:]
             continue
         if n_prev:
-            dh[order[k - 1]][:n_prev].addmm_(dpreact[t][:n_prev], weight_hh)
+            _add_recurrent_backward(dh[order[k - 1]][:n_prev], dpreact[t][:n_prev], weight_hh)
         if n_prev < n:
-            grad_hx[n_prev:n].addmm_(dpreact[t][n_prev:], weight_hh)
+            _add_recurrent_backward(grad_hx[n_prev:n], dpreact[t][n_prev:], weight_hh)
+
+
+def _add_recurrent_backward(grad_h: Tensor, dpreact: Tensor, weight_hh: Tensor) -> None:
+    """grad_h [B, H] += dpreact [B, 4H] U."""
+    if weight_hh.size(1) == grad_h.size(1):
+        grad_h.addmm_(dpreact, weight_hh)
+    else:
+        grad_h += heads.recurrent_backward(dpreact, weight_hh, grad_h.size(1))
 
 
 def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int) -> Tensor:

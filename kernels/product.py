@@ -1,7 +1,9 @@
 """The recurrent product of one step, acc[BLOCK_B, N] = x[BLOCK_B, K] @ w[K, N], in chunks of the reduction axis K.
 
 x is what the group exchanges (h forward, the gradients of the preactivations backward); w is the program's slice of
-`weight_hh`. Chunk q holds k in [q * CHUNK, q * CHUNK + BLOCK_K), cut at CHUNK and at K.
+`weight_hh`. K falls into segments of SEGMENT each, which lie SEGMENT_STRIDE apart in a row of x and in the rows of w: one
+segment is all of K, or one a gate where a program's reduction is a part of every gate. No chunk of BLOCK_K crosses a
+segment's end.
 
 Two places for w: `RESIDENT`, loaded once into a tuple of tiles that stays on chip for all steps, or streamed from L2.
 Two forms of the dot: plain, x @ w, or `TRANSPOSED`, (w^T @ x^T)^T, which gives the matrix unit its 64 rows when the
@@ -13,9 +15,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _mask_k(q, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr):
-    offs_k = tl.arange(0, BLOCK_K)
-    return (offs_k < CHUNK) & (q * CHUNK + offs_k < K)
+def _chunk(q, SEGMENT: tl.constexpr, SEGMENT_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where chunk q begins, and which of its elements are in its segment, [BLOCK_K]."""
+    CHUNKS: tl.constexpr = (SEGMENT + BLOCK_K - 1) // BLOCK_K
+    start = q % CHUNKS * BLOCK_K
+    return q // CHUNKS * SEGMENT_STRIDE + start, start + tl.arange(0, BLOCK_K) < SEGMENT
 
 
 @triton.jit
@@ -25,15 +29,15 @@ def weight_tile(
     mask_n,  # [N]
     STRIDE_K: tl.constexpr,
     q,
-    K: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENT_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Chunk q of w: [BLOCK_K, N], or [N, BLOCK_K] if TRANSPOSED."""
+    start, mask_k = _chunk(q, SEGMENT, SEGMENT_STRIDE, BLOCK_K)
     offs_k = tl.arange(0, BLOCK_K) * STRIDE_K
-    mask_k = _mask_k(q, K, CHUNK, BLOCK_K)
-    chunk_ptr = weight_ptr + q * CHUNK * STRIDE_K
+    chunk_ptr = weight_ptr + start * STRIDE_K
     if TRANSPOSED:
         w = tl.load(chunk_ptr + offs_n[:, None] + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
     else:
@@ -48,43 +52,40 @@ def resident_weight(
     mask_n,  # [N]
     STRIDE_K: tl.constexpr,
     K: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENT_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """All chunks of w, as a tuple of tiles."""
-    w = (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, 0, K, CHUNK, BLOCK_K, TRANSPOSED),)
-    for q in tl.static_range(1, (K + CHUNK - 1) // CHUNK):
-        w = w + (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, K, CHUNK, BLOCK_K, TRANSPOSED),)
+    CHUNKS: tl.constexpr = K // SEGMENT * ((SEGMENT + BLOCK_K - 1) // BLOCK_K)
+    w = (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, 0, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED),)
+    for q in tl.static_range(1, CHUNKS):
+        w = w + (weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED),)
     return w
 
 
 @triton.jit
-def _exchanged_tile(
+def exchanged_tile(
     p_x,  # [BLOCK_B] pointers to the rows of x
     mask_b,  # [BLOCK_B]
     q,
-    K: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENT_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Chunk q of x: [BLOCK_B, BLOCK_K], or [BLOCK_K, BLOCK_B] if TRANSPOSED."""
-    offs_k = q * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
+    start, mask_k = _chunk(q, SEGMENT, SEGMENT_STRIDE, BLOCK_K)
+    offs_k = start + tl.arange(0, BLOCK_K)
     # .cg: other programs wrote it, and the first-level cache is not coherent.
     if TRANSPOSED:
         x = tl.load(
-            p_x[None, :] + offs_k[:, None],
-            mask=mask_b[None, :] & mask_k[:, None],
-            other=0.0,
-            cache_modifier=".cg",
+            p_x[None, :] + offs_k[:, None], mask=mask_b[None, :] & mask_k[:, None], other=0, cache_modifier=".cg"
         )
     else:
         x = tl.load(
-            p_x[:, None] + offs_k[None, :],
-            mask=mask_b[:, None] & mask_k[None, :],
-            other=0.0,
-            cache_modifier=".cg",
+            p_x[:, None] + offs_k[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0, cache_modifier=".cg"
         )
     return x
 
@@ -117,6 +118,8 @@ def exchanged_product(
     mask_n,  # [N]
     STRIDE_K: tl.constexpr,
     K: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENT_STRIDE: tl.constexpr,
     N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -126,15 +129,16 @@ def exchanged_product(
     STAGES: tl.constexpr,
 ):
     """x comes from global memory, where the whole group wrote it. Returns [BLOCK_B, N] float32."""
+    CHUNKS: tl.constexpr = K // SEGMENT * ((SEGMENT + BLOCK_K - 1) // BLOCK_K)
     acc = _zeros(N, BLOCK_B, TRANSPOSED)
     if RESIDENT:
-        for q in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            x = _exchanged_tile(p_x, mask_b, q, K, BLOCK_K, TRANSPOSED)
+        for q in tl.static_range(CHUNKS):
+            x = exchanged_tile(p_x, mask_b, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED)
             acc = _dot(x, w[q], acc, TRANSPOSED, PRECISION)
     else:
-        for q in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
-            x = _exchanged_tile(p_x, mask_b, q, K, BLOCK_K, TRANSPOSED)
-            w_q = weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, K, BLOCK_K, BLOCK_K, TRANSPOSED)
+        for q in tl.range(0, CHUNKS, num_stages=STAGES):
+            x = exchanged_tile(p_x, mask_b, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED)
+            w_q = weight_tile(weight_ptr, offs_n, mask_n, STRIDE_K, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED)
             acc = _dot(x, w_q, acc, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         acc = tl.trans(acc)

@@ -4,8 +4,9 @@ r"""All T steps of one layer, forward, for any cell.
     \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
     \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
 
-Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D directions, R rows: a row is one step of one
-sequence. Row (t, b) is t * B + b. Sequences may have lengths of their own, in two ways:
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, S states beside h, D recurrences of the
+launch, R rows: a row is one step of one sequence. Row (t, b) is t * B + b. Sequences may have lengths of their own, in two
+ways:
 
 - RAGGED: in any order, zero among them. A row past its sequence's end holds zeros.
 - PACKED: longest first, none zero; row (t, b) is first_row[t] + b for the b that are that long: the layout of
@@ -14,44 +15,60 @@ sequence. Row (t, b) is t * B + b. Sequences may have lengths of their own, in t
 A batch tile ends with its longest sequence. With RESETS a true at row (t, b) cuts its sequence between the steps t - 1 and
 t: the state that enters the later of them in the order of the direction is zero.
 
-A program owns BLOCK_H hidden units, with all their gates, for one batch tile and one direction, through all steps; its
-states never leave its registers. The GROUP programs of one batch tile and direction need each other's h: every program
-writes its part of h_t into `output`, arrives, and reads the whole of it after the wait. A group of one that is
-LOCAL keeps h in registers. Direction 1 runs from the last step to the first, in each sequence from its own last.
+A program owns BLOCK_H hidden units, with all their gates, for one batch tile and one recurrence, through all steps; its
+states never leave its registers. With heads, a unit sees only h of its own head. The GROUP programs of one batch tile,
+head and recurrence need each other's h: every program publishes its part of h_t in `output`, and awaits the whole of it
+at the next step (`exchange`). A group of one keeps h in registers.
+
+The recurrences of a launch are the directions of a layer: direction 1 runs from the last step to the first, in each
+sequence from its own last. Or, with STACK, they are the layers of a stack, as a wave: layer l does step t beside layer
+l + 1 doing step t - 1, and what a layer adds to preact_x above the bias is its product with the h_t of the layer below.
 """
 
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels import barrier
-from fusedlstm.kernels.product import exchanged_product, local_product, resident_weight
-from fusedlstm.kernels.tiles import load_state, load_tuple, select_tuple, split_gates, store_tuple, zero_tuple
+from fusedlstm.kernels.exchange import awaited_product, publish
+from fusedlstm.kernels.product import local_product, resident_weight
+from fusedlstm.kernels.rows import load_resets, packed_rows
+from fusedlstm.kernels.tiles import (
+    add_tuple,
+    as_float32,
+    fetch_tuple,
+    load_state,
+    select_tuple,
+    split_gates,
+    store_tuple,
+    zero_tuple,
+)
 
 
 @triton.jit(do_not_specialize=["T", "B", "D", "R", "rows_preact_d", "rows_preact_t", "rows_preact_b"])
 def recurrence_fwd_kernel(
     # inputs
-    preact_x_ptr,  # [D, R, G*H]  x_t @ weight_ih^T + biases
-    weight_hh_ptr,  # [G*H, H]  direction 0
-    weight_hh_reverse_ptr,  # [G*H, H]  direction 1
+    preact_x_ptr,  # [D, R, G*H]  x_t @ weight_ih^T + biases; [1, R, G*H] if STACK: of layer 0
+    bias_ptr,  # [D-1, G*H]  read if STACK: of the layers above the first
+    weight_ih_ptr,  # [D-1, G*H, H]  the same
+    weight_hh_ptr,  # [D, G*H, DH]
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     lengths_ptr,  # [B]  int32, or int64 if RAGGED; read if RAGGED or PACKED
     first_row_ptr,  # [T+1]  int64; read if PACKED
     resets_ptr,  # [R]  bool; read if RESETS
     # outputs
-    output_ptr,  # [R, D*H]  h of every step
+    output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     h_n_ptr,  # [D, B, H]
     c_n_ptr,  # [S, D, B, H]
     gates_ptr,  # [R, D*G*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
-    arrived_ptr,  # [D, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
     # sizes
     T,
     B,
     D,
     R,
     H: tl.constexpr,
+    DH: tl.constexpr,  # hidden units of a head
     G: tl.constexpr,
     S: tl.constexpr,
     # strides of preact_x, in rows of G*H elements
@@ -64,11 +81,12 @@ def recurrence_fwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOCAL: tl.constexpr,
+    PROTOCOL: tl.constexpr,  # "counter" or "data"; "none": a group of one, which keeps h in registers
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    STACK: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     RESETS: tl.constexpr,
@@ -76,41 +94,61 @@ def recurrence_fwd_kernel(
     SAVE_STATES: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
 ):
+    LOCAL: tl.constexpr = PROTOCOL == "none"
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H
-    CHUNK: tl.constexpr = H if LOCAL else BLOCK_K
 
-    pid_h = tl.program_id(0)
-    pid_d = tl.program_id(2).to(tl.int64)
-    offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
+    head = tl.program_id(0) // GROUP
+    pid_h = tl.program_id(0) % GROUP
+    pid_d = tl.program_id(2).to(tl.int64)  # direction, or layer
+    if (
+        STACK
+    ):  # layers lie one after another, all run forward, and above layer 0 the bias stands in every row of preact_x
+        reverse, side_by_side, stride_d = pid_d * 0, 1, R
+        above = pid_d > 0
+        preact_ptr = tl.where(above, bias_ptr + (pid_d - 1) * GH, preact_x_ptr)
+        rows_t = tl.where(above, 0, rows_preact_t)
+        rows_b = tl.where(above, 0, rows_preact_b)
+    else:
+        reverse, side_by_side, stride_d = pid_d, D, 1
+        preact_ptr = preact_x_ptr + pid_d * rows_preact_d * GH
+        rows_t = rows_preact_t
+        rows_b = rows_preact_b
+    unit = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)  # of the head
+    mask_h = unit < DH
+    offs_h = head * DH + unit
     offs_b = tl.arange(0, BLOCK_B)
     offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
-    offs_seq = offs_b[:, None] * (D * H) + offs_h[None, :]
-    offs_gates = offs_b[:, None] * (D * GH) + offs_h[None, :]
-    offs_preact = offs_b.to(tl.int64)[:, None] * rows_preact_b * GH + offs_h[None, :]
+    offs_seq = offs_b[:, None] * (side_by_side * H) + offs_h[None, :]
+    offs_gates = offs_b[:, None] * (side_by_side * GH) + offs_h[None, :]
+    offs_preact = offs_b.to(tl.int64)[:, None] * rows_b * GH + offs_h[None, :]
 
     # this program's columns of weight_hh^T, gate-major: column n is gate n // BLOCK_H of unit n % BLOCK_H
     column = tl.arange(0, N)
-    unit = pid_h * BLOCK_H + column % BLOCK_H
-    mask_n = (unit < H) & (column // BLOCK_H < G)
-    offs_n = (column // BLOCK_H * H + unit) * H
-    weight_ptr = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr)
+    unit_n = pid_h * BLOCK_H + column % BLOCK_H
+    mask_n = (unit_n < DH) & (column // BLOCK_H < G)
+    offs_n = (column // BLOCK_H * H + head * DH + unit_n) * DH
+    weight_ptr = weight_hh_ptr + pid_d * (GH * DH)
+    weight_x_ptr = weight_ih_ptr + (pid_d - 1) * (GH * H)
+    w = ()
+    w_x = ()
     if RESIDENT:
-        w = resident_weight(weight_ptr, offs_n, mask_n, 1, H, CHUNK, BLOCK_K, TRANSPOSED)
-    else:
-        w = ()
+        w = resident_weight(weight_ptr, offs_n, mask_n, 1, DH, DH, 0, BLOCK_K, TRANSPOSED)
+        if STACK:
+            w_x = resident_weight(weight_x_ptr, offs_n, mask_n & above, 1, H, H, 0, BLOCK_K, TRANSPOSED)
 
     num_tiles_b = tl.cdiv(B, BLOCK_B)
     for tile_b in range(tl.program_id(1).to(tl.int64), num_tiles_b, tl.num_programs(1)):
         row = tile_b * BLOCK_B
         mask_b = row + offs_b < B
         mask = mask_b[:, None] & mask_h[None, :]
-        counter_ptr = arrived_ptr + (pid_d * num_tiles_b + tile_b) * 32
+        heads = tl.num_programs(0) // GROUP
+        counter_ptr = arrived_ptr + ((pid_d * heads + head) * num_tiles_b + tile_b) * 32
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
+        length = 0
         if PACKED:
             steps = tl.load(lengths_ptr + row)  # the longest sequence of the tile
         elif RAGGED:
@@ -127,67 +165,65 @@ def recurrence_fwd_kernel(
         first_row = tl.full((), 0, tl.int64)
 
         for step in range(steps):
-            t = step + pid_d * (steps - 1 - 2 * step)
-            p_h = h_ptr + offs_b * stride_h  # [BLOCK_B]
+            t = step + reverse * (steps - 1 - 2 * step)
+            p_h = h_ptr + head * DH + offs_b * stride_h  # [BLOCK_B]
+            prev_row = first_row
+            sequences_prev = sequences
             mask_x = mask_b  # a product of rows that have ended is not looked at
+            begins = tl.full((BLOCK_B,), step, tl.int32) == 0  # [BLOCK_B]
             if PACKED:
-                first_row_before = first_row
-                sequences_before = sequences
-                first_row = tl.load(first_row_ptr + t)
-                sequences = tl.load(first_row_ptr + t + 1) - first_row
+                first_row, sequences = packed_rows(first_row_ptr, t, True)
                 mask_t = row + offs_b < sequences
                 mask_x = mask_t
-                begins = row + offs_b >= sequences_before
-                preact_row = pid_d * rows_preact_d + (first_row + row) * rows_preact_b
+                begins = row + offs_b >= sequences_prev
+                preact_row = (first_row + row) * rows_b
             else:
                 first_row = t * B
                 mask_t = mask_b
                 if RAGGED:
                     mask_t = t < length
-                    begins = (t + 1 == length) & (pid_d == 1)
-                preact_row = pid_d * rows_preact_d + t * rows_preact_t + row * rows_preact_b
+                    begins = begins | ((t + 1 == length) & (reverse == 1))
+                preact_row = t * rows_t + row * rows_b
             if PACKED or RAGGED:
-                p_h = tl.where(begins, hx_ptr + row_state * H + offs_b * H, p_h)
+                p_h = tl.where(begins, hx_ptr + row_state * H + head * DH + offs_b * H, p_h)
             mask = mask_t[:, None] & mask_h[None, :]
+            row_seq = (first_row + row) * side_by_side + pid_d * stride_d
+
+            # fetched before anybody waits, and not looked at until then
+            fetched = fetch_tuple(preact_ptr + preact_row * GH, offs_preact, mask, H, G)
             if RESETS:
-                if PACKED:
-                    reset_row = first_row_before * pid_d + first_row * (1 - pid_d)
-                    mask_reset = mask_t & (~begins | (pid_d == 0))
-                else:
-                    reset_row = (t + pid_d) * B
-                    mask_reset = mask_b & (t + pid_d < steps)
-                    if RAGGED:
-                        mask_reset = t + pid_d < length
-                reset = tl.load(resets_ptr + reset_row + row + offs_b, mask=mask_reset, other=0)
-                keep = reset[:, None] == 0
-                state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
+                reset = load_resets(
+                    resets_ptr, t, reverse, row, offs_b, B, steps, length, mask_t, first_row, prev_row, sequences_prev,
+                    PACKED, RAGGED,
+                )  # fmt: skip
 
-            preact_x = load_tuple(preact_x_ptr + preact_row * GH, offs_preact, mask, H, G)
             if LOCAL:
-                acc = local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
-            else:
-                barrier.wait(counter_ptr, GROUP * step, SPIN_LIMIT)
-                acc = exchanged_product(
-                    p_h,
-                    mask_x,
-                    w,
-                    weight_ptr,
-                    offs_n,
-                    mask_n,
-                    1,
-                    H,
-                    N,
-                    BLOCK_B,
-                    BLOCK_K,
-                    RESIDENT,
-                    TRANSPOSED,
-                    PRECISION,
-                    STAGES,
+                if RESETS:
+                    state = select_tuple(reset[:, None] == 0, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
+                preact_h = split_gates(
+                    local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION), BLOCK_B, BLOCK_H, G_PADDED
                 )
-            preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
-
-            if RESETS and not LOCAL:  # what was exchanged is not cut; a mask there would cost more registers
-                preact_h = select_tuple(keep, preact_h, zero_tuple(G_PADDED, BLOCK_B, BLOCK_H), G_PADDED)
+            else:
+                acc = awaited_product(
+                    counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, weight_ptr, offs_n, mask_n, 1, DH, DH, 0,
+                    N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
+                )  # fmt: skip
+                preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
+                if RESETS:  # what was exchanged is not cut; a mask there would cost more registers
+                    keep = reset[:, None] == 0
+                    state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
+                    preact_h = select_tuple(keep, preact_h, zero_tuple(G_PADDED, BLOCK_B, BLOCK_H), G_PADDED)
+            preact_x = as_float32(fetched, G)
+            if STACK:
+                acc = tl.zeros((BLOCK_B, N), tl.float32)
+                if above:
+                    p_x = output_ptr + (row_seq - stride_d) * H + offs_b * H
+                    acc = awaited_product(
+                        counter_ptr - num_tiles_b * 32, GROUP * (step + 1), p_x, mask_x, mask_x, w_x, weight_x_ptr,
+                        offs_n, mask_n, 1, H, H, 0, N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, PRECISION, STAGES,
+                        PROTOCOL, SPIN_LIMIT,
+                    )  # fmt: skip
+                preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)
 
             gates, stepped = STEP(preact_x, preact_h, state)
             mask_store = mask
@@ -200,12 +236,9 @@ def recurrence_fwd_kernel(
                 mask_store = mask_b[:, None] & mask_h[None, :]
                 stepped = select_tuple(lives, stepped, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
 
-            row_seq = (first_row + row) * D + pid_d
             h_ptr = output_ptr + row_seq * H
-            stride_h = D * H
-            store_tuple(h_ptr, offs_seq, mask_store, 0, stepped, 0, 1)
-            if not LOCAL:
-                barrier.arrive(counter_ptr)
+            stride_h = side_by_side * H
+            publish(h_ptr, offs_seq, mask_store, 0, stepped, 1, counter_ptr, PROTOCOL)
             # nobody waits for these
             if SAVE_GATES:
                 store_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, gates, 0, G)
@@ -218,7 +251,7 @@ def recurrence_fwd_kernel(
         if RAGGED:
             zero = zero_tuple(1 + S, BLOCK_B, BLOCK_H)
             for t in range(steps, T):  # no sequence of the tile comes so far
-                row_seq = (B.to(tl.int64) * t + row) * D + pid_d
+                row_seq = (B.to(tl.int64) * t + row) * side_by_side + pid_d * stride_d
                 store_tuple(output_ptr + row_seq * H, offs_seq, mask, 0, zero, 0, 1)
                 if SAVE_STATES:
                     store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, zero, 1, S)

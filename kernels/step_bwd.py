@@ -4,8 +4,8 @@ r"""One step of one layer, backward through time, for any cell: the product firs
     dh_t = \mathrm{dpreact}_{t+1} U + \mathrm{grad\_output}_t + \ldots, \qquad
     \mathrm{dpreact}_t, \mathrm{dstate} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t, \mathrm{dstate}_t)
 
-Dimensions: T steps, B batch, H hidden size, G gates, S states beside h, D directions. Row (t, b) is t * B + b. A program owns
-BLOCK_H hidden units for one batch tile and one direction.
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, S states beside h, D directions. Row (t, b)
+is t * B + b. A program owns BLOCK_H hidden units of a head for one batch tile and one direction.
 
 Launch `step` counts from the last step of the forward order: 0 has no later step, hence no product; T has none of its own, and
 leaves the gradients of the initial states. `dstate` holds what a launch leaves to the next: the gradients of the states that
@@ -25,8 +25,8 @@ def step_bwd_kernel(
     # inputs
     grad_output_ptr,  # [T, B, D*H]; read if HAS_GRAD_OUTPUT
     grad_c_seq_ptr,  # [S, T, B, D*H]  float32; read if HAS_GRAD_C_SEQ
-    weight_hh_ptr,  # [G*H, H]  direction 0
-    weight_hh_reverse_ptr,  # [G*H, H]  direction 1
+    weight_hh_ptr,  # [G*H, DH]  direction 0
+    weight_hh_reverse_ptr,  # [G*H, DH]  direction 1
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     output_ptr,  # [T, B, D*H]  h of every step
@@ -42,6 +42,7 @@ def step_bwd_kernel(
     D,
     clip,  # float32; used if CLIP
     H: tl.constexpr,
+    DH: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     # strides of grad_output, in rows of D*H elements
@@ -60,15 +61,21 @@ def step_bwd_kernel(
     HAS_GRAD_C_SEQ: tl.constexpr,
 ):
     GH: tl.constexpr = G * H
+    GROUP: tl.constexpr = (DH + BLOCK_H - 1) // BLOCK_H  # programs of a head
+    # The reduction: all gates in one piece, or with heads the head's part of every gate.
+    PIECES: tl.constexpr = 1 if DH == H else G
+    PIECE: tl.constexpr = GH if DH == H else DH
 
-    pid_h = tl.program_id(0)
+    head = tl.program_id(0) // GROUP
+    pid_h = tl.program_id(0) % GROUP
     row = tl.program_id(1).to(tl.int64) * BLOCK_B
     pid_d = tl.program_id(2).to(tl.int64)
     forward = 1 - 2 * pid_d  # from a step to the next of the forward order
     t = T - 1 - step - pid_d * (T - 1 - 2 * step)
-    offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)  # of the head
+    mask_h = unit < DH
+    offs_h = head * DH + unit
     offs_b = tl.arange(0, BLOCK_B)
-    mask_h = offs_h < H
     mask_b = row + offs_b < B
     mask = mask_b[:, None] & mask_h[None, :]
     offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
@@ -84,13 +91,16 @@ def step_bwd_kernel(
     out_ptr = dstate_ptr + ((step + 1) % 2 * (1 + S) * stride_state + row_state * H)
     dstate = load_tuple(into_ptr, offs_state, mask, stride_state, 1 + S)
 
-    p_x = grad_preact_ptr + row_later * GH + offs_b * (D * GH)
-    p_w = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr) + offs_h
-    chunks = tl.where(step == 0, 0, tl.cdiv(GH, BLOCK_K))
+    first = head.to(tl.int64) * DH  # column of the gradients, row of the weight
+    p_x = grad_preact_ptr + row_later * GH + first + offs_b * (D * GH)
+    p_w = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr) + first * DH + unit
+    chunks = tl.where(step == 0, 0, tl.cdiv(PIECE, BLOCK_K))
     acc = no_product(BLOCK_H, BLOCK_B, BLOCK_K, TRANSPOSED)
-    acc = add_product(
-        acc, p_x, mask_b, p_w, mask_h, chunks, GH, H, BLOCK_B, BLOCK_K, TRANSPOSED, PRECISION, STAGES
-    )
+    for g in tl.static_range(PIECES):
+        acc = add_product(
+            acc, p_x + g * H, mask_b, p_w + g * H * DH, mask_h, chunks, PIECE, DH, BLOCK_B, BLOCK_K, TRANSPOSED,
+            PRECISION, STAGES,
+        )  # fmt: skip
     dstate = (dstate[0] + product_of(acc, BLOCK_B, TRANSPOSED),) + dstate[1:]
     if CLIP:  # what the caller gives for the final states is not clipped
         dstate = clamp_tuple(dstate, tl.where(step == 0, float("inf"), clip), 1 + S)

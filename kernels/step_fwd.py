@@ -4,9 +4,10 @@ r"""One step of one layer, forward, for any cell.
     \mathrm{preact\_x} = x W^T + b_{ih}, \qquad \mathrm{preact\_h} = h U^T + b_{hh}, \qquad
     \mathrm{gates}, \mathrm{state}' = \mathrm{STEP}(\mathrm{preact\_x}, \mathrm{preact\_h}, \mathrm{state})
 
-Dimensions: T steps, B batch, I input size, H hidden size, G gates, S states beside h, D directions. Row (t, b) is t * B + b.
+Dimensions: T steps, B batch, I input size, H hidden size, DH hidden units of a head, G gates, S states beside h, D
+directions. Row (t, b) is t * B + b.
 
-A program owns BLOCK_H hidden units, with all their gates, for one batch tile and one direction. It needs h of the step
+A program owns BLOCK_H hidden units of a head, with all their gates, for one batch tile and one direction. It needs h of the step
 before only, so nobody waits, and there may be more programs than the device holds at once. Two uses:
 
 - HAS_INPUT: T is 1, and both products are taken here: every weight is read once.
@@ -45,8 +46,8 @@ def step_fwd_kernel(
     bias_hh_ptr,  # [G*H]
     bias_hh_reverse_ptr,  # [G*H]
     preact_x_ptr,  # [D, T, B, G*H]  x_t @ weight_ih^T + biases; read if not HAS_INPUT
-    weight_hh_ptr,  # [G*H, H]  direction 0
-    weight_hh_reverse_ptr,  # [G*H, H]  direction 1
+    weight_hh_ptr,  # [G*H, DH]  direction 0
+    weight_hh_reverse_ptr,  # [G*H, DH]  direction 1
     hx_ptr,  # [D, B, H]  of a stack: row first_state is that of direction 0 and sequence 0
     cx_ptr,  # [S, D, B, H]  the same; float32 unless HAS_INPUT
     # outputs
@@ -62,6 +63,7 @@ def step_fwd_kernel(
     D,
     I: tl.constexpr,
     H: tl.constexpr,
+    DH: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     first_state,
@@ -88,13 +90,16 @@ def step_fwd_kernel(
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H
 
-    pid_h = tl.program_id(0)
+    GROUP: tl.constexpr = (DH + BLOCK_H - 1) // BLOCK_H  # programs of a head
+    head = tl.program_id(0) // GROUP
+    pid_h = tl.program_id(0) % GROUP
     row = tl.program_id(1).to(tl.int64) * BLOCK_B
     pid_d = tl.program_id(2).to(tl.int64)
     t = step + pid_d * (T - 1 - 2 * step)
-    offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)  # of the head
+    mask_h = unit < DH
+    offs_h = head * DH + unit
     offs_b = tl.arange(0, BLOCK_B)
-    mask_h = offs_h < H
     mask_b = row + offs_b < B
     mask = mask_b[:, None] & mask_h[None, :]
     offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
@@ -104,14 +109,14 @@ def step_fwd_kernel(
 
     # this program's columns of the transposed weights, gate-major: column n is gate n // BLOCK_H of unit n % BLOCK_H
     column = tl.arange(0, N)
-    unit = pid_h * BLOCK_H + column % BLOCK_H
-    mask_n = (unit < H) & (column // BLOCK_H < G)
-    offs_n = (column // BLOCK_H * H + unit).to(tl.int64)
+    unit_n = pid_h * BLOCK_H + column % BLOCK_H
+    mask_n = (unit_n < DH) & (column // BLOCK_H < G)
+    offs_n = (column // BLOCK_H * H + head * DH + unit_n).to(tl.int64)
     is_reverse = pid_d != 0
-    p_w = tl.where(is_reverse, weight_hh_reverse_ptr, weight_hh_ptr) + offs_n * H
+    p_w = tl.where(is_reverse, weight_hh_reverse_ptr, weight_hh_ptr) + offs_n * DH
 
     if HAS_INPUT:
-        p_h = hx_ptr + (row_state + offs_b) * H
+        p_h = hx_ptr + head * DH + (row_state + offs_b) * H
         state = load_state(
             hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, mask, rows_states.to(tl.int64) * H, S
         )
@@ -132,11 +137,11 @@ def step_fwd_kernel(
         stride_h = tl.where(begins, H, D * H)
         stride_c = tl.where(begins, rows_states.to(tl.int64) * H, slots * B.to(tl.int64) * D * H)
         state = load_state(h_ptr, c_ptr, offs_b[:, None] * stride_h + offs_h[None, :], mask, stride_c, S)
-        p_h = h_ptr + offs_b * stride_h
+        p_h = h_ptr + head * DH + offs_b * stride_h
 
     acc_h = no_product(N, BLOCK_B, BLOCK_K, TRANSPOSED)
     acc_h = add_product(
-        acc_h, p_h, mask_b, p_w, mask_n, tl.cdiv(H, BLOCK_K), H, 1, BLOCK_B, BLOCK_K, TRANSPOSED, PRECISION, STAGES
+        acc_h, p_h, mask_b, p_w, mask_n, tl.cdiv(DH, BLOCK_K), DH, 1, BLOCK_B, BLOCK_K, TRANSPOSED, PRECISION, STAGES
     )  # fmt: skip
     preact_h = split_gates(product_of(acc_h, BLOCK_B, TRANSPOSED), BLOCK_B, BLOCK_H, G_PADDED)
     if HAS_INPUT:

@@ -5,6 +5,29 @@ import triton.language as tl
 
 
 @triton.jit
+def fetch_tuple(
+    ptr,  # element (0, 0) of the first tile
+    offs,  # [BLOCK_B, BLOCK_H]
+    mask,  # [BLOCK_B, BLOCK_H]
+    stride,  # elements from one tile to the next
+    COUNT: tl.constexpr,
+):
+    """COUNT >= 1 tiles as they are in memory: nothing waits for them before they are used, `as_float32`."""
+    tiles = (tl.load(ptr + offs, mask=mask, other=0.0),)
+    for k in tl.static_range(1, COUNT):
+        tiles = tiles + (tl.load(ptr + k * stride + offs, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def as_float32(tiles_in, COUNT: tl.constexpr):
+    tiles = ()
+    for k in tl.static_range(COUNT):
+        tiles = tiles + (tiles_in[k].to(tl.float32),)
+    return tiles
+
+
+@triton.jit
 def load_tuple(
     ptr,  # element (0, 0) of the first tile
     offs,  # [BLOCK_B, BLOCK_H]
@@ -13,14 +36,11 @@ def load_tuple(
     COUNT: tl.constexpr,
 ):
     """COUNT >= 1 tiles, as float32."""
-    tiles = (tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32),)
-    for k in tl.static_range(1, COUNT):
-        tiles = tiles + (tl.load(ptr + k * stride + offs, mask=mask, other=0.0).to(tl.float32),)
-    return tiles
+    return as_float32(fetch_tuple(ptr, offs, mask, stride, COUNT), COUNT)
 
 
 @triton.jit
-def load_state(
+def fetch_state(
     h_ptr,
     c_ptr,  # the states beside h: float32, `stride` elements from one to the next
     offs,  # [BLOCK_B, BLOCK_H]
@@ -28,11 +48,24 @@ def load_state(
     stride,
     S: tl.constexpr,
 ):
-    """A state: h and S tiles beside it, as float32."""
-    state = load_tuple(h_ptr, offs, mask, 0, 1)
+    """A state, h and S tiles beside it, as they are in memory."""
+    state = fetch_tuple(h_ptr, offs, mask, 0, 1)
     if S > 0:
-        state = state + load_tuple(c_ptr, offs, mask, stride, S)
+        state = state + fetch_tuple(c_ptr, offs, mask, stride, S)
     return state
+
+
+@triton.jit
+def load_state(
+    h_ptr,
+    c_ptr,
+    offs,  # [BLOCK_B, BLOCK_H]
+    mask,  # [BLOCK_B, BLOCK_H]
+    stride,
+    S: tl.constexpr,
+):
+    """A state, as float32."""
+    return as_float32(fetch_state(h_ptr, c_ptr, offs, mask, stride, S), 1 + S)
 
 
 @triton.jit
@@ -48,6 +81,15 @@ def store_tuple(
     """Tiles FIRST to FIRST + COUNT - 1, rounded to the type of `ptr`."""
     for k in tl.static_range(COUNT):
         tl.store(ptr + k * stride + offs, tiles[FIRST + k].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def round_tuple(tiles_in, ptr, COUNT: tl.constexpr):
+    """Tiles rounded to the type of `ptr`."""
+    tiles = ()
+    for k in tl.static_range(COUNT):
+        tiles = tiles + (tiles_in[k].to(ptr.dtype.element_ty),)
+    return tiles
 
 
 @triton.jit

@@ -89,8 +89,8 @@ MUTANTS = {
     ),
     "grad_weight_hh forgets hx": (
         "fusedlstm/recurrence.py",
-        "from_hx = product(",
-        "from_hx = 0 * product(",
+        "from_hx = heads.weight_gradient(",
+        "from_hx = 0 * heads.weight_gradient(",
         "tests/kernels/test_recurrence.py",
     ),
     "packed: an ended sequence steps on": (
@@ -170,6 +170,12 @@ MUTANTS = {
         "before.masked_fill_(cut.unsqueeze(-1), 0)",
         "before",
         "tests/kernels/test_recurrence.py",
+    ),
+    "heads: grad_weight_hh takes the states of another head": (
+        "fusedlstm/heads.py",
+        "h.unflatten(1, (num_heads, DH)).transpose(0, 1)",
+        "h.unflatten(1, (num_heads, DH)).transpose(0, 1).flip(0)",
+        "tests/cpu/test_heads.py",
     ),
     "walked tiles skipped": (
         "kernels/recurrence_bwd.py",

@@ -57,11 +57,15 @@ def tiled(
     groups: int | None = None,
     cell: str = "lstm",
     precision: str = "tf32",
+    protocol: str = "counter",
+    heads: int = 1,
+    stack: bool = False,
 ) -> Plan:
     """A plan with these tiles; `groups` batch tiles run side by side (default all), the rest are walked."""
     if schedule == "single":
-        block_h = block_k = max(16, 1 << (hidden - 1).bit_length())
-    group = math.ceil(hidden / block_h)
+        block_h = block_k = max(16, 1 << (hidden // heads - 1).bit_length())
+        protocol = "none"
+    group = math.ceil(hidden // heads / block_h)
     tiles_b = math.ceil(batch / block_b)
     return Plan(
         cell=cell,
@@ -69,16 +73,19 @@ def tiled(
         arch="sm_90",
         dtype=dtype,
         hidden=hidden,
+        heads=heads,
+        stack=stack,
         layout="dense",  # the data says it
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
         block_k=block_k,
+        protocol=protocol,
         transposed=transposed,
         precision=precision,
         num_warps=4,
         stages=2,
-        grid=(group, groups or tiles_b, directions),
+        grid=(group * heads, groups or tiles_b, directions),
         tiles_b=tiles_b,
         smem_bytes=0,
         regs=0,
@@ -99,11 +106,12 @@ def recurrence_inputs(
     packed=None,
     lengths=None,
     resets=0.0,
+    heads=1,
 ) -> dict:
     """preact_x, weight_hh, hx, cx and layout of a recurrence; the values are rounded to `dtype`.
 
     T and B follow from `packed`, the descending lengths of a packed batch, or from T and `lengths`, those of a ragged one.
-    `resets` is the share of the rows at which a sequence is cut.
+    `resets` is the share of the rows at which a sequence is cut; `heads` divides H.
     """
     spec = cells.CELLS[cell]
     G, S = spec.num_gates, spec.num_cell_states
@@ -124,7 +132,7 @@ def recurrence_inputs(
         layout = layout._replace(resets=(torch.rand(leading, generator=generator) < resets).to(device))
     return {
         "preact_x": randn(D, *leading, G * H),
-        "weight_hh": [randn(G * H, H, scale=H**-0.5) for _ in range(D)],
+        "weight_hh": [randn(G * H, H // heads, scale=(H // heads) ** -0.5) for _ in range(D)],
         "hx": randn(D, B, H),
         "cx": randn(S, D, B, H),
         "layout": layout,
@@ -140,7 +148,7 @@ def without_padding(gates: Tensor, layout: Layout) -> Tensor:
 
 
 def cast(tree, dtype: torch.dtype, device="cpu"):
-    """Tensors of a dict, list or layout in another dtype; integers keep theirs."""
+    """Tensors of a dict, list or named tuple in another dtype; integers keep theirs."""
     if tree is None:
         return None
     if isinstance(tree, Tensor):
@@ -148,7 +156,7 @@ def cast(tree, dtype: torch.dtype, device="cpu"):
     if isinstance(tree, dict):
         return {k: cast(v, dtype, device) for k, v in tree.items()}
     values = [cast(v, dtype, device) for v in tree]
-    return type(tree)(*values) if isinstance(tree, Layout) else type(tree)(values)
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def strided(x: Tensor) -> Tensor:

@@ -54,10 +54,12 @@ def test_the_plan_follows_the_flag():
         assert launch.plan_for("lstm", like, 1, 16, 512, 1, "fwd", False).precision == value
 
 
-@pytest.mark.parametrize("added", [None, (4,), (3, 4)], ids=str)
-def test_product_op(added):
+@pytest.mark.parametrize(
+    ("added", "batch"), [(None, ()), ((4,), ()), ((3, 4), ()), (None, (2,))], ids=["alone", "row", "matrix", "batch"]
+)
+def test_product_op(added, batch):
     """The op that a GPU takes, on a CPU: numbers, gradients, twice."""
-    a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    a, b = torch.randn(*batch, 3, 5, dtype=torch.float64), torch.randn(*batch, 5, 4, dtype=torch.float64)
     tensors = [a, b] if added is None else [a, b, torch.randn(*added, dtype=torch.float64)]
     tensors = [x.requires_grad_() for x in tensors]
 

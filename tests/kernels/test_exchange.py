@@ -1,0 +1,212 @@
+"""kernels/exchange.py: groups whose programs run truly side by side, by either protocol, and exchanges broken on purpose.
+
+Interpreted, the programs of a launch run under a scheduler whose order a seed determines, or as processes. On a GPU the
+first tests run compiled, and the rest is skipped: there the hardware schedules.
+"""
+
+import contextlib
+import os
+import signal
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fusedlstm import launch
+from fusedlstm.kernels import exchange, recurrence_fwd
+from groups import B, D, H, assert_right, dense, run_both, shared
+from support import DTYPES, recurrence_inputs, tiled
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
+by_protocol = pytest.mark.parametrize("protocol", ["counter", "data"])
+
+
+@by_protocol
+def test_groups_under_the_default_schedule(device, protocol):
+    assert_right(run_both(dense(device), protocol))
+
+
+@interpreted
+@by_protocol
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_under_seeded_schedules(seed, protocol):
+    """The baton moves at every load and store."""
+    from fusedlstm import interpreter
+
+    with interpreter.side_by_side(seed, yield_on_memory=True):
+        assert_right(run_both(dense(), protocol))
+
+
+@interpreted
+@by_protocol
+@pytest.mark.parametrize("seed", range(2))
+def test_groups_that_end_at_different_steps(seed, protocol):
+    """Packed: the first batch tile has four steps, the second two, and both directions begin and end apart."""
+    from fusedlstm import interpreter
+
+    lengths = [4] * 3 + [3] * 10 + [2] * 5 + [1] * 2
+    assert len(lengths) == B
+    packed = shared(recurrence_inputs(0, 0, H, D, torch.float32, packed=lengths))
+    with interpreter.side_by_side(seed, yield_on_memory=True):
+        assert_right(run_both(packed, protocol))
+
+
+@interpreted
+@by_protocol
+@pytest.mark.parametrize("resets", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(2))
+def test_groups_of_ragged_batches(seed, resets, protocol):
+    """The first batch tile ends before T, the second at its third step, and a sequence has none at all."""
+    from fusedlstm import interpreter
+
+    lengths = [2, 3, 0, 4, 1] * 3 + [3, 0, 1, 2, 2]
+    ragged = shared(recurrence_inputs(5, 0, H, D, torch.float32, lengths=lengths, resets=resets))
+    with interpreter.side_by_side(seed, yield_on_memory=True):
+        assert_right(run_both(ragged, protocol))
+
+
+@contextlib.contextmanager
+def as_processes(limit_s=60):
+    """One forked process a program; the interpreter's atomics are atomic across them."""
+    from triton.runtime import interpreter as stock
+
+    from fusedlstm import interpreter
+
+    def run_programs(fn, args, programs):
+        children = []
+        for program in programs:
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    signal.alarm(limit_s)
+                    stock.interpreter_builder.set_grid_idx(*program)
+                    fn(**args)
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes):
+            raise interpreter.Deadlock(f"exit codes {codes}; {-signal.SIGALRM} is a wait without end")
+
+    call, atomic = stock.GridExecutor.__call__, stock.InterpreterBuilder.create_atomic_rmw
+
+    def yielding(self, *args):
+        result = atomic(self, *args)
+        os.sched_yield()  # there are more programs than cores
+        return result
+
+    stock.GridExecutor.__call__ = interpreter.replace_grid(run_programs)
+    stock.InterpreterBuilder.create_atomic_rmw = yielding
+    try:
+        yield
+    finally:
+        stock.GridExecutor.__call__, stock.InterpreterBuilder.create_atomic_rmw = call, atomic
+
+
+@pytest.fixture
+def shared_memory(monkeypatch):
+    """Every tensor that a launch makes can be seen by its processes."""
+
+    def sharing(make):
+        return lambda *args, **kwargs: make(*args, **kwargs).share_memory_()
+
+    for name in ("empty", "empty_like", "zeros"):
+        monkeypatch.setattr(torch, name, sharing(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", sharing(torch.Tensor.new_empty))
+
+
+@interpreted
+@by_protocol
+def test_groups_as_processes(shared_memory, protocol):
+    prepared = dense()
+    with as_processes():
+        assert_right(run_both(prepared, protocol))
+
+
+def both_ways(inputs, dtype, **tiles):
+    """Every tensor by either protocol, forward and backward: pairs that must agree to the last bit."""
+    results = []
+    _, B, H = inputs["hx"].shape
+    for protocol in ("counter", "data"):
+        fwd, bwd = (tiled(pass_, B, H, dtype, protocol=protocol, **tiles) for pass_ in ("fwd", "bwd"))
+        ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=fwd)
+        output, h_n, c_n, gates, c_seq = ours
+        states = {k: v for k, v in inputs.items() if k != "preact_x"}
+        saved = {"output": output, "gates": gates, "c_seq": c_seq}
+        results.append((*ours, *launch.recurrence_bwd("lstm", output, None, h_n, c_n, **states, **saved, plan=bwd)))
+    return list(zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        {"schedule": "streamed", "block_h": 8},
+        {"transposed": True, "groups": 1},
+        {"block_b": 32, "block_h": 32, "block_k": 64},
+    ],
+    ids=["streamed", "transposed, tiles walked", "wide"],
+)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_protocols_agree(device, dtype, tiles):
+    inputs = recurrence_inputs(3, 20, 40, 1, DTYPES[dtype], device)
+    for by_counter, by_data in both_ways(inputs, dtype, precision="ieee", **tiles):
+        assert torch.equal(by_data, by_counter) and by_data.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_passes(device, dtype):
+    """By data, a NaN of the user's own, even of the pattern that stands for absent, is no reason to wait."""
+    inputs = recurrence_inputs(3, 20, 40, 1, DTYPES[dtype], device)
+    bits = torch.int32 if dtype == "fp32" else torch.int16
+    for x in (inputs["hx"][0, 3], inputs["cx"][0, 0, 5], inputs["preact_x"][0, 1, 7]):
+        x.view(bits).fill_(-1)
+    for by_counter, by_data in both_ways(inputs, dtype, precision="ieee"):
+        torch.testing.assert_close(by_data, by_counter, rtol=0, atol=0, equal_nan=True)
+        assert by_data.isnan().any() and not by_data.isnan().all()
+
+
+@triton.jit
+def take_what_is_there(p_x, mask_b, K, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED):
+    return 1
+
+
+@triton.jit
+def publish_nothing(ptr, offs, mask, stride, tiles, COUNT, counter_ptr, PROTOCOL):
+    tl.debug_barrier()
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["takes what is there", "nothing is filled", "nothing is stored"])
+def test_a_broken_exchange_is_caught(monkeypatch, fault):
+    """Negative control, as for the barrier."""
+    from fusedlstm import interpreter
+
+    if fault == "takes what is there":
+        monkeypatch.setattr(exchange, "_is_complete", take_what_is_there)
+    elif fault == "nothing is filled":
+        monkeypatch.setattr(launch, "_exchanged", lambda x, plan: x.zero_())
+    else:
+        monkeypatch.setattr(recurrence_fwd, "publish", publish_nothing)
+    caught = 0
+    for seed in range(4):
+        try:
+            with interpreter.side_by_side(seed, yield_on_memory=True, patience=20):
+                assert_right(run_both(dense(), "data"))
+        except (AssertionError, interpreter.Deadlock):
+            caught += 1
+    assert caught > 0
+
+
+@interpreted
+def test_a_wait_without_end_is_an_error(monkeypatch):
+    """The bound of the wait itself, before the scheduler loses its patience."""
+    from fusedlstm import interpreter
+    from fusedlstm import plan as planning
+
+    monkeypatch.setattr(planning, "SPIN_LIMIT", 8)
+    monkeypatch.setattr(recurrence_fwd, "publish", publish_nothing)
+    with pytest.raises(AssertionError, match="never arrived"), interpreter.side_by_side(patience=1000):
+        run_both(dense(), "data")
