@@ -456,20 +456,24 @@ def _step_candidate(
     ieee = dtype == "fp32" and precision == "ieee"
     columns, reduction = _product_sizes(cell, hidden // heads, block_h, pass_)
     longest = _power_of_2(max(hidden // heads if heads > 1 else reduction, input_size))
+    row_bytes = math.gcd(hidden // heads, input_size) * itemsize  # at these the rows of weights are aligned
     if block_b == 1:
-        block_k, stages, transposed = min(longest, 1024, 8192 // columns), 2, False
+        most = 8192 if itemsize == 2 and row_bytes % 16 == 0 else 4096  # products that are summed apart
+        block_k, stages, transposed = min(longest, 1024, most // columns), 2, False
         smem_bytes = stages * columns * block_k * itemsize
         num_warps = max(1, min(4, columns * block_k // (limits.warp_size * 8)))
         regs = 64 + 2 * columns * block_k // (limits.warp_size * num_warps)
     else:
         transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
+        num_warps = 8 if block_b * columns >= 8192 or block_b * block_h >= 2048 else 4
+        threads = num_warps * limits.warp_size
         widest = 16 if ieee else min(128, max(32, (16 << 10) // (itemsize * max(columns, block_b))))
+        if row_bytes % 4:  # two bytes a load, through registers
+            widest = min(widest, max(16, 32 * threads // max(columns, block_b)))
         block_k = min(widest, max(16, longest))
         stages = 2 if ieee else 3
         smem_bytes = stages * block_k * (columns + block_b) * itemsize + 4 * block_b * columns
-        num_warps = 8 if block_b * columns >= 8192 or block_b * block_h >= 2048 else 4
         products = 2 if input_size else 1
-        threads = num_warps * limits.warp_size
         regs = 48 + (products * block_b * columns + 6 * block_b * block_h) // threads
     if smem_bytes > limits.smem_bytes:
         return None
