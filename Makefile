@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-triton36 test-thirdparty lint fmt kernels bench gpu mutants wheel clean
+.PHONY: demo test test-triton36 test-thirdparty lint fmt kernels bench gpu rehearse mutants wheel clean
 
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
 	$(BIN)/python -m fusedlstm train
@@ -36,8 +36,11 @@ bench: .venv/ready  ## the CPU rows and README's table
 	$(BIN)/python -m bench.run --set cpu
 	$(BIN)/python -m bench.report bench/results/cpu.csv --readme README.md --block cpu
 
-gpu:  ## on a machine with a GPU, with its own Python and torch: tests, checkers, benchmark; results in OUT
+gpu:  ## on a machine with a GPU, with its own Python and torch: tests, ceilings, checkers, table, profile; results in OUT
 	$(PYTHON) -m bench.gpu --out $(or $(OUT),out/gpu)
+
+rehearse: .venv/ready  ## the parts of `make gpu` on a CPU, interpreted, tiny: a minute
+	$(BIN)/python -m bench.gpu --out $(or $(OUT),out/rehearsal) --rehearse
 
 mutants: .venv/ready  ## faults on purpose: each must make a test fail (some minutes)
 	$(BIN)/python tests/mutants.py

@@ -1,9 +1,12 @@
 """Everything that a GPU machine has to show, in one command that needs nobody beside it: `python -m bench.gpu --out DIR`.
 
-Facts about the machine, a first run of the kernels, GPU tests, memory and race checkers where present, then the benchmark with the time that is
-left. Each part is a process with a limit and a log of its own; a part that fails or hangs does not stop the next. DIR is
-flat and small: summary.md, <gpu>.csv and a log per part. Runs with the machine's own Python, torch and Triton, offline.
-Exit status 0 means that every correctness part passed. `--rehearse` walks the same way on a CPU in tiny sizes.
+Facts about the machine, a first run of the kernels, GPU tests, the machine's ceilings, memory and race checkers where present, then
+the table with the time that is left, the profile of its slowest row, and tables and a plot from all rows. Each part is a
+process with a limit and a log; a part that fails or hangs does not stop the next, and every row is written when it is
+measured. DIR is flat and holds at most eight files: summary.md, <gpu>.csv, speedup.png and logs. Runs with the machine's own
+Python, torch and Triton, offline. Exit status 0 means that every correctness part passed.
+
+`--rehearse` walks the same parts on a CPU: kernels interpreted, sizes tiny.
 """
 
 import argparse
@@ -15,24 +18,35 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import report, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_S = 570  # a minute under the ten that a visit lasts would be wasted, a second over them loses everything
-BENCH_RESERVE_S = 20  # for the summary
+TABLE_AT_S = 300  # what comes before the table is cut short or left out so that it begins by then
+TABLE_RESERVE_S = 65  # for what comes after it
+LEAST_S = 5  # no part begins with less
+STOP_S = 8  # for the table to end by itself
 MAX_LOG_BYTES = 4 << 20
 
-# What pytest runs on the GPU. TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled.
-PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-v", "--maxfail=25")
+# On the GPU TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled; in a rehearsal it is set.
+# -vv: the configuration's own -q takes one away, and a name a line tells how far a run that was stopped had come.
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv", "--maxfail=25")
 PYTEST_ARGS = (*PYTEST, "tests/kernels")
 PYTEST_WORKERS = 12  # with pytest-xdist, if it is there: nearly all of the time goes into compiling kernels
-REHEARSAL_PYTEST_ARGS = (*PYTEST, "tests/cpu/test_bench.py", "-k", "shapes")
-REHEARSAL_BENCH_ARGS = "--set rehearsal --seconds-per-case 0.02 --threads 1 --provider fusedlstm --roofs"
+REHEARSAL_PYTEST_ARGS = (*PYTEST, "tests/kernels/test_recurrence_fwd.py", "-k", "two_directions")
+TABLE_ARGS = "--set gpu --warm 0 --seconds-per-case 0.4 --case-limit 60"
+REHEARSAL_TABLE_ARGS = "--set rehearsal --seconds-per-case 0.01 --min-rounds 2 --threads 1 --provider fusedlstm-triton --provider fusedlstm-states"
 OUR_KERNELS = "recurrence"  # in the name of every kernel that racecheck shall look at
+MACHINE_LOG, CORRECTNESS_LOG, TABLE_LOG, LAST_LOG = (
+    f"log-{name}.txt" for name in ("machine", "correctness", "table", "slowest")
+)
+
+NO_MEMORY = "Skipped: no row of a GPU, the only memory that torch counts."
 
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 
@@ -59,7 +73,7 @@ sys.exit(not ok)
 FACTS = """
 import importlib.metadata, os, platform, shutil, subprocess, sys
 print("python", sys.version.split()[0], platform.platform(), os.cpu_count(), "cores")
-for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "rich"):
+for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "rich", "matplotlib", "flashrnn", "haste_pytorch", "fastlstm", "torchrl"):
     try: print(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError: print(name, "absent")
 for tool in ("compute-sanitizer", "nvcc", "cuobjdump", "git", "gcc"):
@@ -77,15 +91,17 @@ print("fusedlstm", fusedlstm.__version__, fusedlstm.__file__)
 
 @dataclass
 class Part:
-    """One step. `judge` turns (exit status, log) into a verdict and one line; `None` limits mean what time is left."""
+    """One step. `judge` turns (exit status, log) into a verdict and one line."""
 
     name: str
     command: list[str]
-    limit_s: float | None
+    limit_s: float  # at most
+    log: str  # file name; parts may share one
     correctness: bool = False
     judge: Callable[[int, str], tuple[str, str]] | None = None
     skip: str = ""  # reason not to run it
-    log: str = ""  # file name; parts may share one
+    background: bool = False  # goes on beside the next parts, until the table begins
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,7 +131,10 @@ def judge_tests(status: int, log: str) -> tuple[str, str]:
     """pytest's own status; no test collected (5) proves nothing, so it is a failure."""
     counts = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+ in [\d.]+s.*?)=*$", log, re.M)
     line = counts[-1].strip() if counts else _last_line(log)
-    failed = re.findall(r"^FAILED (\S+)", log, re.M)
+    if not counts:  # stopped: what had been seen by then
+        seen = re.findall(r"\b(PASSED|FAILED|ERROR)\b", log)
+        line = f"{seen.count('PASSED')} passed, {len(seen) - seen.count('PASSED')} failed; {line}"
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", log, re.M)
     if failed:
         line += "; first: " + failed[0]
     return (PASSED if status == 0 else FAILED), line if status != 5 else "no test was collected"
@@ -157,72 +176,96 @@ def sanitizer(tool: str, *options: str) -> list[str]:
     ]
 
 
+def judge_slowest(status: int, log: str) -> tuple[str, str]:
+    told = re.findall(r"^slowest: .*", log, re.M)
+    return (PASSED if status == 0 else FAILED), told[-1] if told else _last_line(log)
+
+
 def parts(out: Path, csv: Path, rehearse: bool) -> list[Part]:
-    python = sys.executable
+    """All parts in their order; in a rehearsal the same ones, tiny and interpreted."""
+
+    def python(*arguments: str) -> list[str]:
+        return [sys.executable, *arguments]
+
+    table = ["-m", "bench.run", "--out", str(csv), "--log", str(out / "log-table-errors.txt")]
     checker = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on this machine"
-    bench = [python, "-m", "bench.run", "--out", str(csv), "--log", str(out / "log-bench-errors.txt")]
+    compiled = "" if importlib.util.find_spec("triton") else "the package triton is not on this machine"
+    smoke, tests, table_args = ["-m", "bench.sanitize_target"], list(PYTEST_ARGS), TABLE_ARGS
     if rehearse:
-        target = [python, "-m", "bench.sanitize_target", "--device", "cpu", "--backend", "auto"]
-        return [
-            Part("setup", [python, "-c", SETUP], 60, log="log-facts.txt"),
-            Part("facts", [python, "-c", FACTS], 60, log="log-facts.txt"),
-            Part("smoke", target, 60, True, judge_smoke, log="log-facts.txt"),
-            Part("tests", [python, *REHEARSAL_PYTEST_ARGS], 60, True, judge_tests),
-            Part("memcheck", target, 60, True, judge_sanitizer),
-            Part("racecheck", [], 60, True, judge_sanitizer, skip="rehearsal"),
-            Part("bench", [*bench, *REHEARSAL_BENCH_ARGS.split()], None),
-        ]
-    workers = ["-n", str(PYTEST_WORKERS)] if importlib.util.find_spec("xdist") else []
-    return [
-        Part("setup", [python, "-c", SETUP], 60, log="log-facts.txt"),
-        Part("facts", [python, "-c", FACTS], 60, log="log-facts.txt"),
-        # Also compiles what the checkers run, so that their time goes into checking.
-        Part("smoke", [python, "-m", "bench.sanitize_target"], 90, True, judge_smoke, log="log-facts.txt"),
-        Part("tests", [python, *PYTEST_ARGS, *workers], 150, True, judge_tests),
-        Part("memcheck", sanitizer("memcheck"), 60, True, judge_sanitizer, checker),
-        Part("racecheck", sanitizer("racecheck", *only_our_kernels()), 60, True, judge_sanitizer, checker),
-        Part("bench", [*bench, "--set", "gpu"], None),
+        smoke += ["--device", "cpu", "--tiny"]
+        tests, table_args = list(REHEARSAL_PYTEST_ARGS), REHEARSAL_TABLE_ARGS
+        checker = compiled = "rehearsal: needs a GPU"
+    elif importlib.util.find_spec("xdist"):
+        tests += ["-n", str(PYTEST_WORKERS)]
+    report_args = ["-m", "bench.report", str(csv), "--block", "gpu", "--overview", "--plot", str(out / "speedup.png")]
+    # Reads past the end of a tensor would stay inside a cached block.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    quiet = {"KINETO_LOG_LEVEL": "99"}
+    found = [
+        Part("setup", python("-c", SETUP), 60, MACHINE_LOG),
+        Part("facts", python("-c", FACTS), 60, MACHINE_LOG),
+        Part("smoke", python(*smoke), 90, MACHINE_LOG, True, judge_smoke),
+        Part("tests", python(*tests), 150, CORRECTNESS_LOG, True, judge_tests),
+        Part("ceilings", python("-m", "bench.ceilings", "--out", str(csv)), 80, MACHINE_LOG),
+        # The checkers leave all but one core idle: compile what the table needs.
+        Part(
+            "compile", python(*table, "--set", "gpu", "--compile-only"), 110, TABLE_LOG, skip=compiled, background=True
+        ),
+        Part(
+            "memcheck", sanitizer("memcheck"), 50, CORRECTNESS_LOG, True, judge_sanitizer, checker, environment=uncached
+        ),
+        Part("racecheck", [], 50, CORRECTNESS_LOG, True, judge_sanitizer, checker, environment=uncached),
+        Part("table", python(*table, *table_args.split()), TOTAL_S, TABLE_LOG),
+        Part("slowest", python("-m", "bench.slowest", str(csv)), 40, LAST_LOG, judge=judge_slowest, environment=quiet),
+        Part("report", python(*report_args), 20, LAST_LOG),
     ]
+    if not checker:
+        found[-4].command = sanitizer("racecheck", *only_our_kernels())
+    if rehearse:
+        for part in found:
+            part.environment |= {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
+    return found
 
 
-def execute(part: Part, limit_s: float, out: Path) -> Outcome:
-    """Run a part in a process group of its own and judge it; never raises."""
-    start = time.monotonic()
-    if part.skip:
-        return Outcome(part.name, SKIPPED, part.skip, 0.0, part.correctness)
-    command = list(part.command)
-    if part.name == "bench":
-        command += ["--time-limit", str(int(max(5, limit_s - BENCH_RESERVE_S)))]
-    log_path = out / (part.log or f"log-{part.name}.txt")
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    environment.pop("TRITON_INTERPRET", None)
-    if part.name in ("memcheck", "racecheck"):
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else reads past a tensor end inside its cached block
-    status, note, begin = -1, "", log_path.stat().st_size if log_path.exists() else 0
-    with log_path.open("ab") as log:
-        log.write(f"$ {' '.join(command[:1] + [c for c in command[1:] if chr(10) not in c])}\n".encode())
-        log.flush()
-        begin = log_path.stat().st_size
-        try:
-            process = subprocess.Popen(
+class Running:
+    """A part that was started in a process group of its own."""
+
+    def __init__(self, part: Part, limit_s: float, out: Path):
+        self.part, self.start, self.limit_s = part, time.monotonic(), limit_s
+        self.path = out / part.log
+        command = list(part.command)
+        if part.name in ("table", "compile"):
+            command += ["--time-limit", str(int(max(5, limit_s - STOP_S)))]
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        environment.pop("TRITON_INTERPRET", None)
+        environment |= part.environment
+        with self.path.open("ab") as log:
+            said = [c if "\n" not in c else "..." for c in command]
+            log.write(f"$ {' '.join(said)}\n".encode())
+            log.flush()
+            self.begin = self.path.stat().st_size
+            self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-            try:
-                status = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                note = f"stopped after {limit_s:.0f} s"
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        except OSError as error:
-            note = f"could not start: {error}"
-    text = log_path.read_bytes()[begin:].decode(errors="replace")
-    verdict, line = (part.judge or judge_exit)(status, text)
-    if note:
-        verdict, line = FAILED, f"{note}; {line}"
-    _shorten(log_path)
-    return Outcome(part.name, verdict, line, time.monotonic() - start, part.correctness)
+
+    def end(self, limit_s: float | None = None) -> Outcome:
+        """Wait until the end of its time (or `limit_s` from now), stop what still runs, and judge."""
+        part, note = self.part, ""
+        left = self.start + self.limit_s - time.monotonic()
+        try:
+            status = self.process.wait(max(0.0, left if limit_s is None else min(left, limit_s)))
+        except subprocess.TimeoutExpired:
+            status, note = -1, f"stopped after {time.monotonic() - self.start:.0f} s"
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        text = self.path.read_bytes()[self.begin :].decode(errors="replace")
+        verdict, line = (part.judge or judge_exit)(status, text)
+        if note:
+            verdict, line = FAILED, f"{note}; {line}"
+        _shorten(self.path)
+        return Outcome(part.name, verdict, line, time.monotonic() - self.start, part.correctness)
 
 
 def _shorten(path: Path) -> None:
@@ -248,9 +291,39 @@ def write_summary(out: Path, outcomes: list[Outcome], csv: Path) -> str:
     """Write summary.md; returns the short table of the parts."""
     lines = [f"{o.verdict:8} {o.name:10} {o.seconds:5.0f} s  {o.line}" for o in outcomes]
     measured = rows.read(csv)
-    text = ["# GPU run", "", "```", *lines, "```", "", "# Benchmark", "", report.markdown(measured, "make gpu")]
+    roofs = [
+        f"{row['metric']:12} {row['shape']:12} {row['provider']:8} {row['dtype']:9} {row['p50']:>9} {row['unit']}"
+        for row in measured
+        if row["op"] == "roof"
+    ]
+    told = _said(out / MACHINE_LOG, r"^constant  .*(?:\n.+)*")
+    profile = _said(out / LAST_LOG, r"^slowest: .*(?:\n(?!\$ ).*)*")
+    sections = {
+        "Ceilings": "\n".join(["```", *roofs, "", told, "```"]) if roofs else "",
+        "Benchmark": report.overview(measured),
+        "Memory of a training step, MiB above inputs and weights": report.memory(measured) or NO_MEMORY,
+        "Slowest row": f"```\n{profile.rstrip()}\n```" if profile else "",
+        "All rows": report.markdown(measured, "make gpu"),
+    }
+    text = ["# GPU run", "", "```", *lines, "```"]
+    for title, body in sections.items():
+        text += ["", f"## {title}", "", body or "Nothing was measured."]
     (out / "summary.md").write_text("\n".join(text) + "\n")
     return "\n".join(lines)
+
+
+def _summarise(out: Path, outcomes: list[Outcome], csv: Path) -> None:
+    """The summary so far; what goes wrong in it must not stop the run."""
+    try:
+        write_summary(out, outcomes, csv)
+    except Exception:
+        traceback.print_exc()
+
+
+def _said(path: Path, pattern: str) -> str:
+    """The last passage of a log that matches."""
+    found = re.findall(pattern, path.read_text(errors="replace"), re.M) if path.exists() else []
+    return found[-1] if found else ""
 
 
 def exit_status(outcomes: list[Outcome]) -> int:
@@ -269,28 +342,44 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + options.seconds
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("log-*.txt"):
+    for stale in (*out.glob("log-*.txt"), *out.glob("speedup.png")):
         stale.unlink()
     csv = out / f"{_gpu_name(options.rehearse)}.csv"
 
-    outcomes = []
-    for part in parts(out, csv, options.rehearse):
+    outcomes: list[Outcome] = []
+    running: list[Running] = []
+
+    def ended(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        _summarise(out, outcomes, csv)  # after each part: a run that is cut off keeps what it has
+
+    todo = parts(out, csv, options.rehearse)
+    last = [part.name for part in todo].index("table")
+    table_at = end - options.seconds * (1 - TABLE_AT_S / TOTAL_S)
+    for k, part in enumerate(todo):
         if part.name in options.broken:
             part.command, part.skip = [sys.executable, "-c", "raise SystemExit('broken on purpose')"], ""
-        left = end - time.monotonic()
-        limit_s = left if part.limit_s is None else min(part.limit_s, left)
+        if part.name == "table":
+            for other in running:
+                ended(other.end(table_at - time.monotonic()))
+        now = time.monotonic()
+        left = table_at - now if k < last else end - now - (TABLE_RESERVE_S * options.seconds / TOTAL_S) * (k == last)
         print(f"... {part.name}", flush=True)
-        if limit_s <= 5:
-            outcomes.append(Outcome(part.name, SKIPPED, "no time left", 0.0, part.correctness))
+        if part.skip or left <= LEAST_S:
+            ended(Outcome(part.name, SKIPPED, part.skip or "no time left", 0.0, part.correctness))
             continue
         try:
-            outcomes.append(execute(part, limit_s, out))
+            started = Running(part, min(part.limit_s, left), out)
+            if part.background:
+                running.append(started)
+            else:
+                ended(started.end())
         except Exception as error:  # whatever it is, the next part may still tell something
-            outcomes.append(Outcome(part.name, FAILED, f"{type(error).__name__}: {error}", 0.0, part.correctness))
-        write_summary(out, outcomes, csv)  # after each part: a run that is cut off keeps what it has
+            ended(Outcome(part.name, FAILED, f"{type(error).__name__}: {error}", 0.0, part.correctness))
     short = write_summary(out, outcomes, csv)
     measured = rows.read(csv)
     report.show(measured)
+    print("\n".join(line for line in report.overview(measured).splitlines() if line.startswith("**")))
     print(short)
     print(f"{len(measured)} rows; {', '.join(sorted(p.name for p in out.iterdir()))}")
     return exit_status(outcomes)

@@ -4,15 +4,18 @@ To add one: write a function under `@provider("name")`, here or in a file given 
 """
 
 import dataclasses
+import functools
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.shapes import Shape
+from bench.shapes import MODES, Shape
 
 BASELINE = "torch"
 AGAIN = "torch-again"
+CUDNN_STEPS = 65535  # torch.nn.LSTM on a GPU fails beyond
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,7 @@ def _serves_all(shape: Shape, dtype: str, device: str) -> str | None:
     return None
 
 
-def _dense(serves=_serves_all):
-    """The same, for providers that know neither packed input nor projections nor resets."""
-
-    def dense(shape, dtype, device):
-        for needed, what in ((shape.lengths, "packed input"), (shape.proj, "projection"), (shape.resets, "resets")):
-            if needed:
-                return f"no {what}"
-        return serves(shape, dtype, device)
-
-    return dense
+FEATURES = ("projection", "heads", "resets", "packed input")  # of `Shape.needs`
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,8 @@ class Provider:
     name: str
     build: Callable[[Shape, str, str, dict], Layer]
     requires: tuple[str, ...] = ()  # modules that must be importable
+    features: tuple[str, ...] = ()  # some of FEATURES: what it knows beyond a dense stack
+    modes: tuple[str, ...] = MODES
     serves: Callable[[Shape, str, str], str | None] = _serves_all  # the reason why a case is left out, or None
     slow: bool = False  # timed last, with the baseline alone beside it
 
@@ -62,6 +58,37 @@ class Provider:
             if importlib.util.find_spec(module) is None:
                 return f"{self.name}: not measured, module {module!r} is not installed"
         return None
+
+    def why_not(self, shape: Shape, dtype: str, device: str, mode: str) -> str | None:
+        """Why this case is left out, or None."""
+        if missing := self.missing():
+            return missing
+        if mode not in self.modes:
+            return f"only {', '.join(self.modes)}"
+        for need in shape.needs:
+            if need not in self.features:
+                return f"no {need}"
+        return self.serves(shape.one_layer if shape.alternating else shape, dtype, device)
+
+    def layer(self, shape: Shape, dtype: str, device: str, weights: dict) -> Layer:
+        """Build it for any shape; one that alternates is a stack of single layers with flips between them."""
+        if not shape.alternating:
+            return self.build(shape, dtype, device, weights)
+        layers = []
+        for k, inputs in enumerate(shape.layer_inputs):
+            own = {name.replace(f"_l{k}", "_l0"): w for name, w in weights.items() if name.endswith(f"_l{k}")}
+            layers.append(self.build(dataclasses.replace(shape.one_layer, I=inputs), dtype, device, own))
+
+        def forward(x):
+            for k, layer in enumerate(layers):
+                x = layer.forward(x.flip(0)).flip(0) if k % 2 else layer.forward(x)
+            return x
+
+        def train(mode):
+            for layer in layers:
+                layer.train(mode)
+
+        return Layer(forward, [p for layer in layers for p in layer.parameters], train)
 
 
 PROVIDERS: dict[str, Provider] = {}
@@ -112,17 +139,58 @@ def baseline_weights(shape: Shape, dtype: str, device: str) -> dict:
     """The state_dict that all providers share: `torch.nn.LSTM`'s own initial values, seed 0."""
     import torch
 
+    return {name: w.to(device, getattr(torch, dtype)) for name, w in _initial_values(shape).items()}
+
+
+@functools.lru_cache(maxsize=1)  # the cases of a shape come one after another, and large weights take a second
+def _initial_values(shape: Shape) -> dict:
+    import torch
+
     torch.manual_seed(0)
-    lstm = torch.nn.LSTM(
+    return torch.nn.LSTM(
         shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional, proj_size=shape.proj, dtype=torch.float32
-    )
-    return {name: w.to(device, getattr(torch, dtype)) for name, w in lstm.state_dict().items()}
+    ).state_dict()
 
 
-@provider("fusedlstm")
+def blocks(weight_hh, heads: int):
+    """The blocks on the diagonal of a recurrent weight [4H, H]: [4H, H / heads], rows in the same order."""
+    if heads == 1:
+        return weight_hh
+    H = weight_hh.size(1)
+    split = weight_hh.reshape(4, heads, H // heads, heads, H // heads)
+    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(4 * H, H // heads)
+
+
+def block_diagonal(weights: dict, heads: int) -> dict:
+    """The same state_dict with zeros outside of those blocks."""
+    import torch
+
+    def cut(w):
+        head = torch.arange(w.size(1), device=w.device) // (w.size(1) // heads)
+        return w * (head.repeat(4).unsqueeze(1) == head)
+
+    return {name: cut(w) if "weight_hh" in name else w for name, w in weights.items()}
+
+
+@functools.cache
+def takes(argument: str) -> bool:
+    """Whether `fusedlstm.LSTM` has an argument of this name."""
+    import fusedlstm
+
+    return argument in inspect.signature(fusedlstm.LSTM.__init__).parameters
+
+
+def _serves_ours(shape, dtype, device):
+    return "fusedlstm.LSTM has no num_heads" if shape.heads > 1 and not takes("num_heads") else None
+
+
+@provider("fusedlstm", features=FEATURES, serves=_serves_ours)
 def _fusedlstm(shape, dtype, device, weights, **kwargs):
     import fusedlstm
 
+    if shape.heads > 1:
+        kwargs["num_heads"] = shape.heads
+        weights = {name: blocks(w, shape.heads) if "weight_hh" in name else w for name, w in weights.items()}
     layer = _module(fusedlstm.LSTM, shape, dtype, device, weights, **kwargs)
     if not shape.resets:
         return layer
@@ -130,32 +198,59 @@ def _fusedlstm(shape, dtype, device, weights, **kwargs):
     return dataclasses.replace(layer, forward=lambda x: layer.forward(x, resets=resets[: len(x)]))
 
 
-@provider("torch")
+@provider("torch", features=FEATURES)
 def _torch(shape, dtype, device, weights):
+    """Without resets, and dense where a shape has heads: it has neither."""
     import torch
 
     return _module(torch.nn.LSTM, shape, dtype, device, weights)
 
 
 # The baseline once more: how far two timings of the same code lie apart is the noise of a case.
-PROVIDERS[AGAIN] = Provider(AGAIN, PROVIDERS["torch"].build)
+PROVIDERS[AGAIN] = dataclasses.replace(PROVIDERS[BASELINE], name=AGAIN)
+
+
+def _serves_kernels(shape, dtype, device):
+    from fusedlstm import engines
+
+    if device == "cpu" and not engines.interpreting():
+        return "needs a GPU, or TRITON_INTERPRET=1"
+    return _serves_ours(shape, dtype, device)
 
 
 def _where_auto_differs(shape, dtype, device):
-    if device == "cpu":
-        return "needs a GPU"
     import torch
 
     from fusedlstm import engines
 
-    if engines.choose("auto", torch.device(device), getattr(torch, dtype)) == "triton":
+    if device != "cpu" and engines.choose("auto", torch.device(device), getattr(torch, dtype)) == "triton":
         return "same as fusedlstm, whose auto is triton here"
-    return None
+    return _serves_kernels(shape, dtype, device)
 
 
-@provider("fusedlstm-triton", serves=_where_auto_differs)
+@provider("fusedlstm-triton", features=FEATURES, serves=_where_auto_differs)
 def _fusedlstm_triton(shape, dtype, device, weights):
     return _fusedlstm(shape, dtype, device, weights, backend="triton")
+
+
+def _serves_recomputed(shape, dtype, device):
+    return _serves_kernels(shape, dtype, device) if takes("save") else "fusedlstm.LSTM has no save"
+
+
+@provider("fusedlstm-states", features=FEATURES, modes=("fwdbwd",), serves=_serves_recomputed)
+def _fusedlstm_states(shape, dtype, device, weights):
+    """The gates recomputed in the backward: less memory."""
+    return _fusedlstm(shape, dtype, device, weights, backend="triton", save="states")
+
+
+def _serves_stretches(shape, dtype, device):
+    return None if device != "cpu" and shape.T > CUDNN_STEPS else f"only beyond {CUDNN_STEPS} steps, on a GPU"
+
+
+@provider("cudnn-stretches", serves=_serves_stretches)
+def _cudnn_stretches(shape, dtype, device, weights):
+    """cuDNN by stretches of the steps that it takes."""
+    return _fusedlstm(shape, dtype, device, weights, backend="torch")
 
 
 def _cell_loop(shape, dtype, device, weights, compiled):
@@ -195,9 +290,7 @@ def _cell_loop(shape, dtype, device, weights, compiled):
 
 
 def _loop_serves(shape, dtype, device):
-    if shape.resets:
-        return None
-    return _dense()(shape, dtype, device) or (None if shape.T <= 1024 else "a Python loop of more than 1024 steps")
+    return None if shape.T <= 1024 else "a Python loop of more than 1024 steps"
 
 
 def _compiled_serves(shape, dtype, device):
@@ -205,12 +298,12 @@ def _compiled_serves(shape, dtype, device):
     return None if shape.id in ("C1", "M1") else "compiled for C1 and M1 only"
 
 
-@provider("cell-loop", slow=True, serves=_loop_serves)
+@provider("cell-loop", slow=True, features=("resets",), serves=_loop_serves)
 def _cell_loop_eager(shape, dtype, device, weights):
     return _cell_loop(shape, dtype, device, weights, compiled=False)
 
 
-@provider("cell-loop-compiled", slow=True, serves=_dense(_compiled_serves))
+@provider("cell-loop-compiled", slow=True, serves=_compiled_serves)
 def _cell_loop_compiled(shape, dtype, device, weights):
     return _cell_loop(shape, dtype, device, weights, compiled=True)
 
@@ -221,9 +314,10 @@ def _one_layer_on_gpu(shape, dtype, device):
     return None if shape.layers == 1 and not shape.bidirectional else "one layer, one direction only"
 
 
-def _leaves(weights: dict) -> list:
+def _leaves(weights: dict, heads: int = 1) -> list:
     names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    return [weights[name].detach().clone().requires_grad_() for name in names]
+    own = {**weights, "weight_hh_l0": blocks(weights["weight_hh_l0"], heads)}
+    return [own[name].detach().clone().requires_grad_() for name in names]
 
 
 def _flashrnn(backend):
@@ -233,13 +327,14 @@ def _flashrnn(backend):
         from flashrnn import flashrnn
         from torch.nn.functional import linear
 
-        weight_ih, weight_hh, bias_ih, bias_hh = leaves = _leaves(weights)
+        weight_ih, weight_hh, bias_ih, bias_hh = leaves = _leaves(weights, shape.heads)
 
         def forward(x):
             preact_x = linear(x, weight_ih).transpose(0, 1)  # [B, T, 4H]
-            gates = preact_x.reshape(shape.B, shape.T, 4, shape.heads, shape.H // shape.heads)
-            recurrent = weight_hh.reshape(4, 1, shape.H, shape.H)
-            bias = (bias_ih + bias_hh).reshape(4, 1, shape.H)
+            per_head = (4, shape.heads, shape.H // shape.heads)
+            gates = preact_x.reshape(shape.B, shape.T, *per_head)
+            recurrent = weight_hh.reshape(*per_head, shape.H // shape.heads)
+            bias = (bias_ih + bias_hh).reshape(per_head)
             states, _ = flashrnn(gates, recurrent, bias, function="lstm", backend=backend, dtype=dtype)
             return states[0].reshape(shape.B, shape.T, shape.H).transpose(0, 1)
 
@@ -249,14 +344,15 @@ def _flashrnn(backend):
 
 
 for _backend in ("cuda_fused", "triton_fused"):
-    provider(f"flashrnn-{_backend}", requires=("flashrnn",), serves=_dense(_one_layer_on_gpu))(_flashrnn(_backend))
+    _known = {"requires": ("flashrnn",), "features": ("heads",), "serves": _one_layer_on_gpu}
+    provider(f"flashrnn-{_backend}", **_known)(_flashrnn(_backend))
 
 
 def _haste_serves(shape, dtype, device):
     return "float32 only" if dtype != "float32" else _one_layer_on_gpu(shape, dtype, device)
 
 
-@provider("haste", requires=("haste_pytorch",), serves=_dense(_haste_serves))
+@provider("haste", requires=("haste_pytorch",), serves=_haste_serves)
 def _haste(shape, dtype, device, weights):
     import haste_pytorch
 
@@ -271,7 +367,7 @@ def _fastlstm_serves(shape, dtype, device):
     return "one direction only" if shape.bidirectional else None
 
 
-@provider("fastlstm", requires=("fastlstm", "flashrnn"), serves=_dense(_fastlstm_serves))
+@provider("fastlstm", requires=("fastlstm", "flashrnn"), serves=_fastlstm_serves)
 def _fastlstm(shape, dtype, device, weights):
     import torch
     from fastlstm.lstm import FastLSTM
@@ -281,7 +377,7 @@ def _fastlstm(shape, dtype, device, weights):
     return Layer(lambda x: lstm(x)[0], list(lstm.parameters()), lstm.train)
 
 
-@provider("torchrl", requires=("torchrl",), serves=_dense(_haste_serves))
+@provider("torchrl", requires=("torchrl",), serves=_haste_serves)
 def _torchrl(shape, dtype, device, weights):
     import torch
     from torchrl.modules.tensordict_module._rnn_triton import lstm_triton

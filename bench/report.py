@@ -1,20 +1,25 @@
 """Tables from rows: `python -m bench.report bench/results/cpu.csv`, with `--readme README.md` also into the README.
 
+`--overview` is one line a shape and mode with all dtypes, and the geometric means; `--plot FILE.png` draws it.
+
 Every ratio is the baseline's time over the provider's, taken within rounds: above 1 is faster than `torch.nn.LSTM`.
 """
 
 import argparse
+import importlib.util
+import math
 import re
 import sys
 from pathlib import Path
 
-from bench import rows
+from bench import expected, rows
 from bench.registry import AGAIN, BASELINE
 from bench.shapes import BY_ID, MODES, SHAPES
 
-OURS = "fusedlstm"
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+KERNELS = ("fusedlstm", "fusedlstm-triton")  # ours; the second in an interpreted rehearsal
 MODE_NAMES = {"infer": "inference", "fwd": "forward", "fwdbwd": "forward + backward"}
+DTYPES = ("bfloat16", "float16", "float32")
+MEMORY = {"peak_memory": "peak", "kept_memory": "kept for the backward"}
 
 
 def _number(value: float) -> str:
@@ -22,67 +27,168 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def bound_ms(row: rows.Row, roofs: dict[tuple[str, str], float]) -> float | None:
-    """Time that the products and bytes of a case take at the measured rates (waiting between steps not counted)."""
-    shape = BY_ID.get(row["shape"])
-    rate, bandwidth = roofs.get(("matmul", row["dtype"])), roofs.get(("copy", "float32"))
-    if shape is None or not rate or not bandwidth:
-        return None
-    arithmetic = shape.flops(row["mode"]) / (rate * 1e9)
-    return max(arithmetic, shape.min_bytes(row["mode"], ITEMSIZE[row["dtype"]]) / (bandwidth * 1e6))
+def ours(measured: list[rows.Row]) -> str:
+    """The provider that the tables are about."""
+    seen = {row["provider"] for row in measured}
+    return next((name for name in KERNELS if name in seen), KERNELS[0])
+
+
+def _cases(measured: list[rows.Row]) -> dict[tuple, dict[tuple[str, str], rows.Row]]:
+    """(shape, mode, dtype) -> (provider, metric) -> row, in the order of the shapes."""
+    found: dict[tuple, dict[tuple[str, str], rows.Row]] = {}
+    for row in measured:
+        if row["op"] == "lstm":
+            found.setdefault((row["shape"], row["mode"], row["dtype"]), {})[row["provider"], row["metric"]] = row
+    order = {shape.id: k for k, shape in enumerate(SHAPES)}
+    return dict(sorted(found.items(), key=lambda c: (order.get(c[0][0], 999), c[0][2], MODES.index(c[0][1]))))
+
+
+def _sizes(row: rows.Row) -> str:
+    """T, B, I, H and what is special."""
+    text = ", ".join(row[name] for name in ("T", "B", "I", "H"))
+    if row["layers"] != "1" or row["directions"] != "1":
+        text += f" ({row['layers']} layers, {row['directions']} dir.)"
+    if known := BY_ID.get(row["shape"]):
+        text += ", alternating directions" if known.alternating else ""
+        text += f", packed, lengths {known.lengths[0]} … {known.lengths[1]}" if known.lengths else ""
+        text += f", projected to {known.proj}" if known.proj else ""
+        text += f", {known.heads} heads (torch.nn.LSTM: dense)" if known.heads > 1 else ""
+        text += f", resets at {known.resets:.0%} of the steps (torch.nn.LSTM: none)" if known.resets else ""
+    return text
 
 
 def table(measured: list[rows.Row], kind: str = "") -> tuple[list[str], list[list[str]]]:
     """Header and lines: one line per shape, mode and dtype. `kind` is "" or "_graph" (graph replay)."""
-    values: dict[tuple, dict[tuple[str, str], rows.Row]] = {}
-    roofs = {(row["metric"], row["dtype"]): float(row["p50"]) for row in measured if row["op"] == "roof"}
-    for row in measured:
-        if row["op"] == "lstm":
-            values.setdefault((row["shape"], row["mode"], row["dtype"]), {})[row["provider"], row["metric"]] = row
+    cases, known, own = _cases(measured), expected.rates(measured), ours(measured)
     latency, speedup = f"latency{kind}", f"speedup{kind}"
-    others = sorted(
-        {p for found in values.values() for p, metric in found if metric == latency} - {BASELINE, AGAIN, OURS}
-    )
-    header = ["shape", "T, B, I, H", "mode", "dtype", "torch.nn.LSTM ms", "fusedlstm ms", "ratio", "noise"]
-    header += ["bound ms"] * bool(roofs) + [f"{name} ratio" for name in others]
-    order = {shape.id: k for k, shape in enumerate(SHAPES)}
+    timed = {provider for found in cases.values() for provider, metric in found if metric == latency}
+    others = sorted(timed - {BASELINE, AGAIN, own})
+    bounded = any(metric == "matmul" for metric, _ in known)
+    planned = any(metric == "predicted" for found in cases.values() for _, metric in found)
+    header = ["shape", "T, B, I, H", "mode", "dtype", "torch.nn.LSTM ms", f"{own} ms", "ratio", "noise"]
+    header += ["bound ms", "x bound"] * bounded + ["predicted ms", "x predicted"] * planned
+    header += [f"{name} ratio" for name in others]
     lines = []
-    for (shape, mode, dtype), found in sorted(
-        values.items(), key=lambda item: (order.get(item[0][0], 999), item[0][2], MODES.index(item[0][1]))
-    ):
-        any_row = next(iter(found.values()))
+    for (shape, mode, dtype), found in cases.items():
         if not any(metric == latency for _, metric in found):
             continue
+        any_row = next(iter(found.values()))
 
         def p50(provider, metric, found=found):
             row = found.get((provider, metric))
-            return _number(float(row["p50"])) if row else "-"
+            return float(row["p50"]) if row else None
 
-        sizes = ", ".join(any_row[name] for name in ("T", "B", "I", "H"))
-        if any_row["layers"] != "1" or any_row["directions"] != "1":
-            sizes += f" ({any_row['layers']} layers, {any_row['directions']} dir.)"
-        if known := BY_ID.get(shape):
-            sizes += f", packed, lengths {known.lengths[0]} … {known.lengths[1]}" if known.lengths else ""
-            sizes += f", projected to {known.proj}" if known.proj else ""
-            sizes += f", resets at {known.resets:.0%} of the steps (torch.nn.LSTM: none)" if known.resets else ""
-        ratio = found.get((OURS, speedup))
-        noise = found.get((AGAIN, speedup))
-        bound = bound_ms(any_row, roofs)
+        mine, noise = p50(own, latency), found.get((AGAIN, speedup))
+        bound, told = expected.bound_ms(any_row, known), p50(own, "predicted")
         lines.append(
             [
                 shape,
-                sizes,
+                _sizes(any_row),
                 MODE_NAMES[mode],
                 dtype,
-                p50(BASELINE, latency),
-                p50(OURS, latency),
-                f"{float(ratio['p50']):.2f}" if ratio else "-",
+                _or_dash(p50(BASELINE, latency)),
+                _or_dash(mine),
+                _or_dash(p50(own, speedup), "{:.2f}"),
                 f"{float(noise['p20']):.2f} … {float(noise['p80']):.2f}" if noise else "-",
-                *([_number(bound) if bound else "-"] if roofs else []),
-                *[f"{float(found[n, speedup]['p50']):.2f}" if (n, speedup) in found else "-" for n in others],
+                *([_or_dash(bound and bound[0]), _or_dash(bound and mine and mine / bound[0])] if bounded else []),
+                *([_or_dash(told), _or_dash(told and mine and mine / told)] if planned else []),
+                *[_or_dash(p50(name, speedup), "{:.2f}") for name in others],
             ]
         )
     return header, lines
+
+
+def _or_dash(value: float | None, form: str | None = None) -> str:
+    return "-" if value is None else form.format(value) if form else _number(value)
+
+
+def overview(measured: list[rows.Row]) -> str:
+    """Markdown: per mode one line a shape, with ours in milliseconds and the ratio for every dtype, and geometric means."""
+    cases, own = _cases(measured), ours(measured)
+    present = [dtype for dtype in DTYPES if any(case[2] == dtype for case in cases)]
+    parts = []
+    for mode in MODES:
+        shapes = dict.fromkeys(shape for shape, m, _ in cases if m == mode)
+        ratios: dict[str, list[float]] = {dtype: [] for dtype in present}
+        lines = []
+        for shape in shapes:
+            cells, any_row = [], None
+            for dtype in present:
+                found = cases.get((shape, mode, dtype), {})
+                any_row = any_row or next(iter(found.values()), None)
+                mine, ratio = found.get((own, "latency")), found.get((own, "speedup"))
+                ratios[dtype] += [float(ratio["p50"])] if ratio else []
+                cells.append(_or_dash(mine and float(mine["p50"])))
+                cells.append(_or_dash(ratio and float(ratio["p50"]), "{:.2f}"))
+            if any(cell != "-" for cell in cells):
+                lines.append([shape, _sizes(any_row), *cells])
+        if not lines:
+            continue
+        header = ["shape", "T, B, I, H", *[text for dtype in present for text in (f"{dtype} ms", "ratio")]]
+        means = [f"{dtype} {_mean(values)}" for dtype, values in ratios.items() if values]
+        text = f"**{MODE_NAMES[mode]}**" + (f": geometric mean {'; '.join(means)}" if means else "")
+        parts.append(text + "\n\n" + _markdown_table(header, lines, left=2))
+    return "\n\n".join(parts)
+
+
+def _mean(ratios: list[float]) -> str:
+    slower = sum(ratio < 1 for ratio in ratios)
+    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+    return f"{mean:.2f} over {len(ratios)} shapes, {slower} below 1"
+
+
+def memory(measured: list[rows.Row]) -> str:
+    """Markdown: MiB above inputs and weights of a training step; empty without such rows."""
+    cases = {case: found for case, found in _cases(measured).items() if case[1] == "fwdbwd"}
+    names = dict.fromkeys(p for found in cases.values() for p, metric in found if metric in MEMORY and p != AGAIN)
+    columns = [(name, metric) for name in names for metric in MEMORY]
+    lines = [
+        [shape, dtype, *[_or_dash(float(found[c]["p50"]) if c in found else None) for c in columns]]
+        for (shape, _, dtype), found in cases.items()
+        if any(column in found for column in columns)
+    ]
+    header = ["shape", "dtype", *[f"{name} {MEMORY[metric]}" for name, metric in columns]]
+    return _markdown_table(header, lines, left=2) if lines else ""
+
+
+def plot(measured: list[rows.Row], path: Path) -> str:
+    """Draw the ratios of every shape, forward + backward and inference; returns what was done, in a line."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "plot: skipped, matplotlib is not installed"
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases, own = _cases(measured), ours(measured)
+    points = {case: float(found[own, "speedup"]["p50"]) for case, found in cases.items() if (own, "speedup") in found}
+    modes = [mode for mode in ("fwdbwd", "infer") if any(case[1] == mode for case in points)]
+    if not modes:
+        return "plot: skipped, there are no ratios"
+    figure, axes = pyplot.subplots(1, len(modes), figsize=(5.5 * len(modes), 8), squeeze=False, layout="constrained")
+    for axis, mode in zip(axes[0], modes, strict=True):
+        shapes = list(dict.fromkeys(case[0] for case in points if case[1] == mode))[::-1]
+        for dtype, marker in zip(DTYPES, "os^", strict=True):
+            found = [
+                (points[shape, mode, dtype], k) for k, shape in enumerate(shapes) if (shape, mode, dtype) in points
+            ]
+            if found:
+                axis.scatter(*zip(*found, strict=True), marker=marker, s=22, label=dtype)
+        axis.axvline(1, color="gray", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_yticks(range(len(shapes)), shapes, fontsize=7)
+        axis.set_xlabel(f"time of torch.nn.LSTM / {own}")
+        axis.set_title(MODE_NAMES[mode])
+        axis.legend(fontsize=7)
+    figure.suptitle(_sources(measured), fontsize=6)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return f"plot: {path.name}"
+
+
+def _markdown_table(header: list[str], lines: list[list[str]], left: int) -> str:
+    text = ["| " + " | ".join(header) + " |", "|" + "---|" * left + "---:|" * (len(header) - left)]
+    return "\n".join([*text, *["| " + " | ".join(line) + " |" for line in lines]])
 
 
 def _sources(measured: list[rows.Row]) -> str:
@@ -106,17 +212,19 @@ def markdown(measured: list[rows.Row], command: str = "") -> str:
         header, lines = table(measured, kind)
         if not lines:
             continue
-        text = ["| " + " | ".join(header) + " |", "|" + "---|" * 4 + "---:|" * (len(header) - 4)]
-        text += ["| " + " | ".join(line) + " |" for line in lines]
-        parts.append(title + "\n".join(text))
+        parts.append(title + _markdown_table(header, lines, left=4))
+    return "\n\n".join([*parts, _note(measured, command)])
+
+
+def _note(measured: list[rows.Row], command: str) -> str:
+    """What the tables hold, and where it comes from."""
     note = f"{_sources(measured)}."
     if command:
         note += f" Command: `{command}`."
-    note += (
+    return note + (
         " Median over interleaved rounds; ratio = time of `torch.nn.LSTM` / time of the provider in the same round; "
         "noise = the same ratio for a second copy of `torch.nn.LSTM` (p20 … p80): a ratio inside it means nothing."
     )
-    return "\n\n".join([*parts, note])
 
 
 def rewrite_block(readme: Path, block: str, text: str) -> None:
@@ -163,15 +271,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help="rewrite the block of this file")
     parser.add_argument("--block", default="cpu", help="name in the marker <!-- bench:NAME -->")
     parser.add_argument("--markdown", action="store_true", help="print markdown")
+    parser.add_argument("--overview", action="store_true", help="one line a shape; the default for the block gpu")
+    parser.add_argument("--plot", type=Path, help="PNG file for the ratios; without matplotlib it is left out")
     options = parser.parse_args(argv)
     measured = rows.read(options.csv)
-    text = markdown(measured, f"python -m bench.run --set {options.block}")
+    if not measured:
+        print(f"no rows in {options.csv}")
+        return 1
+    command = "make gpu" if options.block == "gpu" else f"python -m bench.run --set {options.block}"
+    short = options.overview or options.block == "gpu"
+    text = overview(measured) + "\n\n" + _note(measured, command) if short else markdown(measured, command)
     if options.readme:
         rewrite_block(options.readme, options.block, text)
-    if options.markdown:
+    if options.markdown or options.overview:
         print(text)
     else:
         show(measured)
+    if options.plot:
+        print(plot(measured, options.plot))
     return 0
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import registry, report, rows, shapes, worker
+from bench import registry, report, rows, shapes, timing, worker
 from bench.worker import Case, Settings
 
 MAX_RESTARTS = 20
@@ -34,7 +34,7 @@ def plan_cases(
         for mode in shapes.MODES
         if mode in shape.modes and (not modes or mode in modes)
     ]
-    grid.sort(key=lambda case: (case[2] == "fwd", case[0].telling > 0))  # stable
+    grid.sort(key=lambda case: (case[2] == "fwd", case[0].telling))  # stable
     cases = [Case(shape.id, dtype, mode, fast) for shape, dtype, mode in grid]
     if slow:
         # How slow a loop over cells is hardly depends on the dtype, and fwd lies between the other modes.
@@ -72,25 +72,24 @@ class Run:
 
     def failed(self, case: Case | None, provider: str, reason: str, detail: str = "") -> None:
         self.count["failed"] += 1
-        self.say(f"FAILED {case or 'roofs'} {provider}: {reason}", detail)
+        self.say(f"FAILED {case or 'setup'} {provider}: {reason}", detail)
 
-    def run(self, cases: list[Case], roof_dtypes: list[str]) -> None:
+    def run(self, cases: list[Case]) -> None:
         """Measure; a worker that dies or hangs is replaced, and goes on behind the provider that killed it."""
         left = list(cases)
         for _ in range(MAX_RESTARTS):
-            if not (left or roof_dtypes) or self._broken or time.monotonic() >= self.deadline:
+            if not left or self._broken or time.monotonic() >= self.deadline:
                 break
-            left = self._one_worker(left, roof_dtypes)
-            roof_dtypes = []
+            left = self._one_worker(left)
         self.count["left"] = len(left)
         if left:
             over = "time is over" if time.monotonic() >= self.deadline else "stopped"
             self.say(f"{over}: {len(left)} cases left out, the first is {left[0]}")
 
-    def _one_worker(self, left: list[Case], roof_dtypes: list[str]) -> list[Case]:
+    def _one_worker(self, left: list[Case]) -> list[Case]:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=worker.main, args=(theirs, left, roof_dtypes, self.settings), daemon=False)
+        process = context.Process(target=worker.main, args=(theirs, left, self.settings), daemon=False)
         process.start()
         theirs.close()
         case, at, heard, ready, ended = None, "start", time.monotonic(), False, False
@@ -141,8 +140,8 @@ class Run:
         if not reason:
             return left
         self.failed(case, at, reason)
-        if case is None:  # in setup or roofs
-            self._broken = not roof_dtypes
+        if case is None:  # in setup
+            self._broken = True
             return left
         left.remove(case)
         if at in case.providers and at != registry.BASELINE:
@@ -150,7 +149,7 @@ class Run:
         return left
 
     def _show(self, row: rows.Row) -> None:
-        name = f"{row['shape']} {row['dtype']} {row['mode']}" if row["op"] == "lstm" else f"roof {row['dtype']}"
+        name = f"{row['shape']} {row['dtype']} {row['mode']}"
         print(f"{name:28} {row['provider']:20} {row['metric']:14} {row['p50']:>9} {row['unit']}", flush=True)
 
     def close(self) -> None:
@@ -160,12 +159,12 @@ class Run:
 
 def compile_ahead(cases: list[Case], settings: Settings, processes: int, limit_s: float) -> str:
     """Fill Triton's cache from several processes, so that the timing process finds its kernels compiled."""
-    pairs = list(dict.fromkeys((case.shape, case.dtype) for case in cases))
+    cases = [case for case in cases if case.write_baseline]  # without the second look at slow rivals
     context = multiprocessing.get_context("spawn")
     start = time.monotonic()
     running = [
-        context.Process(target=worker.warm, args=(pairs[k::processes], settings), daemon=True)
-        for k in range(min(processes, len(pairs)))
+        context.Process(target=worker.warm, args=(cases[k::processes], settings), daemon=True)
+        for k in range(min(processes, len(cases)))
     ]
     for process in running:
         process.start()
@@ -175,7 +174,9 @@ def compile_ahead(cases: list[Case], settings: Settings, processes: int, limit_s
         if process.is_alive():
             process.kill()
             process.join(10)
-    return f"compiled ahead: {len(pairs)} shapes and dtypes, {time.monotonic() - start:.0f} s"
+    late = sum(process.exitcode is None or process.exitcode != 0 for process in running)
+    cut = f", {late} of {len(running)} processes stopped early" if late else ""
+    return f"compiled ahead: {len(cases)} cases, {time.monotonic() - start:.0f} s{cut}"
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -197,7 +198,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds-per-case", type=float, help="timing of three providers; default 2 (CPU), 0.6 (GPU)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--warm", type=int, help="processes that compile ahead; default up to 12 on a GPU")
-    parser.add_argument("--roofs", action="store_true", help="measure the machine's rates; always on a GPU")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and measure nothing")
+    parser.add_argument("--min-rounds", type=int, default=timing.MIN_ROUNDS, help="on a CPU; fewer are a rehearsal")
     parser.add_argument("--plugin", help="Python file that registers more providers")
     return parser.parse_args(argv)
 
@@ -232,13 +234,12 @@ def main(argv: list[str] | None = None) -> int:
             sys.exit(f"shape {shape!r}: expected one of {', '.join(shapes.BY_ID)}")
     if options.shape:
         chosen = [shape for shape in chosen if shape.id in options.shape]
-    pending = [f"{shape.id} ({', '.join(shape.pending)})" for shape in chosen if shape.pending]
-    chosen = [shape for shape in chosen if not shape.pending]
 
     settings = Settings(
         device=device,
         threads=min(options.threads, len(os.sched_getaffinity(0))),
         seconds_per_case=options.seconds_per_case or (2.0 if gpu is None else 0.6),
+        min_rounds=options.min_rounds,
         plugin=options.plugin,
     )
     out = options.out
@@ -247,19 +248,23 @@ def main(argv: list[str] | None = None) -> int:
     if gpu is None:
         # Threads that spin while they wait lose a hundred milliseconds a call when anything else runs on their cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    present = [p for p in providers if not p.missing()]
+    cases = plan_cases(chosen, present, options.dtype, options.mode, device)
+    warm = options.warm if options.warm is not None else (max(1, min(12, (os.cpu_count() or 1) - 2)) if gpu else 0)
+    ahead = warm and importlib.util.find_spec("triton")
+    if options.compile_only:
+        print(compile_ahead(cases, settings, warm or 1, options.time_limit))
+        return 0
     run = Run(settings, out, options.log, start + options.time_limit, options.case_limit)
     try:
-        if pending:
-            run.say("pending, not served yet: " + ", ".join(pending))
         for provider in providers:
             if line := provider.missing():
                 run.say(line)
-        providers = [p for p in providers if not p.missing()]
-        cases = plan_cases(chosen, providers, options.dtype, options.mode, device)
-        warm = options.warm if options.warm is not None else (max(1, min(12, (os.cpu_count() or 1) - 2)) if gpu else 0)
-        if warm and importlib.util.find_spec("triton"):
+        if gpu is None:
+            run.say("memory: skipped, torch counts the memory of a GPU alone")
+        if ahead:
             run.say(compile_ahead(cases, settings, warm, WARM_SHARE * options.time_limit))
-        run.run(cases, sorted({case.dtype for case in cases}) if gpu or options.roofs else [])
+        run.run(cases)
     finally:
         run.close()
     report.show(rows.read(out))

@@ -3,13 +3,11 @@
 T steps, B batch, I input size, H hidden size. I = H unless given, one layer and one direction unless given.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 MODES = ("fwdbwd", "infer", "fwd")
 GPU_DTYPES = ("bfloat16", "float16", "float32")
-
-# Features beyond a dense stack that `fusedlstm.LSTM` serves. A shape that needs another one is pending.
-SERVED: frozenset[str] = frozenset({"proj_size", "packed", "resets"})
 
 
 @dataclass(frozen=True)
@@ -21,10 +19,10 @@ class Shape:
         T, B, I, H: steps, batch, input size, hidden size (per direction).
         layers, bidirectional: as in `torch.nn.LSTM`.
         proj: size of the projected h, 0 for none.
-        heads: number of blocks on the diagonal of `weight_hh`.
-        resets: share of the (t, b) pairs at which the state starts anew; who cannot do that runs without.
+        heads: number of blocks on the diagonal of `weight_hh`; `torch.nn.LSTM`, which has none, runs dense.
+        resets: share of the (t, b) pairs at which the state starts anew; `torch.nn.LSTM` runs without.
         lengths: shortest and longest sequence of a packed batch, or None for a dense one.
-        alternating: every second layer runs backwards in time.
+        alternating: every second layer runs backwards in time (its input and output flipped).
         modes, dtypes: what is measured; dtypes on a GPU (a CPU runs float32).
         sets: lists of the runner that hold the shape ("gpu", "cpu", "rehearsal").
         telling: place in the order of a run that may be cut short, 0 first.
@@ -55,20 +53,19 @@ class Shape:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Features beyond a dense stack of full-size layers."""
+        """What a provider must know beyond a dense stack of full-size layers."""
         features = {
-            "proj_size": self.proj > 0,
+            "projection": self.proj > 0,
             "heads": self.heads > 1,
             "resets": self.resets > 0,
-            "packed": self.lengths is not None,
-            "alternating": self.alternating,
+            "packed input": self.lengths is not None,
         }
         return tuple(name for name, needed in features.items() if needed)
 
     @property
-    def pending(self) -> tuple[str, ...]:
-        """What it needs and the package does not serve yet; empty if it can be measured."""
-        return tuple(name for name in self.needs if name not in SERVED)
+    def one_layer(self) -> "Shape":
+        """The first layer alone."""
+        return dataclasses.replace(self, layers=1, alternating=False)
 
     @property
     def layer_inputs(self) -> tuple[int, ...]:
@@ -94,7 +91,8 @@ class Shape:
         """Fewest bytes moved: input, output and weights once; training also their gradients."""
         D, out = self.directions, self.directions * (self.proj or self.H)
         data = sum(self.row_lengths) * sum(inputs + out for inputs in self.layer_inputs)
-        weights = sum(D * 4 * self.H * (inputs + (self.proj or self.H)) for inputs in self.layer_inputs)
+        recurrent = (self.proj or self.H) // self.heads
+        weights = sum(D * 4 * self.H * (inputs + recurrent) for inputs in self.layer_inputs)
         return float((data + weights) * itemsize * (3 if mode == "fwdbwd" else 1))
 
 
@@ -104,20 +102,21 @@ def _shape(id: str, T: int, B: int, H: int, I: int | None = None, **kwargs) -> S
 
 BOTH = ("gpu", "cpu")
 INFER = ("infer",)
+REHEARSAL = ("rehearsal",)
 
 SHAPES: list[Shape] = [
     _shape("S1", 100, 32, 32, sets=BOTH, telling=1, source="small time series"),
     _shape("S2", 365, 256, 64, I=32, telling=1, source="hydrology"),
     _shape("S3", 100, 16, 128, sets=BOTH, telling=1, source="small layer"),
-    _shape("S4", 1000, 8, 128, telling=0, source="long and thin"),
+    _shape("S4", 1000, 8, 128, telling=1, source="long and thin"),
     _shape("S5", 512, 64, 160, I=64, telling=0, source="cuDNN's small-H cliff (H 129 to 192, B >= 9)"),
     _shape("S6", 512, 512, 128, telling=1, source="cuDNN small-H with no batch guard"),
     _shape("M1", 100, 64, 512, telling=0, source="PyTorch fastrnns"),
     _shape("M2-B16", 150, 16, 256, sets=BOTH, telling=1, source="DeepBench"),
-    _shape("M2-B64", 150, 64, 256, telling=0, source="DeepBench"),
-    _shape("M3", 128, 128, 256, resets=0.03, sets=BOTH, telling=0, source="reinforcement learning (TorchRL)"),
+    _shape("M2-B64", 150, 64, 256, telling=1, source="DeepBench"),
+    _shape("M3", 128, 128, 256, resets=0.03, sets=BOTH, telling=1, source="reinforcement learning (TorchRL)"),
     _shape("M3-dense", 128, 128, 256, source="M3 without its resets"),
-    _shape("M4", 100, 64, 512, lengths=(30, 99), source="fastrnns, variable length"),
+    _shape("M4", 100, 64, 512, lengths=(30, 99), telling=1, source="fastrnns, variable length"),
     _shape("M5", 40, 16, 512, layers=2, sets=BOTH, telling=1, source="RNN-T prediction net"),
     _shape("F1", 1024, 16, 768, telling=0, source="FlashRNN's figure"),
     # B = 16 and T = 1024 of the sweeps are F1.
@@ -132,7 +131,7 @@ SHAPES: list[Shape] = [
     _shape(
         "L3", 800, 64, 1024, layers=5, alternating=True, modes=INFER, dtypes=("float16",), source="basecalling (Bonito)"
     ),
-    _shape("L3-layer", 800, 64, 1024, modes=INFER, dtypes=("float16",), telling=0, source="one layer of L3"),
+    _shape("L3-layer", 800, 64, 1024, modes=INFER, dtypes=("float16",), telling=1, source="one layer of L3"),
     _shape("L4-I400", 70, 80, 1150, I=400, telling=1, source="AWD-LSTM, layer 1 of 3"),
     _shape("L4-I1150", 70, 80, 1150, source="AWD-LSTM, layer 2 of 3"),
     _shape("L4-H400", 70, 80, 400, I=1150, source="AWD-LSTM, layer 3 of 3"),
@@ -159,12 +158,12 @@ SHAPES: list[Shape] = [
     _shape("C7", 64, 64, 512, lengths=(13, 64), sets=("cpu",), telling=0, source="packed, lengths from 20 %"),
     _shape("C8", 128, 4, 128, lengths=(26, 128), sets=("cpu",), telling=1, source="packed, few sequences"),
     _shape("C9", 64, 16, 256, proj=128, sets=("cpu",), telling=1, source="a projection"),
-    # The rehearsal of a GPU run, and the tests.
-    _shape("R1", 7, 3, 8, sets=("rehearsal",), telling=0, source="rehearsal"),
-    _shape("R2", 5, 2, 6, I=4, layers=2, bidirectional=True, modes=INFER, sets=("rehearsal",), source="rehearsal"),
-    _shape("R3", 5, 2, 8, heads=2, sets=("rehearsal",), source="rehearsal of a pending shape"),
-    _shape("R5", 5, 3, 8, resets=0.3, sets=("rehearsal",), source="rehearsal of resets"),
-    _shape("R4", 5, 3, 8, proj=4, lengths=(2, 5), sets=("rehearsal",), source="rehearsal of a packed batch"),
+    # The rehearsal of a GPU run, and the tests: small enough for the interpreter.
+    _shape("R1", 3, 3, 16, sets=REHEARSAL, telling=0, source="rehearsal of a group of one"),
+    _shape("R2", 3, 2, 40, I=4, telling=0, layers=2, alternating=True, modes=INFER, sets=REHEARSAL, source="rehearsal"),
+    _shape("R3", 2, 2, 32, heads=2, modes=("fwdbwd",), sets=REHEARSAL, source="rehearsal of heads"),
+    _shape("R4", 3, 3, 8, proj=4, lengths=(2, 3), modes=INFER, sets=REHEARSAL, source="rehearsal of a packed batch"),
+    _shape("R5", 3, 3, 8, resets=0.3, modes=INFER, sets=REHEARSAL, source="rehearsal of resets"),
 ]
 
 BY_ID: dict[str, Shape] = {shape.id: shape for shape in SHAPES}

@@ -18,6 +18,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CPU_SAMPLE_MS = 2.0  # a sample is at least this long: timer and scheduler noise
 GPU_SAMPLE_MS = 0.5
 GRAPH_BELOW_MS = 0.4
+GRAPH_INFER_BELOW_MS = 20.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ def ratios(samples: Samples, baseline: str, name: str) -> list[float]:
     return [b / t for b, t in zip(samples.ms[baseline], samples.ms[name], strict=True)]
 
 
-def _plan(call_ms: dict[str, float], sample_ms: float, budget_s: float) -> tuple[dict[str, int], int]:
+def _plan(
+    call_ms: dict[str, float], sample_ms: float, budget_s: float, min_rounds: int = MIN_ROUNDS
+) -> tuple[dict[str, int], int]:
     """Calls per sample of each candidate, and the number of rounds that the budget pays for."""
     inner = {name: max(1, math.ceil(sample_ms / max(ms, 1e-4))) for name, ms in call_ms.items()}
     round_s = sum(inner[name] * ms for name, ms in call_ms.items()) / 1e3
-    return inner, min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / max(round_s, 1e-6))))
+    return inner, min(MAX_ROUNDS, max(min_rounds, int(budget_s / max(round_s, 1e-6))))
 
 
 def _rounds(names: list[str], rounds: int):
@@ -55,19 +58,22 @@ def _rounds(names: list[str], rounds: int):
         yield names[k:] + names[:k]
 
 
-def time_cpu(calls: dict[str, Callable], budget_s: float) -> Samples:
-    """Time calls on the host clock; `budget_s` seconds for all of them together, beside the warm-up."""
+def time_cpu(calls: dict[str, Callable], budget_s: float, min_rounds: int = MIN_ROUNDS) -> Samples:
+    """Time calls on the host clock; `budget_s` seconds for all of them together, beside the warm-up.
+
+    Fewer than five rounds are a rehearsal: they say that it runs, not how fast.
+    """
     clock = time.perf_counter
     call_ms = {}
     for name, call in calls.items():
         call()
         times = []
-        for _ in range(3):
+        for _ in range(min(3, min_rounds)):
             start = clock()
             call()
             times.append((clock() - start) * 1e3)
         call_ms[name] = min(times)
-    inner, rounds = _plan(call_ms, CPU_SAMPLE_MS, budget_s)
+    inner, rounds = _plan(call_ms, CPU_SAMPLE_MS, budget_s, min_rounds)
     ms = {name: [] for name in calls}
     for order in _rounds(list(calls), rounds):
         for name in order:
@@ -123,27 +129,41 @@ def time_gpu(calls: dict[str, Callable], budget_s: float) -> Samples:
     return Samples(ms, f"events interleaved rounds={rounds}")
 
 
-def time_gpu_graph(calls: dict[str, Callable], budget_s: float) -> Samples:
-    """Time replays of one CUDA graph per call.
+def capture(call: Callable, copies: int = 1):
+    """A CUDA graph of `copies` calls in a row, and what they returned (which the graph writes to).
 
     Raises:
-        RuntimeError: a call cannot be captured.
+        RuntimeError: the call cannot be captured.
     """
     import torch
 
-    graphs, kept = {}, []
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a capture wants its warm-up on a side stream
+        for _ in range(max(2, copies)):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for _ in range(copies)]
+    return graph, kept
+
+
+def time_gpu_graph(calls: dict[str, Callable], budget_s: float, copies: int = 1) -> tuple[Samples, dict[str, str]]:
+    """Time replays of a CUDA graph of `copies` calls (as many as there are sets of inputs).
+
+    Returns times a call, and who could not be captured and why.
+    """
+    graphs, refused = {}, {}
     for name, call in calls.items():
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a capture wants its warm-up on a side stream
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept.append(call())
-        graphs[name] = graph
-    replays = {name: graph.replay for name, graph in graphs.items()}
+        try:
+            graphs[name] = capture(call, copies)
+        except Exception as error:  # whatever a library raises; the others can still be timed
+            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    if not graphs:
+        return Samples({}, "graph"), refused
+    replays = {name: graph.replay for name, (graph, _) in graphs.items()}
     ms, rounds = _event_samples(replays, _estimate_ms(replays), budget_s)
-    return Samples(ms, f"graph interleaved rounds={rounds}")
+    ms = {name: [value / copies for value in values] for name, values in ms.items()}
+    return Samples(ms, f"graph interleaved rounds={rounds}"), refused

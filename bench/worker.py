@@ -2,16 +2,20 @@
 case and not the run. Talks to `bench.run` through a pipe, in tuples whose first item names the event.
 """
 
+import itertools
+import math
 import os
 import traceback
 from dataclasses import dataclass
 
-from bench import environment, registry, timing
+from bench import environment, expected, registry, timing
 from bench.shapes import BY_ID, Shape
 
 # Only what is grossly wrong is refused here; how exact the results are is a matter of the tests.
 WRONG_ABOVE = 0.1
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+MIB = 2**20
+COLD_BYTES = 128 * MIB  # inputs that are used in turn are this large together: twice the L2 of any GPU here
+MOST_INPUTS = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Settings:
     device: str
     threads: int
     seconds_per_case: float
+    min_rounds: int = timing.MIN_ROUNDS
     plugin: str | None = None
 
 
@@ -44,7 +49,7 @@ class _Dead(Exception):
     """The GPU context cannot be used any more."""
 
 
-def _setup(settings: Settings) -> None:
+def setup(settings: Settings) -> None:
     import torch
 
     if settings.plugin:
@@ -114,14 +119,52 @@ def _input(shape: Shape, T: int, device: str, dtype):
     return torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
 
 
-def _by_loop(case: Case, shape: Shape, device: str, weights: dict, x, grad_output):
-    """What is right where the baseline is not: a loop over cells."""
-    loop = registry.PROVIDERS["cell-loop"].build(shape, case.dtype, device, weights)
-    return _call(loop, shape, case.mode, x, grad_output)()
+def _inputs(shape: Shape, device: str, dtype):
+    """Random input, and a random gradient of the output."""
+    import torch
+
+    x = _input(shape, shape.T, device, dtype)
+    size = (*_tensor(x).shape[:-1], shape.directions * (shape.proj or shape.H))
+    return x, torch.randn(size, device=device, dtype=dtype)
 
 
-def _peak_mib(call) -> float:
-    """Peak memory of one call above what was there before it: inputs and weights."""
+def case_call(provider: registry.Provider, case: Case, shape: Shape, device: str, weights: dict, dtype):
+    """A function that does the work of a case once."""
+    return _call(provider.layer(shape, case.dtype, device, weights), shape, case.mode, *_inputs(shape, device, dtype))
+
+
+def input_sets(shape: Shape, itemsize: int) -> int:
+    """How many sets of inputs take turns, so that none is in the L2 when its turn comes.
+
+    What a recurrence itself reads again and again is there all the same; a single step rotates its weights too.
+    """
+    size = shape.T * shape.B * (shape.I + shape.directions * (shape.proj or shape.H)) * itemsize
+    if shape.T == 1:
+        size += 4 * shape.H * (shape.I + shape.H) * itemsize
+    return max(1, min(MOST_INPUTS, math.ceil(COLD_BYTES / size)))
+
+
+def _exact(case: Case, shape: Shape, device: str, weights: dict, x, grad_output):
+    """What is right where `torch.nn.LSTM` computes something else, or nothing; None where its own result is right."""
+    if shape.resets:
+        name = "cell-loop"
+    elif shape.heads > 1:
+        name, weights = registry.BASELINE, registry.block_diagonal(weights, shape.heads)
+    elif device != "cpu" and shape.T > registry.CUDNN_STEPS:
+        name = "cudnn-stretches"
+    else:
+        return None
+    layer = registry.PROVIDERS[name].layer(shape, case.dtype, device, weights)
+    output, grads = _call(layer, shape, case.mode, x, grad_output)()
+    recurrent = [False, *["weight_hh" in name for name in weights]]  # of the gradients, input first
+    return output, [registry.blocks(g, shape.heads) if r else g for g, r in zip(grads, recurrent, strict=bool(grads))]
+
+
+def memory_mib(call, forward=None) -> dict[str, float]:
+    """Peak of one call above what was there before it (inputs and weights), and what a forward keeps beside its output.
+
+    A training step keeps that until its backward: for `torch.nn.LSTM`, cuDNN's reserve.
+    """
     import torch
 
     torch.cuda.synchronize()
@@ -129,7 +172,13 @@ def _peak_mib(call) -> float:
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    found = {"peak_memory": torch.cuda.max_memory_allocated() - before}
+    if forward is not None:
+        before = torch.cuda.memory_allocated()
+        output, _ = forward()
+        torch.cuda.synchronize()
+        found["kept_memory"] = torch.cuda.memory_allocated() - before - output.numel() * output.element_size()
+    return {metric: size / MIB for metric, size in found.items()}
 
 
 def _error(result, reference) -> float:
@@ -163,6 +212,22 @@ def _row(case: Case, shape: Shape, provider: str, metric: str, unit: str, values
     }
 
 
+class _Candidate:
+    """One provider of a case: built, and called with one set of inputs after another."""
+
+    def __init__(self, provider: registry.Provider, case: Case, shape: Shape, device: str, weights: dict, inputs: list):
+        def layer():
+            return provider.layer(shape, case.dtype, device, weights)
+
+        one = layer()
+        layers = [one, *[layer() if shape.T == 1 else one for _ in inputs[1:]]]
+        calls = [_call(own, shape, case.mode, *given) for own, given in zip(layers, inputs, strict=True)]
+        self.first = calls[0]
+        self.forward = _call(one, shape, "fwd", *inputs[0]) if case.mode == "fwdbwd" else None
+        turns = itertools.cycle(calls)
+        self.call = lambda: next(turns)()
+
+
 def measure(case: Case, settings: Settings, send) -> None:
     """Build, check and time the providers of a case; sends its rows."""
     import torch
@@ -171,24 +236,31 @@ def measure(case: Case, settings: Settings, send) -> None:
     gpu = device != "cpu"
     dtype = getattr(torch, case.dtype)
     weights = registry.baseline_weights(shape, case.dtype, device)
-    x = _input(shape, shape.T, device, dtype)
-    rows = _tensor(x).shape[:-1]
-    grad_output = torch.randn(*rows, shape.directions * (shape.proj or shape.H), device=device, dtype=dtype)
+    inputs = [_inputs(shape, device, dtype) for _ in range(input_sets(shape, dtype.itemsize) if gpu else 1)]
 
-    calls, peaks, reference = {}, {}, None
+    def failed(name, error):
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        send("failed", name, f"{type(error).__name__}: {text}", traceback.format_exc())
+        _check_alive(settings)
+
+    calls, memory, reference = {}, {}, None
+    try:
+        reference = _exact(case, shape, device, weights, *inputs[0])
+    except Exception as error:
+        failed("reference", error)
+    other = reference is not None  # the baseline computes something else
     for name in case.providers:
         send("at", name)
         provider = registry.PROVIDERS[name]
         try:
-            if reason := provider.missing() or provider.serves(shape, case.dtype, device):
+            if reason := provider.why_not(shape, case.dtype, device, case.mode):
                 send("skipped", name, reason)
                 continue
-            call = _call(provider.build(shape, case.dtype, device, weights), shape, case.mode, x, grad_output)
-            result = call()
-            runs_without_resets = shape.resets and name in (registry.BASELINE, registry.AGAIN)
-            if name == registry.BASELINE:
-                reference = _by_loop(case, shape, device, weights, x, grad_output) if runs_without_resets else result
-            elif not runs_without_resets and reference is not None:
+            built = _Candidate(provider, case, shape, device, weights, inputs)
+            result = built.first()
+            if name == registry.BASELINE and not other:
+                reference = result
+            elif reference is not None and not (other and name in (registry.BASELINE, registry.AGAIN)):
                 error = _error(result, reference)
                 if error > WRONG_ABOVE:
                     text = f"wrong result: relative error {error:.2g} against {registry.BASELINE}"
@@ -196,16 +268,10 @@ def measure(case: Case, settings: Settings, send) -> None:
                     continue
             del result
             if gpu:
-                peaks[name] = _peak_mib(call)
-            calls[name] = call
+                memory[name] = memory_mib(built.first, built.forward)
+            calls[name] = built.call
         except Exception as error:
-            send(
-                "failed",
-                name,
-                f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
-                traceback.format_exc(),
-            )
-            _check_alive(settings)
+            failed(name, error)
     checked = "" if reference is not None else " unchecked"
     del reference
     if not calls or (not case.write_baseline and len(calls) == 1):
@@ -214,69 +280,63 @@ def measure(case: Case, settings: Settings, send) -> None:
     send("at", "timing")
     budget_s = settings.seconds_per_case * len(calls) / 3
     suffix = (
-        f" tf32={int(case.dtype == 'float32')}"
+        f" tf32={int(case.dtype == 'float32')} inputs={len(inputs)}"
         if gpu
         else f" threads={settings.threads} wait={os.environ.get('OMP_WAIT_POLICY', 'default')}"
     )
-    timed = [("", (timing.time_gpu if gpu else timing.time_cpu)(calls, budget_s))]
-    if gpu and min(map(timing.statistics.median, timed[0][1].ms.values())) < timing.GRAPH_BELOW_MS:
-        try:
-            timed.append(("_graph", timing.time_gpu_graph(calls, budget_s)))
-        except Exception as error:
-            send("note", f"{case}: no graph replay, {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-            _check_alive(settings)
-    for kind, samples in timed:
-        protocol = samples.protocol + suffix + checked
+
+    def write(name, metric, unit, values, protocol):
+        if name != registry.BASELINE or case.write_baseline:
+            send("row", _row(case, shape, name, metric, unit, values, protocol, device))
+
+    def write_times(kind, samples):
         for name in samples.ms:
-            if name == registry.BASELINE and not case.write_baseline:
-                continue
-            row = (case, shape, name)
-            latency = timing.percentiles(samples.ms[name])
-            send("row", _row(*row, f"latency{kind}", "ms", latency, protocol, device))
+            protocol = samples.protocol + suffix + checked + _differs(shape, name)
+            write(name, f"latency{kind}", "ms", timing.percentiles(samples.ms[name]), protocol)
             if name != registry.BASELINE and registry.BASELINE in samples.ms:
                 ratio = timing.percentiles(timing.ratios(samples, registry.BASELINE, name))
-                send("row", _row(*row, f"speedup{kind}", "x", ratio, protocol, device))
-            if not kind and name in peaks:
-                send("row", _row(*row, "peak_memory", "MiB", (peaks[name],) * 3, protocol, device))
+                write(name, f"speedup{kind}", "x", ratio, protocol)
+
+    if gpu:
+        timed = timing.time_gpu(calls, budget_s)
+    else:
+        timed = timing.time_cpu(calls, budget_s, settings.min_rounds)
+    write_times("", timed)
+    for name, found in memory.items():
+        for metric, mib in found.items():
+            write(name, metric, "MiB", (mib,) * 3, "torch.cuda.memory_allocated" + _differs(shape, name))
+    for name in calls:
+        if name.startswith("fusedlstm") and (told := expected.predicted(shape, case.dtype, case.mode, device, name)):
+            write(name, "predicted", "ms", (told[0],) * 3, told[1])
+    longest = timing.GRAPH_INFER_BELOW_MS if case.mode == "infer" else timing.GRAPH_BELOW_MS
+    if gpu and min(map(timing.statistics.median, timed.ms.values())) < longest:
+        send("at", "graph")
+        try:
+            replayed, refused = timing.time_gpu_graph(calls, budget_s, len(inputs))
+            write_times("_graph", replayed)
+            for name, reason in refused.items():
+                send("note", f"{case} {name}: no graph replay, {reason}")
+        except Exception as error:
+            send("note", f"{case}: no graph replay, {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        _check_alive(settings)
 
 
-def roofs(settings: Settings, dtypes: list[str], send) -> None:
-    """Rates that nothing here can exceed: a large matrix product per dtype, and a large copy (read plus written)."""
-    import torch
-
-    gpu = settings.device != "cpu"
-    timer = timing.time_gpu if gpu else timing.time_cpu
-    n, megabytes = (8192, 2048) if gpu else (1024, 128)
-    shape = Shape("", 0, n, n, n, layers=0)
-    calls, scale = {}, {}
-    for dtype in dtypes:
-        a, b = (torch.randn(n, n, device=settings.device, dtype=getattr(torch, dtype)) for _ in range(2))
-        calls[dtype] = lambda a=a, b=b: a @ b
-        scale[dtype] = ("matmul", "TFLOP/s", 2 * n**3 / 1e9)
-    source = torch.randn(megabytes * 2**18, device=settings.device)
-    target = torch.empty_like(source)
-    calls["copy"] = lambda: target.copy_(source)
-    scale["copy"] = ("copy", "GB/s", 2 * source.numel() * 4 / 1e6)
-    samples = timer(calls, 1.0 if gpu else 0.6)
-    for name, (metric, unit, amount) in scale.items():
-        rates = timing.percentiles([amount / ms for ms in samples.ms[name]])
-        case = Case("roof", "float32" if name == "copy" else name, "roof", ())
-        row = _row(case, shape, "torch", metric, unit, rates, samples.protocol, settings.device)
-        send("row", {**row, "op": "roof", "shape": metric, "T": 0, "layers": 0, "directions": 0})
+def _differs(shape: Shape, name: str) -> str:
+    """What the baseline does not do in a case."""
+    if name not in (registry.BASELINE, registry.AGAIN):
+        return ""
+    return " without resets" * (shape.resets > 0) + " dense, without heads" * (shape.heads > 1)
 
 
-def main(connection, cases: list[Case], roof_dtypes: list[str], settings: Settings) -> None:
+def main(connection, cases: list[Case], settings: Settings) -> None:
     """Entry of the worker process."""
 
     def send(*event) -> None:
         connection.send(event)
 
     try:
-        _setup(settings)
+        setup(settings)
         send("ready", environment.facts(settings.device))
-        if roof_dtypes:
-            send("case", None)
-            roofs(settings, roof_dtypes, send)
         for case in cases:
             send("case", case)
             try:
@@ -294,21 +354,25 @@ def main(connection, cases: list[Case], roof_dtypes: list[str], settings: Settin
         os._exit(70)  # a poisoned context may hang at an orderly exit
 
 
-def warm(cases: list[tuple[str, str]], settings: Settings) -> None:
-    """Compile the kernels of (shape, dtype) pairs into Triton's cache; lengths do not matter to them."""
+def warm(cases: list[Case], settings: Settings) -> None:
+    """Compile our kernels of these cases into Triton's cache; lengths do not matter to them."""
     import torch
 
-    _setup(settings)
-    for shape_id, dtype in cases:
-        shape = BY_ID[shape_id]
-        try:
-            layer = registry.PROVIDERS["fusedlstm"].build(shape, dtype, settings.device, {})
-            x = _input(shape, min(shape.T, 2), settings.device, getattr(torch, dtype))
-            output = _tensor(layer.forward(x))
-            output.sum().backward()
-            with torch.no_grad():
-                layer.train(False)
-                layer.forward(x)
-            torch.cuda.synchronize()
-        except Exception:  # the run itself meets it again and reports it
-            traceback.print_exc()
+    setup(settings)
+    for case in cases:
+        shape = BY_ID[case.shape]
+        for name in case.providers:
+            provider = registry.PROVIDERS[name]
+            if not name.startswith("fusedlstm") or provider.why_not(shape, case.dtype, settings.device, case.mode):
+                continue
+            try:
+                layer = provider.layer(shape, case.dtype, settings.device, {})
+                x = _input(shape, min(shape.T, 2), settings.device, getattr(torch, case.dtype))
+                layer.train(case.mode != "infer")
+                with torch.set_grad_enabled(case.mode != "infer"):
+                    output = _tensor(layer.forward(x))
+                if case.mode == "fwdbwd":
+                    output.sum().backward()
+                torch.cuda.synchronize()
+            except Exception:  # the run itself meets it again and reports it
+                traceback.print_exc()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import engines, recurrence, reference, torch_engine
+from fusedlstm import engines, recurrence, reference, torch_engine, wave
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.precision import product
 
@@ -112,16 +112,20 @@ def lstm(
             layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
             count = len(weights) // (num_layers * directions)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
-            inference = not (torch.is_grad_enabled() and any(x.requires_grad for x in (input, *hx, *weights)))
-            in_one = inference and recurrence.is_one_step(engine, input, layout)
-            if in_one and not (proj_size or cell_states or dropout * training):
+            between = dropout * training
+            one_step = recurrence.is_one_step(engine, input, layout)
+            if one_step and not (proj_size or cell_states or between or _wants_gradients(input, *hx, *weights)):
                 output, h_n, c_n, _, _ = recurrence.step_fwd(
                     "lstm", input[0], hx[0], hx[1].unsqueeze(0), weights, directions, False, False
                 )
                 output, c_n = output.unsqueeze(0), c_n.squeeze(0)
             else:
-                layer = _layer_of(engine, proj_size, grad_clip, cell_states)
-                output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions, dropout * training)
+                layer = _layer_of(engine, directions, proj_size, grad_clip, cell_states)
+                together = 1
+                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between
+                if engine == "triton" and not alone:
+                    together = wave.layers_together("lstm", input, hx[0], weights, num_layers, layout)
+                output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions * together, between)
             if batch_first:
                 output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
     results = (output, h_n, c_n, c_seq)
@@ -221,17 +225,17 @@ def _layers(
     layout: Layout,
     hx: tuple[Tensor, Tensor],  # [L * D, B, P] and [L * D, B, H]
     parameters: list[list[Tensor]],  # per layer and direction
-    directions: int,
+    at_once: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A stack of which `layer(x, layout, state, parameters, is_last)` does one."""
+    """A stack of which `layer(x, layout, state, parameters, is_last)` does `at_once` directions or layers."""
     h_n, c_n, c_seq = [], [], None
-    for k in range(0, len(parameters), directions):
+    for k in range(0, len(parameters), at_once):
         if k > 0 and dropout > 0:
             x = dropout_fn(x, dropout)
-        rows = slice(k, k + directions)
+        rows = slice(k, k + at_once)
         x, (h, c), c_seq = layer(
-            x, layout, (hx[0][rows], hx[1][rows]), parameters[rows], k + directions == len(parameters)
+            x, layout, (hx[0][rows], hx[1][rows]), parameters[rows], k + at_once >= len(parameters)
         )
         h_n.append(h)
         c_n.append(c)
@@ -240,14 +244,17 @@ def _layers(
     return x, torch.cat(h_n), torch.cat(c_n), c_seq
 
 
-def _layer_of(engine: str, proj_size: int, clip: float | None, cell_states: bool):
-    """What does one layer, for `_layers`."""
+def _layer_of(engine: str, directions: int, proj_size: int, clip: float | None, cell_states: bool):
+    """What does one layer, or a wave of them, for `_layers`."""
 
     def fused(x, layout, state, parameters, is_last):
         wants_c_seq = cell_states and is_last
         if proj_size:
             return _projected_layer(x, state, parameters, engine, layout, wants_c_seq)
-        output, state, c_seq = recurrence.layer("lstm", x, state, parameters, engine, layout, clip, wants_c_seq)
+        if len(parameters) > directions:
+            output, state, c_seq = wave.stack("lstm", x, state, parameters, layout, clip, wants_c_seq)
+        else:
+            output, state, c_seq = recurrence.layer("lstm", x, state, parameters, engine, layout, clip, wants_c_seq)
         return output, state, c_seq[0] if wants_c_seq else None
 
     def specified(x, layout, state, parameters, is_last):
@@ -307,6 +314,10 @@ def _autocasts(input: Tensor) -> bool:
 def _autocast_off(input: Tensor):
     # What is to be cast is cast: ATen's own rules for LSTMs differ from device to device, and from dtype to dtype.
     return torch.autocast(input.device.type, enabled=False) if _autocasts(input) else contextlib.nullcontext()
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _cast(tree, dtype: torch.dtype):

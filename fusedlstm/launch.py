@@ -132,6 +132,19 @@ def plan_for(
     return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), layout, heads, stack)
 
 
+def layers_together(cell: str, like: Tensor, hx: Tensor, layers: int, layout: str, training: bool) -> int:
+    """See `plan.wave`; for tensors of the dtype and on the device of `like`, and hx [L, B, H]."""
+    index = like.device.index if like.device.type == "cuda" else None
+    B, H = hx.shape[1:]
+    return _cached_wave(cell, layers, B, H, like.dtype, index, _float32_precision(), layout, training)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) -> int:
+    limits = device_limits(index)
+    return planning.wave(cell, layers, B, H, DTYPES[dtype], limits, precision, layout, training) if B else 1
+
+
 def why_not(
     cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device, layout: str = "dense"
 ) -> str | None:
@@ -335,7 +348,15 @@ def step_plan_for(cell: str, like: Tensor, H: int, D: int, heads: int, input_siz
 
 @functools.lru_cache(maxsize=4096)
 def _cached_step_plan(
-    cell: str, B: int, H: int, dtype: torch.dtype, D: int, index: int | None, precision: str, heads: int, input_size: int
+    cell: str,
+    B: int,
+    H: int,
+    dtype: torch.dtype,
+    D: int,
+    index: int | None,
+    precision: str,
+    heads: int,
+    input_size: int,
 ) -> Plan:
     limits = device_limits(index)
     return planning.step_plan(cell, B, H, DTYPES[dtype], D, limits, "fwd", precision, heads, input_size)

@@ -234,7 +234,9 @@ def step_plan(
             (block_b, block_h)
             for block_b in (16, 32, 64, 128)
             for block_h in (4, 8, 16, 32, 64)
-            if (block_b == 16 or block_b < 2 * batch) and block_b * block_h <= most and block_h < max(5, 2 * hidden // heads)
+            if (block_b == 16 or block_b < 2 * batch)
+            and block_b * block_h <= most
+            and block_h < max(5, 2 * hidden // heads)
         ]
     candidates = [
         candidate
@@ -248,6 +250,43 @@ def step_plan(
     if not candidates:
         raise PlanError(f"a step with hidden={hidden} in {dtype} does not fit {limits.name}")
     return min(candidates, key=lambda c: (c.step_us, c.grid[0] * c.grid[1], c.block_b, c.block_h))
+
+
+def wave(
+    cell: str,
+    layers: int,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    limits: DeviceLimits,
+    precision: str = "tf32",
+    layout: str = "dense",
+    training: bool = True,
+) -> int:
+    """How many layers of a stack should share a launch, one step apart: what is predicted to take least; at least 1.
+
+    Sizes as in `plan`; `training` if a backward will follow.
+    """
+
+    def stack_us(together: int) -> float:
+        """A step of all layers, in launches of `together` and one of the rest."""
+        total = 0.0
+        for n, launches in ((together, layers // together), (layers % together, 1)):
+            for pass_ in ("fwd", "bwd") if training else ("fwd",):
+                if n:
+                    p = plan(cell, 1, batch, hidden, dtype, n, limits, pass_, precision, layout, stack=n > 1)
+                    total += p.step_us * launches
+        return total
+
+    best, least = 1, stack_us(1)
+    for together in range(2, layers + 1):
+        try:
+            predicted = stack_us(together)
+        except PlanError:
+            break  # nor do more fit
+        if predicted < least:
+            best, least = together, predicted
+    return best
 
 
 def explain(
@@ -391,8 +430,9 @@ def _candidate(
     tflops = limits.fp32_tflops if ieee else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
     if limits.wide_mma and matrix_rows < 64:
         tflops *= 0.6  # the narrow instruction
-    math_us = 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
-    l2_bytes = 0 if protocol == "none" else block_b * reduction * itemsize
+    products = 2 if stack else 1  # the h of the layer below, too
+    math_us = products * 2 * block_b * columns * reduction / (tflops / limits.num_sms * 1e6)
+    l2_bytes = 0 if protocol == "none" else products * block_b * reduction * itemsize
     if schedule == "streamed":
         l2_bytes += slice_bytes
     l2_us = l2_bytes / (limits.l2_tbps / limits.num_sms * 1e6)
@@ -478,7 +518,9 @@ def _step_candidate(
     if smem_bytes > limits.smem_bytes:
         return None
     group, tiles_b = math.ceil(hidden // heads / block_h) * heads, math.ceil(batch / block_b)
-    tflops = limits.fp32_tflops if ieee or block_b == 1 else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
+    tflops = (
+        limits.fp32_tflops if ieee or block_b == 1 else limits.tf32_tflops if dtype == "fp32" else limits.half_tflops
+    )
     if limits.wide_mma and (columns if transposed else block_b) < 64:
         tflops *= 0.6  # the narrow instruction
     math_us = 2 * block_b * columns * (reduction + input_size) / (tflops / limits.num_sms * 1e6)

@@ -1,7 +1,9 @@
-"""The benchmark: shapes, rows, timing, report, and a rehearsal of the GPU run on a CPU."""
+"""The benchmark: shapes, rows, timing, bounds, report, and a rehearsal of the GPU run on a CPU."""
 
 import contextlib
 import csv
+import math
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import environment, gpu, registry, report, rows, shapes, timing, worker
+from bench import environment, expected, gpu, registry, report, rows, shapes, slowest, timing, worker
 from bench import run as bench_run
 from bench.worker import Case, Settings
 
@@ -42,12 +44,14 @@ def test_shapes_are_sound():
         assert shape.H % shape.heads == 0 and set(shape.sets) <= {"gpu", "cpu", "rehearsal"}, shape.id
         assert set(shape.modes) <= set(shapes.MODES) and set(shape.dtypes) <= set(shapes.GPU_DTYPES), shape.id
         assert shape.source and " " not in shape.id, shape.id
-    named = "S1 S2 S3 S4 S5 S6 M1 M3 M4 M5 F1 L1 L2 L3 L5 L6 I2 F2-B2 F2-B256 F3-T2048 F4-48x16 M2-B16 I1-H1024"
-    assert set(named.split()) <= set(ids)
-    assert shapes.BY_ID["F4-48x16"].needs == ("heads",)
-    assert shapes.BY_ID["M4"].needs == ("packed",)
-    assert shapes.BY_ID["F1"].pending == ()
-    assert shapes.in_set("gpu")[0].telling == 0
+    named = "S1 S2 S3 S4 S5 S6 M1 M2-B16 M2-B64 M3 M4 M5 F1 L1 L2 L3 L4-I400 L5 L6 B1-I1312 B1-I1024 I1-H1024 I2"
+    named += " F2-B2 F2-B8 F2-B32 F2-B64 F2-B128 F2-B256 F3-T256 F3-T512 F3-T2048 X1-T65536 X1-T100000"
+    named += " F4-48x16 F4-24x32 F4-12x64 F4-6x128 F4-3x256"
+    on_gpu = shapes.in_set("gpu")
+    assert set(named.split()) <= {shape.id for shape in on_gpu}
+    assert shapes.BY_ID["F4-48x16"].needs == ("heads",) and shapes.BY_ID["M4"].needs == ("packed input",)
+    assert {need for shape in shapes.SHAPES for need in shape.needs} == set(registry.FEATURES)
+    assert on_gpu[0].telling == 0 and "F1" in [shape.id for shape in on_gpu[:5]]
 
 
 def test_shapes_count_operations():
@@ -69,6 +73,103 @@ def test_missing_rival_is_named():
     with pytest.raises(KeyError, match="expected one of fusedlstm, torch"):
         registry.select(["cudnn"])
     assert [p.name for p in registry.select(["fusedlstm"])] == ["torch", "fusedlstm"]
+
+
+def test_what_a_provider_lacks_is_named():
+    def why_not(name, shape, mode="fwdbwd", device="cpu"):
+        return registry.PROVIDERS[name].why_not(shapes.BY_ID[shape], "float32", device, mode)
+
+    assert why_not("cell-loop", "R4") == "no projection" and why_not("cell-loop", "R3") == "no heads"
+    assert why_not("cell-loop", "R5") is None and why_not("torch", "F4-48x16") is None
+    assert why_not("fusedlstm-states", "R1", mode="infer") == "only fwdbwd"
+    assert why_not("fusedlstm-triton", "R1") == "needs a GPU, or TRITON_INTERPRET=1"
+    assert "only beyond 65535 steps" in why_not("cudnn-stretches", "F1", device="cuda")
+    assert why_not("cudnn-stretches", "X1-T100000", device="cuda") is None
+    assert (why_not("fusedlstm", "R3") is None) == registry.takes("num_heads")
+
+
+def test_heads_are_the_blocks_of_a_dense_weight():
+    """A dense `torch.nn.LSTM` with zeros outside of the blocks is what a layer with heads is checked against."""
+    H, heads = 6, 3
+    weight = torch.arange(4.0 * H * H).reshape(4 * H, H) + 1
+    cut = registry.block_diagonal({"weight_hh_l0": weight, "bias_hh_l0": weight[:, 0]}, heads)
+    assert torch.equal(cut["bias_hh_l0"], weight[:, 0])
+    blocks = registry.blocks(weight, heads)
+    assert blocks.shape == (4 * H, 2) and torch.equal(registry.blocks(cut["weight_hh_l0"], heads), blocks)
+    for row in range(4 * H):
+        head = row % H // 2
+        assert torch.equal(blocks[row], weight[row, 2 * head : 2 * head + 2])
+        assert torch.equal(cut["weight_hh_l0"][row, 2 * head : 2 * head + 2], blocks[row])
+    assert cut["weight_hh_l0"].count_nonzero() == blocks.numel()
+
+
+def test_alternating_directions_are_flips():
+    shape = shapes.Shape("x", T=4, B=2, I=3, H=5, layers=2, alternating=True)
+    weights = registry.baseline_weights(shape, "float32", "cpu")
+    x = torch.randn(4, 2, 3)
+    by_torch, by_loop, by_ours = (
+        registry.PROVIDERS[name].layer(shape, "float32", "cpu", weights) for name in ("torch", "cell-loop", "fusedlstm")
+    )
+    first, second = torch.nn.LSTM(3, 5), torch.nn.LSTM(5, 5)
+    first.load_state_dict({n: w for n, w in weights.items() if n.endswith("l0")})
+    second.load_state_dict({n.replace("l1", "l0"): w for n, w in weights.items() if n.endswith("l1")})
+    expected_output = second(first(x)[0].flip(0))[0].flip(0)
+    for layer in (by_torch, by_loop, by_ours):
+        assert registry.relative_error(layer.forward(x), expected_output) < 1e-5
+        assert len(layer.parameters) == 8
+
+
+def test_inputs_rotate_until_they_do_not_fit_the_cache():
+    assert worker.input_sets(shapes.BY_ID["S1"], 2) == worker.MOST_INPUTS
+    assert worker.input_sets(shapes.BY_ID["S6"], 2) == 1  # 134 MB
+    assert worker.input_sets(shapes.BY_ID["I1-H1024"], 2) == 8  # 17 MB of weights each
+
+
+def test_bound_is_the_largest_of_three():
+    known = {("matmul", "bfloat16"): 700.0, ("copy", "float32"): 4000.0, ("barrier", "P1"): 0.1}
+    known |= {("barrier", "P8"): 0.8, ("barrier", "P32"): 1.0}
+
+    def bound(shape, mode="infer"):
+        return expected.bound_ms({"shape": shape, "mode": mode, "dtype": "bfloat16"}, known)
+
+    assert bound("F1") == (pytest.approx(1023 * 1e-3), "barrier")  # 4.7 MB of weights: 21 programs or more
+    assert bound("F1", "fwdbwd") == (pytest.approx(2 * 1023 * 1e-3), "barrier")
+    assert bound("M5") == (pytest.approx(40 * 1e-3), "barrier")  # two layers, one step apart
+    assert bound("F4-48x16")[1] == "matrix"  # heads of 16 units exchange nothing
+    # 512 x 512 x (128 + 128) x 512 products at 700 TFLOP/s.
+    assert bound("S6") == (pytest.approx(2 * 512**3 * 256 / 700e9), "matrix")
+    # One step reads its weights once: 8 x 1024 x 1024 numbers, and two vectors.
+    assert bound("I1-H1024") == (pytest.approx((8 * 1024**2 + 2048) * 2 / 4000e6), "memory")
+    assert expected.bound_ms({"shape": "F1", "mode": "infer", "dtype": "float16"}, known) is None
+
+
+def test_slowest_row():
+    def case(shape, ms, ratio):
+        mine = {"provider": "fusedlstm", "shape": shape}
+        return [row(**mine, p50=str(ms)), row(**mine, metric="speedup", unit="x", p50=str(ratio))]
+
+    measured = [*case("S1", 1, 1.5), *case("S3", 9, 1.2), row(provider="torch", shape="L5", p50="9")]
+    assert slowest.slowest(measured)[0]["shape"] == "S3"  # no bound is known
+    roofs = [row(op="roof", metric="matmul", unit="TFLOP/s", p50="0.1"), row(op="roof", metric="copy", p50="10")]
+    # 100 x 16 x (128 + 128) x 512 products at 0.1 TFLOP/s take 12.6 ms, three times the bound is S1's 1.57.
+    found, why = slowest.slowest([*measured, *case("S1", 5, 1.5), *roofs])
+    assert (found["shape"], why) == ("S1", "3.2 times its bound")
+    found, why = slowest.slowest([*measured, *case("M5", 9, 0.9), *roofs])
+    assert (found["shape"], why) == ("M5", "0.9 times as fast as torch.nn.LSTM")
+    assert slowest.slowest([row()]) is None
+
+
+def test_overview_and_memory():
+    mine = {"provider": "fusedlstm", "dtype": "bfloat16"}
+    measured = [row(**mine, p50="1"), row(**mine, metric="speedup", unit="x", p50="4")]
+    measured += [row(**mine, shape="S3", metric="speedup", unit="x", p50="0.25", p20="0.2", p80="0.3")]
+    measured += [row(metric=m, unit="MiB", p50=v) for m, v in (("peak_memory", "30"), ("kept_memory", "20"))]
+    text = report.overview(measured)
+    assert "**forward + backward**: geometric mean bfloat16 1.00 over 2 shapes, 1 below 1" in text
+    assert "| S1 | 100, 32, 32, 32 | 1 | 4.00 | - | - |" in text  # bfloat16, then float32
+    told = report.memory(measured)
+    assert "| shape | dtype | torch peak | torch kept for the backward |" in told
+    assert "| S1 | float32 | 30 | 20 |" in told and report.memory([row()]) == ""
 
 
 def test_rounds_interleave_and_ratios_are_paired():
@@ -123,7 +224,7 @@ def test_report_rewrites_its_block_only(tmp_path):
     once = readme.read_text()
     assert "old" not in once and once.startswith("before\n") and "between\n<!-- bench:gpu -->\n<!-- /bench -->" in once
     # 100 steps, 32 x (32 + 32) x 128 products, three times over, at 0.1 TFLOP/s: 1.57 ms.
-    assert "| S1 | 100, 32, 32, 32 | forward + backward | float32 | 2 | 1 | 2.00 | 0.98 … 1.03 | 1.57 |" in once
+    assert "| S1 | 100, 32, 32, 32 | forward + backward | float32 | 2 | 1 | 2.00 | 0.98 … 1.03 | 1.57 | 0.636 |" in once
     report.rewrite_block(readme, "cpu", text)
     assert readme.read_text() == once
     with pytest.raises(ValueError, match="found 0"):
@@ -158,16 +259,16 @@ def test_run_survives_providers_that_fail(tmp_path, capsys):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(PLUGIN)
     settings = Settings("cpu", threads=1, seconds_per_case=0.02, plugin=str(plugin))
-    run = bench_run.Run(settings, tmp_path / "r.csv", tmp_path / "log", time.monotonic() + 180, case_limit_s=15)
+    run = bench_run.Run(settings, tmp_path / "r.csv", tmp_path / "log", time.monotonic() + 180, case_limit_s=10)
     cases = [Case("R1", "float32", "fwdbwd", ("torch", "raises", "wrong", "dies", "hangs", "fusedlstm"))]
     cases += [Case("R2", "float32", "infer", ("torch", "fusedlstm"))]
-    run.run(cases, [])
+    run.run(cases)
     run.close()
     said, log = capsys.readouterr().out, (tmp_path / "log").read_text()
     assert "FAILED R1 float32 fwdbwd raises: ValueError: no such kernel" in said
     assert "FAILED R1 float32 fwdbwd wrong: wrong result" in said
     assert "FAILED R1 float32 fwdbwd dies: the process ended with 9" in said
-    assert "FAILED R1 float32 fwdbwd hangs: no answer in 15 s" in said
+    assert "FAILED R1 float32 fwdbwd hangs: no answer in 10 s" in said
     assert "Traceback" in log
     measured = {(r["shape"], r["provider"], r["metric"]) for r in rows.read(tmp_path / "r.csv")}
     both = [(shape, provider) for shape in ("R1", "R2") for provider in ("torch", "fusedlstm")]
@@ -193,8 +294,9 @@ class FakeGraph:
         time.sleep(1e-4)
 
 
-def test_gpu_path_with_a_make_believe_device(monkeypatch):
-    """All of `measure` that only a GPU takes, on the device "cpu:0" with torch.cuda replaced."""
+@pytest.fixture
+def make_believe(monkeypatch):
+    """torch.cuda replaced, so that what only a GPU takes can run on the device "cpu:0"."""
     nothing = {name: lambda *args: None for name in ("synchronize", "reset_peak_memory_stats")}
     stream = SimpleNamespace(wait_stream=lambda other: None)
     context = {name: lambda *args: contextlib.nullcontext() for name in ("stream", "graph")}
@@ -203,46 +305,154 @@ def test_gpu_path_with_a_make_believe_device(monkeypatch):
     for name, value in (nothing | context | made | told | {"get_device_name": lambda index: "Make-believe"}).items():
         monkeypatch.setattr(torch.cuda, name, value)
     environment.facts.cache_clear()
+    yield
+    environment.facts.cache_clear()
+
+
+def test_measuring_on_a_make_believe_gpu(make_believe, monkeypatch):
+    monkeypatch.setattr(timing, "GRAPH_BELOW_MS", math.inf)
     events = []
     settings = Settings("cpu:0", threads=1, seconds_per_case=0.02)
     case = Case("R1", "float32", "fwdbwd", ("torch", "fusedlstm", "fusedlstm-triton"))
     worker.measure(case, settings, lambda *event: events.append(event))
-    environment.facts.cache_clear()
     measured = {(e[1]["provider"], e[1]["metric"]): e[1] for e in events if e[0] == "row"}
     assert measured["fusedlstm", "peak_memory"]["p50"] == "2"
+    assert measured["torch", "kept_memory"]["mode"] == "fwdbwd"
     assert measured["torch", "latency"]["protocol"].startswith("events interleaved rounds=")
-    assert measured["torch", "latency"]["protocol"].endswith(" tf32=1")
+    assert measured["torch", "latency"]["protocol"].endswith(f" tf32=1 inputs={worker.MOST_INPUTS}")
+    assert measured["fusedlstm", "predicted"]["protocol"].startswith("plan: fwd single")
+    assert ("fusedlstm", "latency_graph") in measured and ("torch-again", "latency") not in measured
     assert measured["fusedlstm", "latency"]["device"] == "Make-believe"
     assert ("fusedlstm", "speedup") in measured and ("torch", "speedup") not in measured
     # fusedlstm-triton has no kernels for CPU tensors and must say so, not fall back.
     assert [e[1] for e in events if e[0] == "failed"] == ["fusedlstm-triton"]
 
-    samples = timing.time_gpu_graph({"torch": lambda: 1, "fusedlstm": lambda: 2}, budget_s=0.01)
-    assert samples.protocol.startswith("graph") and all(0.05 < ms < 5 for ms in samples.ms["fusedlstm"])
+    def cannot():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    calls = {"torch": lambda: 1, "fusedlstm": lambda: 2, "eager": cannot}
+    samples, refused = timing.time_gpu_graph(calls, budget_s=0.01, copies=2)
+    assert samples.protocol.startswith("graph") and all(0.02 < ms < 5 for ms in samples.ms["fusedlstm"])
+    assert list(samples.ms) == ["torch", "fusedlstm"] and "not permitted" in refused["eager"]
 
 
-def test_rehearsal_goes_on_behind_a_broken_part(tmp_path):
-    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--rehearse", "--break", "memcheck"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stdout + done.stderr
+def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, capsys):
+    """Every group as on a GPU, with launches that take no time and leave what the exchange must leave."""
+    from bench import ceilings
+
+    def launch(self, kernel, programs, *args, waits=False, **constants):
+        if kernel is ceilings.exchange_kernel:
+            _, seen, _, steps = args
+            seen.copy_(steps * (torch.arange(programs) % 7 + 1).repeat_interleave(ceilings.UNITS))
+        if waits and args[1:]:
+            time.sleep(1e-5 * args[-1])  # 10 us a step
+
+    def machine():
+        made = ceilings.Machine.__new__(ceilings.Machine)
+        made.gpu, made.device, made.sms, made.matrix, made.copy_mib, made.steps = True, "cpu:0", 132, 16, 1, (1, 101)
+        return made
+
+    monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None, raising=False)
+    monkeypatch.setattr(ceilings.Machine, "launch", launch)
+    monkeypatch.setattr(ceilings, "STEP_SIZES", ((2, 4),))
+    made = machine()
+    monkeypatch.setattr(ceilings, "Machine", lambda: made)
+    groups = [
+        part for name in ceilings.GROUPS if name != "loops" for part in ("--only", name)
+    ]  # the rehearsal has loops
+    assert ceilings.main(["--out", str(tmp_path / "r.csv"), *groups]) == 0, capsys.readouterr().out
+    measured = rows.read(tmp_path / "r.csv")
+    told = {(r["metric"], r["shape"], r["provider"]): r for r in measured}
+    assert len(told) < len(measured)  # dtypes
+    assert {shape for metric, shape, _ in told if metric == "barrier"} == {f"P{n}" for n in (1, 2, 8, 32, 64, 128)}
+    assert {shape for metric, shape, _ in told if metric == "launch"} == {"host", "device", "cooperative", "graph"}
+    assert len([r for r in measured if r["metric"] == "step_matmul"]) == 3
+    assert 9 < float(told["barrier", "P128", "counter"]["p50"]) < 100
+    assert 9 < expected.rates(measured)["barrier", "P8"] < 100
+    assert "barrier_us" in capsys.readouterr().out
+
+    def wrong(self, kernel, programs, *args, waits=False, **constants):
+        if kernel is ceilings.exchange_kernel:
+            args[1].zero_()
+
+    monkeypatch.setattr(type(made), "launch", wrong)
+    assert ceilings.main(["--out", str(tmp_path / "r.csv"), "--only", "barriers"]) == 1
+    assert (
+        "FAILED barriers: RuntimeError: exchange of 1 programs, by data False: wrong numbers" in capsys.readouterr().out
+    )
+
+
+def test_rehearsal(tmp_path):
+    """The GPU run from end to end: every part passes, or is skipped for a reason that the summary names."""
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--rehearse"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
     files = {path.name for path in tmp_path.iterdir()}
-    assert {"summary.md", "rehearsal.csv", "log-tests.txt", "log-bench.txt"} <= files and len(files) <= 8
+    assert {"summary.md", "rehearsal.csv", "log-correctness.txt", "log-table.txt"} <= files and len(files) <= 8
     summary = (tmp_path / "summary.md").read_text()
-    for verdict, part in (
-        ("passed", "smoke"),
-        ("passed", "tests"),
-        ("FAILED", "memcheck"),
-        ("skipped", "racecheck"),
-        ("passed", "bench"),
-    ):
-        assert f"{verdict:8} {part}" in summary
-    assert "broken on purpose" in summary and "| R1 | 7, 3, 8, 8 |" in summary
-    assert "pending, not served yet: R3 (heads)" in (tmp_path / "log-bench.txt").read_text()
+    for part in gpu.parts(tmp_path, tmp_path / "rehearsal.csv", rehearse=True):
+        told = (
+            f"skipped  {part.name:10}     0 s  rehearsal: needs a GPU\n" if part.skip else f"passed   {part.name:10} "
+        )
+        assert told in summary, done.stdout
+    assert [p.name for p in gpu.parts(tmp_path, tmp_path, True)] == [
+        p.name for p in gpu.parts(tmp_path, tmp_path, False)
+    ]
+    assert f"\n{gpu.NO_MEMORY}\n" in summary and "slowest: " in summary and "aten::lstm" in summary
+    for line in ("| R1 | 3, 3, 16, 16 | ", "barrier_us                1.2", "as constants: {"):
+        assert line in summary
+    assert re.search(r"test_two_directions\[\w+\] PASSED", (tmp_path / "log-correctness.txt").read_text())
+    assert "memory: skipped" in (tmp_path / "log-table.txt").read_text()
     measured = rows.read(tmp_path / "rehearsal.csv")
-    assert {r["provider"] for r in measured if r["op"] == "lstm"} == {"torch", "fusedlstm"}
-    assert {r["metric"] for r in measured if r["op"] == "roof"} == {"matmul", "copy"}
+    latencies = {(r["provider"], r["shape"], r["mode"]) for r in measured if r["metric"] == "latency"}
+    for shape in shapes.in_set("rehearsal"):
+        ours = {"torch", "fusedlstm-triton"} if shape.heads == 1 or registry.takes("num_heads") else {"torch"}
+        assert {(name, shape.id, mode) for name in ours for mode in shape.modes} <= latencies
+    told = {r["metric"] for r in measured if r["op"] == "roof"}
+    assert told == {"matmul", "copy", "l2_shared", "l2_sliced", "launch", "barrier", "exchange", "loop"}
+    for metric in ("exchange", "loop"):
+        assert {r["provider"] for r in measured if r["metric"] == metric} == {"counter", "data"}
     assert all(r["device"] and r["torch"] and r["commit"] and r["date"] and r["protocol"] for r in measured)
+    assert all(float(r["p50"]) > 0 for r in measured)
     assert done.stdout.rstrip().splitlines()[-1].startswith(f"{len(measured)} rows; ")
+
+
+def test_a_broken_part_stops_no_other(tmp_path, monkeypatch, capsys):
+    def part(name, code, limit_s=20.0, **options):
+        return gpu.Part(name, [sys.executable, "-c", code], limit_s, f"log-{name}.txt", **options)
+
+    def parts(out, csv, rehearse):
+        return [
+            part("smoke", "print('done T3')", correctness=True, judge=gpu.judge_smoke),
+            part("tests", "raise SystemExit('broken on purpose')", correctness=True),
+            part("compile", "import time; time.sleep(60)", background=True),
+            gpu.Part("memcheck", ["/no/such/program"], 20.0, "log-memcheck.txt", True),
+            gpu.Part("racecheck", [], 20.0, "log-racecheck.txt", True, skip="no such checker"),
+            gpu.Part("ceilings", [sys.executable, "-c", "import time; time.sleep(60)"], 1.0, "log-ceilings.txt"),
+            part("table", "import sys; print(sys.argv[1:])"),
+            part("report", "print('reported')"),
+        ]
+
+    monkeypatch.setattr(gpu, "parts", parts)
+    monkeypatch.setattr(gpu, "LEAST_S", 0.5)
+    start = time.monotonic()
+    status = gpu.main(["--out", str(tmp_path), "--rehearse", "--seconds", "10"])
+    summary = (tmp_path / "summary.md").read_text()
+    assert status == 1 and time.monotonic() - start < 9
+    for told in (
+        "passed   smoke ",
+        "FAILED   tests ",
+        "broken on purpose",
+        "FAILED   memcheck       0 s  FileNotFoundError",
+        "skipped  racecheck      0 s  no such checker",
+        "FAILED   ceilings       1 s  stopped after 1 s",
+        "FAILED   compile ",  # stopped when the table began
+        "passed   table ",
+        "['--time-limit', ",
+        "passed   report         0 s  reported",
+    ):
+        assert told in summary, summary
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("0 rows; ")
 
 
 def test_verdicts_of_checkers():
@@ -251,6 +461,7 @@ def test_verdicts_of_checkers():
     assert gpu.judge_sanitizer(9, "done T3-B2\n========= ERROR SUMMARY: 2 errors")[0] == gpu.FAILED
     assert gpu.judge_sanitizer(0, "nothing ran")[0] == gpu.FAILED
     assert gpu.judge_tests(5, "no tests ran in 0.1s") == (gpu.FAILED, "no test was collected")
+    assert gpu.judge_tests(-9, "a.py::b PASSED\nc.py::d FAILED\ne.py::f")[1] == "1 passed, 1 failed; e.py::f"
     assert gpu.judge_tests(0, "==== 12 passed, 3 skipped in 4.20s ====") == (
         gpu.PASSED,
         "12 passed, 3 skipped in 4.20s",

@@ -20,8 +20,10 @@ def tiles(monkeypatch):
     """Make every launch use tiles of the test's choice."""
 
     def choose(**kwargs):
-        def plan_for(cell, x, T, B, H, D, pass_, layout):
-            return tiled(pass_, B, H, launch.DTYPES[x.dtype], directions=D, precision="ieee", **kwargs)
+        def plan_for(cell, like, weight_hh, hx, pass_, layout, stack):
+            D, B, H = hx.shape
+            options = {"directions": D, "stack": stack, "precision": "ieee", **kwargs}
+            return tiled(pass_, B, H, launch.DTYPES[like.dtype], **options)
 
         monkeypatch.setattr(launch, "plan_for", plan_for)
 

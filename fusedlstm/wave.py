@@ -1,0 +1,225 @@
+"""The layers of a stack as a wave: one launch in which layer l does step t beside layer l + 1 doing step t - 1.
+
+So a stack of L layers waits T + L - 1 times for an exchange and not L * T times, where the device has room for all of them
+(`fusedlstm.plan.wave`). The numbers are those of one layer after another, but that what a layer takes from the one below
+is not rounded in between. Kernels only; one direction, and nothing between the layers.
+"""
+
+import torch
+from torch import Tensor
+
+from fusedlstm import reference
+from fusedlstm.layout import Layout
+from fusedlstm.precision import product
+from fusedlstm.recurrence import _input_product, _recurrent_weight_gradient, _state_dtype
+
+
+@torch.library.custom_op("fusedlstm::wave_fwd", mutates_args=())
+def wave_fwd(
+    cell: str,
+    preact_x: Tensor,  # [1, T, B, G*H] or packed [1, R, G*H]: the first layer's
+    weight_ih: Tensor,  # [L-1, G*H, H] of the layers above the first
+    bias: Tensor,  # [L-1, G*H]
+    weight_hh: list[Tensor],  # L times [G*H, H]
+    hx: Tensor,  # [L, B, H]
+    cx: Tensor,  # [S, L, B, H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+    save_gates: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """output [L, T, B, H], h_n [L, B, H], c_n [S, L, B, H], gates [L, T, B, G*H], c_seq [S, L, T, B, H]; [R] if packed."""
+    from fusedlstm import launch
+
+    stack = launch.Stack(weight_ih, bias)
+    layout = Layout(lengths, first_row, resets)
+    return launch.recurrence_fwd(
+        cell, preact_x, weight_hh, hx, cx, layout, save_gates=save_gates, save_states=save_states, stack=stack
+    )
+
+
+@wave_fwd.register_fake
+def _(cell, preact_x, weight_ih, bias, weight_hh, hx, cx, lengths, first_row, resets, save_gates, save_states):
+    _, *rows, GH = preact_x.shape
+    L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
+    gates = preact_x.new_empty((L, *rows, GH) if save_gates else 0)
+    c_seq = preact_x.new_empty((S, L, *rows, H) if save_states else 0, dtype=_state_dtype(preact_x.dtype))
+    return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), hx.new_empty(cx.shape), gates, c_seq
+
+
+@torch.library.custom_op("fusedlstm::wave_bwd", mutates_args=())
+def wave_bwd(
+    cell: str,
+    grad_output: Tensor | None,  # [T, B, H] or packed [R, H]: of the last layer
+    grad_c_seq: Tensor | None,  # [S, T, B, H] or [S, R, H]: the same
+    grad_h_n: Tensor,  # [L, B, H]
+    grad_c_n: Tensor,  # [S, L, B, H]
+    weight_ih: Tensor,  # [L-1, G*H, H]
+    bias: Tensor,  # [L-1, G*H]
+    weight_hh: list[Tensor],  # L times [G*H, H]
+    hx: Tensor,  # [L, B, H]
+    cx: Tensor,  # [S, L, B, H]
+    output: Tensor,  # [L, T, B, H] or [L, R, H]
+    gates: Tensor,  # [L, T, B, G*H] or [L, R, G*H]
+    c_seq: Tensor,  # [S, L, T, B, H] or [S, L, R, H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_preact like gates, grad_hx [L, B, H], grad_cx [S, L, B, H]."""
+    from fusedlstm import launch
+
+    layout = Layout(lengths, first_row, resets)
+    return launch.recurrence_bwd(
+        cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip,
+        stack=launch.Stack(weight_ih, bias),
+    )  # fmt: skip
+
+
+@wave_bwd.register_fake
+def _(cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, bias, weight_hh, hx, cx, output, gates, *_):
+    return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+
+
+class WaveFunction(torch.autograd.Function):
+    """A stack with its gradients. `parameters`: per layer weight_ih, weight_hh (, bias_ih, bias_hh)."""
+
+    @staticmethod
+    def forward(cell, layers, clip, wants_c_seq, lengths, first_row, resets, input, hx, cx, *parameters):
+        """input [T, B, I] or [R, I], hx [L, B, H], cx [S, L, B, H]; returns what `wave_fwd` does."""
+        return _forward(cell, input, hx, cx, _per_layer(parameters, layers), Layout(lengths, first_row, resets), True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.cell, ctx.layers, ctx.clip, wants_c_seq, *layout, input, hx, cx = inputs[:10]
+        h, _, _, gates, c_seq = output
+        ctx.mark_non_differentiable(*([gates] if wants_c_seq else [gates, c_seq]))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*layout, input, hx, cx, h, gates, c_seq, *inputs[10:])
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq):
+        *tables, input, hx, cx, output, gates, c_seq = ctx.saved_tensors[:9]
+        layout, parameters = Layout(*tables), _per_layer(ctx.saved_tensors[9:], ctx.layers)
+        needs = ctx.needs_input_grad[7:]
+        # Of every layer but the last nothing is returned.
+        grad_output, grad_c_seq = (
+            grad_output if grad_output is None else grad_output[-1],
+            grad_c_seq if grad_c_seq is None else grad_c_seq[:, -1],
+        )
+        if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
+            grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
+            return *[None] * 7, *_differentiable_gradients(ctx, (input, hx, cx), parameters, needs, grads, layout)
+        weight_ih, bias = _above_first(parameters, input)
+        grad_preact, grad_hx, grad_cx = wave_bwd(
+            ctx.cell,
+            grad_output,
+            grad_c_seq,
+            torch.zeros_like(hx) if grad_h_n is None else grad_h_n,
+            torch.zeros_like(cx) if grad_c_n is None else grad_c_n,
+            weight_ih,
+            bias,
+            [p[1] for p in parameters],
+            hx,
+            cx,
+            output,
+            gates,
+            c_seq,
+            *layout,
+            ctx.clip,
+        )
+        grad_input = None
+        if needs[0]:
+            grad_input = product(grad_preact[0].flatten(0, -2), parameters[0][0]).view(input.shape)
+        gradients = []
+        for k, (dpreact, needed) in enumerate(zip(grad_preact, _per_layer(needs[3:], ctx.layers), strict=True)):
+            rows, x = dpreact.flatten(0, -2), input if k == 0 else output[k - 1]
+            gradients.append(product(rows.t(), x.flatten(0, -2)) if needed[0] else None)
+            gradients.append(_recurrent_weight_gradient(dpreact, output[k], hx[k], 0, layout, 1) if needed[1] else None)
+            if len(needed) == 4:
+                grad_bias = rows.sum(0)  # the same for both biases
+                gradients += [grad_bias, grad_bias.clone()]
+        return *[None] * 7, grad_input, grad_hx, grad_cx, *gradients
+
+
+def layers_together(
+    cell: str,
+    input: Tensor,  # [T, B, I] or packed [R, I]
+    hx: Tensor,  # [L, B, H]
+    weights: list[Tensor],
+    layers: int,
+    layout: Layout,
+) -> int:
+    """How many layers of a stack a launch should take: 1 where a wave does not fit or does not pay."""
+    if torch.compiler.is_compiling():
+        return 1  # a graph is for any batch, and the choice is not
+    from fusedlstm import launch
+
+    heads = hx.size(-1) // weights[1].size(1)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (input, hx, *weights))
+    return launch.layers_together(cell, input, hx, layers, layout.name, training) if heads == 1 else 1
+
+
+def stack(
+    cell: str,
+    input: Tensor,  # [T, B, I] or packed [R, I]
+    state: tuple[Tensor, ...],  # h first, each [L, B, H]
+    parameters: list[list[Tensor]],  # per layer: weight_ih, weight_hh (, bias_ih, bias_hh)
+    layout: Layout,
+    clip: float | None = None,
+    wants_c_seq: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """All layers over a sequence, differentiable in every tensor; returns as `recurrence.layer` does, of the last layer."""
+    hx, cx = state[0], torch.stack(state[1:])
+    flat = [p for layer in parameters for p in layer]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (input, hx, cx, *flat)):
+        output, h_n, c_n, _, c_seq = WaveFunction.apply(
+            cell, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
+        )
+    else:
+        output, h_n, c_n, _, c_seq = _forward(cell, input, hx, cx, parameters, layout, False, wants_c_seq)
+    return output[-1], (h_n, *c_n.unbind(0)), c_seq[:, -1].to(output.dtype) if wants_c_seq else None
+
+
+def _forward(cell, input, hx, cx, parameters, layout, save_gates, save_states=True):
+    preact_x = _input_product(input, parameters[:1], None, layout)
+    weight_hh = [p[1] for p in parameters]
+    return wave_fwd(
+        cell, preact_x, *_above_first(parameters, input), weight_hh, hx, cx, *layout, save_gates, save_states
+    )
+
+
+def _per_layer(parameters, layers: int) -> list:
+    count = len(parameters) // layers
+    return [parameters[k * count : (k + 1) * count] for k in range(layers)]
+
+
+def _above_first(parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
+    """weight_ih [L-1, G*H, H] and the sum of the biases [L-1, G*H] of the layers above the first."""
+    weight_ih = torch.stack([p[0] for p in parameters[1:]])
+    if len(parameters[0]) == 2:
+        return weight_ih, like.new_zeros(weight_ih.shape[:2])
+    return weight_ih, torch.stack([p[2] + p[3] for p in parameters[1:]])
+
+
+def _differentiable_gradients(ctx, tensors, parameters, needs, grads, layout):
+    """The gradients through the specification, in operations that autograd can differentiate again."""
+    with torch.enable_grad():
+        x, hx, cx = tensors
+        h_n, c_n = [], []
+        for k, own in enumerate(parameters):
+            x, h, c, c_seq = reference.layer(ctx.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], layout, clip=ctx.clip)
+            h_n.append(h)
+            c_n.append(c)
+        results = (x, torch.cat(h_n), torch.cat(c_n, 1), c_seq.to(_state_dtype(c_seq.dtype)))
+        pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
+        flat = (*tensors, *(p for own in parameters for p in own))
+        wanted = [t for t, need in zip(flat, needs, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,99 @@
+"""wave.py: stacks of layers in one launch, through fusedlstm.LSTM, against one layer after another in the specification."""
+
+import copy
+
+import pytest
+import torch
+
+import fusedlstm
+from fusedlstm import launch, wave
+from support import DTYPES, assert_accurate
+from twins import SEQUENCES, case_id, dense_twin, outcome, pairwise, with_heads
+
+CASES = pairwise(
+    sizes=((21, 1), (34, 1)),
+    dtype=tuple(DTYPES.values()),
+    sequence=tuple(name for name in SEQUENCES if name != "unbatched"),
+    num_layers=(2, 3),
+    bidirectional=(False,),
+    dropout=(0.0,),
+)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How many layers each launch of a wave takes; whatever the plan predicts, it takes all."""
+    counts = []
+    monkeypatch.setattr(launch, "layers_together", lambda cell, like, hx, layers, *_: layers)
+    wave_fwd = wave.wave_fwd
+
+    def counted(cell, preact_x, weight_ih, bias, weight_hh, *arguments):
+        counts.append(len(weight_hh))
+        return wave_fwd(cell, preact_x, weight_ih, bias, weight_hh, *arguments)
+
+    monkeypatch.setattr(wave, "wave_fwd", counted)
+    return counts
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_equals_one_layer_after_another(device, case, launches):
+    lstm = with_heads(case).to(case["dtype"])
+    lstm.backend = "triton"
+    same_dtype = outcome(dense_twin(lstm, case, "reference"), case)
+    exact = outcome(dense_twin(copy.deepcopy(lstm).double(), case, "reference"), case)
+    found = outcome(lstm.to(device), case)
+    assert launches == [case["num_layers"]]
+    assert list(found) == list(exact)
+    for name, value in found.items():
+        assert value.dtype == same_dtype[name].dtype
+        assert_accurate(name, value, same_dtype[name], exact[name])
+
+
+def test_a_device_without_room_takes_them_in_parts(device, launches, monkeypatch):
+    """Five layers, two and two in a launch and the last by itself; inference, which saves nothing."""
+    stock = torch.nn.LSTM(5, 20, 5)
+    ours = fusedlstm.LSTM(5, 20, 5, backend="triton").to(device)
+    ours.load_state_dict(stock.state_dict())
+    monkeypatch.setattr(wave, "layers_together", lambda *arguments: 2)
+    x = torch.randn(4, 3, 5)
+    with torch.no_grad():
+        expected, (h_n, c_n) = stock.double()(x.double())
+        output, state = ours(x.to(device))
+    assert launches == [2, 2]
+    for ours, exact in zip((output, *state), (expected, h_n, c_n), strict=True):
+        assert_accurate("result", ours, exact.float(), exact)
+
+
+def test_double_backward(device):
+    lstm = fusedlstm.LSTM(3, 6, 2, backend="triton").to(device)
+    twin = fusedlstm.LSTM(3, 6, 2, backend="reference")
+    twin.load_state_dict(lstm.state_dict())
+    x = torch.randn(3, 2, 3)
+    results = []
+    for module, input in ((lstm, x.to(device)), (twin, x), (copy.deepcopy(twin).double(), x.double())):
+        input = input.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(module(input)[0].square().sum(), input, create_graph=True)
+        grad.square().sum().backward()
+        results.append([grad.detach(), input.grad, *(p.grad for p in module.parameters())])
+    for ours, same_dtype, exact in zip(*results, strict=True):
+        assert_accurate("gradient", ours, same_dtype, exact)
+
+
+def test_what_a_wave_does_not_serve(device, launches):
+    """Two directions, dropout in training, a projection, heads: one layer after another, and no error."""
+    x = torch.randn(3, 2, 4, device=device)
+    for options in ({"bidirectional": True}, {"dropout": 0.5}, {"proj_size": 3}, {"num_heads": 2}):
+        fusedlstm.LSTM(4, 6, 2, backend="triton", **options).to(device)(x)
+    assert launches == []
+
+
+def test_compiles_into_one_graph_for_any_batch(device):
+    """One layer after another, since the choice depends on the batch."""
+    lstm = fusedlstm.LSTM(3, 6, 2, backend="triton").to(device)
+    compiled = torch.compile(lambda x: lstm(x)[0], backend="aot_eager", fullgraph=True)
+    for batch in (2, 5, 7):
+        x = torch.randn(3, batch, 3, device=device)
+        output = compiled(x)
+        torch.testing.assert_close(output, lstm(x)[0])
+        output.sum().backward()
+    assert all(p.grad is not None for p in lstm.parameters())
