@@ -14,11 +14,11 @@ NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
 # Rows of a batch tile, and whether the dot is transposed; a tile of one row has none.
 FORMS = {"row": (1, False), "plain": (16, False), "transposed": (16, True)}
 # B, I, H; tiles are 16 rows, 8 or 16 units and chunks of 16: sizes below, at, above and more than twice a block. In half
-# precision one size: below, at and above a block is the same there.
+# precision one size: the edges of blocks are the same there.
 SIZES = {
     "fp32": [(1, 1, 1), (3, 5, 13), (16, 16, 16), (17, 37, 17), (35, 15, 21)],
-    "fp16": [(17, 37, 19)],
-    "bf16": [(17, 37, 19)],
+    "fp16": [(3, 37, 19)],
+    "bf16": [(3, 37, 19)],
 }
 
 
@@ -108,8 +108,8 @@ def test_directions_and_biases(device, step_tiles, directions, bias):
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_stack_with_the_plans_own_tiles(device, batch):
     """Of each layer the final states, of the last its gates and states."""
-    check(step_inputs(batch, 7, 10, 2, torch.float32, device, layers=3))
-    check(step_inputs(batch, 7, 12, 1, torch.bfloat16, device, layers=2, heads=3))
+    check(step_inputs(batch, 7, 6, 2, torch.float32, device, layers=2))
+    check(step_inputs(batch, 7, 6, 1, torch.bfloat16, device, layers=3, heads=3))
 
 
 @pytest.mark.parametrize("batch", [1, 18])
@@ -135,7 +135,7 @@ def test_c_keeps_its_dtype(device):
     assert not torch.equal(c_n, c_n.half().float())
 
 
-SEQUENCES = [("fp32", 1, 1, 1), ("fp32", 4, 3, 13), ("fp32", 2, 17, 16), ("fp16", 2, 17, 19), ("bf16", 2, 17, 19)]
+SEQUENCES = [("fp32", 1, 1, 1), ("fp32", 4, 3, 13), ("fp32", 2, 17, 16), ("fp16", 2, 3, 19), ("bf16", 2, 3, 19)]
 
 
 @pytest.mark.parametrize(("dtype", "T", "B", "H"), SEQUENCES, ids=str)
@@ -233,7 +233,7 @@ def test_dropout_and_cell_states_go_layer_by_layer(device, launches):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_graph_for_any_batch(device, training):
     """torch.compile traces a step whole, and gives the same bits and gradients."""
-    lstm = fusedlstm.LSTM(5, 7, num_layers=2, backend="triton").to(device).requires_grad_(training)
+    lstm = fusedlstm.LSTM(5, 4, num_layers=2, backend="triton").to(device).requires_grad_(training)
     torch.compiler.reset()
     compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch in (2, 3):
