@@ -508,9 +508,9 @@ def _step_candidate(
         num_warps = 8 if block_b * columns >= 8192 or block_b * block_h >= 2048 else 4
         threads = num_warps * limits.warp_size
         widest = 16 if ieee else min(128, max(32, (16 << 10) // (itemsize * max(columns, block_b))))
-        if row_bytes % 4:  # two bytes a load, through registers
-            widest = min(widest, max(16, 32 * threads // max(columns, block_b)))
-        block_k = min(widest, max(16, longest))
+        at_once = math.gcd(row_bytes, 16) // itemsize  # elements of a load
+        few_loads = _power_of_2(32 * threads * at_once // (columns + block_b) + 1) // 2  # of a thread and chunk: 32
+        block_k = max(16, min(widest, few_loads, longest))
         stages = 2 if ieee else 3
         smem_bytes = stages * block_k * (columns + block_b) * itemsize + 4 * block_b * columns
         products = 2 if input_size else 1
