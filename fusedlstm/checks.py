@@ -26,6 +26,12 @@ def grad_clip(value: float | None) -> float | None:
     return float(value)
 
 
+def save(value: str) -> str:
+    if value not in ("gates", "states"):
+        raise ValueError(f"save: expected gates or states, got {value!r}")
+    return value
+
+
 def num_heads(value: int, hidden_size: int, proj_size: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"num_heads: expected an integer, got {type(value).__name__}")

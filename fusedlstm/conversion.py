@@ -100,8 +100,8 @@ def restore(model: nn.Module) -> Report:
     """Make every LSTM and LSTMCell of ours in `model` one of `torch.nn` again. Changes `model` in place.
 
     The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
-    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` is lost. A module with
-    `grad_clip` or heads, which torch's have not, stays. What
+    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` and `save` is lost. A module
+    with `grad_clip` or heads, which torch's have not, stays. What
     was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one piece.
 
     Returns:
@@ -125,7 +125,7 @@ def restore(model: nn.Module) -> Report:
             kept[name] = why
         else:
             replaced[name] = _assign_class(module, target)
-            for ours in ("backend", "grad_clip", "num_heads"):
+            for ours in ("backend", "grad_clip", "save", "num_heads"):
                 vars(module).pop(ours, None)
     return Report(replaced, kept)
 

@@ -28,6 +28,7 @@ def lstm(
     proj_size: int = 0,
     cell_states: bool = False,
     grad_clip: float | None = None,
+    save: str = "gates",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run a stack of LSTM layers over a sequence; differentiable in every tensor argument.
@@ -45,6 +46,8 @@ def lstm(
         proj_size: P, the size of a projected h; 0 is none, and P is then H.
         cell_states: whether c of every step is wanted of the last layer.
         grad_clip: the largest element of the gradient of an h or c that enters a step.
+        save: what the custom ops keep for the backward, "gates" or "states"; see `fusedlstm.memory`. Where ATen or the
+            specification serves the call, they decide.
         backend: see `fusedlstm.engines`.
 
     Returns:
@@ -72,6 +75,7 @@ def lstm(
         "proj_size": proj_size,
         "cell_states": cell_states,
         "grad_clip": grad_clip,
+        "save": save,
         "backend": backend,
     }
     if engine == "torch" and masked and _has_steps(input, lengths):
@@ -120,10 +124,10 @@ def lstm(
                 )
                 output, c_n = output.unsqueeze(0), c_n.squeeze(0)
             else:
-                layer = _layer_of(engine, directions, proj_size, grad_clip, cell_states)
+                layer = _layer_of(engine, directions, proj_size, grad_clip, cell_states, save)
                 together = 1
                 alone = one_step or num_layers == 1 or directions == 2 or proj_size or between
-                if engine == "triton" and not alone:
+                if engine == "triton" and save == "gates" and not alone:
                     together = wave.layers_together("lstm", input, hx[0], weights, num_layers, layout)
                 output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions * together, between)
             if batch_first:
@@ -244,17 +248,19 @@ def _layers(
     return x, torch.cat(h_n), torch.cat(c_n), c_seq
 
 
-def _layer_of(engine: str, directions: int, proj_size: int, clip: float | None, cell_states: bool):
+def _layer_of(engine: str, directions: int, proj_size: int, clip: float | None, cell_states: bool, save: str):
     """What does one layer, or a wave of them, for `_layers`."""
 
     def fused(x, layout, state, parameters, is_last):
         wants_c_seq = cell_states and is_last
         if proj_size:
-            return _projected_layer(x, state, parameters, engine, layout, wants_c_seq)
+            return _projected_layer(x, state, parameters, engine, layout, wants_c_seq, save)
         if len(parameters) > directions:
             output, state, c_seq = wave.stack("lstm", x, state, parameters, layout, clip, wants_c_seq)
         else:
-            output, state, c_seq = recurrence.layer("lstm", x, state, parameters, engine, layout, clip, wants_c_seq)
+            output, state, c_seq = recurrence.layer(
+                "lstm", x, state, parameters, engine, layout, clip, wants_c_seq, save=save
+            )
         return output, state, c_seq[0] if wants_c_seq else None
 
     def specified(x, layout, state, parameters, is_last):
@@ -279,6 +285,7 @@ def _projected_layer(
     engine: str,
     layout: Layout,
     wants_c_seq: bool,
+    save: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
     """h_t = weight_hr y_t of a recurrence over y, whose recurrent weight is weight_hh weight_hr.
 
@@ -290,7 +297,7 @@ def _projected_layer(
     preact_0 = torch.stack([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
     no_y = torch.zeros_like(state[1])
     y, (y_n, c_n), c_seq = recurrence.layer(
-        "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, preact_0=preact_0
+        "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, save=save, preact_0=preact_0
     )
     by_direction = zip(y.chunk(len(parameters), -1), weight_hr, strict=True)
     output = torch.cat([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)

@@ -8,7 +8,7 @@ head is the dense weight.
 import torch
 from torch import Tensor
 
-from fusedlstm.precision import product
+from fusedlstm.precision import add_product, product
 
 
 def recurrent(h: Tensor, weight_hh: Tensor) -> Tensor:
@@ -19,6 +19,22 @@ def recurrent(h: Tensor, weight_hh: Tensor) -> Tensor:
         return h @ weight_hh.t()
     by_head = weight_hh.unflatten(0, (-1, n, DH))  # [G, n, DH, DH]
     return torch.einsum("bnk,gnuk->bgnu", h.unflatten(-1, (n, DH)), by_head).flatten(1)
+
+
+def add_recurrent(
+    preact: Tensor,  # [R, G * H]
+    h: Tensor,  # [R, H], the states before
+    weight_hh: Tensor,  # [G * H, DH]
+) -> None:
+    """preact += h U^T, in place, all rows at once. No gradient flows through it."""
+    (R, H), DH = h.shape, weight_hh.size(1)
+    if H == DH:
+        add_product(preact, h, weight_hh.t())
+        return
+    G, n = len(weight_hh) // H, H // DH
+    by_head = weight_hh.unflatten(0, (G, n, DH)).permute(1, 3, 0, 2).flatten(2)  # [n, DH, G*DH]
+    added = product(h.view(R, n, DH).transpose(0, 1), by_head)  # [n, R, G*DH]
+    preact.view(R, G, n, DH).add_(added.unflatten(2, (G, DH)).permute(1, 2, 0, 3))
 
 
 def recurrent_backward(dpreact: Tensor, weight_hh: Tensor, hidden: int) -> Tensor:
@@ -34,16 +50,16 @@ def weight_gradient(
     dpreact: Tensor,  # [R, G * H]
     h: Tensor,  # [R, H], the states before
     num_heads: int,
-    added: Tensor | None = None,  # [G * H, DH]
+    total: Tensor | None = None,  # [G * H, DH]
 ) -> Tensor:
-    """sum over rows of dpreact^T h within heads (+ added): [G * H, DH]."""
+    """total + sum over rows of dpreact^T h within heads, [G * H, DH]; in place where there is a total."""
     if num_heads == 1:
-        return product(dpreact.t(), h, added)
+        return add_product(total, dpreact.t(), h)
     DH = h.size(1) // num_heads
     h = h.unflatten(1, (num_heads, DH)).transpose(0, 1)  # [n, R, DH]
     by_gate = dpreact.unflatten(1, (-1, num_heads, DH)).permute(1, 2, 3, 0)  # [G, n, DH, R]
     grad = torch.cat([product(gate, h).flatten(0, 1) for gate in by_gate])
-    return grad if added is None else grad.add_(added)
+    return grad if total is None else total.add_(grad)
 
 
 def dense_weight(weight_hh: Tensor, hidden_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from fusedlstm import cells, precision, stepping
 from fusedlstm import plan as planning
 from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
+from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
 from fusedlstm.layout import DENSE, Layout
@@ -22,6 +23,7 @@ from fusedlstm.plan import Plan
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
 FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr")
+RECOMPUTED_UNITS = 128  # a program of `recompute`; a thread has one: the loop waits for memory, and wants many programs
 # Compile-time switches beyond what a plan says.
 FLAGS = {
     "fwd": ("PACKED", "RAGGED", "RESETS", "SAVE_GATES", "SAVE_STATES"),
@@ -58,6 +60,7 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "PROTOCOL": plan.protocol,
         "RESIDENT": plan.resident,
         "TRANSPOSED": plan.transposed,
+        "SPLIT": plan.split,
         "PRECISION": plan.precision,
         "STAGES": plan.stages,
         "STACK": plan.stack,
@@ -188,7 +191,7 @@ def recurrence_fwd(
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous; of a stack layer 0's, [1, ...]
     weight_hh: list[Tensor],  # D times [G*H, H / heads]
     hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
+    cx: Tensor,  # [S, D, B, H]; c_n has its dtype
     layout: Layout = DENSE,
     *,
     save_gates: bool,
@@ -207,7 +210,7 @@ def recurrence_fwd(
     T = len(layout.first_row) - 1 if packed else rows[0]
     sequence = (lambda width: (D, *rows, width)) if stack else (lambda width: (*rows, D * width))
     new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
-    output, h_n, c_n = new(sequence(H)), new(D, B, H), new(S, D, B, H)
+    output, h_n, c_n = new(sequence(H)), new(D, B, H), new(S, D, B, H, dtype=cx.dtype)
     gates = new(sequence(GH) if save_gates else 0)
     c_seq = new((S, *sequence(H)) if save_states else 0, dtype=torch.float32)
     if B == 0:
@@ -369,6 +372,47 @@ def _only_dense(layout: Layout, stack: Stack | None) -> None:
         )
 
 
+def recompute(
+    cell: str,
+    preact: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous, one distance from row to row
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    layout: Layout = DENSE,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel that needs no product. Returns gates and c_seq as `recurrence.recompute` does."""
+    D, *rows, GH = preact.shape
+    B, H, S = hx.size(1), hx.size(2), cx.size(0)
+    gates = torch.empty(*rows, D * GH, dtype=preact.dtype, device=preact.device)
+    c_seq = torch.empty(S, *rows, D * H, dtype=torch.float32, device=preact.device)
+    if B == 0:
+        return gates, c_seq
+    with _on(preact.device):
+        recompute_kernel[(triton.cdiv(H, RECOMPUTED_UNITS), B, D)](
+            preact_ptr=preact,
+            hx_ptr=hx.contiguous(),
+            cx_ptr=cx.float().contiguous(),
+            **_tables(layout, torch.zeros(1, dtype=torch.int32, device=preact.device)),
+            gates_ptr=gates,
+            c_seq_ptr=c_seq,
+            T=rows[0] if layout.first_row is None else len(layout.first_row) - 1,
+            B=B,
+            D=D,
+            R=math.prod(rows),
+            H=H,
+            G=GH // H,
+            S=S,
+            rows_preact_d=preact.stride(0) // GH,
+            rows_preact=preact.stride(-2) // GH,
+            STEP=STEPS[cell][0],
+            BLOCK_H=RECOMPUTED_UNITS,
+            **_flags(layout),
+            num_warps=RECOMPUTED_UNITS // 32,
+            debug=True,
+            sanitize_overflow=False,
+        )
+    return gates, c_seq
+
+
 def _weights(weight_hh: list[Tensor], stack: Stack | None) -> dict[str, Tensor]:
     """The weights of all recurrences in one tensor each; a single one is taken as it lies."""
     weight_hh = weight_hh[0].contiguous() if len(weight_hh) == 1 else torch.stack(weight_hh)
@@ -401,13 +445,15 @@ def _flags(layout: Layout) -> dict[str, bool]:
 
 
 def _launch(plan: Plan, **arguments) -> None:
-    device = arguments["hx_ptr"].device
-    if device.type == "cuda":
-        around = torch.cuda.device(device)
-    else:
-        around = contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
-    with around:
+    with _on(arguments["hx_ptr"].device):
         KERNELS[plan.pass_][plan.grid](**arguments, **options(plan))
+
+
+def _on(device: torch.device):
+    """Where a launch must stand: on its GPU, or with the programs of the interpreter side by side."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:

@@ -48,6 +48,15 @@ class Layout(NamedTuple):
             return "packed"
         return "dense" if self.lengths is None and self.resets is None else "ragged"
 
+    def of_steps(self, begin: int, end: int) -> "Layout":
+        """Of a dense or ragged batch the steps from `begin` to before `end`, as a batch of its own."""
+        lengths, resets = self.lengths, self.resets
+        return Layout(
+            None if lengths is None else (lengths - begin).clamp(0, end - begin),
+            None,
+            None if resets is None else resets[begin:end],
+        )
+
     def begin_rows(self, leading: tuple[int, ...], direction: int, device: torch.device) -> Tensor:
         """The row of every sequence's first step in a direction, [B] int64; `leading` is (T, B), or (R,) if packed.
 

@@ -30,6 +30,8 @@ class LSTM(nn.RNNBase):
             serves the call or raises.
         grad_clip: in the backward, every element of the gradient of an h or c that enters a step is kept within
             -grad_clip and grad_clip; None is no limit. Of scaled losses (`GradScaler`) it bounds the scaled gradient.
+        save: what our own loops, the kernels' above all, keep for the backward: "gates" is faster; "states" is lean, the
+            backward recomputes the gates with one more product. Where ATen serves the call, ATen decides.
         num_heads: n, how many groups of DH = H / n hidden units there are, each of which sees only its own h: U is block
             diagonal. Unit u is of head u // DH, and `weight_hh_l*` is [4H, DH], a column for every unit of the row's
             head; initial values are uniform in 1 / sqrt(H) as all others. 1 is the usual LSTM. Not with `proj_size`.
@@ -39,7 +41,9 @@ class LSTM(nn.RNNBase):
         c_0. L layers, D directions; P is `proj_size`, or H without one.
 
     Precision: products in the dtype of `input`; on the Triton engine sums, gates and c in float32.
-    Memory: the Triton engine keeps T * B * H * D * (4 * itemsize + 4) bytes a layer for the backward.
+    Memory: beside its output the Triton engine keeps T * B * H * D * (4 * itemsize + 4) bytes a layer for the backward;
+        with save="states" 4 * B * H for each of at most nine borders between blocks of steps, in two directions and
+        packed none. `fusedlstm.memory` has kept and peak bytes as functions of the shapes.
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000, as `torch.nn.LSTM` writes it.
     """
 
@@ -58,6 +62,7 @@ class LSTM(nn.RNNBase):
         *,
         backend: str = "auto",
         grad_clip: float | None = None,
+        save: str = "gates",
         num_heads: int = 1,
     ) -> None:
         nn.RNNBase.__init__(  # by name: between this class and nn.RNNBase a subclass may have nn.LSTM
@@ -76,11 +81,12 @@ class LSTM(nn.RNNBase):
         )
         self.backend = checks.backend(backend)
         self.grad_clip = checks.grad_clip(grad_clip)
+        self.save = checks.save(save)
         self.num_heads = checks.num_heads(num_heads, hidden_size, proj_size)
         if num_heads > 1:
             _make_heads(self, device)
 
-    backend, grad_clip, num_heads = "auto", None, 1  # of a module that was made without our constructor
+    backend, grad_clip, save, num_heads = "auto", None, "gates", 1  # of a module that was made without our constructor
 
     def extra_repr(self) -> str:
         return _with_heads(super().extra_repr(), self.num_heads)
@@ -163,6 +169,7 @@ class LSTM(nn.RNNBase):
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
             proj_size=self.proj_size,
+            save=self.save,
             backend=self.backend,
             **options,
         )

@@ -82,6 +82,7 @@ class Plan:
     block_k: int
     protocol: str  # of the exchange: "counter", "data" or "none"
     transposed: bool
+    split: int  # parts of a chunk, a warp each
     precision: str  # of float32 products: "tf32" or "ieee"
     num_warps: int
     stages: int  # of the streamed loop
@@ -418,6 +419,8 @@ def _candidate(
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
+    # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
+    split = num_warps if schedule == "resident" and not transposed and block_b * columns <= 1024 else 1
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
     if regs > 255:
@@ -454,6 +457,7 @@ def _candidate(
         block_k=block_k,
         protocol=protocol,
         transposed=transposed,
+        split=split,
         precision=precision if dtype == "fp32" else "tf32",
         num_warps=num_warps,
         stages=stages,

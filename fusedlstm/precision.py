@@ -42,6 +42,26 @@ def product(
     return a @ b if added is None else torch.addmm(added, a, b)
 
 
+def add_product(
+    total: Tensor | None,  # [M, N]; None: zero
+    a: Tensor,  # [M, K]
+    b: Tensor,  # [K, N]
+) -> Tensor:
+    """total + a @ b, [M, N], in place where there is a total. No gradient flows through it."""
+    if total is None:
+        return product(a, b)
+    if a.is_cuda and a.dtype == torch.float32:
+        _add_product(total, a, b)
+        return total
+    return total.addmm_(a, b)
+
+
+@torch.library.custom_op("fusedlstm::add_product", mutates_args=("total",))
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    with as_recurrent():
+        total.addmm_(a, b)
+
+
 # An op of its own, so that the flag is read when it runs and not when a compiler traces it.
 @torch.library.custom_op("fusedlstm::product", mutates_args=())
 def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:

@@ -1,17 +1,19 @@
 """One layer over time, both directions, as PyTorch sees it.
 
 Two custom ops hold what must be done step by step; around them an `autograd.Function` does the large products: the
-input product before the loop, and those of the weights, biases and input after it. Sequences have rows, [T, B] or packed
-[R] (`fusedlstm.layout`), and then directions and features on one axis, so that both directions share each product.
-A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
+input product before the loop, and those of the weights, biases and input after it. A third recomputes what the forward
+did not keep. Sequences have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one
+axis, so that both directions share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
 """
+
+import itertools
 
 import torch
 from torch import Tensor
 
-from fusedlstm import heads, reference, torch_loop
+from fusedlstm import heads, memory, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
-from fusedlstm.precision import product
+from fusedlstm.precision import add_product, product
 
 
 @torch.library.custom_op("fusedlstm::recurrence_fwd", mutates_args=())
@@ -122,79 +124,167 @@ def _(cell, input, hx, cx, parameters, directions, save_gates, save_states):
     return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
+@torch.library.custom_op("fusedlstm::recompute", mutates_args=())
+def recompute(
+    cell: str,
+    engine: str,
+    preact: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H], the recurrent part included
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """gates and c_seq as `recurrence_fwd` saves them, from its output: elementwise, so that nothing is waited for."""
+    layout = Layout(lengths, first_row, resets)
+    if engine == "triton":
+        from fusedlstm import launch
+
+        return launch.recompute(cell, preact, hx, cx, layout)
+    return torch_loop.recurrence_fwd(cell, preact, [], hx, cx, layout, True, True)[3:]
+
+
+@recompute.register_fake
+def _(cell, engine, preact, hx, cx, lengths, first_row, resets):
+    D, *rows, GH = preact.shape
+    c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=_state_dtype(preact.dtype))
+    return preact.new_empty(*rows, D * GH), c_seq
+
+
 class RecurrenceFunction(torch.autograd.Function):
-    """A layer with its gradients. `parameters`: per direction weight_ih, weight_hh (, bias_ih, bias_hh)."""
+    """A layer with its gradients. `parameters`: per direction weight_ih, weight_hh (, bias_ih, bias_hh).
+
+    It runs over blocks of steps (`memory.blocks`). With `save` "gates" that is one block, which keeps gates and c_seq. With
+    "states" a block keeps the c that enters it, and the backward recomputes the rest from the output.
+    """
 
     @staticmethod
     def forward(
-        cell, engine, directions, clip, wants_c_seq, lengths, first_row, resets, input, hx, cx, preact_0, *parameters
+        cell,
+        engine,
+        directions,
+        clip,
+        save,
+        wants_c_seq,
+        lengths,
+        first_row,
+        resets,
+        input,
+        hx,
+        cx,
+        preact_0,
+        *parameters,
     ):
-        """input [T, B, I] or [R, I], hx [D, B, H], cx [S, D, B, H]; returns what `recurrence_fwd` does."""
+        """input [T, B, I] or [R, I], hx [D, B, H], cx [S, D, B, H]; returns what `recurrence_fwd` does.
+
+        And c of all steps that begin a block but the first, [blocks - 1, S, D, B, H].
+        """
         layout = Layout(lengths, first_row, resets)
-        return _layer_fwd(
-            cell, engine, input, _per_direction(parameters, directions), preact_0, layout, hx, cx, True, True
-        )
+        per_direction = _per_direction(parameters, directions)
+        blocks = _blocks(save, directions, input, layout)
+        keeps_gates, saves_states = save == "gates", save == "gates" or wants_c_seq
+        output, c_seq, borders = None, None, []
+        h, c = hx, cx if keeps_gates else cx.to(_state_dtype(input.dtype))
+        for k, steps in enumerate(blocks):
+            x, own = input[steps], layout if len(blocks) == 1 else layout.of_steps(steps.start, steps.stop)
+            part, h, c, gates, c_part = _block_fwd(
+                cell, engine, x, per_direction, h, c, preact_0 if k == 0 else None, own, keeps_gates, saves_states
+            )
+            output = _placed(output, part, steps, len(input))
+            c_seq = _placed(c_seq, c_part, steps, len(input), dim=1) if saves_states else c_part
+            borders.append(c)
+            del part, c_part  # or they would live beside those of the next block
+        borders = torch.stack(borders[:-1]) if len(blocks) > 1 else c.new_empty(0)
+        return output, h, c.to(cx.dtype), gates, c_seq, borders
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.cell, ctx.engine, ctx.directions, ctx.clip, wants_c_seq, *layout, input, hx, cx, preact_0 = inputs[:12]
-        h, _, _, gates, c_seq = output
-        ctx.mark_non_differentiable(*([gates] if wants_c_seq else [gates, c_seq]))
+        ctx.cell, ctx.engine, ctx.directions, ctx.clip, ctx.save, wants_c_seq = inputs[:6]
+        *layout, input, hx, cx, preact_0 = inputs[6:13]
+        h, _, _, gates, c_seq, borders = output
+        ctx.wants_c_seq = wants_c_seq
+        ctx.mark_non_differentiable(*([gates, borders] if wants_c_seq else [gates, c_seq, borders]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*layout, input, hx, cx, preact_0, h, gates, c_seq, *inputs[12:])
+        kept = (gates, c_seq) if ctx.save == "gates" else (borders, None)
+        ctx.save_for_backward(*layout, input, hx, cx, preact_0, h, *kept, *inputs[13:])
 
     @staticmethod
-    def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq):
-        *tables, input, hx, cx, preact_0, output, gates, c_seq = ctx.saved_tensors[:10]
+    def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, _grad_borders):
+        *tables, input, hx, cx, preact_0, output, kept, c_kept = ctx.saved_tensors[:10]
         parameters, layout = ctx.saved_tensors[10:], Layout(*tables)
-        needs = ctx.needs_input_grad[8:]
+        needs = ctx.needs_input_grad[9:]
+        if not ctx.wants_c_seq:
+            grad_c_seq = None  # a compiler gives one for every result
         if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
             tensors = (input, hx, cx, preact_0, *parameters)
             results = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-            return *[None] * 8, *_differentiable_gradients(ctx, tensors, needs, results, layout)
+            return *[None] * 9, *_differentiable_gradients(ctx, tensors, needs, results, layout)
         per_direction = _per_direction(parameters, ctx.directions)
         weight_ih, weight_hh = [p[0] for p in per_direction], [p[1] for p in per_direction]
-        grad_preact, grad_hx, grad_cx = recurrence_bwd(
-            ctx.cell,
-            ctx.engine,
-            grad_output,
-            grad_c_seq,
-            torch.zeros_like(hx) if grad_h_n is None else grad_h_n,
-            torch.zeros_like(cx) if grad_c_n is None else grad_c_n,
-            weight_hh,
-            hx,
-            cx,
-            output,
-            gates,
-            c_seq,
-            *layout,
-            ctx.clip,
-        )
-        rows = grad_preact.flatten(0, -2)  # [R, D*G*H]
-        grad_input = grad_preact_0 = None
-        if needs[0]:
-            grad_input = product(rows, _cat(weight_ih)).view(input.shape)  # [R, D*G*H] @ [D*G*H, I]
-        if needs[3]:
-            grad_preact_0 = torch.stack(
-                [_of_first_steps(g, d, layout) for d, g in enumerate(grad_preact.chunk(ctx.directions, -1))]
-            )
-        grad_parameters = [None] * len(parameters)
         needs_parameter = _per_direction(needs[4:], ctx.directions)
         count = len(per_direction[0])
-        if any(n[0] for n in needs_parameter):
-            grad_weight_ih = product(rows.t(), input.flatten(0, -2))  # [D*G*H, I]
+
+        blocks = _blocks(ctx.save, ctx.directions, input, layout)
+        state_dtype = cx.dtype if ctx.save == "gates" else _state_dtype(input.dtype)
+        grad_h = torch.zeros_like(hx) if grad_h_n is None else grad_h_n
+        grad_c = torch.zeros_like(cx, dtype=state_dtype) if grad_c_n is None else grad_c_n.to(state_dtype)
+        grad_input = grad_preact_0 = grad_weight_ih = grad_bias = None
+        grad_weight_hh = [None] * ctx.directions
+        for k, steps in reversed([*enumerate(blocks)]):
+            own = layout if len(blocks) == 1 else layout.of_steps(steps.start, steps.stop)
+            h, c = (hx, cx.to(state_dtype)) if k == 0 else (output[steps.start - 1].unsqueeze(0), kept[k - 1])
+            x, y = input[steps], output[steps]
+            if ctx.save == "gates":
+                gates, c_seq = kept, c_kept
+            else:
+                first = preact_0 if k == 0 else None
+                gates, c_seq = _recomputed(ctx.cell, ctx.engine, x, per_direction, first, h, c, y, own)
+            grad_preact, grad_h, grad_c = recurrence_bwd(
+                ctx.cell,
+                ctx.engine,
+                None if grad_output is None else grad_output[steps],
+                None if grad_c_seq is None else grad_c_seq[:, steps],
+                grad_h,
+                grad_c,
+                weight_hh,
+                h,
+                c,
+                y,
+                gates,
+                c_seq,
+                *own,
+                ctx.clip,
+            )
+            del gates, c_seq  # what a block needs does not live beside the next one's
+            rows = grad_preact.flatten(0, -2)  # [R, D*G*H]
+            by_direction = grad_preact.chunk(ctx.directions, -1)
+            if needs[0]:
+                part = product(rows, _cat(weight_ih)).view(x.shape)  # [R, D*G*H] @ [D*G*H, I]
+                grad_input = _placed(grad_input, part, steps, len(input))
+            if needs[3] and k == 0:
+                grad_preact_0 = torch.stack([_of_first_steps(g, d, own) for d, g in enumerate(by_direction)])
+            if any(n[0] for n in needs_parameter):
+                grad_weight_ih = add_product(grad_weight_ih, rows.t(), x.flatten(0, -2))  # [D*G*H, I]
+            if any(n[1] for n in needs_parameter):
+                grad_weight_hh = [
+                    _add_recurrent_weight_gradient(total, g, y_d, h[d], d, own, hx.size(-1) // weight_hh[d].size(1))
+                    for d, (total, g, y_d) in enumerate(
+                        zip(grad_weight_hh, by_direction, y.chunk(ctx.directions, -1), strict=True)
+                    )
+                ]
+            if count == 4 and any(n[2] or n[3] for n in needs_parameter):
+                added = rows.sum(0)  # [D*G*H], the same for both biases
+                grad_bias = added if grad_bias is None else grad_bias.add_(added)
+            part = grad_preact = rows = by_direction = None
+
+        grad_parameters = [None] * len(parameters)
+        if grad_weight_ih is not None:
             grad_parameters[0::count] = grad_weight_ih.chunk(ctx.directions)
-        if any(n[1] for n in needs_parameter):
-            by_direction = zip(grad_preact.chunk(ctx.directions, -1), output.chunk(ctx.directions, -1), strict=True)
-            grad_parameters[1::count] = [
-                _recurrent_weight_gradient(g, h, hx[d], d, layout, hx.size(-1) // weight_hh[d].size(1))
-                for d, (g, h) in enumerate(by_direction)
-            ]
-        if count == 4 and any(n[2] or n[3] for n in needs_parameter):
-            grad_bias = rows.sum(0)  # [D*G*H], the same for both biases
+        grad_parameters[1::count] = grad_weight_hh
+        if grad_bias is not None:
             grad_parameters[2::count] = grad_bias.chunk(ctx.directions)
             grad_parameters[3::count] = grad_bias.clone().chunk(ctx.directions)
-        return *[None] * 8, grad_input, grad_hx, grad_cx, grad_preact_0, *grad_parameters
+        return *[None] * 9, grad_input, grad_h, grad_c.to(cx.dtype), grad_preact_0, *grad_parameters
 
 
 def layer(
@@ -207,6 +297,7 @@ def layer(
     clip: float | None = None,
     wants_c_seq: bool = False,
     preact_0: Tensor | None = None,  # [D, B, G*H]
+    save: str = "gates",
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """One layer over a sequence, differentiable in every tensor.
 
@@ -216,6 +307,8 @@ def layer(
         clip: the largest element of the gradient of a state that enters a step.
         wants_c_seq: whether the states beside h are wanted of every step.
         preact_0: added to the preactivations of every sequence's first step, unless a reset drops its initial state.
+        save: what is kept for the backward beside input and output: "gates" and c of every step, or "states", c between
+            blocks of steps, from which the backward recomputes the others. See `fusedlstm.memory`.
 
     Returns:
         output [T, B, D*H] or [R, D*H], the final states, and c_seq [S, T, B, D*H] or [S, R, D*H] in the dtype of `input`.
@@ -224,12 +317,12 @@ def layer(
     flat = [p for direction in parameters for p in direction]
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        output, h_n, c_n, _, c_seq = RecurrenceFunction.apply(
-            cell, engine, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, preact_0, *flat
+        output, h_n, c_n, _, c_seq, _ = RecurrenceFunction.apply(
+            cell, engine, len(parameters), clip, save, wants_c_seq, *layout, input, hx, cx, preact_0, *flat
         )
     else:
-        output, h_n, c_n, _, c_seq = _layer_fwd(
-            cell, engine, input, parameters, preact_0, layout, hx, cx, False, wants_c_seq
+        output, h_n, c_n, _, c_seq = _block_fwd(
+            cell, engine, input, parameters, hx, cx, preact_0, layout, False, wants_c_seq
         )
     return output, (h_n, *c_n.unbind(0)), c_seq.to(output.dtype) if wants_c_seq else None
 
@@ -237,31 +330,6 @@ def layer(
 def is_one_step(engine: str, input: Tensor, layout: Layout) -> bool:
     """Whether one kernel can take an input [T, B, I] whole: a single step, without masks."""
     return engine == "triton" and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
-
-
-def _layer_fwd(
-    cell: str,
-    engine: str,
-    input: Tensor,  # [T, B, I] or packed [R, I]
-    parameters: list,  # per direction: weight_ih, weight_hh (, bias_ih, bias_hh)
-    preact_0: Tensor | None,  # [D, B, G*H]
-    layout: Layout,
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    save_gates: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A layer with its input product; returns what `recurrence_fwd` does."""
-    if preact_0 is None and is_one_step(engine, input, layout):
-        flat = [p for direction in parameters for p in direction]
-        output, h_n, c_n, gates, c_seq = step_fwd(
-            cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states
-        )
-        gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
-        return output.unsqueeze(0), h_n, c_n, gates, c_seq
-    preact_x = _input_product(input, parameters, preact_0, layout)
-    weight_hh = [p[1] for p in parameters]
-    return recurrence_fwd(cell, engine, preact_x, weight_hh, hx, cx, *layout, save_gates, save_states)
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -291,10 +359,14 @@ def _of_first_steps(seq: Tensor, direction: int, layout: Layout) -> Tensor:
     return found if dropped is None else found.masked_fill(dropped.unsqueeze(1), 0)
 
 
+def _batch_major(input: Tensor) -> bool:
+    return input.dim() == 3 and input.stride(0) < input.stride(1)
+
+
 def _input_product(input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
     """preact_x [D, T, B, G*H] or [D, R, G*H] of all steps and directions: one product, in the order of `input` in memory."""
     D, GH = len(parameters), parameters[0][0].size(0)
-    batch_major = input.dim() == 3 and input.stride(0) < input.stride(1)
+    batch_major = _batch_major(input)
     ordered = input.transpose(0, 1) if batch_major else input
     weight_ih = _cat([p[0] for p in parameters])  # [D*G*H, I]
     bias = _cat([p[2] + p[3] for p in parameters]) if len(parameters[0]) == 4 else None
@@ -317,7 +389,71 @@ def _input_product(input: Tensor, parameters: list, preact_0: Tensor | None, lay
     return preact
 
 
-def _recurrent_weight_gradient(
+def _block_fwd(
+    cell: str,
+    engine: str,
+    input: Tensor,  # [T, B, I] or [R, I]
+    parameters: list,
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    preact_0: Tensor | None,  # [D, B, G*H]
+    layout: Layout,
+    save_gates: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Input product and time loop, in one kernel if there is a single step; returns what `recurrence_fwd` does."""
+    if preact_0 is None and is_one_step(engine, input, layout):
+        flat = [p for direction in parameters for p in direction]
+        output, h_n, c_n, gates, c_seq = step_fwd(
+            cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states
+        )
+        gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
+        return output.unsqueeze(0), h_n, c_n, gates, c_seq
+    preact_x = _input_product(input, parameters, preact_0, layout)
+    weight_hh = [p[1] for p in parameters]
+    return recurrence_fwd(cell, engine, preact_x, weight_hh, hx, cx, *layout, save_gates, save_states)
+
+
+def _blocks(save: str, directions: int, input: Tensor, layout: Layout) -> list[slice]:
+    """The steps of every block, all there are in one where they cannot be told apart by the rows."""
+    if save == "gates" or directions == 2 or layout.first_row is not None:
+        return [slice(None)]
+    begins = memory.blocks(*input.shape[:2])
+    return [slice(begin, end) for begin, end in itertools.pairwise(begins)]
+
+
+def _placed(whole: Tensor | None, part: Tensor, steps: slice, size: int, dim: int = 0) -> Tensor:
+    """`part` put at `steps` of a whole that has `size` of them, made when its first part comes; `part` if it is all."""
+    if part.size(dim) == size:
+        return part
+    if whole is None:
+        whole = part.new_empty(*part.shape[:dim], size, *part.shape[dim + 1 :])
+    whole.narrow(dim, steps.start, part.size(dim)).copy_(part)
+    return whole
+
+
+def _recomputed(
+    cell: str,
+    engine: str,
+    input: Tensor,  # [T, B, I] or [R, I]
+    parameters: list,
+    preact_0: Tensor | None,  # [D, B, G*H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """gates and c_seq of a forward: since its output is known, the recurrent products are one product of all steps."""
+    preact = _input_product(input, parameters, preact_0, layout)
+    if _batch_major(input):
+        preact = preact.contiguous()
+    for d, (y, p) in enumerate(zip(output.chunk(len(parameters), -1), parameters, strict=True)):
+        heads.add_recurrent(preact[d].view(-1, preact.size(-1)), layout.states_before(y, hx[d], d), p[1])
+    return recompute(cell, engine, preact, hx, cx, *layout)
+
+
+def _add_recurrent_weight_gradient(
+    total: Tensor | None,  # [G*H, DH]
     grad_preact: Tensor,  # [T, B, G*H] or [R, G*H]
     output: Tensor,  # [T, B, H] or [R, H]
     hx: Tensor,  # [B, H]
@@ -325,16 +461,14 @@ def _recurrent_weight_gradient(
     layout: Layout,
     num_heads: int,
 ) -> Tensor:
-    """sum over t of grad_preact_t^T h_{t-1}, within heads: [G*H, DH]."""
+    """total + sum over t of grad_preact_t^T h_{t-1}, within heads: [G*H, DH]."""
     # Else the states before are views: output is zero where a sequence has no later step, grad_preact where it has no step.
     if layout.first_row is not None or layout.resets is not None:
         before = layout.states_before(output, hx, direction)
-        return heads.weight_gradient(grad_preact.flatten(0, -2), before, num_heads)
+        return heads.weight_gradient(grad_preact.flatten(0, -2), before, num_heads, total)
     later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
-    from_hx = heads.weight_gradient(_of_first_steps(grad_preact, direction, layout), hx, num_heads)
-    return heads.weight_gradient(
-        grad_preact[later].flatten(0, 1), output[earlier].flatten(0, 1), num_heads, added=from_hx
-    )
+    total = heads.weight_gradient(_of_first_steps(grad_preact, direction, layout), hx, num_heads, total)
+    return heads.weight_gradient(grad_preact[later].flatten(0, 1), output[earlier].flatten(0, 1), num_heads, total)
 
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout):

@@ -20,7 +20,7 @@ from fusedlstm.reference import steps_of
 def recurrence_fwd(
     cell: str,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
-    weight_hh: list[Tensor],  # D times [G*H, DH]
+    weight_hh: list[Tensor],  # D times [G*H, DH]; none if preact_x has the recurrent part already
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     layout: Layout,
@@ -50,7 +50,8 @@ def recurrence_fwd(
     gates = preact_x.new_empty(R, D, GH)
     h_n, c_n = hx.clone(), cx[0].clone()  # rows beyond a step's keep what they have
     for d in range(D):
-        _lstm_fwd(preact_x[d].reshape(R, GH), weight_hh[d], h_n[d], c_n[d], steps, d, output, gates, c_seq)
+        weight = weight_hh[d] if weight_hh else None
+        _lstm_fwd(preact_x[d].reshape(R, GH), weight, h_n[d], c_n[d], steps, d, output, gates, c_seq)
     return (
         output.view(*leading, D * H),
         h_n,
@@ -88,8 +89,10 @@ def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> 
     h_n[:before], c_n[:before] = h, c
 
 
-def _recurrent_product(weight_hh: Tensor, H: int):
-    """A function of preact [B, 4H], h [B, H] and out [B, 4H] that writes preact + h U^T."""
+def _recurrent_product(weight_hh: Tensor | None, H: int):
+    """A function of preact [B, 4H], h [B, H] and out [B, 4H] that writes preact + h U^T; preact alone without weights."""
+    if weight_hh is None:
+        return lambda preact, h, out: out.copy_(preact)
     DH = weight_hh.size(1)
     if DH == H:
         weight_t = weight_hh.t()

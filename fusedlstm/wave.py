@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedlstm import reference
 from fusedlstm.layout import Layout
 from fusedlstm.precision import product
-from fusedlstm.recurrence import _input_product, _recurrent_weight_gradient, _state_dtype
+from fusedlstm.recurrence import _add_recurrent_weight_gradient, _input_product, _state_dtype
 
 
 @torch.library.custom_op("fusedlstm::wave_fwd", mutates_args=())
@@ -137,7 +137,9 @@ class WaveFunction(torch.autograd.Function):
         for k, (dpreact, needed) in enumerate(zip(grad_preact, _per_layer(needs[3:], ctx.layers), strict=True)):
             rows, x = dpreact.flatten(0, -2), input if k == 0 else output[k - 1]
             gradients.append(product(rows.t(), x.flatten(0, -2)) if needed[0] else None)
-            gradients.append(_recurrent_weight_gradient(dpreact, output[k], hx[k], 0, layout, 1) if needed[1] else None)
+            gradients.append(
+                _add_recurrent_weight_gradient(None, dpreact, output[k], hx[k], 0, layout, 1) if needed[1] else None
+            )
             if len(needed) == 4:
                 grad_bias = rows.sum(0)  # the same for both biases
                 gradients += [grad_bias, grad_bias.clone()]

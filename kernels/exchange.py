@@ -64,13 +64,12 @@ def _is_complete(
     SEGMENT: tl.constexpr,
     SEGMENT_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ):
     """1 if every value of the rows of x has arrived, else 0."""
     p_bits = _bits(p_x)
     absent = tl.zeros((), tl.int32)
     for q in range(K // SEGMENT * ((SEGMENT + BLOCK_K - 1) // BLOCK_K)):
-        bits = exchanged_tile(p_bits, mask_b, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED)
+        bits = exchanged_tile(p_bits, mask_b, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, False, 1)
         absent += tl.sum(tl.sum((bits == ABSENT).to(tl.int32), 1), 0)
     return (absent == 0).to(tl.int32)
 
@@ -95,6 +94,7 @@ def awaited_product(
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     PROTOCOL: tl.constexpr,
@@ -119,6 +119,7 @@ def awaited_product(
             BLOCK_K,
             RESIDENT,
             TRANSPOSED,
+            SPLIT,
             PRECISION,
             STAGES,
         )
@@ -129,7 +130,7 @@ def awaited_product(
         attempts = 0
         while (pending != 0) & (attempts < SPIN_LIMIT):
             if attempts % LOOK_EVERY == LOOK_EVERY - 1:
-                complete = _is_complete(p_x, mask_b & published, K, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED)
+                complete = _is_complete(p_x, mask_b & published, K, SEGMENT, SEGMENT_STRIDE, BLOCK_K)
             acc = exchanged_product(
                 p_x,
                 mask_b,
@@ -146,6 +147,7 @@ def awaited_product(
                 BLOCK_K,
                 RESIDENT,
                 TRANSPOSED,
+                SPLIT,
                 PRECISION,
                 STAGES,
             )

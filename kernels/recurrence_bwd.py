@@ -82,6 +82,7 @@ def recurrence_bwd_kernel(
     PROTOCOL: tl.constexpr,  # "counter" or "data"; "none": a group of one, which keeps dpreact in registers
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     STACK: tl.constexpr,
@@ -121,9 +122,9 @@ def recurrence_bwd_kernel(
     w = ()
     w_x = ()
     if RESIDENT:
-        w = resident_weight(weight_ptr, unit, mask_h, DH, K, SEGMENT, H, BLOCK_K, TRANSPOSED)
+        w = resident_weight(weight_ptr, unit, mask_h, DH, K, SEGMENT, H, BLOCK_K, TRANSPOSED, SPLIT)
         if STACK:
-            w_x = resident_weight(weight_x_ptr, unit, mask_h & below, H, GH, SEGMENT, H, BLOCK_K, TRANSPOSED)
+            w_x = resident_weight(weight_x_ptr, unit, mask_h & below, H, GH, SEGMENT, H, BLOCK_K, TRANSPOSED, SPLIT)
 
     num_tiles_b = tl.cdiv(B, BLOCK_B)
     for tile_b in range(tl.program_id(1).to(tl.int64), num_tiles_b, tl.num_programs(1)):
@@ -243,7 +244,7 @@ def recurrence_bwd_kernel(
                 p_x = dpreact_ptr + head * DH + offs_b * (side_by_side * GH)
                 dh_recurrent = awaited_product(
                     counter_ptr, GROUP * step, p_x, mask_x, mask_x, w, weight_ptr, unit, mask_h, DH, K, SEGMENT, H,
-                    BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
+                    BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
                 )  # fmt: skip
             stepped = (dstate[0] + dh_recurrent,) + dstate[1:]
             if RESETS:
@@ -272,7 +273,7 @@ def recurrence_bwd_kernel(
                     dh += awaited_product(
                         counter_ptr + num_tiles_b * 32, GROUP * tl.minimum(step + 1, steps), p_above, mask_t, mask_t,
                         w_x, weight_x_ptr, unit, mask_h, H, GH, SEGMENT, H, BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT,
-                        TRANSPOSED, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
+                        TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
                     )  # fmt: skip
 
             state_prev = as_float32(before, 1 + S)

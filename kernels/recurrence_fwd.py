@@ -84,6 +84,7 @@ def recurrence_fwd_kernel(
     PROTOCOL: tl.constexpr,  # "counter" or "data"; "none": a group of one, which keeps h in registers
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     STACK: tl.constexpr,
@@ -134,9 +135,9 @@ def recurrence_fwd_kernel(
     w = ()
     w_x = ()
     if RESIDENT:
-        w = resident_weight(weight_ptr, offs_n, mask_n, 1, DH, DH, 0, BLOCK_K, TRANSPOSED)
+        w = resident_weight(weight_ptr, offs_n, mask_n, 1, DH, DH, 0, BLOCK_K, TRANSPOSED, SPLIT)
         if STACK:
-            w_x = resident_weight(weight_x_ptr, offs_n, mask_n & above, 1, H, H, 0, BLOCK_K, TRANSPOSED)
+            w_x = resident_weight(weight_x_ptr, offs_n, mask_n & above, 1, H, H, 0, BLOCK_K, TRANSPOSED, SPLIT)
 
     num_tiles_b = tl.cdiv(B, BLOCK_B)
     for tile_b in range(tl.program_id(1).to(tl.int64), num_tiles_b, tl.num_programs(1)):
@@ -206,7 +207,7 @@ def recurrence_fwd_kernel(
             else:
                 acc = awaited_product(
                     counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, weight_ptr, offs_n, mask_n, 1, DH, DH, 0,
-                    N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
+                    N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
                 )  # fmt: skip
                 preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
                 if RESETS:  # what was exchanged is not cut; a mask there would cost more registers
@@ -220,7 +221,7 @@ def recurrence_fwd_kernel(
                     p_x = output_ptr + (row_seq - stride_d) * H + offs_b * H
                     acc = awaited_product(
                         counter_ptr - num_tiles_b * 32, GROUP * (step + 1), p_x, mask_x, mask_x, w_x, weight_x_ptr,
-                        offs_n, mask_n, 1, H, H, 0, N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, PRECISION, STAGES,
+                        offs_n, mask_n, 1, H, H, 0, N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES,
                         PROTOCOL, SPIN_LIMIT,
                     )  # fmt: skip
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)

@@ -89,8 +89,8 @@ MUTANTS = {
     ),
     "grad_weight_hh forgets hx": (
         "fusedlstm/recurrence.py",
-        "from_hx = heads.weight_gradient(",
-        "from_hx = 0 * heads.weight_gradient(",
+        "_of_first_steps(grad_preact, direction, layout), hx,",
+        "_of_first_steps(grad_preact, direction, layout), 0 * hx,",
         "tests/kernels/test_recurrence.py",
     ),
     "packed: an ended sequence steps on": (
@@ -170,6 +170,25 @@ MUTANTS = {
         "before.masked_fill_(cut.unsqueeze(-1), 0)",
         "before",
         "tests/kernels/test_recurrence.py",
+    ),
+    "recompute: no reset": ("kernels/recompute.py", "== 0\n", ">= 0\n", "tests/kernels/test_recompute.py"),
+    "recompute: the reverse direction begins with the first step": (
+        "kernels/recompute.py",
+        "t = step + pid_d * (steps - 1 - 2 * step)",
+        "t = step",
+        "tests/kernels/test_recompute.py",
+    ),
+    "c is rounded where blocks meet": (
+        "fusedlstm/launch.py",
+        "new(S, D, B, H, dtype=cx.dtype)",
+        "new(S, D, B, H)",
+        "tests/kernels/test_recompute.py",
+    ),
+    "the gradient of c begins anew in every block": (
+        "fusedlstm/recurrence.py",
+        "                grad_c,\n                weight_hh,",
+        "                0 * grad_c,\n                weight_hh,",
+        "tests/kernels/test_recompute.py",
     ),
     "heads: grad_weight_hh takes the states of another head": (
         "fusedlstm/heads.py",

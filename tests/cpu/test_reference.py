@@ -100,7 +100,7 @@ def test_custom_ops_without_a_gpu():
 
     def run(*tensors):
         return RecurrenceFunction.apply(
-            "lstm", "torch", 2, None, False, None, None, None, *tensors[:3], None, *tensors[3:]
+            "lstm", "torch", 2, None, "gates", False, None, None, None, *tensors[:3], None, *tensors[3:]
         )[:3]
 
     assert torch.autograd.gradcheck(run, (input[:2].detach().requires_grad_(), hx, cx, *flat))

@@ -169,7 +169,7 @@ def test_nan_passes(device, dtype):
 
 
 @triton.jit
-def take_what_is_there(p_x, mask_b, K, SEGMENT, SEGMENT_STRIDE, BLOCK_K, TRANSPOSED):
+def take_what_is_there(p_x, mask_b, K, SEGMENT, SEGMENT_STRIDE, BLOCK_K):
     return 1
 
 

@@ -1,0 +1,250 @@
+"""save="states": the same numbers in blocks of steps, and the memory of a training step, counted and as memory.py says."""
+
+import copy
+import itertools
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fusedlstm
+from bench.shapes import SHAPES
+from fusedlstm import checks, memory, recurrence, reference
+from fusedlstm.layout import DENSE, Layout
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+I, H = 4, 6
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """Blocks of a step or two, so that a short batch has borders."""
+    monkeypatch.setattr(memory, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(memory, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(memory, "BLOCKS", 4)
+
+
+def lengths(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def resets(*leading):
+    return torch.rand(leading, generator=torch.Generator().manual_seed(7)) < 0.3
+
+
+def packed(*values):
+    sizes = torch.tensor([sum(n > t for n in values) for t in range(values[0])])
+    return Layout.of_packed(sizes, len(values), torch.device("cpu"))
+
+
+# Resets at a border, in the padding and at the beginning; sequences that end before, at and after a border, and without steps.
+LAYOUTS = {
+    "dense": (DENSE, (7, 3)),
+    "one step": (DENSE, (1, 3)),
+    "no sequence": (DENSE, (5, 0)),
+    "resets": (Layout(resets=resets(7, 3)), (7, 3)),
+    "all reset": (Layout(resets=torch.ones(7, 2, dtype=torch.bool)), (7, 2)),
+    "ragged": (Layout(lengths(2, 0, 7, 1, 5)), (7, 5)),
+    "ragged, resets": (Layout(lengths(2, 0, 7, 3), None, resets(7, 4)), (7, 4)),
+    "packed, resets": (packed(5, 3, 3, 1)._replace(resets=resets(12)), (12,)),
+}
+
+
+def random_layer(leading, batch, directions, bias=True, dtype=torch.float64, heads=1):
+    generator = torch.Generator().manual_seed(5)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    shapes = [(4 * H, I), (4 * H, H // heads), *([(4 * H,)] * 2 if bias else [])]
+    parameters = [[randn(*s) for s in shapes] for _ in range(directions)]
+    return randn(*leading, I), randn(directions, batch, H), randn(1, directions, batch, H), parameters
+
+
+@pytest.mark.parametrize(("clip", "heads"), [(None, 1), (0.1, 1), (None, 3)])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_the_specification(short_blocks, name, directions, clip, heads):
+    layout, leading = LAYOUTS[name]
+    batch = leading[1] if len(leading) == 2 else len(layout.lengths)
+    input, hx, cx, parameters = random_layer(leading, batch, directions, heads=heads)
+    leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
+    output, (h_n, c_n), c_seq = recurrence.layer(
+        "lstm", input, (hx, cx[0]), parameters, "torch", layout, clip, wants_c_seq=True, save="states"
+    )
+    exact = reference.layer("lstm", input, hx, cx, parameters, layout, clip=clip)
+    results = (output, h_n, c_n.unsqueeze(0), c_seq)
+    for a, b in zip(results, exact, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    grads = [torch.randn_like(x) for x in exact]
+    found = torch.autograd.grad(results, leaves, grads)
+    for a, b in zip(found, torch.autograd.grad(exact, leaves, grads), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["dense", "ragged, resets"])
+def test_gradients_twice(short_blocks, name):
+    """gradcheck and gradgradcheck, with the preactivations that a projection adds to first steps."""
+    layout, leading = LAYOUTS[name]
+    layout, leading = layout.of_steps(0, 3), (3, leading[1])
+    input, hx, cx, parameters = random_layer(leading, leading[1], 1)
+    preact_0 = torch.randn(1, leading[1], 4 * H, dtype=torch.float64, requires_grad=True)
+
+    def run(input, hx, cx, preact_0, *flat):
+        output, states, c_seq = recurrence.layer(
+            "lstm", input, (hx, cx[0]), [flat], "torch", layout, None, True, preact_0, "states"
+        )
+        return output, *states, c_seq
+
+    tensors = (input, hx, cx, preact_0, *parameters[0])
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("given", range(4), ids=["output", "h_n", "c_n", "c_seq"])
+@pytest.mark.parametrize("wanted", [[0], [1, 2], [3], [4], [0, 1, 2, 3, 4]], ids=str)
+def test_some_gradients(short_blocks, given, wanted):
+    """Through one result, of some of the tensors; batch first, without bias."""
+    input, hx, cx, parameters = random_layer((3, 7), 3, 1, bias=False)
+    leaves = [input, hx, cx, *parameters[0]]
+    for k, leaf in enumerate(leaves):
+        leaf.requires_grad_(k in wanted)
+    x = input.transpose(0, 1)
+    output, (h_n, c_n), c_seq = recurrence.layer(
+        "lstm", x, (hx, cx[0]), parameters, "torch", wants_c_seq=True, save="states"
+    )
+    exact = reference.layer("lstm", x, hx, cx, parameters)
+    leaves = [leaves[k] for k in wanted]
+    found = torch.autograd.grad((output, h_n, c_n, c_seq)[given].square().sum(), leaves)
+    for a, b in zip(found, torch.autograd.grad(exact[given].square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_compiles(short_blocks, monkeypatch, T):
+    monkeypatch.setattr(memory, "BLOCKS", 2)
+    input, hx, cx, parameters = random_layer((T, 3), 3, 1)
+    cuts = resets(T, 3)
+
+    def run(x, cuts):
+        layout = Layout(resets=cuts)
+        return recurrence.layer("lstm", x, (hx.detach(), cx[0].detach()), parameters, "torch", layout, save="states")[0]
+
+    found = []
+    for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        output = f(input, cuts)
+        found.append([output, *torch.autograd.grad(output.square().sum(), [input, *parameters[0]])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_the_op_passes_opcheck():
+    preact, hx, cx = torch.randn(2, 3, 4, 4 * H), torch.randn(2, 4, H), torch.randn(1, 2, 4, H)
+    for layout in (DENSE, Layout(lengths(2, 0, 3, 1), None, resets(3, 4))):
+        arguments = ("lstm", "torch", preact, hx, cx, *layout)
+        torch.library.opcheck(recurrence.recompute, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_blocks():
+    for T, B in itertools.product((1, 2, 7, 50, 99, 1024, 100_000), (0, 1, 3, 128)):
+        begins = memory.blocks(T, B)
+        assert begins[0] == 0 and begins[-1] == T and len(begins) <= memory.BLOCKS + 1
+        sizes = [end - begin for begin, end in itertools.pairwise(begins)]
+        assert max(sizes) - min(sizes) <= 1
+        assert len(sizes) == 1 or (min(sizes) >= memory.FEWEST_STEPS and max(sizes) * B >= memory.FEWEST_ROWS)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations return: bytes that live now, and the most at once. `before` are not counted."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+        for x in before:
+            self._follow(x.untyped_storage(), 0)
+
+    def _follow(self, storage, size):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            weakref.finalize(storage, self._forget, storage._cdata, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        results = f(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            if isinstance(x, torch.Tensor):
+                self._follow(x.untyped_storage(), x.untyped_storage().nbytes())
+        return results
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize(("T", "B"), [(50, 64), (103, 20), (7, 3)])
+def test_peak_is_as_memory_says(T, B, save, directions):
+    input, hx, cx, parameters = random_layer((T, B), B, directions, dtype=torch.float32)
+    grad = torch.randn(T, B, directions * H)
+    before = [input, hx, cx, grad, *(p for direction in parameters for p in direction)]
+    with LiveBytes(before) as live:
+        output = recurrence.layer("lstm", input, (hx.detach(), cx[0].detach()), parameters, "torch", save=save)[0]
+        assert live.now == memory.kept(T, B, H, 4, save, directions)
+        output.backward(grad)
+    own = memory.own_peak(T, B, H, 4, save, directions)
+    bound = own + memory.gradients(T, B, I, H, 4, directions) - grad.nbytes
+    assert live.peak <= bound
+    assert max(own, 0.8 * bound) <= 1.05 * live.peak or len(memory.blocks(T, B)) == 2
+
+
+@pytest.mark.parametrize("shape", ["L1", "F1"])
+def test_half_of_cudnn(shape):
+    """In bfloat16, of what is the layer's own: reserve space and output there. The gradients both hold beside it."""
+    shape = next(s for s in SHAPES if s.id == shape)
+    T, B, H = shape.T, shape.B, shape.H
+    cudnn = memory.cudnn_reserve(T, B, H, 2) + T * B * H * 2
+    assert memory.own_peak(T, B, H, 2, "states") <= cudnn / 2
+    assert memory.own_peak(T, B, H, 2, "gates") > cudnn  # so the comparison can fail
+    assert memory.kept(T, B, H, 2, "states") <= cudnn / 4
+
+
+def test_the_published_reserve():
+    """pytorch issue 2895: 4 layers of H 320, float32, T * B = 25000; and the outputs between the layers."""
+    assert 4 * memory.cudnn_reserve(1000, 25, 320, 4) + 3 * 1000 * 25 * 320 * 4 == 736_000_000
+
+
+def test_module_keyword(monkeypatch):
+    lstm = fusedlstm.LSTM(3, 4, 2, batch_first=True, proj_size=2, save="states", backend="torch").double()
+    asked = []
+    layer = recurrence.layer
+
+    def spy(*arguments, **options):
+        asked.append(options["save"])
+        return layer(*arguments, **options)
+
+    monkeypatch.setattr(recurrence, "layer", spy)
+    lstm(torch.randn(2, 5, 3).double(), return_cell_states=True)
+    assert asked == ["states"] * 2
+    for module in (copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm))):
+        assert module.save == "states"
+    assert fusedlstm.LSTM(3, 4).save == "gates"
+    model = torch.nn.LSTM(3, 4)
+    fusedlstm.convert(model)
+    assert model.save == "gates"
+    with fusedlstm.patch_torch():
+        patched = torch.nn.LSTM(3, 4)
+    patched.save = "states"
+    fusedlstm.convert(patched)
+    assert type(patched) is fusedlstm.LSTM and patched.save == "states"
+    fusedlstm.restore(patched)
+    assert "save" not in vars(patched)
+    with pytest.raises(ValueError, match="save: expected gates or states, got 'gate'"):
+        fusedlstm.LSTM(3, 4, save="gate")
+    with pytest.raises(TypeError):
+        fusedlstm.LSTM(3, 4, 1, True, False, 0.0, False, 0, None, None, "auto", None, "states")
+    assert checks.save("states") == "states"
