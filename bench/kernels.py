@@ -1,6 +1,7 @@
 """What the compiler makes of every plan for the field's shapes, on every target, without a GPU.
 
-`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`.
+`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. With `--refresh` only the
+plans that are not in the file yet are compiled: for a change of the cost model or of the device table, not of the kernels.
 """
 
 import argparse
@@ -13,8 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.shapes import SHAPES, Shape
-from fusedlstm.plan import DEVICES, LAYOUTS, Plan, plan
+from bench.shapes import BY_ID, SHAPES, Shape
+from fusedlstm import cost
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import LAYOUTS, Plan, plan
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more than dense is compiled
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
@@ -33,6 +36,8 @@ COLUMNS = [
     "smem_bytes",
     "mma",
     "barriers_per_step",
+    "predicted_us",
+    "bound_us",
 ]
 
 
@@ -57,7 +62,7 @@ def plans() -> list[tuple[str, str, Plan]]:
 
 def compile_key(p: Plan) -> tuple:
     """What the machine code depends on: plans that share it share a compilation."""
-    tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.precision, p.num_warps, p.stages)
+    tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.split, p.precision, p.num_warps, p.stages)
     return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.layout, *tiles)
 
 
@@ -78,6 +83,36 @@ def compile_all(distinct: dict[tuple, Plan]) -> dict[tuple, tuple]:
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         numbers = pool.imap(compile_numbers, distinct.values(), chunksize=1)
         return dict(zip(distinct, track(numbers, "compiling", len(distinct)), strict=True))
+
+
+def tiles(p: Plan) -> str:
+    return f"{p.block_b}x{p.block_h}x{p.block_k}{'T' if p.transposed else ''}"
+
+
+def choice(p: Plan) -> tuple[str, str, str]:
+    """What the table tells of a plan."""
+    return p.schedule, tiles(p), str(p.num_warps)
+
+
+def known_numbers(path: Path, rows: list[tuple[str, str, Plan]]) -> dict[tuple, tuple]:
+    """What was compiled of the plans that are still those of the table, by `compile_key`."""
+    with path.open() as file:
+        table = {(r["shape"], r["dtype"], r["pass"], r["target"], r["layout"]): r for r in csv.DictReader(file)}
+    found = {}
+    for shape_id, dtype, p in rows:
+        row = table.get((shape_id, dtype, p.pass_, p.arch, p.layout))
+        if row and (row["schedule"], row["tiles"], row["warps"]) == choice(p):
+            numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
+            found[compile_key(p)] = numbers
+    return found
+
+
+def times(shape: Shape, p: Plan) -> tuple[str, str]:
+    """Predicted microseconds and the bound, a step of training, with the launch spread over the shape's T steps."""
+    limits = DEVICES[p.arch]
+    predicted = cost.cost(p, shape.T, shape.B, limits).total / shape.T
+    sizes = (shape.T, shape.B, shape.H, p.dtype, shape.directions, limits, p.pass_, p.precision, p.heads)
+    return f"{predicted:.4g}", f"{cost.bound(p.cell, *sizes).step:.4g}"
 
 
 def faults(p: Plan, numbers: tuple) -> list[str]:
@@ -102,10 +137,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--target", choices=DEVICES, help="this one only (the table is then not written)")
+    parser.add_argument("--refresh", action="store_true", help="compile only what the table does not have")
     args = parser.parse_args()
     rows = [(s, d, p) for s, d, p in plans() if args.target in (None, p.arch)]
     distinct = {compile_key(p): p for _, _, p in rows}
-    numbers = compile_all(distinct)
+    numbers = known_numbers(args.out, rows) if args.refresh and args.out.exists() else {}
+    numbers |= compile_all({key: p for key, p in distinct.items() if key not in numbers})
 
     bad = [(p, faults(p, numbers[key])) for key, p in distinct.items()]
     table = Table(
@@ -114,9 +151,9 @@ def main() -> int:
     for key, p in distinct.items():
         regs, spill_bytes, smem_bytes, mma = numbers[key]
         dtype = "fp32-ieee" if p.dtype == "fp32" and p.precision == "ieee" else p.dtype
-        tiles = f"{p.block_b}x{p.block_h}x{p.block_k}{' T' if p.transposed else ''}"
+        words = (p.hidden, dtype, p.pass_, p.arch, p.layout, *choice(p), regs, spill_bytes)
         table.add_row(
-            *map(str, (p.hidden, dtype, p.pass_, p.arch, p.layout, p.schedule, tiles, p.num_warps, regs, spill_bytes)),
+            *map(str, words),
             f"{smem_bytes / 1024:.0f}",
             mma,
         )
@@ -127,28 +164,14 @@ def main() -> int:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             for shape_id, dtype, p in rows:
-                tiles = f"{p.block_b}x{p.block_h}x{p.block_k}" + ("T" if p.transposed else "")
-                compiled = numbers[compile_key(p)]
-                writer.writerow(
-                    [
-                        shape_id,
-                        dtype,
-                        p.pass_,
-                        p.arch,
-                        p.layout,
-                        p.schedule,
-                        tiles,
-                        p.num_warps,
-                        *compiled,
-                        p.barriers_per_step,
-                    ]
-                )
+                compiled, key = numbers[compile_key(p)], (shape_id, dtype, p.pass_, p.arch, p.layout)
+                writer.writerow([*key, *choice(p), *compiled, p.barriers_per_step, *times(BY_ID[shape_id], p)])
         console.print(f"{len(rows)} rows, {len(distinct)} kernels -> {args.out.name}")
     for p, found in bad:
         for fault in found:
             console.print(
-                f"[red]{p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} "
-                f"{p.block_b}x{p.block_h}x{p.block_k} w{p.num_warps} {'T' if p.transposed else ''} {p.layout}: {fault}"
+                f"[red]{p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} w{p.num_warps} "
+                f"{p.layout}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))
 

@@ -1,4 +1,4 @@
-"""`python -m fusedlstm`: train the demo, say what runs here, explain a plan."""
+"""`python -m fusedlstm`: train the demo, say what runs here, explain a plan, measure the best one."""
 
 import argparse
 import platform
@@ -50,7 +50,22 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", choices=PLAN_DTYPES, default="fp32")
     plan.add_argument("--arch", choices=ARCHS, default="sm_90")
     plan.add_argument("--directions", type=int, choices=(1, 2), default=1)
+    plan.add_argument("--heads", type=positive, default=1, help="blocks of a block-diagonal weight_hh (1)")
     plan.set_defaults(run=run_plan)
+
+    tune = commands.add_parser("tune", help="measure the best plans and cuDNN on this GPU, and keep the choice")
+    tune.add_argument("--hidden", type=positive, help="units; needed but for --show and --clear")
+    tune.add_argument("--batch", type=positive, default=32)
+    tune.add_argument("--steps", type=positive, default=100)
+    tune.add_argument("--input", type=positive, help="input size (that of --hidden)")
+    tune.add_argument("--layers", type=positive, default=1)
+    tune.add_argument("--directions", type=int, choices=(1, 2), default=1)
+    tune.add_argument("--dtype", choices=PLAN_DTYPES, default="fp32")
+    tune.add_argument("--seconds", type=float, default=20.0, help="to measure for (20); compiling comes on top")
+    tune.add_argument("--device", type=device, help="cuda if there is one, else cpu")
+    tune.add_argument("--show", action="store_true", help="print the choices that are kept, and nothing else")
+    tune.add_argument("--clear", action="store_true", help="forget all choices, and nothing else")
+    tune.set_defaults(run=run_tune)
     return main
 
 
@@ -117,10 +132,55 @@ def run_plan(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             arch=args.arch,
             directions=args.directions,
+            heads=args.heads,
         )
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, plan.PlanError) as error:
         fail(error)
     print(text)
+
+
+def run_tune(args: argparse.Namespace) -> None:
+    from fusedlstm import tables, tuned
+
+    if args.clear:
+        print(f"{tuned.path()}: {'removed' if tuned.clear() else 'there was none'}")
+        return
+    if args.show:
+        for place, choices in tuned.everything().items():
+            print(f"\n{place}")
+            rows = []
+            for what, choice in choices.items():
+                ms = choice.get("ms", {})
+                fastest = min(ms, key=ms.get, default="")
+                rows.append((what, fastest, f"{ms[fastest]:.3g}" if ms else ""))
+            print(tables.text(["what", "fastest", "ms"], rows))
+        if not tuned.everything():
+            print(f"{tuned.path()}: no choices")
+        return
+    if args.hidden is None:
+        fail(ValueError("--hidden: expected a number of units (or --show, or --clear)"))
+    import torch
+
+    import fusedlstm
+
+    where = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    features = args.input or args.hidden
+    module = fusedlstm.LSTM(
+        features, args.hidden, args.layers, bidirectional=args.directions == 2, device=where, dtype=dtype
+    )
+    input = torch.randn(args.steps, args.batch, features, device=where, dtype=dtype)
+    try:
+        found = fusedlstm.tune(module, input, seconds=args.seconds)
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(error)
+    for measured in found:
+        kind = "engine" if isinstance(measured.what, tuned.Call) else f"plan {measured.what.pass_}"
+        print(f"\n{kind}: {measured.chosen} (predicted: {measured.predicted})")
+        print(
+            tables.text(["tried", "ms"], [[k, f"{v:.3f}"] for k, v in sorted(measured.ms.items(), key=lambda x: x[1])])
+        )
+    print(f"kept in {tuned.path()}")
 
 
 def fail(error: Exception) -> None:

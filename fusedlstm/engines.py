@@ -6,7 +6,8 @@
 | `torch` | ATen: oneDNN on a CPU, cuDNN on a GPU |
 | `reference` | the specification in plain torch, any dtype, slow |
 
-`auto` is `triton` on a GPU for what the kernels serve, else `torch`. An engine asked for by name serves the call or
+`auto` is `triton` on a GPU for what the kernels serve, else `torch`; and `torch` where cuDNN serves the call too and is
+faster, measured (`fusedlstm.tune`) or clearly by prediction (`fastest`). An engine asked for by name serves the call or
 raises: nothing falls back in silence. `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
 """
 
@@ -16,8 +17,11 @@ import os
 
 import torch
 
+from fusedlstm import tuned
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CUDNN_WITH_BFLOAT16 = 91300
 
 
 def interpreting() -> bool:
@@ -89,3 +93,31 @@ def choose(
     if engine == "triton" and (reason := why_not_triton(*call)):
         raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
     return engine
+
+
+def fastest(call: tuned.Call, index: int | None) -> tuple[str, str]:
+    """The faster of "triton" and "torch" for a call that both serve on GPU `index`, and why in words.
+
+    Measured where `fusedlstm.tune` has, else predicted (`plan.beside_cudnn`): torch only if it is clearly faster.
+    """
+    return _fastest(call, index, tuned.generation())
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(call: tuned.Call, index: int | None, generation: int) -> tuple[str, str]:
+    measured = tuned.engine(call, tuned.place(index)) if generation else None
+    return measured or predicted(call, index)
+
+
+def predicted(call: tuned.Call, index: int | None) -> tuple[str, str]:
+    """As `fastest`, of what nothing is measured; index None is the interpreter, which plays an sm_90."""
+    from fusedlstm import launch, plan
+
+    if call.layout != "dense" or call.proj_size:
+        return "triton", "not measured, and predictions are of dense batches without a projection"
+    if call.dtype == "bf16" and index is not None and (torch.backends.cudnn.version() or 0) < CUDNN_WITH_BFLOAT16:
+        return "triton", "this cuDNN has no bfloat16"
+    sizes = (call.cell, call.batch, call.hidden, call.dtype, call.directions, launch.device_limits(index))
+    ours, cudnn = plan.beside_cudnn(*sizes, call.precision, call.training)
+    words = f"predicted: kernels {ours:.3g} us a step, cuDNN {cudnn:.3g}"
+    return "torch" if ours > plan.CLEARLY * cudnn else "triton", words

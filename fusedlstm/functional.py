@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import engines, recurrence, reference, torch_engine, wave
+from fusedlstm import engines, recurrence, reference, torch_engine, tuned, wave
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.precision import product
 
@@ -66,6 +66,16 @@ def lstm(
     masked = lengths is not None or resets is not None
     rows = "packed" if batch_sizes is not None else "ragged" if masked else "dense"
     engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions, clips_projection, rows)
+    if (
+        engine == "triton"
+        and input.is_cuda
+        and engines.requested(backend) == "auto"
+        and not (masked or cell_states or grad_clip is not None or torch.compiler.is_compiling())
+    ):
+        call = tuned_call(input, hx, weights, dtype, batch_sizes, masked, num_layers, directions, proj_size)
+        steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
+        if call is not None and steps <= torch_engine.CUDNN_STEPS:
+            engine, _ = engines.fastest(call, input.device.index)
     options = {
         "bias": bias,
         "num_layers": num_layers,
@@ -134,6 +144,38 @@ def lstm(
                 output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
     results = (output, h_n, c_n, c_seq)
     return results if compute_dtype == dtype else _cast(results, dtype)
+
+
+def tuned_call(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    dtype: torch.dtype,
+    batch_sizes: Tensor | None,
+    masked: bool,
+    num_layers: int,
+    directions: int,
+    proj_size: int,
+) -> tuned.Call | None:
+    """What an engine is chosen for, of arguments of `lstm` and the dtype of its results; None if ATen does not serve it."""
+    hidden, batch = hx[1].size(-1), hx[1].size(1)
+    if batch == 0 or (not proj_size and weights[1].size(1) < hidden):  # heads
+        return None
+    from fusedlstm import launch
+
+    return tuned.Call(
+        cell="lstm",
+        batch=batch,
+        input_size=input.size(-1),
+        hidden=hidden,
+        proj_size=proj_size,
+        layers=num_layers,
+        directions=directions,
+        dtype=launch.DTYPES[dtype],
+        precision=launch.precision_of(dtype),
+        layout="packed" if batch_sizes is not None else "ragged" if masked else "dense",
+        training=torch.is_grad_enabled() and any(x.requires_grad for x in (input, *hx, *weights)),
+    )
 
 
 def lstm_cell(

@@ -1,16 +1,16 @@
 """From a plan and tensors to a kernel launch: allocation, arguments, and what the compiler is told."""
 
 import contextlib
-import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fusedlstm import cells, precision, stepping
+from fusedlstm import cells, devices, precision, stepping, tuned
 from fusedlstm import plan as planning
 from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
@@ -19,6 +19,7 @@ from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.plan import Plan
+from fusedlstm.tuned import Problem
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
@@ -98,25 +99,28 @@ def options(plan: Plan) -> dict:
 
 
 @functools.cache
-def device_limits(index: int | None) -> planning.DeviceLimits:
+def device_limits(index: int | None) -> devices.DeviceLimits:
     """Limits of a device by its index; None is the interpreter, which plays an sm_90."""
     if index is None:
-        return planning.DEVICES["sm_90"]
+        return devices.DEVICES["sm_90"]
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        known = planning.DEVICES["gfx942"]
-    elif properties.major >= 12:
-        known = planning.DEVICES["sm_120"]
-    elif properties.major >= 10:
-        known = planning.DEVICES["sm_100"]
-    elif properties.major == 9:
-        known = planning.DEVICES["sm_90"]
+        arch = "gfx942"
     else:
-        known = planning.DEVICES["sm_80"]
-    smem_bytes = getattr(properties, "shared_memory_per_block_optin", 0) or known.smem_bytes
-    return dataclasses.replace(
-        known, name=properties.name, num_sms=properties.multi_processor_count, smem_bytes=smem_bytes
-    )
+        arch = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(
+            properties.major, "sm_120" if properties.major > 11 else "sm_80"
+        )
+    told = {
+        "smem_bytes": getattr(properties, "shared_memory_per_block_optin", 0),
+        "l2_bytes": getattr(properties, "L2_cache_size", 0),
+        "memory_bytes": getattr(properties, "total_memory", 0),
+    }
+    sizes = {name: size for name, size in told.items() if size}
+    return devices.named(properties.name, arch, properties.multi_processor_count, **sizes)
+
+
+# While `fusedlstm.tune` measures: from a problem to the plan that is to be tried for it, or None.
+trial: Callable[[Problem], Plan | None] | None = None
 
 
 def plan_for(
@@ -132,14 +136,15 @@ def plan_for(
     index = like.device.index if like.device.type == "cuda" else None
     D, B, H = hx.shape
     heads = H // weight_hh[0].size(1)
-    return _cached_plan(cell, B, H, like.dtype, D, index, pass_, _float32_precision(), layout, heads, stack)
+    problem = Problem(cell, B, H, DTYPES[like.dtype], D, pass_, precision_of(like.dtype), layout, heads, stack)
+    return (trial and trial(problem)) or _cached_plan(problem, index, tuned.generation())
 
 
 def layers_together(cell: str, like: Tensor, hx: Tensor, layers: int, layout: str, training: bool) -> int:
     """See `plan.wave`; for tensors of the dtype and on the device of `like`, and hx [L, B, H]."""
     index = like.device.index if like.device.type == "cuda" else None
     B, H = hx.shape[1:]
-    return _cached_wave(cell, layers, B, H, like.dtype, index, _float32_precision(), layout, training)
+    return _cached_wave(cell, layers, B, H, like.dtype, index, precision_of(like.dtype), layout, training)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,33 +162,24 @@ def why_not(
         return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
     try:
         for pass_ in ("fwd", "bwd"):
-            _cached_plan(cell, 1, hidden, dtype, directions, device.index, pass_, _float32_precision(), layout)
+            problem = Problem(cell, 1, hidden, DTYPES[dtype], directions, pass_, precision_of(dtype), layout)
+            _cached_plan(problem, device.index, tuned.generation())
     except planning.PlanError as error:
         return str(error)
     return None
 
 
-def _float32_precision() -> str:
-    return "tf32" if precision.tf32() else "ieee"
+def precision_of(dtype: torch.dtype) -> str:
+    """Of the products: a plan's `precision`, which only float32 asks."""
+    return "tf32" if dtype != torch.float32 or precision.tf32() else "ieee"
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_plan(
-    cell: str,
-    B: int,
-    H: int,
-    dtype: torch.dtype,
-    D: int,
-    index: int | None,
-    pass_: str,
-    precision: str,
-    layout: str,
-    heads: int = 1,
-    stack: bool = False,
-) -> Plan:
-    """T has no part in the choice."""
+def _cached_plan(problem: Problem, index: int | None, generation: int) -> Plan:
+    """What was measured on this device, else what is predicted. T has no part in the choice."""
     limits = device_limits(index)
-    return planning.plan(cell, 1, B, H, DTYPES[dtype], D, limits, pass_, precision, layout, heads, stack)
+    measured = tuned.plan(problem, tuned.place(index), limits) if generation else None
+    return measured or tuned.candidates(problem, limits)[0]
 
 
 def recurrence_fwd(
@@ -346,7 +342,7 @@ def step_fwd(
 def step_plan_for(cell: str, like: Tensor, H: int, D: int, heads: int, input_size: int) -> Plan:
     """The plan of a step for an input [B, ...] of the dtype and on the device of `like`."""
     index = like.device.index if like.device.type == "cuda" else None
-    return _cached_step_plan(cell, like.size(0), H, like.dtype, D, index, _float32_precision(), heads, input_size)
+    return _cached_step_plan(cell, like.size(0), H, like.dtype, D, index, precision_of(like.dtype), heads, input_size)
 
 
 @functools.lru_cache(maxsize=4096)

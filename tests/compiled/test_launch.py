@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fusedlstm import launch, offline
-from fusedlstm.plan import DEVICES, plan
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import plan
 
 
 @pytest.fixture

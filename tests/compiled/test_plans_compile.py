@@ -10,7 +10,8 @@ import pytest
 
 from bench import kernels
 from fusedlstm import offline
-from fusedlstm.plan import DEVICES, plan
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import plan
 
 
 def hardest():

@@ -8,7 +8,8 @@ import triton
 
 from bench import kernels
 from fusedlstm import launch, offline, stepping
-from fusedlstm.plan import DEVICES, step_plan
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import step_plan
 
 # dtype, precision, pass, B, I (0: none), H: a row of the batch, few, many; aligned rows of weights, half aligned, odd.
 CASES = [

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import fusedlstm
 from fusedlstm import engines
-from fusedlstm.plan import DEVICES
+from fusedlstm.devices import DEVICES
 
 X = torch.zeros(5, 2, 3)
 H = torch.zeros(1, 2, 4)

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from fusedlstm import __main__ as command_line
-from fusedlstm.plan import DEVICES, LAYOUTS, Plan, PlanError, plan, step_plan
+from fusedlstm.devices import DEVICES
+from fusedlstm.plan import LAYOUTS, Plan, PlanError, candidates, plan, step_plan
 
 HIDDEN = (1, 7, 16, 32, 33, 64, 100, 128, 129, 160, 256, 400, 512, 768, 1000, 1024, 1150, 1536, 2048, 4096)
 BATCH = (1, 3, 16, 17, 64, 65, 128, 512, 4096)
@@ -101,7 +102,7 @@ def test_more_rows_than_fit_are_walked():
     ("sizes", "text"),
     [
         ((0, 1, 1), "got 0, 1 and 1"),
-        ((1, 1, 100_000), "hidden=100000 with 1 direction\\(s\\) in bf16, packed, does not fit H100"),
+        ((1, 1, 100_000), "hidden=100000 with 1 direction\\(s\\) in bf16, packed, does not fit NVIDIA H200"),
     ],
 )
 def test_errors_name_the_size_and_the_limit(sizes, text):
@@ -131,6 +132,17 @@ def test_plans_of_a_step_fit_the_device(arch):
 def test_a_step_of_one_row_keeps_every_multiprocessor_busy():
     for hidden in (256, 1024, 4096):
         assert step_plan("lstm", 1, hidden, "bf16", 1, DEVICES["sm_90"], "fwd", input_size=hidden).grid[0] >= 256
+
+
+def test_a_launch_a_step_comes_last_where_others_fit():
+    """So that a measurement may choose it, and no prediction does."""
+    arguments = ("lstm", 100, 64, 512, "bf16", 1, DEVICES["sm_90"], "fwd")
+    schedules = [p.schedule for p in candidates(*arguments)]
+    assert schedules.count("stepped") == 1 and schedules[-1] == "stepped"
+    assert all(
+        p.schedule != "stepped" for layout in ("packed", "ragged") for p in candidates(*arguments, layout=layout)
+    )
+    assert {p.schedule for p in candidates("lstm", 100, 64, 16384, *arguments[4:])} == {"stepped"}
 
 
 def test_a_step_covers_every_head():

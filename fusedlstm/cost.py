@@ -1,0 +1,237 @@
+"""What a plan costs and what no plan can beat: pure functions of counted work and of a device's constants.
+
+Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a TFLOP/s 1e6 operations. One time step:
+
+    wait       = the exchange: barrier_us (counter), exchange_us (data), launch_us (a launch a step), or nothing
+    operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps
+    product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the instruction
+    pointwise  = POINTWISE_US + POINTWISE_ELEMENT_US x block_b x block_h / warps
+    chain      = max(fetch_us, wait + operand + product) + pointwise     one after another; what a step needs from memory
+                                                                           is asked for before the wait
+    port       = operand + the program's part of traffic / its share of l2_tbps     what its multiprocessor has to move
+    traffic    = (preactivations, gates, states, gradients; streamed weights that the L2 cannot hold) / memory_tbps
+
+    step       = max(walked x chain, walked x port, traffic)
+    all        = launch_us + weights / memory_tbps + T x step           a wave over L layers has L - 1 steps more
+
+Nothing of this was fitted to a measurement. Not counted: instructions that are neither matrix nor pointwise work, bank
+conflicts, the clock.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from fusedlstm import cells
+from fusedlstm.devices import DeviceLimits
+
+if TYPE_CHECKING:
+    from fusedlstm.plan import Plan
+
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+STATE_ITEMSIZE = 4  # states beside h are saved in float32
+POINTWISE_US, POINTWISE_ELEMENT_US = 0.3, 0.002  # assumed: the latency of a cell, and an element's share, by warp
+GEMM_EFFICIENCY = 0.7  # assumed: of a large product's share of the peak
+
+
+class Cost(NamedTuple):
+    """One time step of a plan in parts, see the module's text; microseconds."""
+
+    fetch: float
+    wait: float
+    operand: float
+    product: float
+    pointwise: float
+    port: float  # of one batch tile
+    traffic: float  # of all batch tiles
+    walked: int
+    launch: float  # once
+    steps: int  # in a row, for the T that was asked
+
+    @property
+    def chain(self) -> float:
+        return max(self.fetch, self.wait + self.operand + self.product) + self.pointwise
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The order of plans: by time, and of those that all wait for the same memory by their own work."""
+        own = self.wait + self.operand + self.product + self.pointwise
+        return self.step, self.walked * own
+
+    @property
+    def step(self) -> float:
+        return max(self.walked * self.chain, self.walked * self.port, self.traffic)
+
+    @property
+    def total(self) -> float:
+        """All steps and the launch."""
+        return self.launch + self.steps * self.step
+
+    @property
+    def limit(self) -> str:
+        """What the step spends its time with."""
+        return "memory" if self.traffic >= self.step else "L2" if self.port > self.chain else "the chain of a step"
+
+
+class Bound(NamedTuple):
+    """What a step takes at least, however it is run; microseconds."""
+
+    arithmetic: float
+    memory: float
+    latency: float
+
+    @property
+    def step(self) -> float:
+        return max(self)
+
+    @property
+    def limit(self) -> str:
+        return self._fields[self.index(max(self))]
+
+
+def cost(p: "Plan", steps: int, batch: int, limits: DeviceLimits, *, saves: bool = True) -> Cost:
+    """Predict a plan's time.
+
+    Args:
+        steps, batch: T and B.
+        saves: whether a forward saves gates and states, as training does.
+    """
+    item, recurrences = ITEMSIZE[p.dtype], p.grid[2]
+    products = 2 if p.stack else 1  # of a stack's layer also the input product
+    share = limits.l2_tbps / limits.num_sms * 1e6  # bytes a microsecond
+    rows = min(p.block_b, batch)
+    stepped = p.schedule == "stepped"
+    exchanges = p.protocol != "none" or stepped
+    operand_bytes = rows * p.reduction * item * products if exchanges else 0
+    if not p.resident:
+        operand_bytes += p.reduction * p.columns * item * products
+    operand = operand_bytes / share
+    product = 2 * p.block_b * p.columns * p.padded_reduction * products / (_rate(p, limits) / limits.num_sms * 1e6)
+    pointwise = POINTWISE_US + POINTWISE_ELEMENT_US * p.block_b * p.block_h / p.num_warps
+    waits = {"counter": limits.barrier_us, "data": limits.exchange_us, "none": limits.launch_us if stepped else 0.0}
+
+    unit_bytes = _unit_bytes(p.cell, item, p.pass_, saves)
+    if p.protocol == "data":  # what is exchanged is filled before
+        unit_bytes += item * (1 if p.pass_ == "fwd" else cells.CELLS[p.cell].num_gates)
+    port = operand + rows * min(p.block_h, p.hidden) * unit_bytes / share
+    programs = p.grid[0] * p.tiles_b * recurrences
+    walked = math.ceil(programs / limits.num_sms) if p.protocol == "none" else p.walked
+    moved = batch * p.hidden * recurrences * unit_bytes
+    if p.stack:  # between layers nothing passes through memory that the wave has not in the L2
+        moved -= batch * p.hidden * (recurrences - 1) * item * _between_layers(p.cell, p.pass_)
+    weights = _weight_bytes(p.cell, p.hidden, p.heads, recurrences, p.stack, item)
+    if not p.resident and weights > limits.l2_bytes:
+        moved += weights * p.walked
+    return Cost(
+        fetch=limits.fetch_us,
+        wait=waits[p.protocol] / (walked if stepped else 1),  # once a launch
+        operand=operand,
+        product=product,
+        pointwise=pointwise,
+        port=port,
+        traffic=moved / (limits.memory_tbps * 1e6),
+        walked=walked,
+        launch=(0.0 if stepped else limits.launch_us) + weights / (limits.memory_tbps * 1e6),
+        steps=steps + (recurrences - 1 if p.stack else 0),
+    )
+
+
+def bound(
+    cell: str,
+    steps: int,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str = "tf32",
+    heads: int = 1,
+    stack: bool = False,
+    *,
+    saves: bool = True,
+) -> Bound:
+    """The least time of a step on a device, whatever runs it. Arguments as of `plan.plan`; `saves` as of `cost`.
+
+    arithmetic: operations / the matrix rate of the whole device. memory: bytes that are read or written once / memory_tbps,
+    less what the L2 can hold of them; weights at every step, as far as neither chip nor L2 can hold them. latency: T - 1
+    exchanges of one trip each, or what one program would read of weights from the L2 at every step, if that is less.
+    """
+    item, gates = ITEMSIZE[dtype], cells.CELLS[cell].num_gates
+    weights = _weight_bytes(cell, hidden, heads, directions, stack, item)
+    operations = 2 * batch * weights / item
+    moved = batch * hidden * directions * _unit_bytes(cell, item, pass_, saves)
+    if stack:
+        moved -= batch * hidden * (directions - 1) * item * _between_layers(cell, pass_)
+    on_chip = limits.smem_bytes + limits.register_bytes
+    moved += max(0, weights - limits.num_sms * on_chip - limits.l2_bytes)
+    memory_bytes = max(0.0, moved + (weights - limits.l2_bytes) / steps)
+    head = gates * (hidden // heads) ** 2 * item
+    streaming = max(0, head - on_chip) / (limits.l2_tbps / limits.num_sms * 1e6)
+    return Bound(
+        arithmetic=operations / (_matrix_rate(dtype, precision, limits) * 1e6),
+        memory=memory_bytes / (limits.memory_tbps * 1e6),
+        latency=min(limits.exchange_us, streaming) * (steps - 1) / steps,
+    )
+
+
+def cudnn_step_us(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str = "tf32",
+    *,
+    saves: bool = True,
+) -> float:
+    """A step of cuDNN's standard algorithm: one product and one pointwise kernel, each at least a launch.
+
+    product   = max(launch_us, operations / GEMM_EFFICIENCY of the matrix rate, weights / l2_tbps or memory_tbps)
+    pointwise = max(launch_us, bytes of gates and states / memory_tbps)
+
+    Directions run one after another. cuDNN's kernels for small H (192 forward, 128 backward) and its persistent kernels for
+    float16 are faster than this; a measured choice (`fusedlstm.tune`) knows of them.
+    """
+    item, gates = ITEMSIZE[dtype], cells.CELLS[cell].num_gates
+    weights = gates * hidden * hidden * item
+    bandwidth = limits.memory_tbps if weights * directions > limits.l2_bytes else limits.l2_tbps
+    rate = _matrix_rate(dtype, precision, limits) * GEMM_EFFICIENCY
+    product = max(limits.launch_us, 2 * batch * gates * hidden * hidden / (rate * 1e6), weights / (bandwidth * 1e6))
+    moved = batch * hidden * _unit_bytes(cell, item, pass_, saves)
+    return directions * (product + max(limits.launch_us, moved / (limits.memory_tbps * 1e6)))
+
+
+def _unit_bytes(cell: str, item: int, pass_: str, saves: bool) -> int:
+    """Bytes of a hidden unit and sequence that a step reads from memory and writes to it."""
+    gates, states = cells.CELLS[cell].num_gates, cells.CELLS[cell].num_cell_states
+    saved = gates * item + states * STATE_ITEMSIZE
+    if pass_ == "fwd":
+        return (gates + 1) * item + (saved if saves else 0)  # preact_x, h
+    return saved + (1 + gates) * item  # grad_output, grad_preact
+
+
+def _weight_bytes(cell: str, hidden: int, heads: int, recurrences: int, stack: bool, item: int) -> int:
+    """weight_hh of all recurrences, and of a stack's layers above the first weight_ih."""
+    above = (recurrences - 1) * hidden if stack else 0
+    return cells.CELLS[cell].num_gates * hidden * (recurrences * (hidden // heads) + above) * item
+
+
+def _between_layers(cell: str, pass_: str) -> int:
+    """Elements of a unit that only the outermost layer of a stack reads: preact_x, or grad_output."""
+    return cells.CELLS[cell].num_gates if pass_ == "fwd" else 1
+
+
+def _matrix_rate(dtype: str, precision: str, limits: DeviceLimits) -> float:
+    if dtype != "fp32":
+        return limits.half_tflops
+    return limits.fp32_tflops if precision == "ieee" else limits.tf32_tflops
+
+
+def _rate(p: "Plan", limits: DeviceLimits) -> float:
+    """TFLOP/s of the whole device with the instruction that the plan's tile gets."""
+    rate = _matrix_rate(p.dtype, p.precision, limits)
+    matrix_rows = p.columns if p.transposed else p.block_b
+    # Float32 has no matrix instruction, but few rows have little to reuse.
+    return rate * limits.narrow_mma if limits.wide_mma and matrix_rows < 64 else rate

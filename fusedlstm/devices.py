@@ -1,0 +1,219 @@
+"""What the planner knows of GPUs: limits, rates and latencies, one table, every constant with its source.
+
+Rates are peaks of the data sheets, dense, until the same is measured on the device: `measured.json` beside this file holds
+what a GPU run found, by the name that torch gives the device, and overrides the table:
+
+    {"NVIDIA H200": {"date": "2026-12-01", "commit": "0123abc", "values": {"barrier_us": 0.9, "l2_tbps": 5.1}}}
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+MEASURED = Path(__file__).parent / "measured.json"
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a plan may use, and how fast it is. Rates are of the whole device, sizes of memory in bytes."""
+
+    arch: str
+    name: str  # as torch has it
+    num_sms: int
+    smem_bytes: int  # a program may have
+    register_bytes: int  # of a multiprocessor
+    warp_size: int
+    half_tflops: float  # products of float16 and bfloat16, sums in float32
+    tf32_tflops: float
+    fp32_tflops: float
+    l2_bytes: int
+    l2_tbps: float
+    memory_bytes: int
+    memory_tbps: float
+    wide_mma: bool = False  # the fast matrix instruction needs 64 rows (wgmma, tcgen05)
+    narrow_mma: float = 1.0  # share of the matrix rate that the instruction for fewer rows reaches
+    weights_in_registers: bool = False  # Triton keeps a loop-invariant operand there, not in shared memory
+    barrier_us: float = 1.2  # from a store of h to the first load of it, by counter: three trips through the L2
+    exchange_us: float = 0.4  # the same with the data as its own flag: one trip
+    fetch_us: float = 0.6  # from a load to its data, from memory
+    launch_us: float = 3.0  # from one kernel of a stream to the next
+    measured: str = ""  # date and commit of the fields that `measured.json` overrides, and their names
+
+
+# Of every field that is a rate, a size or a latency: where the number comes from.
+SOURCES = {
+    "num_sms": "data sheet",
+    "smem_bytes": "CUDA programming guide; CDNA 3 white paper",
+    "register_bytes": "CUDA programming guide; CDNA 3 white paper",
+    "half_tflops": "data sheet",
+    "tf32_tflops": "data sheet",
+    "fp32_tflops": "data sheet",
+    "l2_bytes": "data sheet or architecture white paper; MI300X: the Infinity Cache",
+    "l2_tbps": "assumed, of the order that public microbenchmarks find",
+    "memory_bytes": "data sheet",
+    "memory_tbps": "data sheet",
+    "narrow_mma": "assumed, of the order that public microbenchmarks of mma.sync beside wgmma find",
+    "barrier_us": "assumed",
+    "exchange_us": "assumed, a third of a barrier",
+    "fetch_us": "assumed",
+    "launch_us": "assumed",
+}
+# What a run on a GPU can find out.
+MEASURABLE = (
+    "half_tflops",
+    "tf32_tflops",
+    "fp32_tflops",
+    "l2_tbps",
+    "memory_tbps",
+    "narrow_mma",
+    "barrier_us",
+    "exchange_us",
+    "fetch_us",
+    "launch_us",
+)
+
+_SM_90 = DeviceLimits(
+    arch="sm_90",
+    name="NVIDIA H200",
+    num_sms=132,
+    smem_bytes=227 << 10,
+    register_bytes=256 << 10,
+    warp_size=32,
+    half_tflops=990,
+    tf32_tflops=495,
+    fp32_tflops=67,
+    l2_bytes=50 << 20,
+    l2_tbps=5.5,
+    memory_bytes=141 * 10**9,
+    memory_tbps=4.8,
+    wide_mma=True,
+    narrow_mma=0.6,
+)
+_TABLE = (
+    DeviceLimits(
+        arch="sm_80",
+        name="NVIDIA A100-SXM4-80GB",
+        num_sms=108,
+        smem_bytes=163 << 10,
+        register_bytes=256 << 10,
+        warp_size=32,
+        half_tflops=312,
+        tf32_tflops=156,
+        fp32_tflops=19.5,
+        l2_bytes=40 << 20,
+        l2_tbps=4.0,
+        memory_bytes=80 * 10**9,
+        memory_tbps=2.04,
+    ),
+    _SM_90,
+    dataclasses.replace(_SM_90, name="NVIDIA H100 80GB HBM3", memory_bytes=80 * 10**9, memory_tbps=3.35),
+    DeviceLimits(
+        arch="sm_100",
+        name="NVIDIA B200",
+        num_sms=148,
+        smem_bytes=227 << 10,
+        register_bytes=256 << 10,
+        warp_size=32,
+        half_tflops=2250,
+        tf32_tflops=1100,
+        fp32_tflops=80,
+        l2_bytes=126 << 20,
+        l2_tbps=9.0,
+        memory_bytes=180 * 10**9,
+        memory_tbps=8.0,
+        wide_mma=True,
+        narrow_mma=0.6,
+    ),
+    DeviceLimits(
+        arch="sm_120",
+        name="NVIDIA GeForce RTX 5090",
+        num_sms=170,
+        smem_bytes=99 << 10,
+        register_bytes=256 << 10,
+        warp_size=32,
+        half_tflops=210,
+        tf32_tflops=105,
+        fp32_tflops=105,
+        l2_bytes=96 << 20,
+        l2_tbps=5.0,
+        memory_bytes=32 * 10**9,
+        memory_tbps=1.79,
+    ),
+    DeviceLimits(
+        arch="gfx942",
+        name="AMD Instinct MI300X",
+        num_sms=304,
+        smem_bytes=64 << 10,
+        register_bytes=512 << 10,
+        warp_size=64,
+        half_tflops=1300,
+        tf32_tflops=650,
+        fp32_tflops=163,
+        l2_bytes=256 << 20,
+        l2_tbps=8.0,
+        memory_bytes=192 * 10**9,
+        memory_tbps=5.3,
+        weights_in_registers=True,
+    ),
+)
+
+
+def named(name: str, arch: str, num_sms: int | None = None, **sizes: int) -> DeviceLimits:
+    """The row of a device by torch's name for it; one that the table lacks is taken for a cut of the first of its arch.
+
+    Args:
+        num_sms: multiprocessors that it has; matrix rates go with their number where the table lacks the device.
+        sizes: fields that the device itself tells, such as `smem_bytes`.
+    """
+    known = next((row for row in _TABLE if row.name == name), None)
+    if known is None:
+        known = next(row for row in _TABLE if row.arch == arch)
+        share = (num_sms or known.num_sms) / known.num_sms
+        rates = {field: getattr(known, field) * share for field in ("half_tflops", "tf32_tflops", "fp32_tflops")}
+        known = dataclasses.replace(known, name=name, **rates)
+    return with_measured(dataclasses.replace(known, num_sms=num_sms or known.num_sms, **sizes))
+
+
+def with_measured(limits: DeviceLimits) -> DeviceLimits:
+    """`limits` with what was measured on that device in place of the table's."""
+    entry = measurements().get(limits.name)
+    if entry is None:
+        return limits
+    values = entry["values"]
+    words = f"{entry['date']}, {entry['commit']}: {', '.join(sorted(values))}"
+    return dataclasses.replace(limits, measured=words, **values)
+
+
+def source(limits: DeviceLimits, field: str) -> str:
+    """Where a constant comes from, in words."""
+    entry = measurements().get(limits.name, {"values": {}})
+    if field in entry["values"]:
+        return f"measured, {entry['date']}, {entry['commit']}"
+    return SOURCES[field]
+
+
+@functools.cache
+def measurements() -> dict[str, dict]:
+    """`measured.json`, checked.
+
+    Raises:
+        ValueError: it does not hold what this module's text says.
+    """
+    table = json.loads(MEASURED.read_text())
+    for name, entry in table.items():
+        if set(entry) != {"date", "commit", "values"} or not set(entry["values"]) <= set(MEASURABLE):
+            raise ValueError(
+                f"{MEASURED.name}, {name!r}: expected date, commit and values of some of {', '.join(MEASURABLE)}, "
+                f"got {entry}"
+            )
+        if not all(isinstance(v, int | float) and 0 < v < math.inf for v in entry["values"].values()):
+            raise ValueError(f"{MEASURED.name}, {name!r}: expected positive numbers, got {entry['values']}")
+    return table
+
+
+# The device for which plans of an architecture are compiled offline: the first of it.
+DEVICES = {row.arch: with_measured(row) for row in reversed(_TABLE)}
+DEVICES = {arch: DEVICES[arch] for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")}

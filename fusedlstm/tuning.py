@@ -1,0 +1,250 @@
+"""`fusedlstm.tune`: measure on the user's own GPU what the plan and the choice of an engine only predict.
+
+Nothing here runs inside a forward or a backward: a user calls `tune` once for a module and an input like those to come, and
+later calls of the same sizes, in this process or another, find the choice (`fusedlstm.tuned`).
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedlstm import checks, engines, functional, tuned
+from fusedlstm.modules import LSTM
+from fusedlstm.tuned import Call, Problem
+
+Timer = Callable[[dict[str, Callable[[], None]], float], dict[str, float]]
+TRIED = 3  # plans of every exchange protocol, the predicted best
+WARM_UP, FEWEST_ROUNDS = 2, 3
+
+
+class Measured(NamedTuple):
+    """One choice: of a plan for a loop (`what` is a Problem) or of an engine for a module (a Call)."""
+
+    what: Problem | Call
+    chosen: str
+    predicted: str  # what would run without the measurement
+    ms: dict[str, float]  # a forward, or a forward and a backward, of the whole module, by what was tried
+
+
+def tune(
+    module: LSTM,
+    input: Tensor | PackedSequence,  # as for the module's forward
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    lengths: Tensor | None = None,  # [B]
+    resets: Tensor | None = None,  # [T, B], [B, T] or [T]
+    seconds: float = 20.0,
+    timer: Timer | None = None,
+) -> list[Measured]:
+    """Measure the best few plans of a module's loops, forward and backward, and the kernels beside cuDNN; keep the choices.
+
+    The choices hold for every module whose calls have these sizes, dtype, directions, layout and precision, with the same
+    GPU, driver and versions; T does not matter, values do not. Whether layers of a stack share a launch is not tuned.
+    The module, its gradients and the random state stay as they are. Hooks do not run.
+
+    Args:
+        module: in the mode in which it will run; training is measured too if a parameter requires a gradient.
+        input, hx, lengths, resets: of one call, as of `LSTM.forward`, on the GPU.
+        seconds: to measure for, in all; compiling the plans comes on top.
+        timer: from functions and a number of seconds to the milliseconds of each; device events in interleaved rounds if
+            not given, and the host's clock where the kernels are interpreted.
+
+    Returns:
+        What was measured and chosen, which is also in the file `fusedlstm.tuned.path()`.
+
+    Raises:
+        RuntimeError: there is no GPU, the input is not on it, or the kernels cannot serve the call.
+        TypeError, ValueError: an argument is not what it should be; of the input as `LSTM.forward`.
+    """
+    checks.instance("module", module, LSTM)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds: expected a positive number, got {seconds}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    checks.instance("input", data, Tensor)
+    masked = lengths is not None or resets is not None
+    dtype = functional._result_dtype(data)
+    if reason := engines.why_not_triton(data.device, dtype, "lstm", module.hidden_size, 1 + bool(module.bidirectional)):
+        raise RuntimeError(f"tune measures the kernels where they run, and cannot here: {reason}")
+    from fusedlstm import launch
+
+    index = data.device.index if data.device.type == "cuda" else None
+    timer = timer or (in_rounds(_device_ms) if index is not None else in_rounds(_host_ms))
+    run = _Run(module, input, hx, lengths, resets)
+    modes = [False, True] if any(p.requires_grad for p in module.parameters()) else [False]
+    where, limits = tuned.place(index), launch.device_limits(index)
+    plans: dict[Problem, object] = {}  # chosen so far
+    found, choices = [], {}
+    around = torch.cuda.device(index) if index is not None else contextlib.nullcontext()
+    with around, torch.random.fork_rng([] if index is None else [index]), _trial(plans) as asked:
+        for training in modes:
+            run("triton", training)
+            new = [problem for problem in asked if problem not in plans]
+            for problem in new:
+                tried = _tried(problem, limits)
+                calls = {name: _with(plans, problem, p, run, training) for name, p in tried.items()}
+                ms = _timed(calls, timer, seconds / 2 / len(modes) / len(new))
+                best = min(ms, key=ms.get)
+                plans[problem] = tried[best]
+                fields = {name: getattr(tried[best], name) for name in tuned.FIELDS}
+                choices[problem] = {"plan": fields, "ms": ms}
+                found.append(Measured(problem, best, _name(tuned.candidates(problem, limits)[0]), ms))
+            call = run.call(dtype, masked, training)
+            if call is not None:
+                names = {name: lambda name=name, training=training: run(name, training) for name in ("triton", "torch")}
+                ms = _timed(names, timer, seconds / 2 / len(modes))
+                if len(ms) == 2:
+                    choices[call] = {"ms": ms}
+                    found.append(Measured(call, min(ms, key=ms.get), engines.predicted(call, index)[0], ms))
+    tuned.store(where, choices)
+    return found
+
+
+class _Run:
+    """One call of a module, forward or forward and backward, on inputs of its own."""
+
+    def __init__(self, module, input, hx, lengths, resets) -> None:
+        self.module, self.lengths, self.resets = module, lengths, resets
+        with torch.inference_mode(False):
+            self.batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+            self.input, self.data = input, (input if self.batch_sizes is None else input.data).detach().clone()
+            self.hx = None if hx is None else tuple(x.detach().clone() for x in hx)
+        self.grads = None
+
+    def __call__(self, backend: str, training: bool) -> None:
+        module, before = self.module, self.module.backend
+        module.backend = backend
+        try:
+            with torch.set_grad_enabled(training), torch.inference_mode(False):
+                data = self.data.detach().requires_grad_(training)  # as of every layer above another
+                input = data if self.batch_sizes is None else self.input._replace(data=data)
+                # forward, and not a call: hooks are the user's.
+                output, states = module.forward(input, self.hx, lengths=self.lengths, resets=self.resets)
+                if training:
+                    self._backward(data, [output if self.batch_sizes is None else output.data, *states])
+        finally:
+            module.backend = before
+
+    def call(self, dtype: torch.dtype, masked: bool, training: bool) -> Call | None:
+        """What an engine is chosen for; None if there is no choice: lengths and resets ATen has not."""
+        module, data = self.module, self.data
+        if masked:
+            return None
+        if self.batch_sizes is not None:
+            batch = int(self.batch_sizes[0])
+        else:
+            batch = data.size(0 if module.batch_first else 1) if data.dim() == 3 else 1
+        state = data.new_empty(module.num_layers, batch, module.hidden_size)  # of which only the shape is asked
+        sizes = (self.batch_sizes, masked, module.num_layers, 1 + bool(module.bidirectional), module.proj_size)
+        with torch.set_grad_enabled(training):
+            return functional.tuned_call(data, (state, state), module._flat_weights, dtype, *sizes)
+
+    def _backward(self, data, results) -> None:
+        wanted = [data, *(p for p in self.module.parameters() if p.requires_grad)]
+        if self.grads is None:
+            self.grads = [torch.randn_like(x) for x in results]
+        torch.autograd.grad(results, wanted, self.grads, allow_unused=True)
+
+
+@contextlib.contextmanager
+def _trial(plans: dict):
+    """Inside, loops run by `plans`; yields the problems that were asked for, in order, as keys."""
+    from fusedlstm import launch
+
+    if launch.trial is not None:
+        raise RuntimeError("tune: another tune is under way in this process")
+    asked: dict[Problem, None] = {}
+
+    def trial(problem: Problem):
+        asked[problem] = None
+        return plans.get(problem)
+
+    launch.trial = trial
+    try:
+        yield asked
+    finally:
+        launch.trial = None
+
+
+def _tried(problem: Problem, limits) -> dict[str, object]:
+    """The predicted best plans of every exchange protocol, and that with a launch a step, by name."""
+    found = {}
+    for protocol in ("counter", "data"):
+        ranked = tuned.candidates(problem, limits, protocol)
+        for p in ranked[:TRIED] + [p for p in ranked[TRIED:] if p.schedule == "stepped"]:
+            found.setdefault(_name(p), p)
+    return found
+
+
+def _name(p) -> str:
+    tiles = f"{p.block_b}x{p.block_h}x{p.block_k}{'T' if p.transposed else ''}"
+    return " ".join([p.schedule, tiles, f"{p.num_warps} warps", *([] if p.local else [p.protocol])])
+
+
+def _with(plans: dict, problem: Problem, p, run: _Run, training: bool) -> Callable[[], None]:
+    def call() -> None:
+        plans[problem] = p
+        try:
+            run("triton", training)
+        finally:
+            del plans[problem]
+
+    return call
+
+
+def _timed(calls: dict[str, Callable], timer: Timer, seconds: float) -> dict[str, float]:
+    """Milliseconds of the calls that run at all; the first run of each compiles.
+
+    Raises:
+        RuntimeError: none of them runs; from the last error.
+    """
+    able, last = {}, None
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:  # a plan too large for this compiler, a dtype that this cuDNN has not
+            last = error
+        else:
+            able[name] = call
+    if not able:
+        raise RuntimeError(f"tune: none of {', '.join(calls)} runs: {type(last).__name__}: {last}") from last
+    return timer(able, seconds)
+
+
+def in_rounds(clock: Callable[[Callable], float]) -> Timer:
+    """A timer: the median of rounds in each of which every call has its turn, every second round backwards."""
+
+    def timer(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
+        for call in calls.values():
+            for _ in range(WARM_UP):
+                clock(call)
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        order, end = list(calls), time.monotonic() + seconds
+        rounds = 0
+        while rounds < FEWEST_ROUNDS or time.monotonic() < end:
+            for name in order:
+                samples[name].append(clock(calls[name]))
+            order.reverse()
+            rounds += 1
+        return {name: sorted(values)[len(values) // 2] for name, values in samples.items()}
+
+    return timer
+
+
+def _device_ms(call: Callable) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _host_ms(call: Callable) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
