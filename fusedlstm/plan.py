@@ -546,7 +546,7 @@ def _fit_step(
         regs = 64 + 2 * columns * block_k // (limits.warp_size * num_warps)
     else:
         transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
-        num_warps = 8 if block_b * columns >= 8192 or block_b * block_h >= 2048 else 4
+        num_warps = 8 if block_b * columns >= 4096 or block_b * block_h >= 2048 else 4
         threads = num_warps * limits.warp_size
         widest = 16 if ieee else min(128, max(32, (16 << 10) // (itemsize * max(columns, block_b))))
         at_once = math.gcd(row_bytes, 16) // itemsize  # elements of a load
