@@ -54,9 +54,7 @@ def signature(plan: Plan, has_input: bool) -> dict[str, str]:
 
 def options(plan: Plan) -> dict:
     """What the compiler is told beside the arguments: programs that never wait need not be on the device at once."""
-    told = {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": False}
-    # Left alone, ptxas spills a few bytes of some to make room for another program.
-    return told if plan.arch.startswith("gfx") else told | {"maxnreg": 255}
+    return {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": False}
 
 
 def recurrence_fwd(
