@@ -125,7 +125,7 @@ def faults(p: Plan, numbers: tuple) -> list[str]:
         found.append(f"spills {spill_bytes} bytes a thread")
     if smem_bytes > DEVICES[p.arch].smem_bytes:
         found.append(f"{smem_bytes} bytes of shared memory, {DEVICES[p.arch].smem_bytes} at most")
-    if mma == "none" and not (p.dtype == "fp32" and p.precision == "ieee"):
+    if mma == "none" and p.block_b > 1 and not (p.dtype == "fp32" and p.precision == "ieee"):
         found.append("no matrix instruction")
     rows = p.columns if p.transposed else p.block_b
     if p.arch == "sm_90" and rows >= 64 and p.precision != "ieee" and not mma.startswith("HGMMA"):

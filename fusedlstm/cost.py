@@ -131,7 +131,7 @@ def cost(p: "Plan", steps: int, batch: int, limits: DeviceLimits, *, saves: bool
         moved += weights * p.walked
     return Cost(
         fetch=limits.fetch_us,
-        wait=waits[p.protocol],
+        wait=waits[p.protocol] / (walked if stepped else 1),  # once a launch
         operand=operand,
         product=product,
         pointwise=pointwise,

@@ -50,6 +50,7 @@ def why_not_triton(
     hidden: int | None = None,
     directions: int = 1,
     clipped_projection: bool = False,
+    layout: str = "dense",
 ) -> str | None:
     """The reason why the kernels cannot serve a call, or None if they can. `hidden` None: any size."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
@@ -66,7 +67,7 @@ def why_not_triton(
     if device.type == "cuda" and hidden is not None:
         from fusedlstm import launch
 
-        return launch.why_not(cell, hidden, dtype, directions, device)
+        return launch.why_not(cell, hidden, dtype, directions, device, layout)
     return None
 
 
@@ -78,6 +79,7 @@ def choose(
     hidden: int | None = None,
     directions: int = 1,
     clipped_projection: bool = False,
+    layout: str = "dense",
 ) -> str:
     """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference".
 
@@ -85,7 +87,7 @@ def choose(
         RuntimeError: `triton` was asked for and cannot serve; the text names the reason.
     """
     engine = requested(backend)
-    call = (device, dtype, cell, hidden, directions, clipped_projection)
+    call = (device, dtype, cell, hidden, directions, clipped_projection, layout)
     if engine == "auto":
         return "triton" if device.type == "cuda" and why_not_triton(*call) is None else "torch"
     if engine == "triton" and (reason := why_not_triton(*call)):

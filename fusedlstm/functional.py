@@ -63,8 +63,9 @@ def lstm(
     if not torch.is_grad_enabled():
         grad_clip = None
     clips_projection = grad_clip is not None and proj_size > 0
-    engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions, clips_projection)
     masked = lengths is not None or resets is not None
+    rows = "packed" if batch_sizes is not None else "ragged" if masked else "dense"
+    engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions, clips_projection, rows)
     if (
         engine == "triton"
         and input.is_cuda
@@ -126,12 +127,20 @@ def lstm(
             layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
             count = len(weights) // (num_layers * directions)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
-            layer = _layer_of(engine, directions, proj_size, grad_clip, cell_states, save)
             between = dropout * training
-            together = 1
-            if engine == "triton" and num_layers > directions == 1 and save == "gates" and not (proj_size or between):
-                together = wave.layers_together("lstm", input, hx[0], weights, num_layers, layout)
-            output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions * together, between)
+            one_step = recurrence.is_one_step(engine, input, layout)
+            if one_step and not (proj_size or cell_states or between or _wants_gradients(input, *hx, *weights)):
+                output, h_n, c_n, _, _ = recurrence.step_fwd(
+                    "lstm", input[0], hx[0], hx[1].unsqueeze(0), weights, directions, False, False
+                )
+                output, c_n = output.unsqueeze(0), c_n.squeeze(0)
+            else:
+                layer = _layer_of(engine, directions, proj_size, grad_clip, cell_states, save)
+                together = 1
+                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between
+                if engine == "triton" and save == "gates" and not alone:
+                    together = wave.layers_together("lstm", input, hx[0], weights, num_layers, layout)
+                output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions * together, between)
             if batch_first:
                 output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
     results = (output, h_n, c_n, c_seq)
@@ -355,6 +364,10 @@ def _autocasts(input: Tensor) -> bool:
 def _autocast_off(input: Tensor):
     # What is to be cast is cast: ATen's own rules for LSTMs differ from device to device, and from dtype to dtype.
     return torch.autocast(input.device.type, enabled=False) if _autocasts(input) else contextlib.nullcontext()
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _cast(tree, dtype: torch.dtype):

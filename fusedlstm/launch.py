@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedlstm import cells, devices, precision, tuned
+from fusedlstm import cells, devices, precision, stepping, tuned
 from fusedlstm import plan as planning
 from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
@@ -153,14 +153,16 @@ def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) 
     return planning.wave(cell, layers, B, H, DTYPES[dtype], limits, precision, layout, training) if B else 1
 
 
-def why_not(cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device) -> str | None:
-    """Why a layer of this size cannot run on this GPU, or None if it can."""
+def why_not(
+    cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device, layout: str = "dense"
+) -> str | None:
+    """Why a layer of this size and layout cannot run on this GPU, or None if it can."""
     properties = torch.cuda.get_device_properties(device)
     if not torch.version.hip and properties.major < 8:
         return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
     try:
         for pass_ in ("fwd", "bwd"):
-            problem = Problem(cell, 1, hidden, DTYPES[dtype], directions, pass_, precision_of(dtype), "dense")
+            problem = Problem(cell, 1, hidden, DTYPES[dtype], directions, pass_, precision_of(dtype), layout)
             _cached_plan(problem, device.index, tuned.generation())
     except planning.PlanError as error:
         return str(error)
@@ -210,6 +212,10 @@ def recurrence_fwd(
     if B == 0:
         return output, h_n, c_n, gates, c_seq
     plan = plan or plan_for(cell, preact_x, weight_hh, hx, "fwd", layout.name, stack is not None)
+    if plan.schedule == "stepped":
+        _only_dense(layout, stack)
+        stepping.recurrence_fwd(plan, preact_x, weight_hh, hx, cx, output, h_n, c_n, gates, c_seq)
+        return output, h_n, c_n, gates, c_seq
     counters = _counters(plan, output.device)
     _launch(
         plan,
@@ -264,10 +270,15 @@ def recurrence_bwd(
     if B == 0:
         return grad_preact, grad_hx, grad_cx
     plan = plan or plan_for(cell, gates, weight_hh, hx, "bwd", layout.name, stack is not None)
-    counters = _counters(plan, output.device)
     has_grad_output = grad_output is not None
     if has_grad_output and not _rows_of(grad_output, width):
         grad_output = grad_output.contiguous()
+    if plan.schedule == "stepped":
+        _only_dense(layout, stack)
+        given = (grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, clip)
+        stepping.recurrence_bwd(plan, *given, grad_preact, grad_hx, grad_cx)
+        return grad_preact, grad_hx, grad_cx
+    counters = _counters(plan, output.device)
     _launch(
         plan,
         grad_output_ptr=grad_output if has_grad_output else output,
@@ -301,6 +312,60 @@ def recurrence_bwd(
         ),
     )
     return grad_preact, grad_hx, grad_cx
+
+
+def step_fwd(
+    cell: str,
+    input: Tensor,  # [B, I]
+    hx: Tensor,  # [L*D, B, H]
+    cx: Tensor,  # [S, L*D, B, H]
+    parameters: list[list[Tensor]],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh)
+    directions: int,
+    *,
+    save_gates: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of a stack, one launch a layer. Returns output, h_n, c_n, gates, c_seq as `recurrence.step_fwd` does."""
+    (_, B, H), D, S = hx.shape, directions, cx.size(0)
+    new = functools.partial(torch.empty, dtype=input.dtype, device=input.device)
+    output = [new(B, D * H) for _ in parameters[::D]]
+    h_n, c_n = new(hx.shape), new(cx.shape, dtype=cx.dtype)
+    gates = new((B, D * cells.CELLS[cell].num_gates * H) if save_gates else 0)
+    c_seq = new((S, B, D * H) if save_states else 0, dtype=torch.float32)
+    if B > 0:
+        heads = H // parameters[0][1].size(1)
+        plans = [step_plan_for(cell, input, H, D, heads, p[0].size(1)) for p in parameters[::D]]
+        stepping.single_step(plans, input, hx, cx, parameters, output, h_n, c_n, gates, c_seq)
+    return output[-1], h_n, c_n, gates, c_seq
+
+
+def step_plan_for(cell: str, like: Tensor, H: int, D: int, heads: int, input_size: int) -> Plan:
+    """The plan of a step for an input [B, ...] of the dtype and on the device of `like`."""
+    index = like.device.index if like.device.type == "cuda" else None
+    return _cached_step_plan(cell, like.size(0), H, like.dtype, D, index, precision_of(like.dtype), heads, input_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_step_plan(
+    cell: str,
+    B: int,
+    H: int,
+    dtype: torch.dtype,
+    D: int,
+    index: int | None,
+    precision: str,
+    heads: int,
+    input_size: int,
+) -> Plan:
+    limits = device_limits(index)
+    return planning.step_plan(cell, B, H, DTYPES[dtype], D, limits, "fwd", precision, heads, input_size)
+
+
+def _only_dense(layout: Layout, stack: Stack | None) -> None:
+    if layout.name != "dense" or stack:
+        raise ValueError(
+            f"plan: the schedule 'stepped' runs dense batches of one layer, got {'a stack' if stack else layout.name}"
+        )
 
 
 def recompute(

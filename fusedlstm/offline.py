@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedlstm import launch
+from fusedlstm import launch, stepping
 from fusedlstm.plan import Plan
 
 TARGETS = {
@@ -68,6 +68,8 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, arch: str
 
 def compile_plan(plan: Plan, **flags: bool) -> Compiled:
     """Compile the kernel of `plan` for its architecture, as a launch would. Flags as in `launch.constants`."""
+    if plan.schedule == "stepped":
+        return compile_step(plan, **flags)
     kernel = launch.KERNELS[plan.pass_]
     training = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else {"HAS_GRAD_OUTPUT"}
     # With masks, the most that a kernel can be asked for.
@@ -75,6 +77,18 @@ def compile_plan(plan: Plan, **flags: bool) -> Compiled:
     more = {"CLIP", "HAS_GRAD_C_SEQ"} if masks and plan.pass_ == "bwd" else set()
     constants = launch.constants(plan, **dict.fromkeys(training | masks | more, True) | flags)
     return compile_kernel(kernel, launch.signature(plan), constants, plan.arch, **launch.options(plan))
+
+
+def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
+    """Compile the kernel of one step of `plan`, as a launch would: with the input product and for inference if
+    `input_size` is given, else with what training needs. Flags as in `stepping.constants`."""
+    if input_size:
+        on = {"HAS_INPUT", "HAS_BIAS"}
+    else:
+        on = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else {"HAS_GRAD_OUTPUT"}
+    constants = stepping.constants(plan, input_size, **dict.fromkeys(on, True) | flags)
+    signature = stepping.signature(plan, input_size > 0)
+    return compile_kernel(stepping.KERNELS[plan.pass_], signature, constants, plan.arch, **stepping.options(plan))
 
 
 def loop_operations(sass: str) -> collections.Counter:

@@ -8,8 +8,9 @@ direction form a group and exchange h (forward) or the gradients of the preactiv
 | `single` | on chip | none: a group of one, all hidden units in one program |
 | `resident` | the program's slice stays on chip for all steps | group barrier |
 | `streamed` | read from L2 at every step | group barrier |
+| `stepped` | the same | one launch a step, of any number of programs; dense only, and where nothing else fits |
 
-Every group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
+Every other group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
 most as many programs as the device holds, and walks the remaining batch tiles one after another.
 
 The choice is the candidate with the least predicted time (`fusedlstm.cost`), of those that fit and compile well. The
@@ -48,7 +49,7 @@ class Plan:
     heads: int  # block-diagonal blocks of weight_hh
     stack: bool  # whether the recurrences of the launch are layers, and not directions
     layout: str  # one of LAYOUTS
-    schedule: str  # "single", "resident" or "streamed"
+    schedule: str  # "single", "resident", "streamed" or "stepped"
     block_b: int
     block_h: int
     block_k: int
@@ -83,7 +84,8 @@ class Plan:
     @property
     def chunks(self) -> int:
         """Of the reduction: `block_k` each, cut where a gate ends if gates are taken one by one."""
-        segments = cells.CELLS[self.cell].num_gates if self.pass_ == "bwd" and (self.local or self.heads > 1) else 1
+        by_gate = self.schedule == "single" or self.heads > 1
+        segments = cells.CELLS[self.cell].num_gates if self.pass_ == "bwd" and by_gate else 1
         return segments * math.ceil(self.reduction // segments / self.block_k)
 
     @property
@@ -98,11 +100,11 @@ class Plan:
 
     @property
     def resident(self) -> bool:
-        return self.schedule != "streamed"
+        return self.schedule in ("single", "resident")
 
     @property
     def barriers_per_step(self) -> int:
-        return 0 if self.local else 1
+        return 0 if self.local else 1  # in a launch
 
     @property
     def walked(self) -> int:
@@ -148,6 +150,8 @@ def candidates(
 ) -> list[Plan]:
     """All plans with which one layer can run, by predicted time, least first; at least one.
 
+    The best of those with a launch a step comes last, until a GPU has told what launches cost (`fusedlstm.tune` tries it).
+
     Args:
         cell: a name of `fusedlstm.cells.CELLS`.
         steps, batch, hidden: T, B, H; at least 1. T does not change the order.
@@ -191,14 +195,73 @@ def _ranked(
     problem = (cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
     tilings = _tilings(hidden // heads, batch, dtype, precision, pass_)
     found = [p for tiling in tilings if (p := _fit(*problem, *tiling)) and not _spills(p, limits)]
-    if not found:
+    steppable = layout == "dense" and not stack
+    stepped = step_plans(cell, batch, hidden, dtype, directions, limits, pass_, precision, heads) if steppable else []
+    if not found and not stepped:
         raise PlanError(
-            f"hidden={hidden} with {directions} direction(s) in {dtype} does not fit {limits.name}: a group must be on "
+            f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a group must be on "
             f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
         )
     # Better a few spilled bytes than no plan.
     clean = [p for p in found if layout == "dense" or not _spills_with_masks(p, limits)]
-    costed = [(p, costs.cost(p, 1, batch, limits)) for p in clean or found]
+    return _ranked(clean or found, batch, limits) + stepped[: 1 if found else None]
+
+
+def step_plan(*arguments, **more) -> Plan:
+    """The first of `step_plans`, whose arguments these are."""
+    return step_plans(*arguments, **more)[0]
+
+
+def step_plans(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str = "tf32",
+    heads: int = 1,
+    input_size: int = 0,
+) -> list[Plan]:
+    """All plans of the kernels of one step, by predicted time: nobody waits, so there may be more programs than the device
+    holds at once.
+
+    Args: as `candidates`, and
+        input_size: I, if the input product is taken in the same launch; 0: the preactivations come ready-made. Both products
+            being of one form, it does not change the order.
+
+    Raises:
+        PlanError: a size is less than it can be.
+    """
+    if min(batch, hidden) < 1 or input_size < 0:
+        raise PlanError(
+            f"batch and hidden: expected at least 1, input_size at least 0, got {batch}, {hidden} and {input_size}"
+        )
+    if limits.arch.startswith("gfx"):
+        precision = "ieee"  # Triton takes tf32 on few AMD targets
+    if batch == 1:
+        tilings = [(1, _units_of_a_row(hidden * directions, limits, pass_))]
+    else:
+        # An element of the cell needs a dozen registers; unaligned rows need more, and so do two products at once.
+        unaligned = hidden // heads * ITEMSIZE[dtype] % 16 or (dtype == "fp32" and precision == "ieee")
+        most = 2048 if unaligned or input_size or limits.arch.startswith("gfx") else 4096
+        tilings = [
+            (block_b, block_h)
+            for block_b in (16, 32, 64, 128)
+            for block_h in (4, 8, 16, 32, 64)
+            if (block_b == 16 or block_b < 2 * batch)
+            and block_b * block_h <= most
+            and block_h < max(5, 2 * hidden // heads)
+        ]
+    problem = (cell, batch, hidden, dtype, directions, limits, pass_, precision, heads, input_size)
+    found = [p for tiling in tilings if (p := _fit_step(*problem, *tiling))]
+    return _ranked(found, batch, limits)
+
+
+def _ranked(plans: list[Plan], batch: int, limits: DeviceLimits) -> list[Plan]:
+    """By predicted time, which is written into each."""
+    costed = [(p, costs.cost(p, 1, batch, limits)) for p in plans]
     costed.sort(key=lambda x: (*x[1].rank, x[0].grid[0] * x[0].grid[1], x[0].block_b, x[0].block_h))
     return costed
 
@@ -466,8 +529,87 @@ def _fit(
         tiles_b=tiles_b,
         smem_bytes=smem_bytes,
         regs=regs,
-        step_us=math.nan,  # that is for `candidates` to say
+        step_us=math.nan,  # that is for `_ranked` to say
         why=_why(schedule, slice_bytes, group, limits),
+    )
+
+
+def _units_of_a_row(units: int, limits: DeviceLimits, pass_: str) -> int:
+    """Hidden units of a program for a single sequence: as many as leave four programs to a multiprocessor.
+
+    Backward at least 32: those lie side by side in memory.
+    """
+    most = max(1, units // (4 * limits.num_sms))
+    block_h = min(8, _power_of_2(most + 1) // 2)
+    return max(32, block_h) if pass_ == "bwd" else block_h
+
+
+def _fit_step(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str,
+    heads: int,
+    input_size: int,
+    block_b: int,
+    block_h: int,
+) -> Plan | None:
+    """The plan of one step with these tiles, or None if it does not fit."""
+    itemsize = ITEMSIZE[dtype]
+    ieee = dtype == "fp32" and precision == "ieee"
+    columns, reduction = _product_sizes(cell, hidden // heads, block_h, pass_)
+    longest = _power_of_2(max(hidden // heads if heads > 1 else reduction, input_size))
+    row_bytes = math.gcd(hidden // heads, input_size) * itemsize  # at these the rows of weights are aligned
+    if block_b == 1:
+        most = 8192 if itemsize == 2 and row_bytes % 16 == 0 else 4096  # products that are summed apart
+        block_k, stages, transposed = min(longest, 1024, most // columns), 2, False
+        smem_bytes = stages * columns * block_k * itemsize
+        num_warps = max(1, min(4, columns * block_k // (limits.warp_size * 8)))
+        regs = 64 + 2 * columns * block_k // (limits.warp_size * num_warps)
+    else:
+        transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
+        num_warps = 8 if block_b * columns >= 4096 or block_b * block_h >= 2048 else 4
+        threads = num_warps * limits.warp_size
+        widest = 16 if ieee else min(128, max(32, (16 << 10) // (itemsize * max(columns, block_b))))
+        at_once = math.gcd(row_bytes, 16) // itemsize  # elements of a load
+        few_loads = _power_of_2(32 * threads * at_once // (columns + block_b) + 1) // 2  # of a thread and chunk: 32
+        block_k = max(16, min(widest, few_loads, longest))
+        stages = 2 if ieee else 3
+        smem_bytes = stages * block_k * (columns + block_b) * itemsize + 4 * block_b * columns
+        products = 2 if input_size else 1
+        regs = 48 + (products * block_b * columns + 6 * block_b * block_h) // threads
+    if smem_bytes > limits.smem_bytes:
+        return None
+    group, tiles_b = math.ceil(hidden // heads / block_h) * heads, math.ceil(batch / block_b)
+    return Plan(
+        cell=cell,
+        pass_=pass_,
+        arch=limits.arch,
+        dtype=dtype,
+        hidden=hidden,
+        heads=heads,
+        stack=False,
+        layout="dense",
+        schedule="stepped",
+        block_b=block_b,
+        block_h=block_h,
+        block_k=block_k,
+        protocol="none",
+        transposed=transposed,
+        split=1,
+        precision=precision if dtype == "fp32" else "tf32",
+        num_warps=num_warps,
+        stages=stages,
+        grid=(group, tiles_b, directions),
+        tiles_b=tiles_b,
+        smem_bytes=smem_bytes,
+        regs=regs,
+        step_us=math.nan,  # that is for `_ranked` to say
+        why="one launch a step: weights pass by once, h goes through memory, nobody waits",
     )
 
 

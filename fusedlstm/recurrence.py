@@ -94,6 +94,36 @@ def _(cell, engine, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, 
     return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
+@torch.library.custom_op("fusedlstm::step_fwd", mutates_args=())
+def step_fwd(
+    cell: str,
+    input: Tensor,  # [B, I]
+    hx: Tensor,  # [L*D, B, H]
+    cx: Tensor,  # [S, L*D, B, H]
+    parameters: list[Tensor],  # layer by layer and direction by direction: weight_ih, weight_hh (, bias_ih, bias_hh)
+    directions: int,
+    save_gates: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of a stack on the engine "triton", input products and all: one launch a layer.
+
+    output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*G*H] and c_seq
+    [S, B, D*H], empty unless saved.
+    """
+    from fusedlstm import launch
+
+    parameters = _per_direction(parameters, len(hx))
+    return launch.step_fwd(cell, input, hx, cx, parameters, directions, save_gates=save_gates, save_states=save_states)
+
+
+@step_fwd.register_fake
+def _(cell, input, hx, cx, parameters, directions, save_gates, save_states):
+    (_, B, H), D = hx.shape, directions
+    gates = input.new_empty((B, D * parameters[0].size(0)) if save_gates else 0)
+    c_seq = input.new_empty((cx.size(0), B, D * H) if save_states else 0, dtype=_state_dtype(input.dtype))
+    return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
+
+
 @torch.library.custom_op("fusedlstm::recompute", mutates_args=())
 def recompute(
     cell: str,
@@ -297,6 +327,11 @@ def layer(
     return output, (h_n, *c_n.unbind(0)), c_seq.to(output.dtype) if wants_c_seq else None
 
 
+def is_one_step(engine: str, input: Tensor, layout: Layout) -> bool:
+    """Whether one kernel can take an input [T, B, I] whole: a single step, without masks."""
+    return engine == "triton" and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
+
+
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which states beside h are saved."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -366,7 +401,14 @@ def _block_fwd(
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Input product and time loop; returns what `recurrence_fwd` does."""
+    """Input product and time loop, in one kernel if there is a single step; returns what `recurrence_fwd` does."""
+    if preact_0 is None and is_one_step(engine, input, layout):
+        flat = [p for direction in parameters for p in direction]
+        output, h_n, c_n, gates, c_seq = step_fwd(
+            cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states
+        )
+        gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
+        return output.unsqueeze(0), h_n, c_n, gates, c_seq
     preact_x = _input_product(input, parameters, preact_0, layout)
     weight_hh = [p[1] for p in parameters]
     return recurrence_fwd(cell, engine, preact_x, weight_hh, hx, cx, *layout, save_gates, save_states)

@@ -171,10 +171,11 @@ def _trial(plans: dict):
 
 
 def _tried(problem: Problem, limits) -> dict[str, object]:
-    """The predicted best plans of every exchange protocol, by name."""
+    """The predicted best plans of every exchange protocol, and that with a launch a step, by name."""
     found = {}
     for protocol in ("counter", "data"):
-        for p in tuned.candidates(problem, limits, protocol)[:TRIED]:
+        ranked = tuned.candidates(problem, limits, protocol)
+        for p in ranked[:TRIED] + [p for p in ranked[TRIED:] if p.schedule == "stepped"]:
             found.setdefault(_name(p), p)
     return found
 

@@ -196,6 +196,36 @@ MUTANTS = {
         "h.unflatten(1, (num_heads, DH)).transpose(0, 1).flip(0)",
         "tests/cpu/test_heads.py",
     ),
+    "step: the input's bias is forgotten": (
+        "kernels/step_fwd.py",
+        "preact_x = add_tuple(preact_x, load_tuple(bias_ih_ptr,",
+        "preact_h = add_tuple(preact_h, load_tuple(bias_hh_ptr,",
+        "tests/kernels/test_step_fwd.py",
+    ),
+    "step: h and c of another layer": (
+        "kernels/step_fwd.py",
+        "row_state = first_state + pid_d * B + row",
+        "row_state = pid_d * B + row",
+        "tests/kernels/test_step_fwd.py",
+    ),
+    "step: the states by turns are one": (
+        "kernels/step_bwd.py",
+        "dstate_ptr + ((step + 1) % 2 *",
+        "dstate_ptr + (step % 2 *",
+        "tests/kernels/test_step_bwd.py",
+    ),
+    "step: the reverse direction takes the gradients of the step before": (
+        "kernels/step_bwd.py",
+        "row_later = row_seq + forward * B * D",
+        "row_later = row_seq + B * D",
+        "tests/kernels/test_step_bwd.py",
+    ),
+    "step: given gradients of final states are clipped": (
+        "kernels/step_bwd.py",
+        'tl.where(step == 0, float("inf"), clip)',
+        "clip",
+        "tests/kernels/test_step_bwd.py",
+    ),
     "walked tiles skipped": (
         "kernels/recurrence_bwd.py",
         "num_tiles_b, tl.num_programs(1)):",

@@ -6,35 +6,16 @@ compiles is what `offline` compiles.
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from fusedlstm import launch, offline
 from fusedlstm.devices import DEVICES
 from fusedlstm.plan import plan
 
 
-class ClaimedDriver:
-    """The few questions that compilation asks a driver."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
 @pytest.fixture
-def warmed(monkeypatch):
+def warmed(monkeypatch, claimed_gpu):
     """Kernels that launches would have run, compiled."""
     compiled = []
-    monkeypatch.setattr(triton.runtime.driver, "_active", ClaimedDriver())
 
     def launch_nothing(p, **arguments):
         options = launch.options(p)

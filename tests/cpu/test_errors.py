@@ -192,13 +192,15 @@ def test_choice_of_engine(monkeypatch):
 
     from fusedlstm import launch
 
-    known = SimpleNamespace(major=9, minor=0, name="H100")
+    known = SimpleNamespace(major=9, minor=0, name="H100", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
     monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])
     assert engines.choose("auto", cuda, torch.bfloat16, "lstm", 1024) == "triton"
-    assert engines.choose("auto", cuda, torch.bfloat16, "lstm", 16384) == "torch"
-    with pytest.raises(RuntimeError, match="hidden=16384 with 1 direction.* does not fit NVIDIA H200"):
-        engines.choose("triton", cuda, torch.bfloat16, "lstm", 16384)
+    large = (cuda, torch.bfloat16, "lstm", 16384)
+    assert engines.choose("auto", *large) == "triton"
+    assert engines.choose("auto", *large, layout="packed") == "torch"
+    with pytest.raises(RuntimeError, match="hidden=16384 with 1 direction.*, ragged, does not fit NVIDIA H200"):
+        engines.choose("triton", *large, layout="ragged")
     known.major = 7
     with pytest.raises(RuntimeError, match="need compute capability 8.0, H100 has 7.0"):
         engines.choose("triton", cuda, torch.float16, "lstm", 64)

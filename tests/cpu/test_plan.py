@@ -7,7 +7,7 @@ import pytest
 
 from fusedlstm import __main__ as command_line
 from fusedlstm.devices import DEVICES
-from fusedlstm.plan import LAYOUTS, Plan, PlanError, plan
+from fusedlstm.plan import LAYOUTS, Plan, PlanError, candidates, plan, step_plan
 
 HIDDEN = (1, 7, 16, 32, 33, 64, 100, 128, 129, 160, 256, 400, 512, 768, 1000, 1024, 1150, 1536, 2048, 4096)
 BATCH = (1, 3, 16, 17, 64, 65, 128, 512, 4096)
@@ -35,9 +35,7 @@ def test_whatever_runs_dense_runs_with_masks(arch):
     ):
         for pass_ in ("fwd", "bwd"):
             arguments = ("lstm", 1, 64, hidden, dtype, directions, DEVICES[arch], pass_, precision)
-            try:
-                plan(*arguments)
-            except PlanError:
+            if plan(*arguments).schedule == "stepped":
                 continue
             found += 1
             for layout in LAYOUTS:
@@ -59,6 +57,8 @@ def test_plans_fit_the_device(arch):
             assert block & (block - 1) == 0
         if p.schedule == "single":
             assert p.group == 1 and p.block_k == p.block_h >= p.hidden and p.barriers_per_step == 0
+        elif p.schedule == "stepped":
+            assert p.layout == "dense" and p.hidden * p.grid[2] >= 2048 and p.barriers_per_step == 0 and p.walked == 1
         else:
             assert math.prod(p.grid) <= limits.num_sms, "every program is on the device at once"
             assert p.barriers_per_step == 1
@@ -89,6 +89,7 @@ def test_schedules_where_they_belong():
     assert schedule(32) == schedule(64) == "single"
     assert schedule(512) == schedule(1024) == "resident"
     assert schedule(4096) == "streamed"
+    assert schedule(16384) == schedule(16384, pass_="bwd") == "stepped"
     assert schedule(512, "fp32", precision="ieee") == "streamed"
 
 
@@ -101,12 +102,58 @@ def test_more_rows_than_fit_are_walked():
     ("sizes", "text"),
     [
         ((0, 1, 1), "got 0, 1 and 1"),
-        ((1, 1, 100_000), "hidden=100000 with 1 direction\\(s\\) in bf16 does not fit NVIDIA H200"),
+        ((1, 1, 100_000), "hidden=100000 with 1 direction\\(s\\) in bf16, packed, does not fit NVIDIA H200"),
     ],
 )
 def test_errors_name_the_size_and_the_limit(sizes, text):
     with pytest.raises(PlanError, match=text):
-        plan("lstm", *sizes, "bf16", 1, DEVICES["sm_90"], "fwd")
+        plan("lstm", *sizes, "bf16", 1, DEVICES["sm_90"], "fwd", layout="packed")
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_plans_of_a_step_fit_the_device(arch):
+    limits = DEVICES[arch]
+    hidden, batch, input_size = (1, 7, 64, 257, 1024, 1150, 9001, 100_000), (1, 2, 16, 17, 64, 4096), (0, 1, 1024)
+    kinds = (("bf16", "tf32", "fwd"), ("fp32", "tf32", "bwd"), ("fp32", "ieee", "fwd"))
+    for H, B, I, D, kind in itertools.product(hidden, batch, input_size, (1, 2), kinds):
+        dtype, precision, pass_ = kind
+        if I and pass_ == "bwd":
+            continue
+        p = step_plan("lstm", B, H, dtype, D, limits, pass_, precision, input_size=I)
+        assert p.schedule == "stepped" and p.smem_bytes <= limits.smem_bytes and p.regs <= 255
+        assert p.group * p.block_h >= H > (p.group - 1) * p.block_h, "units covered once"
+        assert p.tiles_b * p.block_b >= B > (p.tiles_b - 1) * p.block_b, "rows covered once"
+        assert p.grid == (p.group, p.tiles_b, D)
+        assert (p.block_b == 1) == (B == 1), "a single row needs no matrix unit"
+        for block in (p.block_b, p.block_h, p.block_k, p.num_warps):
+            assert block & (block - 1) == 0
+
+
+def test_a_step_of_one_row_keeps_every_multiprocessor_busy():
+    for hidden in (256, 1024, 4096):
+        assert step_plan("lstm", 1, hidden, "bf16", 1, DEVICES["sm_90"], "fwd", input_size=hidden).grid[0] >= 256
+
+
+def test_a_launch_a_step_comes_last_where_others_fit():
+    """So that a measurement may choose it, and no prediction does."""
+    arguments = ("lstm", 100, 64, 512, "bf16", 1, DEVICES["sm_90"], "fwd")
+    schedules = [p.schedule for p in candidates(*arguments)]
+    assert schedules.count("stepped") == 1 and schedules[-1] == "stepped"
+    assert all(
+        p.schedule != "stepped" for layout in ("packed", "ragged") for p in candidates(*arguments, layout=layout)
+    )
+    assert {p.schedule for p in candidates("lstm", 100, 64, 16384, *arguments[4:])} == {"stepped"}
+
+
+def test_a_step_covers_every_head():
+    p = step_plan("lstm", 16, 768, "bf16", 1, DEVICES["sm_90"], "fwd", heads=12, input_size=768)
+    assert p.grid[0] == 12 * p.group and p.group * p.block_h >= 64 > (p.group - 1) * p.block_h
+
+
+@pytest.mark.parametrize(("batch", "hidden", "input_size"), [(0, 1, 1), (1, 0, 1), (1, 1, -1)])
+def test_errors_of_a_step_name_the_sizes(batch, hidden, input_size):
+    with pytest.raises(PlanError, match=f"got {batch}, {hidden} and {input_size}"):
+        step_plan("lstm", batch, hidden, "bf16", 1, DEVICES["sm_90"], "fwd", input_size=input_size)
 
 
 def test_command_line_prints_the_plan(capsys):

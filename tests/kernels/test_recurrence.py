@@ -63,7 +63,7 @@ def check(device, dtype, T, B, I, H, transform=lambda x: x, **options):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("schedule", ["single", "resident", "streamed"])
+@pytest.mark.parametrize("schedule", ["single", "resident", "streamed", "stepped"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_gradients(device, tiles, dtype, schedule, transposed):
     tiles(schedule=schedule, transposed=transposed)
@@ -90,6 +90,17 @@ OPTIONS = {
 def test_options(device, options):
     """With the plan's own tiles."""
     check(device, torch.float32, T=3, B=3, I=5, H=7, **options)
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(1, torch.bfloat16), (17, torch.float32)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_one_step(device, options, batch, dtype):
+    """A single step takes its input product in the same launch."""
+    check(device, dtype, T=1, B=batch, I=5, H=7, **options)
+
+
+def test_one_step_projected(device):
+    check(device, torch.float32, T=1, B=3, I=5, H=9, proj_size=7, num_layers=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,131 @@
+r"""One step of one layer, backward through time, for any cell: the product first, so that nobody waits.
+
+.. math::
+    dh_t = \mathrm{dpreact}_{t+1} U + \mathrm{grad\_output}_t + \ldots, \qquad
+    \mathrm{dpreact}_t, \mathrm{dstate} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t, \mathrm{dstate}_t)
+
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, S states beside h, D directions. Row (t, b)
+is t * B + b. A program owns BLOCK_H hidden units of a head for one batch tile and one direction.
+
+Launch `step` counts from the last step of the forward order: 0 has no later step, hence no product; T has none of its own, and
+leaves the gradients of the initial states. `dstate` holds what a launch leaves to the next: the gradients of the states that
+do not pass through `weight_hh`, in float32, in two places by turns. With CLIP every element of the gradient of a state that
+enters a step is kept within -clip and clip.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedlstm.kernels.streamed import add_product, no_product, product_of
+from fusedlstm.kernels.tiles import add_tuple, clamp_tuple, load_state, load_tuple, store_tuple
+
+
+@triton.jit(do_not_specialize=["step", "T", "B", "D", "clip", "rows_grad_output_t", "rows_grad_output_b"])
+def step_bwd_kernel(
+    # inputs
+    grad_output_ptr,  # [T, B, D*H]; read if HAS_GRAD_OUTPUT
+    grad_c_seq_ptr,  # [S, T, B, D*H]  float32; read if HAS_GRAD_C_SEQ
+    weight_hh_ptr,  # [G*H, DH]  direction 0
+    weight_hh_reverse_ptr,  # [G*H, DH]  direction 1
+    hx_ptr,  # [D, B, H]
+    cx_ptr,  # [S, D, B, H]  float32
+    output_ptr,  # [T, B, D*H]  h of every step
+    gates_ptr,  # [T, B, D*G*H]  after the nonlinearity
+    c_seq_ptr,  # [S, T, B, D*H]  float32
+    # outputs
+    grad_preact_ptr,  # [T, B, D*G*H]  read at the later step, written at this one
+    dstate_ptr,  # [2, 1+S, D, B, H]  float32; read at step % 2, written at the other
+    # sizes
+    step,
+    T,
+    B,
+    D,
+    clip,  # float32; used if CLIP
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    # strides of grad_output, in rows of D*H elements
+    rows_grad_output_t,
+    rows_grad_output_b,
+    # cell, tiling and flags
+    STEP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    CLIP: tl.constexpr,
+    HAS_GRAD_OUTPUT: tl.constexpr,
+    HAS_GRAD_C_SEQ: tl.constexpr,
+):
+    GH: tl.constexpr = G * H
+    GROUP: tl.constexpr = (DH + BLOCK_H - 1) // BLOCK_H  # programs of a head
+    # The reduction: all gates in one piece, or with heads the head's part of every gate.
+    PIECES: tl.constexpr = 1 if DH == H else G
+    PIECE: tl.constexpr = GH if DH == H else DH
+
+    head = tl.program_id(0) // GROUP
+    pid_h = tl.program_id(0) % GROUP
+    row = tl.program_id(1).to(tl.int64) * BLOCK_B
+    pid_d = tl.program_id(2).to(tl.int64)
+    forward = 1 - 2 * pid_d  # from a step to the next of the forward order
+    t = T - 1 - step - pid_d * (T - 1 - 2 * step)
+    unit = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)  # of the head
+    mask_h = unit < DH
+    offs_h = head * DH + unit
+    offs_b = tl.arange(0, BLOCK_B)
+    mask_b = row + offs_b < B
+    mask = mask_b[:, None] & mask_h[None, :]
+    offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
+    offs_seq = offs_b[:, None] * (D * H) + offs_h[None, :]
+    offs_gates = offs_b[:, None] * (D * GH) + offs_h[None, :]
+    row_state = pid_d * B + row
+    row_seq = (t * B + row) * D + pid_d
+    row_later = row_seq + forward * B * D
+    stride_state = D.to(tl.int64) * B * H
+    stride_seq = T.to(tl.int64) * B * D * H
+
+    into_ptr = dstate_ptr + (step % 2 * (1 + S) * stride_state + row_state * H)
+    out_ptr = dstate_ptr + ((step + 1) % 2 * (1 + S) * stride_state + row_state * H)
+    dstate = load_tuple(into_ptr, offs_state, mask, stride_state, 1 + S)
+
+    first = head.to(tl.int64) * DH  # column of the gradients, row of the weight
+    p_x = grad_preact_ptr + row_later * GH + first + offs_b * (D * GH)
+    p_w = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr) + first * DH + unit
+    chunks = tl.where(step == 0, 0, tl.cdiv(PIECE, BLOCK_K))
+    acc = no_product(BLOCK_H, BLOCK_B, BLOCK_K, TRANSPOSED)
+    for g in tl.static_range(PIECES):
+        acc = add_product(
+            acc, p_x + g * H, mask_b, p_w + g * H * DH, mask_h, chunks, PIECE, DH, BLOCK_B, BLOCK_K, TRANSPOSED,
+            PRECISION, STAGES,
+        )  # fmt: skip
+    dstate = (dstate[0] + product_of(acc, BLOCK_B, TRANSPOSED),) + dstate[1:]
+    if CLIP:  # what the caller gives for the final states is not clipped
+        dstate = clamp_tuple(dstate, tl.where(step == 0, float("inf"), clip), 1 + S)
+
+    if step == T:
+        store_tuple(out_ptr, offs_state, mask, stride_state, dstate, 0, 1 + S)
+    else:
+        if HAS_GRAD_OUTPUT:
+            grad_row = t * rows_grad_output_t + row * rows_grad_output_b
+            offs_grad = offs_b.to(tl.int64)[:, None] * rows_grad_output_b * (D * H) + offs_h[None, :]
+            dh = load_tuple(grad_output_ptr + (grad_row * D + pid_d) * H, offs_grad, mask, 0, 1)
+            dstate = (dstate[0] + dh[0],) + dstate[1:]
+        if HAS_GRAD_C_SEQ:
+            dc = load_tuple(grad_c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, S)
+            dstate = (dstate[0],) + add_tuple(dstate[1:], dc, S)
+        gates = load_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, G)
+        state = load_state(output_ptr + row_seq * H, c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, S)
+        # The first step of the forward order starts from hx and cx.
+        begins = step == T - 1
+        row_prev = row_seq - forward * B * D
+        h_ptr = tl.where(begins, hx_ptr + row_state * H, output_ptr + row_prev * H)
+        c_ptr = tl.where(begins, cx_ptr + row_state * H, c_seq_ptr + row_prev * H)
+        offs_prev = offs_b[:, None] * tl.where(begins, H, D * H) + offs_h[None, :]
+        state_prev = load_state(h_ptr, c_ptr, offs_prev, mask, tl.where(begins, stride_state, stride_seq), S)
+
+        dpreact, dprev = STEP(gates, state_prev, state, dstate)
+        store_tuple(grad_preact_ptr + row_seq * GH, offs_gates, mask, H, dpreact, 0, G)
+        store_tuple(out_ptr, offs_state, mask, stride_state, dprev, 0, 1 + S)
