@@ -6,6 +6,7 @@ plans that are not in the file yet are compiled: for a change of the cost model 
 
 import argparse
 import csv
+import itertools
 import multiprocessing
 import os
 from pathlib import Path
@@ -17,20 +18,19 @@ from rich.table import Table
 from bench.shapes import BY_ID, SHAPES, Shape
 from fusedlstm import cost
 from fusedlstm.devices import DEVICES
-from fusedlstm.plan import LAYOUTS, Plan, plan
+from fusedlstm.plan import LAYOUTS, Plan, plan, wave
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more than dense is compiled
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
+CHOICE = ("schedule", "tiles", "warps", "split", "protocol")
 COLUMNS = [
     "shape",
     "dtype",
     "pass",
     "target",
     "layout",
-    "schedule",
-    "tiles",
-    "warps",
+    *CHOICE,
     "regs",
     "spill_bytes",
     "smem_bytes",
@@ -42,28 +42,37 @@ COLUMNS = [
 
 
 def shapes() -> list[Shape]:
-    """The shapes whose recurrence the kernels serve: lengths and resets do not change the machine code, a projection
-    is outside the loop."""
-    return [s for s in SHAPES if "gpu" in s.sets and s.heads == 1]
+    """The shapes of a GPU; a projection is outside the loop."""
+    return [s for s in SHAPES if "gpu" in s.sets]
 
 
 def plans() -> list[tuple[str, str, Plan]]:
-    """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, both layouts."""
-    return [
-        (s.id, name, plan("lstm", s.T, s.B, s.H, name.split("-")[0], s.directions, limits, pass_, precision, layout))
-        for s in shapes()
-        for name, precision in DTYPES.items()
-        for pass_ in ("fwd", "bwd")
-        for limits in DEVICES.values()
-        for layout in LAYOUTS
-        if layout == "dense" or limits.arch in OTHER_LAYOUTS
-    ]
+    """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, all layouts and stacks as a wave."""
+    found = []
+    for s, (name, precision), limits in itertools.product(shapes(), DTYPES.items(), DEVICES.values()):
+        sizes = (s.H, name.split("-")[0])
+        layouts = LAYOUTS if limits.arch in OTHER_LAYOUTS else LAYOUTS[:1]
+        for pass_ in ("fwd", "bwd"):
+            for layout in layouts:
+                p = plan("lstm", s.T, s.B, *sizes, s.directions, limits, pass_, precision, layout, s.heads)
+                found.append((s.id, name, p))
+        if s.layers > s.directions == 1 and not (s.proj or s.alternating) and len(layouts) > 1:
+            together = wave("lstm", s.layers, s.B, *sizes, limits, precision)
+            for pass_ in ("fwd", "bwd") if together > 1 else ():
+                p = plan("lstm", s.T, s.B, *sizes, together, limits, pass_, precision, stack=True)
+                found.append((s.id, name, p))
+    return found
+
+
+def layout(p: Plan) -> str:
+    """How the recurrences of the launch lie."""
+    return "wave" if p.stack else p.layout
 
 
 def compile_key(p: Plan) -> tuple:
     """What the machine code depends on: plans that share it share a compilation."""
     tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.split, p.precision, p.num_warps, p.stages)
-    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.layout, *tiles)
+    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.heads, layout(p), p.protocol, *tiles)
 
 
 def compile_numbers(p: Plan) -> tuple:
@@ -89,9 +98,9 @@ def tiles(p: Plan) -> str:
     return f"{p.block_b}x{p.block_h}x{p.block_k}{'T' if p.transposed else ''}"
 
 
-def choice(p: Plan) -> tuple[str, str, str]:
-    """What the table tells of a plan."""
-    return p.schedule, tiles(p), str(p.num_warps)
+def choice(p: Plan) -> tuple[str, ...]:
+    """What the table tells of a plan: schedule, tiles, warps, split, protocol."""
+    return p.schedule, tiles(p), str(p.num_warps), str(p.split), p.protocol
 
 
 def known_numbers(path: Path, rows: list[tuple[str, str, Plan]]) -> dict[tuple, tuple]:
@@ -100,8 +109,8 @@ def known_numbers(path: Path, rows: list[tuple[str, str, Plan]]) -> dict[tuple, 
         table = {(r["shape"], r["dtype"], r["pass"], r["target"], r["layout"]): r for r in csv.DictReader(file)}
     found = {}
     for shape_id, dtype, p in rows:
-        row = table.get((shape_id, dtype, p.pass_, p.arch, p.layout))
-        if row and (row["schedule"], row["tiles"], row["warps"]) == choice(p):
+        row = table.get((shape_id, dtype, p.pass_, p.arch, layout(p)))
+        if row and tuple(row[name] for name in CHOICE) == choice(p):
             numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
             found[compile_key(p)] = numbers
     return found
@@ -111,7 +120,7 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
     """Predicted microseconds and the bound, a step of training, with the launch spread over the shape's T steps."""
     limits = DEVICES[p.arch]
     predicted = cost.cost(p, shape.T, shape.B, limits).total / shape.T
-    sizes = (shape.T, shape.B, shape.H, p.dtype, shape.directions, limits, p.pass_, p.precision, p.heads)
+    sizes = (shape.T, shape.B, shape.H, p.dtype, p.grid[2], limits, p.pass_, p.precision, p.heads, p.stack)
     return f"{predicted:.4g}", f"{cost.bound(p.cell, *sizes).step:.4g}"
 
 
@@ -145,33 +154,31 @@ def main() -> int:
     numbers |= compile_all({key: p for key, p in distinct.items() if key not in numbers})
 
     bad = [(p, faults(p, numbers[key])) for key, p in distinct.items()]
-    table = Table(
-        "H", "dtype", "pass", "target", "layout", "schedule", "tiles", "warps", "regs", "spill", "smem KiB", "mma"
-    )
+    table = Table(*("H", "heads", "dtype", "pass", "target", "layout", *CHOICE, "regs", "spill", "smem KiB", "mma"))
     for key, p in distinct.items():
         regs, spill_bytes, smem_bytes, mma = numbers[key]
         dtype = "fp32-ieee" if p.dtype == "fp32" and p.precision == "ieee" else p.dtype
-        words = (p.hidden, dtype, p.pass_, p.arch, p.layout, *choice(p), regs, spill_bytes)
+        words = (p.hidden, p.heads, dtype, p.pass_, p.arch, layout(p), *choice(p), regs, spill_bytes)
         table.add_row(
             *map(str, words),
             f"{smem_bytes / 1024:.0f}",
             mma,
         )
-    console = Console(width=130)
+    console = Console(width=150)
     console.print(table)
     if not args.target:
         with args.out.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             for shape_id, dtype, p in rows:
-                compiled, key = numbers[compile_key(p)], (shape_id, dtype, p.pass_, p.arch, p.layout)
+                compiled, key = numbers[compile_key(p)], (shape_id, dtype, p.pass_, p.arch, layout(p))
                 writer.writerow([*key, *choice(p), *compiled, p.barriers_per_step, *times(BY_ID[shape_id], p)])
         console.print(f"{len(rows)} rows, {len(distinct)} kernels -> {args.out.name}")
     for p, found in bad:
         for fault in found:
             console.print(
                 f"[red]{p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} w{p.num_warps} "
-                f"{p.layout}: {fault}"
+                f"{layout(p)}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))
 

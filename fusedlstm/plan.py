@@ -129,7 +129,7 @@ def plan(
 ) -> Plan:
     """Choose how one layer runs: the first of `candidates`, whose arguments these are."""
     problem = (cell, steps, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
-    p, c = _ranked(*problem)[0]
+    p, c = _choices(*problem)[0]
     return dataclasses.replace(p, step_us=c.step)
 
 
@@ -169,10 +169,10 @@ def candidates(
         PlanError: nothing fits; the text names the size and the limit.
     """
     problem = (cell, steps, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
-    return [dataclasses.replace(p, step_us=c.step) for p, c in _ranked(*problem)]
+    return [dataclasses.replace(p, step_us=c.step) for p, c in _choices(*problem)]
 
 
-def _ranked(
+def _choices(
     cell: str,
     steps: int,
     batch: int,
@@ -196,14 +196,14 @@ def _ranked(
     tilings = _tilings(hidden // heads, batch, dtype, precision, pass_)
     found = [p for tiling in tilings if (p := _fit(*problem, *tiling)) and not _spills(p, limits)]
     steppable = layout == "dense" and not stack
-    stepped = step_plans(cell, batch, hidden, dtype, directions, limits, pass_, precision, heads) if steppable else []
+    stepped = _steps(cell, batch, hidden, dtype, directions, limits, pass_, precision, heads, 0) if steppable else []
     if not found and not stepped:
         raise PlanError(
             f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a group must be on "
             f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
         )
-    # Better a few spilled bytes than no plan.
-    clean = [p for p in found if layout == "dense" or not _spills_with_masks(p, limits)]
+    masked = layout != "dense"
+    clean = [p for p in found if not (_spills_some(p, limits) or (masked and _spills_with_masks(p, limits)))]
     return _ranked(clean or found, batch, limits) + stepped[: 1 if found else None]
 
 
@@ -234,6 +234,23 @@ def step_plans(
     Raises:
         PlanError: a size is less than it can be.
     """
+    problem = (cell, batch, hidden, dtype, directions, limits, pass_, precision, heads, input_size)
+    return [dataclasses.replace(p, step_us=c.step) for p, c in _steps(*problem)]
+
+
+def _steps(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: str,
+    directions: int,
+    limits: DeviceLimits,
+    pass_: str,
+    precision: str,
+    heads: int,
+    input_size: int,
+) -> list[tuple[Plan, costs.Cost]]:
+    """As `_choices`, of the kernels of one step."""
     if min(batch, hidden) < 1 or input_size < 0:
         raise PlanError(
             f"batch and hidden: expected at least 1, input_size at least 0, got {batch}, {hidden} and {input_size}"
@@ -259,11 +276,10 @@ def step_plans(
     return _ranked(found, batch, limits)
 
 
-def _ranked(plans: list[Plan], batch: int, limits: DeviceLimits) -> list[Plan]:
-    """By predicted time, which is written into each."""
+def _ranked(plans: list[Plan], batch: int, limits: DeviceLimits) -> list[tuple[Plan, costs.Cost]]:
+    """By predicted time."""
     costed = [(p, costs.cost(p, 1, batch, limits)) for p in plans]
-    costed.sort(key=lambda x: (*x[1].rank, x[0].grid[0] * x[0].grid[1], x[0].block_b, x[0].block_h))
-    return costed
+    return sorted(costed, key=lambda x: (*x[1].rank, x[0].grid[0] * x[0].grid[1], x[0].block_b, x[0].block_h))
 
 
 def wave(
@@ -630,16 +646,23 @@ def _spills(p: Plan, limits: DeviceLimits) -> bool:
             return True  # rows that are not aligned; Triton 3.7.1 compiles one of these for sm_100 to a trap
         if not limits.wide_mma and p.block_b == 64 and p.block_h == 8:
             return True
-        if not limits.wide_mma and p.block_b == 64 and chunks > 8:
-            return True
-    unaligned = p.hidden * ITEMSIZE[p.dtype] % 16 != 0
-    if p.schedule == "streamed" and not limits.wide_mma and p.block_b * p.block_h >= (1024 if unaligned else 2048):
-        return True
-    return ieee and p.protocol == "data" and p.block_b * p.block_h >= (1024 if unaligned else 2048)
+    return False
+
+
+def _spills_some(p: Plan, limits: DeviceLimits) -> bool:
+    """The same, of a few bytes: better that than no plan."""
+    ieee = p.dtype == "fp32" and p.precision == "ieee"
+    tile = p.block_b * p.block_h
+    largest = 1024 if p.hidden * ITEMSIZE[p.dtype] % 16 else 2048
+    if p.schedule == "resident":
+        return not limits.wide_mma and p.block_b == 64 and p.chunks > 8
+    if p.schedule == "streamed":
+        return (ieee or not limits.wide_mma) and tile >= largest
+    return False
 
 
 def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:
-    """The same, of the plans that are clean without rows that come and go: some bytes only."""
+    """The same, of the plans that are clean without rows that come and go."""
     ieee = p.dtype == "fp32" and p.precision == "ieee"
     chunks, tile = math.ceil(p.reduction / p.block_k), p.block_b * p.block_h
     if not limits.wide_mma and ((ieee and tile >= 2048) or (p.block_b == 64 and chunks > 8)):

@@ -25,8 +25,8 @@ MUTANTS = {
     ),
     "target too high": (
         "kernels/recurrence_bwd.py",
-        "GROUP * (step + 1)",
-        "GROUP * (step + 1) + 1",
+        "counter_ptr, GROUP * step,",
+        "counter_ptr, GROUP * step + 1,",
         "tests/kernels/test_barrier.py",
     ),
     "no release: nobody arrives": (
