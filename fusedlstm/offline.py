@@ -93,6 +93,27 @@ def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
 
 def loop_operations(sass: str) -> collections.Counter:
     """Machine instructions of the longest loop: the one over time."""
+    return collections.Counter(_sass_operations(_longest_loop(sass)))
+
+
+# What the order of a step is told by: an event, and the beginning of its instruction.
+EVENTS = {
+    "poll": r"CCTL\.IVALL",  # the end of an acquire
+    "exchange": r"LDG\.\S*\.128\.STRONG",  # past the first-level cache
+    "fetch": r"LDG\.(?!\S*STRONG)",
+    "product": r"\w*MMA",
+    "store": r"STG",
+    "arrive": r"(RED|ATOM)G?\S*\.ADD",
+}
+
+
+def loop_events(sass: str) -> list[str]:
+    """The names of `EVENTS`, one for every such instruction of the loop over time, in the order of the machine code."""
+    instructions = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)", _longest_loop(sass), re.M)
+    return [name for i in instructions for name, pattern in EVENTS.items() if re.match(pattern, i)]
+
+
+def _longest_loop(sass: str) -> str:
     lines = sass.splitlines()
     labels = {m[1]: k for k, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
     start, end = 0, 0
@@ -100,7 +121,7 @@ def loop_operations(sass: str) -> collections.Counter:
         m = re.search(r"BRA.*?(\.L_x_\d+)", line)
         if m and labels.get(m[1], k) < k and k - labels[m[1]] > end - start:
             start, end = labels[m[1]], k
-    return collections.Counter(_sass_operations("\n".join(lines[start : end + 1])))
+    return "\n".join(lines[start : end + 1])
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:

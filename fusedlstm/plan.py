@@ -483,6 +483,8 @@ def _fit(
         protocol = "none"
     elif protocol is None:
         protocol = "data"  # one trip through the L2 and not three; and fewer registers, as `make kernels` finds
+        if limits.arch == "sm_100" and columns >= 128:
+            protocol = "counter"  # Triton 3.7.1 fails to compile the other there
     group_of_heads = group * heads
     if protocol != "none" and group_of_heads * directions > limits.num_sms:
         return None

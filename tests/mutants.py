@@ -16,24 +16,54 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each has a name, a file, a text in it, its replacement, and the tests that must fail.
 MUTANTS = {
-    "no wait": ("kernels/barrier.py", "< target)", "< 0)", "tests/kernels/test_barrier.py"),
+    "no wait": ("kernels/barrier.py", "< target)", "< 0)", "tests/kernels/test_exchange.py"),
     "target too low": (
         "kernels/recurrence_fwd.py",
         "GROUP * step,",
         "GROUP * step - 1,",
-        "tests/kernels/test_barrier.py",
+        "tests/kernels/test_exchange.py",
     ),
     "target too high": (
         "kernels/recurrence_bwd.py",
         "counter_ptr, GROUP * step,",
         "counter_ptr, GROUP * step + 1,",
-        "tests/kernels/test_barrier.py",
+        "tests/kernels/test_exchange.py",
     ),
     "no release: nobody arrives": (
         "kernels/barrier.py",
         'tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")',
         "pass",
-        "tests/kernels/test_barrier.py",
+        "tests/kernels/test_exchange.py",
+    ),
+    "exchange: takes what is there": (
+        "kernels/exchange.py",
+        "pending = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) * (1 - complete)",
+        "pending = 0",
+        "tests/kernels/test_exchange.py",
+    ),
+    "exchange: a NaN is waited for": (
+        "kernels/exchange.py",
+        "* (1 - complete)",
+        "* 1",
+        "tests/kernels/test_exchange.py",
+    ),
+    "exchange: rows of nobody are waited for": (
+        "kernels/exchange.py",
+        "mask_b & published",
+        "mask_b",
+        "tests/kernels/test_exchange.py",
+    ),
+    "wave: a step too early": (
+        "kernels/recurrence_fwd.py",
+        "GROUP * (step + 1)",
+        "GROUP * step",
+        "tests/kernels/test_recurrence_stack.py",
+    ),
+    "split: a warp's part is left out": (
+        "kernels/product.py",
+        "tl.arange(0, SPLIT)[:, None] * (BLOCK_K // SPLIT)",
+        "tl.arange(0, SPLIT)[:, None] * 0",
+        "tests/kernels/test_recurrence_fwd.py",
     ),
     "no release: relaxed": ("kernels/barrier.py", 'sem="release"', 'sem="relaxed"', "tests/compiled"),
     "no acquire": ("kernels/barrier.py", 'sem="acquire"', 'sem="relaxed"', "tests/compiled"),
@@ -59,8 +89,8 @@ MUTANTS = {
     ),
     "mask of the reduction dropped": (
         "kernels/product.py",
-        "offs_k < K",
-        "offs_k < K + BLOCK_K",
+        "k < left",
+        "k < left + BLOCK_K",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "gates stored before their activation": (
@@ -83,8 +113,8 @@ MUTANTS = {
     ),
     "reverse direction runs forward": (
         "kernels/recurrence_fwd.py",
-        "t = step + pid_d * (steps - 1 - 2 * step)",
-        "t = step + pid_d * 0",
+        "t = step + reverse * (steps - 1 - 2 * step)",
+        "t = step + reverse * 0",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "grad_weight_hh forgets hx": (
@@ -101,7 +131,7 @@ MUTANTS = {
     ),
     "packed: no sequence begins in reverse": (
         "kernels/recurrence_fwd.py",
-        "p_h = tl.where(begins, hx_ptr + row_state * H + offs_b * H, p_h)",
+        "p_h = tl.where(begins, hx_ptr + row_state * H + head * DH + offs_b * H, p_h)",
         "p_h = p_h",
         "tests/kernels/test_recurrence_fwd.py",
     ),
@@ -137,13 +167,13 @@ MUTANTS = {
     ),
     "ragged: padding has a gradient": (
         "kernels/recurrence_bwd.py",
-        "dpreact = select_tuple(mask_t[:, None], dpreact, zero_tuple(G, BLOCK_B, BLOCK_H), G)",
-        "dpreact = dpreact",
+        "dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(G, BLOCK_B, BLOCK_H), G)",
+        "dpreact_all = dpreact_all",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "resets: in reverse one step off": (
-        "kernels/recurrence_fwd.py",
-        "reset_row = (t + pid_d) * B",
+        "kernels/rows.py",
+        "reset_row = (t + reverse) * B",
         "reset_row = t * B",
         "tests/kernels/test_recurrence_fwd.py",
     ),
@@ -155,14 +185,14 @@ MUTANTS = {
     ),
     "resets: a gradient crosses a cut": (
         "kernels/recurrence_bwd.py",
-        "dprev = select_tuple(keep, dprev, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)",
-        "dprev = dprev",
+        "stepped = select_tuple(keep, stepped, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)",
+        "stepped = stepped",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "clip: nothing is": (
         "kernels/recurrence_bwd.py",
-        "dprev = clamp_tuple(dprev, clip, 1 + S)",
-        "dprev = dprev",
+        "stepped = clamp_tuple(stepped, clip, 1 + S)",
+        "stepped = stepped",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "resets: grad_weight_hh takes the state from before the cut": (
@@ -174,7 +204,7 @@ MUTANTS = {
     "recompute: no reset": ("kernels/recompute.py", "== 0\n", ">= 0\n", "tests/kernels/test_recompute.py"),
     "recompute: the reverse direction begins with the first step": (
         "kernels/recompute.py",
-        "t = step + pid_d * (steps - 1 - 2 * step)",
+        "t = step + reverse * (steps - 1 - 2 * step)",
         "t = step",
         "tests/kernels/test_recompute.py",
     ),

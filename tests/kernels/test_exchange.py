@@ -66,6 +66,18 @@ def test_groups_of_ragged_batches(seed, resets, protocol):
         assert_right(run_both(ragged, protocol))
 
 
+@interpreted
+@by_protocol
+@pytest.mark.parametrize("tiles", [{}, {"split": 2}, {"schedule": "streamed"}], ids=["resident", "split", "streamed"])
+def test_heads_are_groups_of_their_own(protocol, tiles):
+    """Two heads of two programs a group each."""
+    from fusedlstm import interpreter
+
+    inputs = shared(recurrence_inputs(3, B, H, D, torch.float32, heads=2))
+    with interpreter.side_by_side(0, yield_on_memory=True):
+        assert_right(run_both(inputs, protocol, heads=2, **tiles))
+
+
 @contextlib.contextmanager
 def as_processes(limit_s=60):
     """One forked process a program; the interpreter's atomics are atomic across them."""

@@ -73,6 +73,15 @@ def test_walked_batch_tiles(device, groups):
     check(2, 70, 20, 1, "fp32", device, *plans)
 
 
+@pytest.mark.parametrize(("block_b", "block_k", "split"), [(16, 64, 4), (32, 32, 2)])
+def test_parts_of_the_reduction(device, block_b, block_k, split):
+    """280 gradients in chunks whose parts are added at the end."""
+    fwd = tiled("fwd", 35, 70, "fp16", schedule="single", precision="ieee")
+    check(
+        2, 35, 70, 1, "fp16", device, fwd, tiled("bwd", 35, 70, "fp16", block_b=block_b, block_k=block_k, split=split)
+    )
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(("schedule", "transposed"), FORMS)

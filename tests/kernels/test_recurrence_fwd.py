@@ -110,10 +110,12 @@ def test_lengths_beyond_the_input_are_an_error(device):
         launch.recurrence_fwd("lstm", **inputs, save_gates=False, save_states=False)
 
 
-@pytest.mark.parametrize(("block_b", "block_h", "block_k"), [(16, 8, 32), (32, 16, 64), (16, 32, 16)])
-def test_other_tiles(device, block_b, block_h, block_k):
+@pytest.mark.parametrize(
+    ("block_b", "block_h", "block_k", "split"), [(16, 8, 32, 1), (32, 16, 64, 4), (16, 32, 16, 1), (16, 8, 64, 2)]
+)
+def test_other_tiles(device, block_b, block_h, block_k, split):
     inputs = recurrence_inputs(2, 35, 70, 1, torch.float16, device)
-    check(inputs, tiled("fwd", 35, 70, "fp16", block_b=block_b, block_h=block_h, block_k=block_k))
+    check(inputs, tiled("fwd", 35, 70, "fp16", block_b=block_b, block_h=block_h, block_k=block_k, split=split))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
