@@ -65,7 +65,7 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "PRECISION": plan.precision,
         "STAGES": plan.stages,
         "STACK": plan.stack,
-        "SPIN_LIMIT": planning.SPIN_LIMIT,
+        "SPIN_LIMIT": planning.ATTEMPT_LIMIT if plan.protocol == "data" else planning.SPIN_LIMIT,
         **{name: flags.get(name, False) for name in FLAGS[plan.pass_]},
     }
 

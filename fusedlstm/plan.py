@@ -30,7 +30,8 @@ from fusedlstm.devices import DEVICES, DeviceLimits
 # How the rows of a batch lie (`fusedlstm.layout`): all of the same length; sorted and packed; or not, with lengths or resets.
 LAYOUTS = ("dense", "packed", "ragged")
 COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
-SPIN_LIMIT = 1 << 26  # polls before a wait is an error; tens of seconds
+SPIN_LIMIT = 1 << 26  # polls of a counter before a wait is an error; tens of seconds
+ATTEMPT_LIMIT = 1 << 22  # the same by data, whose poll is a whole product
 
 
 class PlanError(RuntimeError):
@@ -481,6 +482,10 @@ def _fit(
         if stack:
             return None  # layers exchange h
         protocol = "none"
+    elif schedule == "streamed":
+        if protocol == "data":
+            return None  # pipelined loads of x may be kept in the first-level cache, where what is new is never seen
+        protocol = "counter"
     elif protocol is None:
         protocol = "data"  # one trip through the L2 and not three; and fewer registers, as `make kernels` finds
         if limits.arch == "sm_100" and columns >= 128:
@@ -655,12 +660,11 @@ def _spills_some(p: Plan, limits: DeviceLimits) -> bool:
     """The same, of a few bytes: better that than no plan."""
     ieee = p.dtype == "fp32" and p.precision == "ieee"
     tile = p.block_b * p.block_h
-    largest = 1024 if p.hidden * ITEMSIZE[p.dtype] % 16 else 2048
     if p.schedule == "resident":
         return not limits.wide_mma and p.block_b == 64 and p.chunks > 8
-    if p.schedule == "streamed":
-        return (ieee or not limits.wide_mma) and tile >= largest
-    return False
+    if p.schedule == "streamed" and ieee:
+        return tile >= 1024 and p.hidden * ITEMSIZE[p.dtype] % 16 != 0
+    return p.schedule == "streamed" and tile >= 2048 and not limits.wide_mma
 
 
 def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:

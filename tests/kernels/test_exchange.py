@@ -68,7 +68,7 @@ def test_groups_of_ragged_batches(seed, resets, protocol):
 
 @interpreted
 @by_protocol
-@pytest.mark.parametrize("tiles", [{}, {"split": 2}, {"schedule": "streamed"}], ids=["resident", "split", "streamed"])
+@pytest.mark.parametrize("tiles", [{}, {"split": 2}], ids=["resident", "split"])
 def test_heads_are_groups_of_their_own(protocol, tiles):
     """Two heads of two programs a group each."""
     from fusedlstm import interpreter
@@ -155,11 +155,10 @@ def both_ways(inputs, dtype, **tiles):
 @pytest.mark.parametrize(
     "tiles",
     [
-        {"schedule": "streamed", "block_h": 8},
         {"transposed": True, "groups": 1},
         {"block_b": 32, "block_h": 32, "block_k": 64},
     ],
-    ids=["streamed", "transposed, tiles walked", "wide"],
+    ids=["transposed, tiles walked", "wide"],
 )
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_the_protocols_agree(device, dtype, tiles):
@@ -218,7 +217,7 @@ def test_a_wait_without_end_is_an_error(monkeypatch):
     from fusedlstm import interpreter
     from fusedlstm import plan as planning
 
-    monkeypatch.setattr(planning, "SPIN_LIMIT", 8)
+    monkeypatch.setattr(planning, "ATTEMPT_LIMIT", 8)
     monkeypatch.setattr(recurrence_fwd, "publish", publish_nothing)
     with pytest.raises(AssertionError, match="never arrived"), interpreter.side_by_side(patience=1000):
         run_both(dense(), "data")
