@@ -23,7 +23,9 @@ def slowest(measured: list[rows.Row]) -> tuple[rows.Row, str] | None:
     ours = {
         tuple(row[k] for k in case): row
         for row in measured
-        if row["op"] == "lstm" and row["metric"] == "latency" and row["provider"].startswith("fusedlstm")
+        if row["op"] == "lstm"
+        and row["metric"] == "latency"
+        and row["provider"].startswith("fusedlstm")
         and row["provider"] != "fusedlstm-auto"  # that is cuDNN
     }
     speedups = {
