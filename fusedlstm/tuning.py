@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import checks, engines, functional, tuned
 from fusedlstm.modules import LSTM
+from fusedlstm.plan import PlanError
 from fusedlstm.tuned import Call, Problem
 
 Timer = Callable[[dict[str, Callable[[], None]], float], dict[str, float]]
@@ -187,7 +188,10 @@ def _tried(problem: Problem, limits) -> dict[str, object]:
     """The predicted best plans of every exchange protocol, and that with a launch a step, by name."""
     found = {}
     for protocol in ("counter", "data"):
-        ranked = tuned.candidates(problem, limits, protocol)
+        try:
+            ranked = tuned.candidates(problem, limits, protocol)
+        except PlanError:  # what is streamed is not exchanged by data
+            continue
         for p in ranked[:TRIED] + [p for p in ranked[TRIED:] if p.schedule == "stepped"]:
             found.setdefault(_name(p), p)
     return found
