@@ -393,6 +393,15 @@ def _row(machine: Machine, shape: str, provider: str, metric: str, unit: str, va
     }
 
 
+def tell(path: Path) -> None:
+    """Print the planner's constants beside the measured ones, and these as an entry of fusedlstm/measured.json."""
+    lines, found = beside_constants(rows.read(path))
+    print("\n".join(lines))
+    values = {name: float(f"{value:.4g}") for name, value in found.items()}
+    entry = {"date": environment.today(), "commit": environment.commit()[0], "values": values}
+    print("as constants:", json.dumps({constants()[0]: entry}), flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 if every group could be measured; each row is written as soon as it is there."""
     parser = argparse.ArgumentParser(prog="python -m bench.ceilings", description=__doc__.splitlines()[0])
@@ -402,7 +411,10 @@ def main(argv: list[str] | None = None) -> int:
     machine = Machine()
     writer = rows.Writer(options.out)
     failed = []
-    for name in options.only or GROUPS:
+    groups = options.only or list(GROUPS)
+    for k, name in enumerate(groups):
+        if 0 < k == len(groups) - 1:  # the last could hang; who reads takes the last table there is
+            tell(options.out)
         try:
             for found in GROUPS[name](machine):
                 row = _row(machine, *found)
@@ -417,12 +429,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"FAILED {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
             failed.append(name)
     writer.close()
-    lines, found = beside_constants(rows.read(options.out))
-    print("\n".join(lines))
-    values = {name: float(f"{value:.4g}") for name, value in found.items()}
-    entry = {"date": environment.today(), "commit": environment.commit()[0], "values": values}
-    print("as constants:", json.dumps({constants()[0]: entry}))  # an entry of fusedlstm/measured.json
-    print(f"{len(GROUPS if not options.only else options.only) - len(failed)} groups measured, {len(failed)} failed")
+    tell(options.out)
+    print(f"{len(groups) - len(failed)} groups measured, {len(failed)} failed")
     return 1 if failed else 0
 
 

@@ -62,13 +62,13 @@ def _barrier_us(shape: Shape, itemsize: int, known: Rates) -> float:
 def predicted(shape: Shape, dtype: str, mode: str, device: str, provider: str) -> tuple[float, str] | None:
     """Milliseconds that our kernels' plans predict, and those plans in words; None where no kernel runs.
 
-    The plans predict the loops; the products around them are added at the matrix rate that the planner assumes.
+    The plans predict the launches; the products around them are added at the matrix rate that the planner assumes.
     """
     import torch
 
     from fusedlstm import engines
 
-    if device == "cpu" and not (engines.interpreting() and provider != "fusedlstm"):
+    if provider == "fusedlstm-auto" or (device == "cpu" and not (engines.interpreting() and provider != "fusedlstm")):
         return None
     from fusedlstm import launch, plan
 
@@ -79,24 +79,56 @@ def predicted(shape: Shape, dtype: str, mode: str, device: str, provider: str) -
         if name is None:
             return None
         options[name] = shape.heads
-    T, name = max(shape.row_lengths), DTYPE_NAMES[dtype]
+    name = DTYPE_NAMES[dtype]
     passes = ("fwd", "bwd") if mode == "fwdbwd" else ("fwd",)
     try:
-        plans = [
-            plan.plan("lstm", T, shape.B, shape.H, name, shape.directions, limits, pass_, **options) for pass_ in passes
-        ]
+        found = _launches(shape, name, mode, limits, passes, provider != "fusedlstm-states", **options)
     except plan.PlanError:
         return None
-    loops_us = shape.layers * T * sum(p.step_us for p in plans)
-    inside = shape.flops("infer") - _input_flops(shape)
-    outside = shape.flops(mode) - inside * len(passes)
+    loops_us = sum(p.step_us * steps for p, steps, _ in found)
+    # A step's launch takes the input product too, and that of a wave those of all its layers but the first.
+    inside = (shape.flops("infer") - _input_flops(shape)) * len(passes) + sum(flops for _, _, flops in found)
     tflops = getattr(limits, "tf32_tflops" if name == "fp32" else "half_tflops", math.inf)
-    words = "; ".join(
-        f"{p.pass_} {p.schedule} {p.block_b}x{p.block_h} grid {'x'.join(map(str, p.grid))}" for p in plans
+    plans = dict.fromkeys(
+        f"{p.pass_} {p.schedule} {p.block_b}x{p.block_h} grid {'x'.join(map(str, p.grid))}" for p, _, _ in found
     )
-    return loops_us / 1e3 + outside / (tflops * 1e9), re.sub(r"\s+", " ", f"plan: {words}")
+    words = "; ".join(plans)
+    return (
+        loops_us / 1e3 + max(0.0, shape.flops(mode) - inside) / (tflops * 1e9),
+        re.sub(r"\s+", " ", f"plan: {words}"),
+    )
 
 
-def _input_flops(shape: Shape) -> float:
+def _launches(shape: Shape, dtype: str, mode: str, limits, passes: tuple[str, ...], waves: bool, layout: str, **heads):
+    """Plan, steps in a row and operations of input products inside of every launch, as `functional.lstm` makes them.
+
+    `waves`: whether layers may share a launch.
+    """
+    from fusedlstm import plan
+
+    T, D = max(shape.row_lengths), shape.directions
+    inputs = [_input_flops(shape, k) for k in range(shape.layers)]
+    one_step = T == 1 and layout == "dense" and not shape.proj
+    together = 1
+    if waves and not (one_step or shape.layers == 1 or D == 2 or shape.proj or shape.heads > 1 or shape.alternating):
+        sizes = ("lstm", shape.layers, shape.B, shape.H, dtype, limits)
+        together = plan.wave(*sizes, layout=layout, training=mode != "infer")
+    found = []
+    for first in range(0, shape.layers, together):
+        n = min(together, shape.layers - first)
+        for pass_ in passes:
+            if one_step and pass_ == "fwd":
+                sizes = ("lstm", shape.B, shape.H, dtype, D, limits, pass_)
+                found.append((plan.step_plan(*sizes, input_size=shape.layer_inputs[first], **heads), 1, inputs[first]))
+                continue
+            sizes = ("lstm", T, shape.B, shape.H, dtype, D * n, limits, pass_)
+            p = plan.plan(*sizes, layout=layout, stack=n > 1, **heads)
+            found.append((p, T + n - 1, sum(inputs[first + 1 : first + n])))
+    return found
+
+
+def _input_flops(shape: Shape, layer: int | None = None) -> float:
+    """Operations of the input products, forward, of one layer or of all."""
     rows = sum(shape.row_lengths) * 4 * shape.H * shape.directions
-    return sum(2.0 * rows * inputs for inputs in shape.layer_inputs)
+    sizes = shape.layer_inputs if layer is None else shape.layer_inputs[layer : layer + 1]
+    return sum(2.0 * rows * inputs for inputs in sizes)

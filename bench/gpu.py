@@ -35,10 +35,12 @@ MAX_LOG_BYTES = 4 << 20
 
 # On the GPU TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled; in a rehearsal it is set.
 # -vv: the configuration's own -q takes one away, and a name a line tells how far a run that was stopped had come.
-PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv", "--maxfail=25")
-PYTEST_ARGS = (*PYTEST, "tests/kernels")
-PYTEST_WORKERS = 12  # with pytest-xdist, if it is there: nearly all of the time goes into compiling kernels
-REHEARSAL_PYTEST_ARGS = (*PYTEST, "tests/kernels/test_recurrence_fwd.py", "-k", "two_directions")
+PYTEST_OPTIONS = ("-p", "no:cacheprovider", "--tb=short", "-vv", "--maxfail=25")
+PYTEST_WORKERS = 12  # nearly all of the time goes into compiling kernels
+BY_FILE = ("-m", "bench.by_file", "--at-once", str(PYTEST_WORKERS))
+PYTEST_PATHS = ("tests/kernels",)
+REHEARSAL_PATHS = ("tests/kernels/test_recurrence_fwd.py", "tests/kernels/test_activations.py")
+REHEARSAL_PYTEST_OPTIONS = (*PYTEST_OPTIONS, "-k", "two_directions or saturation")
 TABLE_ARGS = "--set gpu --warm 0 --seconds-per-case 0.4 --case-limit 60"
 REHEARSAL_TABLE_ARGS = "--set rehearsal --seconds-per-case 0.01 --min-rounds 2 --threads 1 --provider fusedlstm-triton --provider fusedlstm-states"
 OUR_KERNELS = "recurrence"  # in the name of every kernel that racecheck shall look at
@@ -190,13 +192,14 @@ def parts(out: Path, csv: Path, rehearse: bool) -> list[Part]:
     table = ["-m", "bench.run", "--out", str(csv), "--log", str(out / "log-table-errors.txt")]
     checker = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on this machine"
     compiled = "" if importlib.util.find_spec("triton") else "the package triton is not on this machine"
-    smoke, tests, table_args = ["-m", "bench.sanitize_target"], list(PYTEST_ARGS), TABLE_ARGS
+    smoke, table_args = ["-m", "bench.sanitize_target"], TABLE_ARGS
+    tests = [*BY_FILE, *PYTEST_PATHS, "--", *PYTEST_OPTIONS]
     if rehearse:
         smoke += ["--device", "cpu", "--tiny"]
-        tests, table_args = list(REHEARSAL_PYTEST_ARGS), REHEARSAL_TABLE_ARGS
+        tests, table_args = [*BY_FILE, *REHEARSAL_PATHS, "--", *REHEARSAL_PYTEST_OPTIONS], REHEARSAL_TABLE_ARGS
         checker = compiled = "rehearsal: needs a GPU"
     elif importlib.util.find_spec("xdist"):
-        tests += ["-n", str(PYTEST_WORKERS)]
+        tests = ["-m", "pytest", *PYTEST_PATHS, *PYTEST_OPTIONS, "-n", str(PYTEST_WORKERS)]
     report_args = ["-m", "bench.report", str(csv), "--block", "gpu", "--overview", "--plot", str(out / "speedup.png")]
     # Reads past the end of a tensor would stay inside a cached block.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -50,6 +50,7 @@ class Provider:
     features: tuple[str, ...] = ()  # some of FEATURES: what it knows beyond a dense stack
     modes: tuple[str, ...] = MODES
     serves: Callable[[Shape, str, str], str | None] = _serves_all  # the reason why a case is left out, or None
+    differs: Callable[[Shape, str, str, str], str | None] = lambda *case: None  # as `serves`, asked with the mode too
     slow: bool = False  # timed last, with the baseline alone beside it
 
     def missing(self) -> str | None:
@@ -68,7 +69,8 @@ class Provider:
         for need in shape.needs:
             if need not in self.features:
                 return f"no {need}"
-        return self.serves(shape.one_layer if shape.alternating else shape, dtype, device)
+        shape = shape.one_layer if shape.alternating else shape
+        return self.serves(shape, dtype, device) or self.differs(shape, dtype, device, mode)
 
     def layer(self, shape: Shape, dtype: str, device: str, weights: dict) -> Layer:
         """Build it for any shape; one that alternates is a stack of single layers with flips between them."""
@@ -184,10 +186,17 @@ def _serves_ours(shape, dtype, device):
     return "fusedlstm.LSTM has no num_heads" if shape.heads > 1 and not takes("num_heads") else None
 
 
+def _on_gpu(device: str) -> bool:
+    return device.split(":")[0] == "cuda"
+
+
 @provider("fusedlstm", features=FEATURES, serves=_serves_ours)
 def _fusedlstm(shape, dtype, device, weights, **kwargs):
+    """On a GPU the kernels: by itself it could take cuDNN, and that would be measured against itself."""
     import fusedlstm
 
+    if _on_gpu(device):
+        kwargs.setdefault("backend", "triton")
     if shape.heads > 1:
         kwargs["num_heads"] = shape.heads
         weights = {name: blocks(w, shape.heads) if "weight_hh" in name else w for name, w in weights.items()}
@@ -218,17 +227,44 @@ def _serves_kernels(shape, dtype, device):
     return _serves_ours(shape, dtype, device)
 
 
-def _where_auto_differs(shape, dtype, device):
+def _where_auto_is_torch(shape, dtype, device, mode):
     import torch
 
-    from fusedlstm import engines
+    from fusedlstm import engines, functional, launch, tuned
 
-    if device != "cpu" and engines.choose("auto", torch.device(device), getattr(torch, dtype)) == "triton":
-        return "same as fusedlstm, whose auto is triton here"
-    return _serves_kernels(shape, dtype, device)
+    if not _on_gpu(device):
+        return "needs a GPU: elsewhere it is fusedlstm"
+    if shape.heads > 1 or shape.resets or shape.T > functional.torch_engine.CUDNN_STEPS:
+        return "same as fusedlstm: no other engine serves"
+    index = torch.device(device).index
+    call = tuned.Call(
+        cell="lstm",
+        batch=shape.B,
+        input_size=shape.I,
+        hidden=shape.H,
+        proj_size=shape.proj,
+        layers=shape.layers,
+        directions=shape.directions,
+        dtype=launch.DTYPES[getattr(torch, dtype)],
+        precision="tf32",  # see `worker.setup`
+        layout="packed" if shape.lengths else "dense",
+        training=mode != "infer",
+    )
+    engine, why = engines.fastest(call, torch.cuda.current_device() if index is None else index)
+    return None if engine == "torch" else f"same as fusedlstm: auto is triton, {why}"
 
 
-@provider("fusedlstm-triton", features=FEATURES, serves=_where_auto_differs)
+@provider("fusedlstm-auto", features=FEATURES, serves=_serves_ours, differs=_where_auto_is_torch)
+def _fusedlstm_auto(shape, dtype, device, weights):
+    """What a user gets who names no engine, where that is cuDNN."""
+    return _fusedlstm(shape, dtype, device, weights, backend="auto")
+
+
+def _where_interpreted(shape, dtype, device):
+    return "same as fusedlstm on a GPU" if _on_gpu(device) else _serves_kernels(shape, dtype, device)
+
+
+@provider("fusedlstm-triton", features=FEATURES, serves=_where_interpreted)
 def _fusedlstm_triton(shape, dtype, device, weights):
     return _fusedlstm(shape, dtype, device, weights, backend="triton")
 

@@ -17,13 +17,16 @@ LINES = 12  # of each provider
 
 
 def slowest(measured: list[rows.Row]) -> tuple[rows.Row, str] | None:
-    """Our latency row that most needs a look, and why; None without one of ours."""
+    """The latency row of our kernels that most needs a look, and why; None without one."""
     known = expected.rates(measured)
     case = ("provider", "shape", "mode", "dtype")
     ours = {
         tuple(row[k] for k in case): row
         for row in measured
-        if row["op"] == "lstm" and row["metric"] == "latency" and row["provider"].startswith("fusedlstm")
+        if row["op"] == "lstm"
+        and row["metric"] == "latency"
+        and row["provider"].startswith("fusedlstm")
+        and row["provider"] != "fusedlstm-auto"  # that is cuDNN
     }
     speedups = {
         key: float(row["p50"])

@@ -363,7 +363,11 @@ def warm(cases: list[Case], settings: Settings) -> None:
         shape = BY_ID[case.shape]
         for name in case.providers:
             provider = registry.PROVIDERS[name]
-            if not name.startswith("fusedlstm") or provider.why_not(shape, case.dtype, settings.device, case.mode):
+            if (
+                not name.startswith("fusedlstm")
+                or name == "fusedlstm-auto"
+                or provider.why_not(shape, case.dtype, settings.device, case.mode)
+            ):
                 continue
             try:
                 layer = provider.layer(shape, case.dtype, settings.device, {})

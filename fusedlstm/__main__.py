@@ -122,9 +122,10 @@ def engine_line(where, dtype) -> str:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from fusedlstm import plan
+    from fusedlstm import checks, plan
 
     try:
+        checks.num_heads(args.heads, args.hidden)
         text = plan.explain(
             hidden=args.hidden,
             batch=args.batch,
@@ -142,6 +143,10 @@ def run_plan(args: argparse.Namespace) -> None:
 def run_tune(args: argparse.Namespace) -> None:
     from fusedlstm import tables, tuned
 
+    try:
+        tuned.path()
+    except RuntimeError as error:
+        fail(error)
     if args.clear:
         print(f"{tuned.path()}: {'removed' if tuned.clear() else 'there was none'}")
         return

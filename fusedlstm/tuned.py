@@ -73,24 +73,34 @@ def generation() -> int:
 
 
 def path() -> Path:
-    """The file of all choices."""
+    """The file of all choices.
+
+    Raises:
+        RuntimeError: no folder is named, and the user has no home directory.
+    """
     if folder := os.environ.get("FUSEDLSTM_CACHE"):
         return Path(folder) / "tuning.json"
     folder = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
-    return (Path(folder) if folder else Path.home() / ".cache") / "fusedlstm" / "tuning.json"
+    try:
+        return (Path(folder) if folder else Path.home() / ".cache") / "fusedlstm" / "tuning.json"
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"FUSEDLSTM_CACHE: expected a folder for the choices of fusedlstm.tune, got none, and {error}"
+        ) from error
 
 
 @functools.cache
 def place(index: int | None) -> Place:
     """Of a device by its index; None is the interpreter."""
-    from importlib import metadata, util
-
     import torch
 
     import fusedlstm
 
-    triton = metadata.version("triton") if util.find_spec("triton") else "none"
-    versions = (torch.__version__, triton, fusedlstm.__version__)
+    try:
+        import triton  # and not the metadata of a distribution: that may have another name
+    except ImportError:
+        triton = None
+    versions = (torch.__version__, getattr(triton, "__version__", "none"), fusedlstm.__version__)
     if index is None:
         return Place("interpreter", 0, "none", *versions)
     properties = torch.cuda.get_device_properties(index)
@@ -100,13 +110,21 @@ def place(index: int | None) -> Place:
 
 
 def find(index: int | None, what: Problem | Call) -> dict | None:
-    """The choice stored for a device, or None."""
-    table = _table(path(), _generation)
-    return table.get(_words(place(index)), {}).get(_words(what)) if table else None
+    """The choice stored for a device, or None. It never fails: a forward that asks could do without."""
+    try:
+        table = _table(path(), _generation)
+        return table.get(_words(place(index)), {}).get(_words(what)) if table else None
+    except Exception as error:  # no home directory, a driver that does not tell its version
+        return _warn(f"choices of fusedlstm.tune, ignored: {type(error).__name__}: {error}")
 
 
 def store(index: int | None, choices: dict) -> Path:
-    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns the file."""
+    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns the file.
+
+    Raises:
+        RuntimeError: as `check`.
+    """
+    check()
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
     forget()
@@ -117,6 +135,7 @@ def store(index: int | None, choices: dict) -> Path:
     try:
         with os.fdopen(handle, "w") as out:
             json.dump({"format": FORMAT, "choices": table}, out, indent=1)
+        os.chmod(name, 0o644)  # the temporary file is the user's alone; a shared folder's choices are for all
         os.replace(name, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -124,6 +143,24 @@ def store(index: int | None, choices: dict) -> Path:
         raise
     forget()
     return file
+
+
+def check() -> None:
+    """That choices can be added to the file without discarding another version's.
+
+    Raises:
+        RuntimeError: there is no folder for it, or the file is of another format; the text names it.
+    """
+    file = path()
+    try:
+        found = json.loads(file.read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or of no use to anybody
+    if found != FORMAT:
+        raise RuntimeError(
+            f"{file}: expected choices of fusedlstm.tune in format {FORMAT}, got format {found!r} of another version; "
+            "remove it (python -m fusedlstm tune --clear), or name another folder by FUSEDLSTM_CACHE"
+        )
 
 
 def clear() -> bool:

@@ -48,7 +48,8 @@ def tune(
     The module, its gradients and the random state stay as they are. Hooks do not run.
 
     Args:
-        module: in the mode in which it will run; training is measured too if a parameter requires a gradient.
+        module: in the mode in which it will run; training is measured too if a parameter requires a gradient. In
+            training mode the forward's plans are timed with what a training step saves.
         input, hx, lengths, resets: of one call, as of `LSTM.forward`, on the GPU.
         seconds: to measure for, in all; compiling the plans comes on top.
         timer: from functions and a number of seconds to the milliseconds of each; device events in interleaved rounds if
@@ -58,7 +59,8 @@ def tune(
         What was measured and chosen, which is also in the file `fusedlstm.tuned.path()`.
 
     Raises:
-        RuntimeError: there is no GPU, the input is not on it, or the kernels cannot serve the call.
+        RuntimeError: there is no GPU, the input is not on it, the kernels cannot serve the call, or the file of choices is
+            another version's.
         TypeError, ValueError: an argument is not what it should be; of the input as `LSTM.forward`.
     """
     checks.instance("module", module, LSTM)
@@ -74,8 +76,12 @@ def tune(
 
     index = data.device.index if data.device.type == "cuda" else None
     timer = timer or (in_rounds(_device_ms) if index is not None else in_rounds(_host_ms))
+    tuned.check()  # before any time is spent
     run = _Run(module, input, hx, lengths, resets)
-    modes = [False, True] if any(p.requires_grad for p in module.parameters()) else [False]
+    modes = [False]
+    if any(p.requires_grad for p in module.parameters()):
+        # What comes first chooses the plans of the forward, which in training also saves.
+        modes = [True, False] if module.training else [False, True]
     limits = launch.device_limits(index)
     plans: dict[Problem, object] = {}  # chosen so far
     found, choices = [], {}
@@ -130,14 +136,21 @@ class _Run:
             module.backend = before
 
     def call(self, dtype: torch.dtype, masked: bool, training: bool) -> Call | None:
-        """What an engine is chosen for; None if there is no choice: lengths and resets ATen has not."""
+        """What an engine is chosen for; None if there is no choice, or one that would pass for that of other calls.
+
+        Lengths, resets and clipped gradients ATen has not, `save="states"` asks for memory, and one step is another kernel.
+        """
         module, data = self.module, self.data
-        if masked:
+        if masked or module.save != "gates" or (training and module.grad_clip is not None):
             return None
         if self.batch_sizes is not None:
-            batch = int(self.batch_sizes[0])
+            steps, batch = len(self.batch_sizes), int(self.batch_sizes[0])
+        elif data.dim() == 2:
+            steps, batch = len(data), 1
         else:
-            batch = data.size(0 if module.batch_first else 1) if data.dim() == 3 else 1
+            batch, steps = data.shape[:2] if module.batch_first else data.shape[1::-1]
+        if steps == 1:
+            return None
         state = data.new_empty(module.num_layers, batch, module.hidden_size)  # of which only the shape is asked
         sizes = (self.batch_sizes, masked, module.num_layers, 1 + bool(module.bidirectional), module.proj_size)
         with torch.set_grad_enabled(training):

@@ -86,6 +86,101 @@ def test_what_a_provider_lacks_is_named():
     assert "only beyond 65535 steps" in why_not("cudnn-stretches", "F1", device="cuda")
     assert why_not("cudnn-stretches", "X1-T100000", device="cuda") is None
     assert (why_not("fusedlstm", "R3") is None) == registry.takes("num_heads")
+    assert why_not("fusedlstm-triton", "R1", device="cuda") == "same as fusedlstm on a GPU"
+    assert why_not("fusedlstm-auto", "R1") == "needs a GPU: elsewhere it is fusedlstm"
+
+
+def test_auto_is_measured_where_it_is_cudnn(monkeypatch):
+    from fusedlstm import engines
+
+    asked = []
+
+    def fastest(call, index):
+        asked.append((call.batch, call.layout, call.dtype, call.training, index))
+        return "torch" if call.training else "triton", "predicted"
+
+    monkeypatch.setattr(engines, "fastest", fastest)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    auto = registry.PROVIDERS["fusedlstm-auto"]
+    assert auto.why_not(shapes.BY_ID["L1"], "bfloat16", "cuda", "fwdbwd") is None
+    assert auto.why_not(shapes.BY_ID["M4"], "float32", "cuda", "infer").startswith("same as fusedlstm: auto is triton")
+    assert asked == [(128, "dense", "bf16", True, 3), (64, "packed", "fp32", False, 3)]
+    for shape in ("F4-48x16", "M3", "X1-T100000"):
+        assert "no other engine" in auto.why_not(shapes.BY_ID[shape], "bfloat16", "cuda", "fwdbwd")
+    assert len(asked) == 2
+
+
+def test_on_a_gpu_ours_is_the_kernels(monkeypatch):
+    made = []
+    monkeypatch.setattr(registry, "_module", lambda *args, **kwargs: made.append(kwargs))
+    for name, device in (("fusedlstm", "cuda"), ("fusedlstm-auto", "cuda"), ("fusedlstm", "cpu")):
+        registry.PROVIDERS[name].build(shapes.BY_ID["L1"], "float32", device, {})
+    assert made == [{"backend": "triton"}, {"backend": "auto"}, {}]
+
+
+def test_prediction_of_a_step_takes_its_input_product(monkeypatch):
+    from fusedlstm import launch, plan
+    from fusedlstm.devices import DEVICES
+
+    monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    shape = shapes.BY_ID["I1-H1024"]
+    ms, words = expected.predicted(shape, "bfloat16", "infer", "cuda", "fusedlstm")
+    p = plan.step_plan("lstm", 1, 1024, "bf16", 1, DEVICES["sm_90"], "fwd", input_size=1024)
+    assert math.isclose(ms, p.step_us / 1e3) and "fwd stepped 1x" in words
+    assert expected.predicted(shape, "bfloat16", "infer", "cuda", "fusedlstm-auto") is None
+
+
+def test_prediction_of_a_stack_is_that_of_a_wave(monkeypatch):
+    from fusedlstm import launch, plan
+    from fusedlstm.devices import DEVICES
+
+    limits = DEVICES["sm_90"]
+    monkeypatch.setattr(launch, "device_limits", lambda index: limits)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    shape = shapes.Shape("Z", T=40, B=16, I=24, H=256, layers=5)
+
+    def predicted(provider):
+        return expected.predicted(shape, "bfloat16", "fwdbwd", "cuda", provider)[0]
+
+    alone = predicted("fusedlstm-states")
+    for together in (1, 2):
+        monkeypatch.setattr(plan, "wave", lambda *args, together=together, **kwargs: together)
+        loops, flops = 0.0, 3 * 2.0 * 40 * 16 * 1024 * (24 + 9 * 256)
+        for n in [2, 2, 1] if together == 2 else [1] * 5:
+            for pass_ in ("fwd", "bwd"):
+                p = plan.plan("lstm", 40, 16, 256, "bf16", n, limits, pass_, stack=n > 1)
+                loops += p.step_us * (40 + n - 1)
+                flops -= 2.0 * 40 * 16 * 1024 * 256 * (n + n - 1)  # recurrent, and input of the layers above
+        assert math.isclose(predicted("fusedlstm"), loops / 1e3 + flops / (limits.half_tflops * 1e9))
+        assert (predicted("fusedlstm") == alone) == (together == 1)
+        assert predicted("fusedlstm-states") == alone, "which keeps layers apart"
+
+
+def test_tests_by_file(tmp_path):
+    for name, body in {
+        "good": "def test_a(): pass\ndef test_b(): pass",
+        "bad": "def test_a(): assert 0",
+        "none": "",
+        "dead": "import os\ndef test_a(): os._exit(9)",
+    }.items():
+        (tmp_path / f"test_{name}.py").write_text(body)
+
+    def by_file(*names):
+        paths = [str(tmp_path / f"test_{name}.py") for name in names] or [str(tmp_path)]
+        command = [sys.executable, "-m", "bench.by_file", *paths, "--", *gpu.PYTEST_OPTIONS, "--rootdir", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    status, log = by_file()
+    verdict, line = gpu.judge_tests(status, log)
+    assert status == 1 and verdict == gpu.FAILED, log
+    assert line.startswith("1 ended, 1 failed, 2 passed in ") and "first: " in line, log
+    assert "test_dead.py ended with status 9" in log
+    status, log = by_file("good", "none")
+    verdict, line = gpu.judge_tests(status, log)
+    assert verdict == gpu.PASSED and line.startswith("2 passed in "), log
+    assert by_file("none")[0] == 5
 
 
 def test_heads_are_the_blocks_of_a_dense_weight():
@@ -369,7 +464,9 @@ def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, cap
     assert len([r for r in measured if r["metric"] == "step_matmul"]) == 3
     assert 9 < float(told["barrier", "P128", "counter"]["p50"]) < 100
     assert 9 < expected.rates(measured)["barrier", "P8"] < 100
-    assert "barrier_us" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "barrier_us" in printed and printed.count("as constants: {") == 2, "the last group may not come to its end"
+    assert printed.index("as constants: {") < printed.index("exchange ")
 
     def wrong(self, kernel, programs, *args, waits=False, **constants):
         if kernel is ceilings.exchange_kernel:

@@ -2,9 +2,15 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import stat
+import sys
+import types
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import __main__ as command_line
@@ -13,6 +19,7 @@ from fusedlstm.devices import DEVICES
 from fusedlstm.tuned import Call, Problem
 
 SM_90 = DEVICES["sm_90"]
+PLACE = tuned.place  # the fixture replaces it
 HERE = tuned.Place("gpu 0", 132, "13.0", "2.13.0", "3.7.1", "0.1.0")
 PROBLEM = Problem("lstm", 64, 512, "bf16", 1, "fwd", "tf32", "dense")
 CALL = Call("lstm", 64, 512, 512, 0, 1, 1, "bf16", "tf32", "dense", True)
@@ -106,7 +113,6 @@ def once(text):
         "{",
         "[]",
         "null",
-        '{"format": 99, "choices": {}}',
         '{"format": 1}',
         '{"format": 1, "choices": {"a": {"b": 3}}}',
     ],
@@ -119,6 +125,84 @@ def test_a_corrupt_file_is_ignored_with_one_warning_and_replaced(folder, content
     assert once("no choices of fusedlstm.tune, ignored") == predicted
     tuned.store(0, {PROBLEM: stored(second_best())})
     assert plan_of() == second_best() and json.loads(tuned.path().read_text())["format"] == tuned.FORMAT
+
+
+def test_a_file_of_another_format_is_ignored_and_never_discarded(folder):
+    predicted, content = plan_of(), '{"format": 99, "choices": {"a": 1}}'
+    folder.mkdir()
+    tuned.path().write_text(content)
+    tuned.forget()
+    assert once("expected format 1") == predicted
+    with pytest.raises(RuntimeError, match=r"tuning\.json: expected choices .* in format 1, got format 99"):
+        tuned.store(0, {PROBLEM: stored(second_best())})
+    assert tuned.path().read_text() == content and [p.name for p in folder.iterdir()] == ["tuning.json"]
+
+
+def test_the_file_can_be_read_by_others(monkeypatch):
+    file = tuned.store(0, {PROBLEM: stored(second_best())})
+    assert os.name == "nt" or stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_without_a_home_directory_a_forward_does_without_choices(monkeypatch):
+    predicted = plan_of()
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FUSEDLSTM_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    tuned.forget()
+    assert once("FUSEDLSTM_CACHE: expected a folder .* home directory") == predicted
+    with pytest.raises(RuntimeError, match="FUSEDLSTM_CACHE: expected a folder"):
+        tuned.store(0, {PROBLEM: stored(second_best())})
+    with pytest.raises(SystemExit, match="FUSEDLSTM_CACHE: expected a folder"):
+        command_line.main(["tune", "--show"])
+
+
+def test_a_place_that_cannot_be_told_has_no_choices(monkeypatch):
+    predicted = plan_of()
+    tuned.store(0, {PROBLEM: stored(second_best())})
+
+    def place(index):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(tuned, "place", place)
+    tuned.forget()
+    assert once("ignored: RuntimeError: no driver") == predicted
+
+
+def test_a_place_needs_no_metadata_of_triton(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: 1 / 0)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.7.1+own"))
+    assert PLACE.__wrapped__(None).triton == "3.7.1+own"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert PLACE.__wrapped__(None).triton == "none"
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "training", "inference"),
+    [
+        ({}, 2, True, True),
+        ({"batch_first": True}, 2, True, True),
+        ({"grad_clip": 1.0}, 2, False, True),
+        ({"save": "states"}, 2, False, False),
+        ({}, 1, False, False),
+        ({"batch_first": True}, 1, False, False),
+    ],
+    ids=str,
+)
+def test_an_engine_is_chosen_only_for_what_its_key_tells(options, steps, training, inference):
+    module = fusedlstm.LSTM(3, 5, **options)
+    input = torch.randn(4, steps, 3) if module.batch_first else torch.randn(steps, 4, 3)
+    run = tuning._Run(module, input, None, None, None)
+    for mode, expected in ((True, training), (False, inference)):
+        call = run.call(torch.float32, False, mode)
+        assert (call is not None) == expected
+        assert not expected or (call.batch, call.training) == (4, mode)
+    packed = pack_padded_sequence(torch.randn(steps, 2, 3), torch.tensor([steps, 1]))
+    plain = tuning._Run(fusedlstm.LSTM(3, 5), packed, None, None, None).call(torch.float32, False, True)
+    assert (plain is None) == (steps == 1)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +373,8 @@ def test_command_line_explains_bound_runners_up_and_engine(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["plan", "--hidden", "0"])
     assert "--hidden: expected a whole number from 1, got '0'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"num_heads: expected a positive divisor of hidden_size \(100\), got 7"):
+        command_line.main(["plan", "--hidden", "100", "--heads", "7"])
 
 
 def test_tables_without_rich(monkeypatch):

@@ -61,7 +61,7 @@ def test_a_measured_choice_overrides_the_prediction_and_gives_the_same_numbers(d
     plans = [m for m in found if isinstance(m.what, tuned.Problem)]
     assert [m.what.pass_ for m in plans] == ["fwd", "bwd"]
     assert all(other in m.chosen and m.chosen != m.predicted and len(m.ms) >= 2 for m in plans)
-    assert [m.what.training for m in found if isinstance(m.what, tuned.Call)] == [False, True]
+    assert [m.what.training for m in found if isinstance(m.what, tuned.Call)] == [True, False]
 
     ran.clear()
     ours = results(module, input.to(device))
