@@ -21,6 +21,7 @@ from fusedlstm.devices import DEVICES
 from fusedlstm.plan import LAYOUTS, Plan, plan, wave
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
+MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
 CHOICE = ("schedule", "tiles", "warps", "split", "protocol")
@@ -51,14 +52,15 @@ def plans() -> list[tuple[str, str, Plan]]:
     found = []
     for s, (name, precision), limits in itertools.product(shapes(), DTYPES.items(), DEVICES.values()):
         sizes = (s.H, name.split("-")[0])
-        layouts = LAYOUTS if limits.arch in OTHER_LAYOUTS else LAYOUTS[:1]
-        if limits.arch not in OTHER_LAYOUTS and name not in ("bf16", "fp32"):
+        # float16 has the machine code of bfloat16, and IEEE products that of TF32 but for the dot: they are compiled dense.
+        layouts = LAYOUTS if limits.arch in OTHER_LAYOUTS and name in MOST else LAYOUTS[:1]
+        if limits.arch not in OTHER_LAYOUTS and name not in MOST:
             continue
         for pass_ in ("fwd", "bwd"):
             for layout in layouts:
                 p = plan("lstm", s.T, s.B, *sizes, s.directions, limits, pass_, precision, layout, s.heads)
                 found.append((s.id, name, p))
-        if s.layers > s.directions == 1 and not (s.proj or s.alternating) and len(layouts) > 1:
+        if s.layers > s.directions == 1 and not (s.proj or s.alternating) and limits.arch in OTHER_LAYOUTS:
             together = wave("lstm", s.layers, s.B, *sizes, limits, precision)
             for pass_ in ("fwd", "bwd") if together > 1 else ():
                 p = plan("lstm", s.T, s.B, *sizes, together, limits, pass_, precision, stack=True)

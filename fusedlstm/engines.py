@@ -51,6 +51,7 @@ def why_not_triton(
     directions: int = 1,
     clipped_projection: bool = False,
     layout: str = "dense",
+    heads: int = 1,
 ) -> str | None:
     """The reason why the kernels cannot serve a call, or None if they can. `hidden` None: any size."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
@@ -67,7 +68,7 @@ def why_not_triton(
     if device.type == "cuda" and hidden is not None:
         from fusedlstm import launch
 
-        return launch.why_not(cell, hidden, dtype, directions, device, layout)
+        return launch.why_not(cell, hidden, dtype, directions, device, layout, heads)
     return None
 
 
@@ -80,6 +81,7 @@ def choose(
     directions: int = 1,
     clipped_projection: bool = False,
     layout: str = "dense",
+    heads: int = 1,
 ) -> str:
     """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference".
 
@@ -87,7 +89,7 @@ def choose(
         RuntimeError: `triton` was asked for and cannot serve; the text names the reason.
     """
     engine = requested(backend)
-    call = (device, dtype, cell, hidden, directions, clipped_projection, layout)
+    call = (device, dtype, cell, hidden, directions, clipped_projection, layout, heads)
     if engine == "auto":
         return "triton" if device.type == "cuda" and why_not_triton(*call) is None else "torch"
     if engine == "triton" and (reason := why_not_triton(*call)):

@@ -65,17 +65,21 @@ def lstm(
     clips_projection = grad_clip is not None and proj_size > 0
     masked = lengths is not None or resets is not None
     rows = "packed" if batch_sizes is not None else "ragged" if masked else "dense"
-    engine = engines.choose(backend, input.device, dtype, "lstm", hx[1].size(-1), directions, clips_projection, rows)
+    hidden = hx[1].size(-1)
+    heads = 1 if proj_size else hidden // weights[1].size(1)
+    engine = engines.choose(backend, input.device, dtype, "lstm", hidden, directions, clips_projection, rows, heads)
     if (
         engine == "triton"
         and input.is_cuda
         and engines.requested(backend) == "auto"
         and save == "gates"  # else memory is asked for, and not time
+        and torch.backends.cudnn.enabled
+        and not (dropout * training and num_layers > 1)  # cuDNN draws its own masks
         and not (masked or cell_states or grad_clip is not None or torch.compiler.is_compiling())
     ):
         call = tuned_call(input, hx, weights, dtype, batch_sizes, masked, num_layers, directions, proj_size)
         steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
-        if call is not None and steps <= torch_engine.CUDNN_STEPS:
+        if call is not None and 1 < steps <= torch_engine.CUDNN_STEPS:
             engine, _ = engines.fastest(call, input.device.index)
     options = {
         "bias": bias,
@@ -99,8 +103,7 @@ def lstm(
     batch_first = batch_first and batch_sizes is None
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
-        has_heads = not proj_size and weights[1].size(1) < hx[1].size(-1)
-        if not (masked or cell_states or grad_clip is not None or has_heads):  # which ATen does not serve
+        if not (masked or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
             schedule = torch_engine.schedule(input, dtype, batch_sizes, batch_first, hx[1].size(-1), proj_size)
         compute_dtype = torch_engine.compute_dtype(input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
@@ -139,7 +142,7 @@ def lstm(
                 together = 1
                 alone = one_step or num_layers == 1 or directions == 2 or proj_size or between
                 if engine == "triton" and save == "gates" and not alone:
-                    together = wave.layers_together("lstm", input, hx[0], weights, num_layers, layout)
+                    together = wave.layers_together("lstm", input, hx, weights, num_layers, layout)
                 output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions * together, between)
             if batch_first:
                 output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
@@ -193,7 +196,8 @@ def lstm_cell(
     dtype = _result_dtype(input)
     weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
     hidden = hx[0].size(-1)
-    if engines.choose(backend, input.device, dtype, "lstm", hidden) == "torch" and weight_hh.size(1) == hidden:
+    heads = hidden // weight_hh.size(1)
+    if heads == 1 and engines.choose(backend, input.device, dtype, "lstm", hidden) == "torch":
         compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
         with _autocast_off(input):

@@ -154,7 +154,13 @@ def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) 
 
 
 def why_not(
-    cell: str, hidden: int, dtype: torch.dtype, directions: int, device: torch.device, layout: str = "dense"
+    cell: str,
+    hidden: int,
+    dtype: torch.dtype,
+    directions: int,
+    device: torch.device,
+    layout: str = "dense",
+    heads: int = 1,
 ) -> str | None:
     """Why a layer of this size and layout cannot run on this GPU, or None if it can."""
     properties = torch.cuda.get_device_properties(device)
@@ -162,7 +168,7 @@ def why_not(
         return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
     try:
         for pass_ in ("fwd", "bwd"):
-            problem = Problem(cell, 1, hidden, DTYPES[dtype], directions, pass_, precision_of(dtype), layout)
+            problem = Problem(cell, 1, hidden, DTYPES[dtype], directions, pass_, precision_of(dtype), layout, heads)
             _cached_plan(problem, device.index, tuned.generation())
     except planning.PlanError as error:
         return str(error)
@@ -383,11 +389,11 @@ def recompute(
     if B == 0:
         return gates, c_seq
     with _on(preact.device):
-        recompute_kernel[(triton.cdiv(H, RECOMPUTED_UNITS), B, D)](
+        recompute_kernel[(B, triton.cdiv(H, RECOMPUTED_UNITS), D)](  # the first axis of a grid is the long one
             preact_ptr=preact,
             hx_ptr=hx.contiguous(),
             cx_ptr=cx.float().contiguous(),
-            **_tables(layout, torch.zeros(1, dtype=torch.int32, device=preact.device)),
+            **_tables(layout, torch.zeros(2, dtype=torch.int32, device=preact.device)),
             gates_ptr=gates,
             c_seq_ptr=c_seq,
             T=rows[0] if layout.first_row is None else len(layout.first_row) - 1,
@@ -423,10 +429,10 @@ def _exchanged(x: Tensor, plan: Plan) -> Tensor:
 
 
 def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
-    """The arguments that tell a kernel how the rows lie; `unread`, int32, stands where it never looks."""
+    """The arguments that tell a kernel how the rows lie; `unread`, two int32 or more, stands where it never looks."""
     return {
         "lengths_ptr": unread if layout.lengths is None else layout.lengths.contiguous(),
-        "first_row_ptr": _no_rows(unread.device) if layout.first_row is None else layout.first_row,
+        "first_row_ptr": unread.view(torch.int64) if layout.first_row is None else layout.first_row,
         "resets_ptr": (unread if layout.resets is None else layout.resets.contiguous()).view(torch.int8),
     }
 
@@ -453,15 +459,9 @@ def _on(device: torch.device):
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
-    """One counter a recurrence, head and batch tile, at zero."""
-    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if plan.protocol == "counter" else 1
+    """One counter a recurrence, head and batch tile, at zero; of another protocol something that is not read."""
+    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if plan.protocol == "counter" else 2
     return torch.zeros(shape, dtype=torch.int32, device=device)
-
-
-@functools.cache
-def _no_rows(device: torch.device) -> Tensor:
-    """Stands where a kernel that is not PACKED never looks."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _rows_of(x: Tensor, width: int) -> bool:

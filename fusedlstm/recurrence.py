@@ -50,8 +50,8 @@ def _(cell, engine, preact_x, weight_hh, hx, cx, lengths, first_row, resets, sav
     D, *rows, GH = preact_x.shape
     S, H = cx.size(0), hx.size(-1)
     gates = preact_x.new_empty((*rows, D * GH) if save_gates else 0)
-    c_seq = preact_x.new_empty((S, *rows, D * H) if save_states else 0, dtype=_state_dtype(preact_x.dtype))
-    return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), hx.new_empty(cx.shape), gates, c_seq
+    c_seq = preact_x.new_empty((S, *rows, D * H) if save_states else 0, dtype=_c_seq_dtype(engine, preact_x))
+    return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
 @torch.library.custom_op("fusedlstm::recurrence_bwd", mutates_args=())
@@ -147,7 +147,7 @@ def recompute(
 @recompute.register_fake
 def _(cell, engine, preact, hx, cx, lengths, first_row, resets):
     D, *rows, GH = preact.shape
-    c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=_state_dtype(preact.dtype))
+    c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=_c_seq_dtype(engine, preact))
     return preact.new_empty(*rows, D * GH), c_seq
 
 
@@ -330,6 +330,11 @@ def layer(
 def is_one_step(engine: str, input: Tensor, layout: Layout) -> bool:
     """Whether one kernel can take an input [T, B, I] whole: a single step, without masks."""
     return engine == "triton" and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
+
+
+def _c_seq_dtype(engine: str, like: Tensor) -> torch.dtype:
+    """Of the states beside h of every step: the loop of torch operations keeps one dtype."""
+    return _state_dtype(like.dtype) if engine == "triton" else like.dtype
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,8 @@
 """ATen's LSTM: oneDNN on a CPU, cuDNN on a GPU. The embedded default without a GPU."""
 
+import contextlib
 import functools
+import warnings
 
 import torch
 from torch import Tensor
@@ -56,6 +58,14 @@ def schedule(
     return "stretches" if hidden <= WIDEST_STRETCH or not torch.is_grad_enabled() else "loop"
 
 
+@contextlib.contextmanager
+def _weights_as_they_lie():
+    """cuDNN copies weights that are not one piece of memory, and warns that `flatten_parameters` would help: not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        yield
+
+
 def lstm(
     schedule: str,
     input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I]
@@ -75,9 +85,11 @@ def lstm(
         hx = (hx[0].contiguous(), hx[1].contiguous())
         training = training or torch.is_grad_enabled()  # cuDNN keeps what backward needs only in training mode
     if schedule == "stack":
-        if batch_sizes is not None:
-            return torch._VF.lstm(input, batch_sizes, hx, weights, *options, training, bidirectional)
-        return torch._VF.lstm(input, hx, weights, *options, training, bidirectional, batch_first)
+        warns = input.is_cuda and not torch.compiler.is_compiling()
+        with _weights_as_they_lie() if warns else contextlib.nullcontext():
+            if batch_sizes is not None:
+                return torch._VF.lstm(input, batch_sizes, hx, weights, *options, training, bidirectional)
+            return torch._VF.lstm(input, hx, weights, *options, training, bidirectional, batch_first)
     if schedule == "step":
         output, h_n, c_n = _lstm_step(input.squeeze(1 if batch_first else 0), hx, weights, *options, bidirectional)
         return output.unsqueeze(1 if batch_first else 0), h_n, c_n

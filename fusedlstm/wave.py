@@ -45,7 +45,7 @@ def _(cell, preact_x, weight_ih, bias, weight_hh, hx, cx, lengths, first_row, re
     L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
     gates = preact_x.new_empty((L, *rows, GH) if save_gates else 0)
     c_seq = preact_x.new_empty((S, L, *rows, H) if save_states else 0, dtype=_state_dtype(preact_x.dtype))
-    return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), hx.new_empty(cx.shape), gates, c_seq
+    return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
 @torch.library.custom_op("fusedlstm::wave_bwd", mutates_args=())
@@ -149,7 +149,7 @@ class WaveFunction(torch.autograd.Function):
 def layers_together(
     cell: str,
     input: Tensor,  # [T, B, I] or packed [R, I]
-    hx: Tensor,  # [L, B, H]
+    state: tuple[Tensor, ...],  # h first, each [L, B, H]
     weights: list[Tensor],
     layers: int,
     layout: Layout,
@@ -159,9 +159,11 @@ def layers_together(
         return 1  # a graph is for any batch, and the choice is not
     from fusedlstm import launch
 
-    heads = hx.size(-1) // weights[1].size(1)
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (input, hx, *weights))
-    return launch.layers_together(cell, input, hx, layers, layout.name, training) if heads == 1 else 1
+    hx = state[0]
+    if weights[1].size(1) < hx.size(-1):
+        return 1  # heads
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (input, *state, *weights))
+    return launch.layers_together(cell, input, hx, layers, layout.name, training)
 
 
 def stack(

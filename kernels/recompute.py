@@ -48,9 +48,9 @@ def recompute_kernel(
 ):
     GH: tl.constexpr = G * H
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
-    offs = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # [1, BLOCK_H]
+    offs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # [1, BLOCK_H]
     mask = offs < H
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
     pid_d = tl.program_id(2).to(tl.int64)
     steps = T
     if PACKED or RAGGED:

@@ -204,7 +204,7 @@ MUTANTS = {
     "recompute: no reset": ("kernels/recompute.py", "== 0\n", ">= 0\n", "tests/kernels/test_recompute.py"),
     "recompute: the reverse direction begins with the first step": (
         "kernels/recompute.py",
-        "t = step + reverse * (steps - 1 - 2 * step)",
+        "t = step + pid_d * (steps - 1 - 2 * step)",
         "t = step",
         "tests/kernels/test_recompute.py",
     ),

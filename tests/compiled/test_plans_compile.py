@@ -19,8 +19,7 @@ def hardest():
     """One plan for every tiling: the one with the longest reduction. fp16 has the machine code of bf16."""
     chosen = {}
     for _, dtype, p in kernels.plans():
-        tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.num_warps)
-        tiling = (p.arch, p.layout, p.pass_, dtype, *tiles)
+        tiling = (p.arch, kernels.layout(p), p.pass_, dtype, *kernels.choice(p), p.heads > 1)
         wanted = dtype != "fp16" and (p.layout == "dense" or p.arch == "sm_90")
         if wanted and (tiling not in chosen or chosen[tiling].hidden < p.hidden):
             chosen[tiling] = p
@@ -43,12 +42,11 @@ def test_the_committed_table_is_of_these_plans():
     """bench/results/kernels.csv: a row for every shape, dtype, pass, target and layout, with the plan of today, and no fault."""
     with kernels.RESULTS.open() as file:
         rows = {(r["shape"], r["dtype"], r["pass"], r["target"], r["layout"]): r for r in csv.DictReader(file)}
-    expected = {(shape, dtype, p.pass_, p.arch, p.layout): p for shape, dtype, p in kernels.plans()}
+    expected = {(shape, dtype, p.pass_, p.arch, kernels.layout(p)): p for shape, dtype, p in kernels.plans()}
     assert rows.keys() == expected.keys()
     for key, p in expected.items():
         row = rows[key]
-        tiles = f"{p.block_b}x{p.block_h}x{p.block_k}" + ("T" if p.transposed else "")
-        assert (row["schedule"], row["tiles"], int(row["warps"])) == (p.schedule, tiles, p.num_warps), key
+        assert tuple(row[name] for name in kernels.CHOICE) == kernels.choice(p), key
         numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
         assert not kernels.faults(p, numbers), (key, kernels.faults(p, numbers))
         assert (row["predicted_us"], row["bound_us"]) == kernels.times(BY_ID[key[0]], p), key
@@ -56,7 +54,7 @@ def test_the_committed_table_is_of_these_plans():
 
 
 def sm_90(pass_, hidden=512, batch=64):
-    return plan("lstm", 100, batch, hidden, "bf16", 1, DEVICES["sm_90"], pass_)
+    return plan("lstm", 100, batch, hidden, "bf16", 1, DEVICES["sm_90"], pass_, protocol="counter")
 
 
 @pytest.fixture(scope="module", params=["fwd", "bwd"])
@@ -67,7 +65,7 @@ def resident(request):
 def test_resident_weights_are_loaded_outside_the_loop(resident):
     """In the intermediate code the weights are put into shared memory before the first loop."""
     before, _, inside = resident.asm["ttgir"].partition("scf.for")
-    assert before.count("ttg.local_alloc") >= 4
+    assert before.count("ttg.local_alloc") >= 2
     assert "ttng.warp_group_dot" in inside or "tt.dot" in inside
 
 
