@@ -22,6 +22,7 @@ from fusedlstm.plan import LAYOUTS, Plan, plan, wave
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
 MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
+SOME_BYTES = 64  # a thread may spill on a target that nobody here tunes for
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
 CHOICE = ("schedule", "tiles", "warps", "split", "protocol")
@@ -134,7 +135,7 @@ def faults(p: Plan, numbers: tuple) -> list[str]:
     if regs < 0:
         return [f"does not compile: {mma}"]
     found = []
-    if spill_bytes:
+    if spill_bytes > (0 if p.arch in OTHER_LAYOUTS else SOME_BYTES):
         found.append(f"spills {spill_bytes} bytes a thread")
     if smem_bytes > DEVICES[p.arch].smem_bytes:
         found.append(f"{smem_bytes} bytes of shared memory, {DEVICES[p.arch].smem_bytes} at most")

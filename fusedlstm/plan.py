@@ -435,6 +435,7 @@ def _block_k(
     reduction: int,
     columns: int,
     pass_: str,
+    layout: str,
     transposed: bool,
     split: bool,
 ) -> int:
@@ -453,6 +454,9 @@ def _block_k(
         widest = 512 if block_b == 16 else 256 if columns <= 16 else 128
     else:
         widest = 64 if block_b == 64 else 256 if pass_ == "bwd" and block_b == 16 else 128
+    if layout != "dense" and schedule == "resident":  # rows that come and go need registers, too
+        widest = min(widest, 128 if dtype == "fp32" or block_b == 32 else widest)
+        widest = min(widest, 64 if pass_ == "fwd" and block_b == 32 else widest)
     return min(widest, max(16, _power_of_2(reduction)))
 
 
@@ -488,7 +492,7 @@ def _fit(
         protocol = "counter"
     elif protocol is None:
         protocol = "data"  # one trip through the L2 and not three; and fewer registers, as `make kernels` finds
-        if limits.arch == "sm_100" and columns >= 128:
+        if limits.arch == "sm_100":
             protocol = "counter"  # Triton 3.7.1 fails to compile the other there
     group_of_heads = group * heads
     if protocol != "none" and group_of_heads * directions > limits.num_sms:
@@ -501,7 +505,7 @@ def _fit(
     segment = hidden // heads if by_gate else reduction
     # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
     splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, transposed, splits)
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
     chunks = reduction // segment * math.ceil(segment / block_k)
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
@@ -518,7 +522,7 @@ def _fit(
         return None
 
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
-    if pass_ == "bwd" and ((ieee and block_h > 8) or (schedule == "resident" and block_b * block_h >= 1024)):
+    if pass_ == "bwd" and ieee and block_h > 8 and not limits.weights_in_registers:
         num_warps = 8
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
@@ -661,9 +665,14 @@ def _spills_some(p: Plan, limits: DeviceLimits) -> bool:
     ieee = p.dtype == "fp32" and p.precision == "ieee"
     tile = p.block_b * p.block_h
     if p.schedule == "resident":
+        if p.pass_ == "bwd" and tile >= 1024:
+            return True
+        if limits.arch == "sm_120" and p.block_b == 32:
+            return True
         return not limits.wide_mma and p.block_b == 64 and p.chunks > 8
-    if p.schedule == "streamed" and ieee:
-        return tile >= 1024 and p.hidden * ITEMSIZE[p.dtype] % 16 != 0
+    unaligned = p.hidden * ITEMSIZE[p.dtype] % 16 != 0
+    if p.schedule == "streamed" and (ieee or limits.arch == "sm_120"):
+        return tile >= 1024 and unaligned
     return p.schedule == "streamed" and tile >= 2048 and not limits.wide_mma
 
 
@@ -677,6 +686,8 @@ def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:
     if (ieee or not limits.wide_mma) and tile >= largest:
         return True
     if p.schedule == "resident":
+        if p.layout == "packed" and limits.wide_mma and p.split > 4 and p.block_h == 16 and p.chunks >= 8:
+            return True
         return (tile >= 1024 and chunks >= 16) or (p.pass_ == "bwd" and tile >= 512 and chunks >= 32)
     return p.schedule == "single" and p.pass_ == "bwd" and p.dtype == "fp32" and p.block_h >= 64
 
