@@ -517,7 +517,8 @@ def _fit(
             exchange_bytes *= chunks  # the gradients of all gates are on their way at once
         in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
         smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
-    smem_bytes += 4 * block_b * columns  # a change of layout may stage the accumulators
+    # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
+    smem_bytes += 4 * block_b * columns * (block_b // 8 if splits else 1)
     if smem_bytes > limits.smem_bytes:
         return None
 
