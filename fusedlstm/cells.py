@@ -1,6 +1,7 @@
-"""What every recurrent cell is made of: the names and the order of its gates and states.
+"""What every recurrent cell is made of: the names and the order of its gates, states and parameters of single units.
 
-The equations stand in `fusedlstm.reference` (specification) and in `fusedlstm.kernels.cells` (device code).
+The equations stand in `fusedlstm.equations` (specification), in `fusedlstm.kernels.cells` (device code) and, for a fast loop
+of torch operations, in `fusedlstm.loops`: one file a cell in each, with the name of the cell.
 This module is plain data, so that `plan` can count gates without importing torch or triton.
 """
 
@@ -12,11 +13,23 @@ class Cell(NamedTuple):
 
     `gates` are the rows of `weight_ih` and `weight_hh`, in order. `states` begins with h, which is also the output;
     the states after it never leave their program and are saved in float32.
+
+    `kept` are the blocks of H that a step keeps for the backward, the same as the gates unless told; the backward puts as
+    many gradients in their places. Those of the input's preactivations stand at `x_blocks`, in the order of the gates, and
+    those of the recurrent ones at `h_blocks`, which follow each other.
+
+    `vectors` are parameters with one number a unit, beside the four of `torch.nn`. With `bias_in_step` the step adds
+    `bias_hh` to the recurrent product itself, as vectors before the others; else it is a part of the input's preactivations.
     """
 
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    x_blocks: tuple[int, ...] = ()
+    h_blocks: tuple[int, ...] = ()
+    vectors: tuple[str, ...] = ()
+    bias_in_step: bool = False
 
     @property
     def num_gates(self) -> int:
@@ -28,7 +41,43 @@ class Cell(NamedTuple):
         """S: states beside h."""
         return len(self.states) - 1
 
+    @property
+    def num_kept(self) -> int:
+        """K: blocks that a step keeps."""
+        return len(self.kept or self.gates)
+
+    @property
+    def first_h_block(self) -> int:
+        """Where the gradients of the recurrent preactivations begin."""
+        return self.h_blocks[0] if self.h_blocks else 0
+
+    @property
+    def num_vectors(self) -> int:
+        """V: vectors that a step takes."""
+        return len(self.vectors) + (self.num_gates if self.bias_in_step else 0)
+
+    @property
+    def adds(self) -> bool:
+        """Whether a step looks at the sum of both parts of a preactivation only."""
+        return not self.kept and not self.bias_in_step
+
 
 LSTM = Cell("lstm", gates=("i", "f", "g", "o"), states=("h", "c"))
+GRU = Cell(
+    "gru",
+    gates=("r", "z", "n"),
+    states=("h",),
+    kept=("n", "r", "z", "n_h"),  # n_h: what r multiplies
+    x_blocks=(1, 2, 0),
+    h_blocks=(1, 2, 3),
+    bias_in_step=True,
+)
+RNN_TANH = Cell("rnn_tanh", gates=("h",), states=("h",))
+RNN_RELU = Cell("rnn_relu", gates=("h",), states=("h",))
+PEEPHOLE = Cell(
+    "peephole", gates=("i", "f", "g", "o"), states=("h", "c"), vectors=("weight_ci", "weight_cf", "weight_co")
+)
+COUPLED = Cell("coupled", gates=("i", "g", "o"), states=("h", "c"))
+SLSTM = Cell("slstm", gates=("i", "f", "g", "o"), states=("h", "c", "n", "m"))
 
-CELLS = {cell.name: cell for cell in (LSTM,)}
+CELLS = {cell.name: cell for cell in (LSTM, GRU, RNN_TANH, RNN_RELU, PEEPHOLE, COUPLED, SLSTM)}

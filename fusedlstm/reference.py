@@ -1,7 +1,7 @@
-r"""The specification: every cell's equations in plain torch, any dtype, forward and written-out backward.
+r"""The specification: a recurrence over any cell in plain torch, any dtype, forward and written-out backward.
 
-Dimensions: T steps, B batch, I input size, H hidden size, G gates, D directions, S states beside h, P size of h (H, or
-`proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
+Dimensions: T steps, B batch, I input size, H hidden size, G gates, K blocks that a step keeps, V vectors, D directions, S
+states beside h, P size of h (H, or `proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
 packed; lengths, packing and resets are told in `fusedlstm.layout`. `weight_hh` has H / DH heads (`fusedlstm.heads`); one
 is the usual LSTM.
 
@@ -11,62 +11,17 @@ A recurrence maps `preact_x` (the input part of the preactivations) and the init
     \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
     \mathrm{gates}_t, \mathrm{state}_t = \mathrm{step}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
 
-A cell is a `step` and its `step_backward`; everything else here is the same for every cell.
+The step and its backward are those of `fusedlstm.equations`; everything here is the same for every cell.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads
+from fusedlstm import cells, heads, parameters
+from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout, spans
 
 State = tuple[Tensor, ...]  # h first, each [B, H]
-Gates = tuple[Tensor, ...]  # each [B, H]
-
-
-class Step(NamedTuple):
-    """The equations of a cell: one step, and the gradients of one step."""
-
-    forward: Callable[[Gates, Gates, State], tuple[Gates, State]]
-    backward: Callable[[Gates, State, State, State], tuple[Gates, State]]
-
-
-def lstm_step(preact_x: Gates, preact_h: Gates, state: State) -> tuple[Gates, State]:
-    r"""i, f, o = \sigma(\cdot), g = \tanh(\cdot); c' = f c + i g; h' = o \tanh(c')."""
-    preact_i, preact_f, preact_g, preact_o = (x + h for x, h in zip(preact_x, preact_h, strict=True))
-    _, c = state
-    i = torch.sigmoid(preact_i)
-    f = torch.sigmoid(preact_f)
-    g = torch.tanh(preact_g)
-    o = torch.sigmoid(preact_o)
-    c = f * c + i * g
-    h = o * torch.tanh(c)
-    return (i, f, g, o), (h, c)
-
-
-def lstm_step_backward(gates: Gates, state_prev: State, state: State, dstate: State) -> tuple[Gates, State]:
-    r"""Gradients of the preactivations, and of the previous state (h: without the way through `weight_hh`).
-
-    With dh and dc the gradients of h' and c': do = dh tanh(c'), dc += dh o (1 - tanh(c')^2), then
-    di = dc g, df = dc c, dg = dc i, and the previous dc is dc f. \sigma' = y (1 - y), \tanh' = 1 - y^2.
-    """
-    i, f, g, o = gates
-    _, c_prev = state_prev
-    _, c = state
-    dh, dc = dstate
-    tanh_c = torch.tanh(c)
-    dc = dc + dh * o * (1 - tanh_c * tanh_c)
-    dpreact_i = dc * g * i * (1 - i)
-    dpreact_f = dc * c_prev * f * (1 - f)
-    dpreact_g = dc * i * (1 - g * g)
-    dpreact_o = dh * tanh_c * o * (1 - o)
-    return (dpreact_i, dpreact_f, dpreact_g, dpreact_o), (torch.zeros_like(dh), dc * f)
-
-
-STEPS = {cells.LSTM.name: Step(lstm_step, lstm_step_backward)}
 
 
 def steps_of(T: int, direction: int) -> range:
@@ -117,6 +72,11 @@ def _where(condition: Tensor | None, yes: State, no: State | float) -> State:
     return tuple(torch.where(condition, y, n) for y, n in zip(yes, no, strict=True))
 
 
+def _stack(states: State, empty: Tensor) -> Tensor:
+    """The states beside h, [S, B, H]; `empty`, which has that shape, if there are none."""
+    return torch.stack(states) if states else empty
+
+
 def recurrence_fwd(
     cell: str,
     preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
@@ -126,6 +86,7 @@ def recurrence_fwd(
     layout: Layout = DENSE,
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
     clip: float | None = None,
+    vectors: Tensor | None = None,  # [D, V, H]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All T steps of one layer, both directions; plain autograd can differentiate it.
 
@@ -133,16 +94,16 @@ def recurrence_fwd(
         clip: the largest element of the gradient of a state that enters a step.
 
     Returns:
-        output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], gates [T, B, D * G * H] (after the nonlinearity) and
+        output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], gates [T, B, D * K * H] (after the nonlinearity) and
         c_seq [S, T, B, D * H]; [R, ...] in place of [T, B, ...]. All but gates are zero in padding.
     """
-    num_gates, step = cells.CELLS[cell].num_gates, STEPS[cell].forward
+    num_gates, step = cells.CELLS[cell].num_gates, EQUATIONS[cell].step
     D, *leading, _ = preact_x.shape
     steps = spans(layout.first_row, leading)
     preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
-        state = (hx[d], *cx[:, d])
+        state, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
         states, gates = [None] * len(steps), [None] * len(steps)
         for t in steps_of(len(steps), d):
             first, n = steps[t]  # sequences 0 to n - 1 have this step; the others have ended, or in reverse not begun
@@ -154,7 +115,7 @@ def recurrence_fwd(
                 entered = _where(~cut, entered, 0.0)
             preact_h = heads.recurrent(entered[0], weight_hh[d])
             x = preact_x[d, first : first + n]
-            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered)
+            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered, own, 1.0)
             if weight_hr:
                 now = (now[0] @ weight_hr[d].t(), *now[1:])
             states[t] = _where(lives, now, 0.0)
@@ -162,9 +123,9 @@ def recurrence_fwd(
             state = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, state, strict=True))
         output.append(torch.cat([s[0] for s in states]))
         h_n.append(state[0])
-        c_n.append(torch.stack(state[1:]))
+        c_n.append(_stack(state[1:], cx[:, d]))
         gates_seq.append(torch.cat([torch.cat(g, -1) for g in gates]))
-        c_seq.append(torch.cat([torch.stack(s[1:]) for s in states], 1))
+        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : len(s[0])]) for s in states], 1))
     return (
         torch.cat(output, -1).unflatten(0, leading),
         torch.stack(h_n),
@@ -184,27 +145,29 @@ def recurrence_bwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D * H] or [R, D * H]
-    gates: Tensor,  # [T, B, D * G * H] or [R, D * G * H]
+    gates: Tensor,  # [T, B, D * K * H] or [R, D * K * H]
     c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
     layout: Layout = DENSE,
     clip: float | None = None,
+    vectors: Tensor | None = None,  # [D, V, H]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that must be found step by step; those of the weights follow from them as one product each.
 
     Returns:
         grad_preact like gates (zero in padding), grad_hx [D, B, H], grad_cx [S, D, B, H].
     """
-    num_gates, step_backward = cells.CELLS[cell].num_gates, STEPS[cell].backward
+    of, step_backward = cells.CELLS[cell], EQUATIONS[cell].step_backward
+    first_h = of.first_h_block
     *leading, _ = gates.shape
     D, H, steps = len(weight_hh), hx.size(-1), spans(layout.first_row, leading)
     output, grad_output, gates = (
         x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
     )  # [R, D, features]
-    c_seq, grad_c_seq = (x.reshape(len(cx), -1, D, x.size(-1) // D) for x in (c_seq, grad_c_seq))
+    c_seq, grad_c_seq = (x.reshape(len(cx), len(output), D, H) for x in (c_seq, grad_c_seq))
     grad_preact, grad_hx, grad_cx = [], [], []
     for d in range(D):
         order = steps_of(len(steps), d)
-        dstate = (grad_h_n[d], *grad_c_n[:, d])
+        dstate, own = (grad_h_n[d], *grad_c_n[:, d]), () if vectors is None else tuple(vectors[d])
         dpreacts = [None] * len(steps)
         for k, t in reversed(list(enumerate(order))):
             first, n = steps[t]
@@ -224,10 +187,11 @@ def recurrence_bwd(
             entered = state_prev if cut is None else _where(~cut, state_prev, 0.0)
             carried = tuple(ds[:n] for ds in dstate)
             now = tuple(ds + g for ds, g in zip(carried, (grad_output[rows, d], *grad_c_seq[:, rows, d]), strict=True))
-            dpreact, now = step_backward(gates[rows, d].chunk(num_gates, -1), entered, state, now)
+            dpreact, now = step_backward(gates[rows, d].chunk(of.num_kept, -1), entered, state, now, own, 1.0)
             dpreact = _where(lives, dpreact, 0.0)
             dpreacts[t] = torch.cat(dpreact, -1)
-            now = (now[0] + heads.recurrent_backward(dpreacts[t], weight_hh[d], H), *now[1:])
+            through = torch.cat(dpreact[first_h : first_h + of.num_gates], -1)
+            now = (now[0] + heads.recurrent_backward(through, weight_hh[d], H), *now[1:])
             if cut is not None:
                 now = _where(~cut, now, 0.0)
             if clip is not None:
@@ -236,7 +200,7 @@ def recurrence_bwd(
             dstate = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, dstate, strict=True))
         grad_preact.append(torch.cat(dpreacts))
         grad_hx.append(dstate[0])
-        grad_cx.append(torch.stack(dstate[1:]))
+        grad_cx.append(_stack(dstate[1:], cx[:, d]))
     return torch.cat(grad_preact, -1).unflatten(0, leading), torch.stack(grad_hx), torch.stack(grad_cx, 1)
 
 
@@ -245,14 +209,18 @@ def layer(
     input: Tensor,  # [T, B, I] or packed [R, I]
     hx: Tensor,  # [D, B, P]
     cx: Tensor,  # [S, D, B, H]
-    parameters: list[list[Tensor]],  # per direction: weight_ih [G*H, I], weight_hh as above (, bias_ih, bias_hh [G*H])
+    per_direction: list[list[Tensor]],  # weight_ih [G*H, I], weight_hh as above (, bias_ih, bias_hh [G*H]), vectors [H]
     layout: Layout = DENSE,
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
     clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and c_seq."""
-    preact_x = torch.stack([input @ p[0].t() + (sum(p[2:]) if len(p) > 2 else 0) for p in parameters])
+    biases = [parameters.input_bias(cell, p) for p in per_direction]
+    preact_x = torch.stack(
+        [input @ p[0].t() + (0 if b is None else b) for p, b in zip(per_direction, biases, strict=True)]
+    )
+    vectors = parameters.vectors(cell, per_direction)
     output, h_n, c_n, _, c_seq = recurrence_fwd(
-        cell, preact_x, [p[1] for p in parameters], hx, cx, layout, weight_hr, clip
+        cell, preact_x, [p[1] for p in per_direction], hx, cx, layout, weight_hr, clip, vectors
     )
     return output, h_n, c_n, c_seq

@@ -110,13 +110,13 @@ def recurrence_inputs(
     resets=0.0,
     heads=1,
 ) -> dict:
-    """preact_x, weight_hh, hx, cx and layout of a recurrence; the values are rounded to `dtype`.
+    """preact_x, weight_hh, hx, cx, layout and vectors of a recurrence; the values are rounded to `dtype`.
 
     T and B follow from `packed`, the descending lengths of a packed batch, or from T and `lengths`, those of a ragged one.
     `resets` is the share of the rows at which a sequence is cut; `heads` divides H.
     """
     spec = cells.CELLS[cell]
-    G, S = spec.num_gates, spec.num_cell_states
+    G, S, V = spec.num_gates, spec.num_cell_states, spec.num_vectors
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape, scale=1.0):
@@ -136,9 +136,18 @@ def recurrence_inputs(
         "preact_x": randn(D, *leading, G * H),
         "weight_hh": [randn(G * H, H // heads, scale=(H // heads) ** -0.5) for _ in range(D)],
         "hx": randn(D, B, H),
-        "cx": randn(S, D, B, H),
+        "cx": randn(S, D, B, H) if cell != "slstm" else _slstm_states(randn, D, B, H),
         "layout": layout,
+        "vectors": randn(D, V, H) if V else None,
     }
+
+
+def _slstm_states(randn, D: int, B: int, H: int) -> Tensor:
+    """c, n and m, of which n is positive; a sequence begins with nothing."""
+    states = randn(3, D, B, H)
+    states[1] = states[1].abs() + 0.5
+    states[1:, :, -1] = 0
+    return states
 
 
 def without_padding(gates: Tensor, layout: Layout) -> Tensor:

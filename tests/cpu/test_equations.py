@@ -1,0 +1,44 @@
+"""The equations of every cell: the written-out backward is autograd's, in float64, with every state and in every layout."""
+
+import pytest
+import torch
+
+from fusedlstm import cells, reference
+from support import recurrence_inputs
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+LAYOUTS = {
+    "dense": {},
+    "resets": {"resets": 0.3},
+    "ragged": {"lengths": [5, 0, 3], "resets": 0.2},
+    "packed": {"packed": [5, 3, 1]},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", cells.CELLS)
+def test_written_out_backward_equals_autograd(cell, directions, layout):
+    of = cells.CELLS[cell]
+    inputs = recurrence_inputs(5, 3, 6, directions, torch.float64, cell=cell, **LAYOUTS[layout])
+    preact_x, hx, cx = (inputs[name].requires_grad_() for name in ("preact_x", "hx", "cx"))
+    vectors = None if inputs["vectors"] is None else inputs["vectors"].requires_grad_()
+    output, h_n, c_n, gates, c_seq = reference.recurrence_fwd(cell, **inputs)
+    results = [x for x in (output, c_seq, h_n, c_n) if x.numel()]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (output, c_seq, h_n, c_n)]
+    wanted = [x for x in (preact_x, hx, cx) if x.numel()]
+    expected = iter(
+        torch.autograd.grad(results, wanted, [g for g in grads if g.numel()], retain_graph=vectors is not None)
+    )
+    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
+    with torch.no_grad():
+        grad_preact, grad_hx, grad_cx = reference.recurrence_bwd(
+            cell, *grads, **states, output=output, gates=gates, c_seq=c_seq
+        )
+    by_block = grad_preact.unflatten(-1, (directions, of.num_kept, 6)).movedim(-3, 0)  # [D, ..., K, H]
+    of_input = by_block[..., list(of.x_blocks) or slice(None), :].flatten(-2)
+    torch.testing.assert_close(of_input, next(expected), **EXACT)
+    torch.testing.assert_close(grad_hx, next(expected), **EXACT)
+    if of.num_cell_states:
+        torch.testing.assert_close(grad_cx, next(expected), **EXACT)
