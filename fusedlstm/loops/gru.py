@@ -29,8 +29,7 @@ def backward(at):
     """Every preactivation's gradient is dh times a factor."""
     n, r, z, n_h = at.gates.chunk(4, -1)
     dn, dr, dz, dn_h = at.dpreact.chunk(4, -1)
-    torch.mul(n, n, out=dn)
-    torch.addcmul(1 - z, 1 - z, dn, value=-1, out=dn)  # (1 - z) (1 - n^2)
+    torch.addcmul(torch.ones_like(n[:1]), n, n, value=-1, out=dn).addcmul_(dn, z, value=-1)  # (1 - n^2) (1 - z)
     torch.mul(dn, r, out=dn_h)
     torch.mul(dn_h, n_h, out=dr).addcmul_(dr, r, value=-1)
     torch.sub(at.before(0), n, out=dz).mul_(z).addcmul_(dz, z, value=-1)

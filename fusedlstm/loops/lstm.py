@@ -36,13 +36,13 @@ def candidate_factor(i, g, out):
 
 
 def output_factor(at):
-    """Of h = o tanh(c), the last gate being o: do = dh times tanh(c) o (1 - o), which is put in its place, and dc = dh times
-    o (1 - tanh(c)^2), which is returned, [R, H]."""
-    tanh_c = torch.tanh(at.states[1])
-    H = tanh_c.size(1)
-    o, do = at.gates[:, -H:], at.dpreact[:, -H:]
-    torch.mul(tanh_c, o, out=do).addcmul_(do, o, value=-1)
-    return tanh_c.square_().neg_().add_(1).mul_(o)
+    """Of h = o tanh(c), the last gate being o: do = dh times h (1 - o), which is put in its place, and dc = dh times
+    o (1 - tanh(c)^2) = o - h^2 / o, which is returned, [R, H]."""
+    h = at.states[0]
+    o, do = at.gates[:, -h.size(1) :], at.dpreact[:, -h.size(1) :]
+    torch.addcmul(h, h, o, value=-1, out=do)
+    square = (h * h).div_(o.clamp_min(torch.finfo(o.dtype).tiny))  # 0 where o is
+    return torch.sub(o, square, out=square)
 
 
 def steps_backward(at, dc_of_dh, dc_of_dc):
