@@ -60,9 +60,7 @@ def test_equals_the_specification(monkeypatch, cell, case, by_equations):
 
     names = ("output", "h_n", "c_n", "gates", "c_seq")
     exact = dict(zip(names, reference.recurrence_fwd(cell, **inputs), strict=True))
-    ours = dict(
-        zip(names, torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True), strict=True)
-    )
+    ours = dict(zip(names, torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True), strict=True))
     saved = {name: exact[name] for name in ("output", "gates", "c_seq")}
     lives = torch.ones_like(exact["gates"][..., :1], dtype=torch.bool)
     if inputs["layout"].name == "ragged" and inputs["layout"].lengths is not None:
