@@ -11,8 +11,7 @@ from fusedlstm.layout import Layout
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
 
-LAYERS = {name: getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-CELLS = {name: getattr(torch._VF, f"{name}_cell") for name in LAYERS}
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 # An LSTM's packed sequences on a CPU: from as many steps on between two ends, on average, oneDNN gets a call for every run of
 # steps that the same sequences have; below, a call for every stretch in which no more than a third of them end; but where the
@@ -29,7 +28,7 @@ SHORTEST_LOOP = 32
 
 def has(cell: str) -> bool:
     """Whether ATen has the cell."""
-    return cell in LAYERS
+    return cell in CELLS
 
 
 def compute_dtype(cell: str, device: torch.device, dtype: torch.dtype, schedule: str, dense: bool) -> torch.dtype:
@@ -143,7 +142,8 @@ def cell(
     bias_hh: Tensor | None = None,  # [G*H]
 ) -> tuple[Tensor, ...]:
     """One step."""
-    states = CELLS[cell](input, _given(cell, states), weight_ih, weight_hh, bias_ih, bias_hh)
+    step = getattr(torch._VF, f"{cell}_cell")
+    states = step(input, _given(cell, states), weight_ih, weight_hh, bias_ih, bias_hh)
     return states if cell == "lstm" else (states,)
 
 
@@ -155,7 +155,7 @@ def _given(cell: str, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor
 def _layers(cell: str, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
     """ATen's function of the cell."""
     sizes = () if batch_sizes is None else (batch_sizes,)
-    output, *states = LAYERS[cell](input, *sizes, _given(cell, states), weights, *options)
+    output, *states = getattr(torch._VF, cell)(input, *sizes, _given(cell, states), weights, *options)
     return output, tuple(states)
 
 
