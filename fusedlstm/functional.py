@@ -104,14 +104,15 @@ def lstm(
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
         if not (masked or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
-            schedule = torch_engine.schedule(input, dtype, batch_sizes, batch_first, hx[1].size(-1), proj_size)
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, schedule, dense=batch_sizes is None)
+            schedule = torch_engine.schedule("lstm", input, dtype, batch_sizes, batch_first, hx[1].size(-1), proj_size)
+        compute_dtype = torch_engine.compute_dtype("lstm", input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
     c_seq = None
     with _autocast_off(input):
         if schedule != "loop":
-            output, h_n, c_n = torch_engine.lstm(
+            output, (h_n, c_n) = torch_engine.stack(
+                "lstm",
                 schedule,
                 input,
                 batch_sizes,
@@ -198,10 +199,10 @@ def lstm_cell(
     hidden = hx[0].size(-1)
     heads = hidden // weight_hh.size(1)
     if heads == 1 and engines.choose(backend, input.device, dtype, "lstm", hidden) == "torch":
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
+        compute_dtype = torch_engine.compute_dtype("lstm", input.device, dtype, "cell", dense=False)
         input, hx, weights = _cast((input, hx, weights), compute_dtype)
         with _autocast_off(input):
-            return _cast(torch_engine.lstm_cell(input, hx, *weights), dtype)
+            return _cast(torch_engine.cell("lstm", input, hx, *weights), dtype)
     _, h, c, _ = lstm(
         input.unsqueeze(0),
         (hx[0].unsqueeze(0), hx[1].unsqueeze(0)),
