@@ -15,8 +15,8 @@ class Cell(NamedTuple):
     the states after it never leave their program and are saved in float32.
 
     `kept` are the blocks of H that a step keeps for the backward, the same as the gates unless told; the backward puts as
-    many gradients in their places. Those of the input's preactivations stand at `x_blocks`, in the order of the gates, and
-    those of the recurrent ones at `h_blocks`, which follow each other.
+    many gradients in their places. Those of the recurrent preactivations are the last G of them, in the order of the gates;
+    those of the input's are the first G, and gate k's is the one at `x_blocks[k]`.
 
     `vectors` are parameters with one number a unit, beside the four of `torch.nn`. With `bias_in_step` the step adds
     `bias_hh` to the recurrent product itself, as vectors before the others; else it is a part of the input's preactivations.
@@ -27,7 +27,6 @@ class Cell(NamedTuple):
     states: tuple[str, ...]
     kept: tuple[str, ...] = ()
     x_blocks: tuple[int, ...] = ()
-    h_blocks: tuple[int, ...] = ()
     vectors: tuple[str, ...] = ()
     bias_in_step: bool = False
 
@@ -49,7 +48,7 @@ class Cell(NamedTuple):
     @property
     def first_h_block(self) -> int:
         """Where the gradients of the recurrent preactivations begin."""
-        return self.h_blocks[0] if self.h_blocks else 0
+        return self.num_kept - self.num_gates
 
     @property
     def num_vectors(self) -> int:
@@ -69,7 +68,6 @@ GRU = Cell(
     states=("h",),
     kept=("n", "r", "z", "n_h"),  # n_h: what r multiplies
     x_blocks=(1, 2, 0),
-    h_blocks=(1, 2, 3),
     bias_in_step=True,
 )
 RNN_TANH = Cell("rnn_tanh", gates=("h",), states=("h",))

@@ -119,7 +119,7 @@ def cost(p: "Plan", steps: int, batch: int, limits: DeviceLimits, *, saves: bool
 
     unit_bytes = _unit_bytes(p.cell, item, p.pass_, saves)
     if p.protocol == "data":  # what is exchanged is filled before
-        unit_bytes += item * (1 if p.pass_ == "fwd" else cells.CELLS[p.cell].num_gates)
+        unit_bytes += item * (1 if p.pass_ == "fwd" else cells.CELLS[p.cell].num_kept)
     port = operand + rows * min(p.block_h, p.hidden) * unit_bytes / share
     programs = p.grid[0] * p.tiles_b * recurrences
     walked = math.ceil(programs / limits.num_sms) if p.protocol == "none" else p.walked
@@ -213,11 +213,11 @@ def cudnn_step_us(
 
 def _unit_bytes(cell: str, item: int, pass_: str, saves: bool) -> int:
     """Bytes of a hidden unit and sequence that a step reads from memory and writes to it."""
-    gates, states = cells.CELLS[cell].num_gates, cells.CELLS[cell].num_cell_states
-    saved = gates * item + states * STATE_ITEMSIZE
+    of = cells.CELLS[cell]
+    saved = of.num_kept * item + of.num_cell_states * STATE_ITEMSIZE
     if pass_ == "fwd":
-        return (gates + 1) * item + (saved if saves else 0)  # preact_x, h
-    return saved + (1 + gates) * item  # grad_output, grad_preact
+        return (of.num_gates + 1) * item + (saved if saves else 0)  # preact_x, h
+    return saved + (1 + of.num_kept) * item  # grad_output, grad_preact
 
 
 def _weight_bytes(cell: str, hidden: int, heads: int, recurrences: int, stack: bool, item: int) -> int:

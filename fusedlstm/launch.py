@@ -52,6 +52,8 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "H": plan.hidden,
         "DH": plan.hidden // plan.heads,
         "G": cell.num_gates,
+        "KEPT": cell.num_kept,
+        "V": cell.num_vectors,
         "S": cell.num_cell_states,
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
         "GROUP": plan.group,
@@ -195,6 +197,7 @@ def recurrence_fwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]; c_n has its dtype
     layout: Layout = DENSE,
+    vectors: Tensor | None = None,  # [D, V, H]
     *,
     save_gates: bool,
     save_states: bool,
@@ -204,7 +207,7 @@ def recurrence_fwd(
     """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `recurrence.recurrence_fwd` does.
 
     With `stack` the D recurrences are the layers of a stack, and D is an axis of its own: output [D, T, B, H], gates
-    [D, T, B, G*H], c_seq [S, D, T, B, H].
+    [D, T, B, K*H], c_seq [S, D, T, B, H].
     """
     _, *rows, GH = preact_x.shape
     (D, B, H), S = hx.shape, cx.size(0)
@@ -213,20 +216,21 @@ def recurrence_fwd(
     sequence = (lambda width: (D, *rows, width)) if stack else (lambda width: (*rows, D * width))
     new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
     output, h_n, c_n = new(sequence(H)), new(D, B, H), new(S, D, B, H, dtype=cx.dtype)
-    gates = new(sequence(GH) if save_gates else 0)
+    gates = new(sequence(cells.CELLS[cell].num_kept * H) if save_gates else 0)
     c_seq = new((S, *sequence(H)) if save_states else 0, dtype=torch.float32)
     if B == 0:
         return output, h_n, c_n, gates, c_seq
     plan = plan or plan_for(cell, preact_x, weight_hh, hx, "fwd", layout.name, stack is not None)
     if plan.schedule == "stepped":
         _only_dense(layout, stack)
-        stepping.recurrence_fwd(plan, preact_x, weight_hh, hx, cx, output, h_n, c_n, gates, c_seq)
+        stepping.recurrence_fwd(plan, preact_x, weight_hh, vectors, hx, cx, output, h_n, c_n, gates, c_seq)
         return output, h_n, c_n, gates, c_seq
     counters = _counters(plan, output.device)
     _launch(
         plan,
         preact_x_ptr=preact_x,
         **_weights(weight_hh, stack),
+        vectors_ptr=preact_x if vectors is None else vectors.contiguous(),
         bias_ptr=stack.bias.contiguous() if stack else preact_x,
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
@@ -259,10 +263,11 @@ def recurrence_bwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]; these three as `recurrence_fwd` returns them
-    gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
+    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
     layout: Layout = DENSE,
     clip: float | None = None,
+    vectors: Tensor | None = None,  # [D, V, H]
     *,
     stack: Stack | None = None,
     plan: Plan | None = None,
@@ -276,12 +281,13 @@ def recurrence_bwd(
     if B == 0:
         return grad_preact, grad_hx, grad_cx
     plan = plan or plan_for(cell, gates, weight_hh, hx, "bwd", layout.name, stack is not None)
+    grad_c_seq = grad_c_seq if cx.size(0) else None
     has_grad_output = grad_output is not None
     if has_grad_output and not _rows_of(grad_output, width):
         grad_output = grad_output.contiguous()
     if plan.schedule == "stepped":
         _only_dense(layout, stack)
-        given = (grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, clip)
+        given = (grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vectors, hx, cx, output, gates, c_seq, clip)
         stepping.recurrence_bwd(plan, *given, grad_preact, grad_hx, grad_cx)
         return grad_preact, grad_hx, grad_cx
     counters = _counters(plan, output.device)
@@ -292,6 +298,7 @@ def recurrence_bwd(
         grad_h_n_ptr=grad_h_n.contiguous(),
         grad_c_n_ptr=grad_c_n.contiguous(),
         **_weights(weight_hh, stack),
+        vectors_ptr=gates if vectors is None else vectors.contiguous(),
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
@@ -325,7 +332,7 @@ def step_fwd(
     input: Tensor,  # [B, I]
     hx: Tensor,  # [L*D, B, H]
     cx: Tensor,  # [S, L*D, B, H]
-    parameters: list[list[Tensor]],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh)
+    parameters: list[list[Tensor]],  # per layer and direction, as in `fusedlstm.parameters`
     directions: int,
     *,
     save_gates: bool,
@@ -336,7 +343,7 @@ def step_fwd(
     new = functools.partial(torch.empty, dtype=input.dtype, device=input.device)
     output = [new(B, D * H) for _ in parameters[::D]]
     h_n, c_n = new(hx.shape), new(cx.shape, dtype=cx.dtype)
-    gates = new((B, D * cells.CELLS[cell].num_gates * H) if save_gates else 0)
+    gates = new((B, D * cells.CELLS[cell].num_kept * H) if save_gates else 0)
     c_seq = new((S, B, D * H) if save_states else 0, dtype=torch.float32)
     if B > 0:
         heads = H // parameters[0][1].size(1)
@@ -380,6 +387,7 @@ def recompute(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     layout: Layout = DENSE,
+    vectors: Tensor | None = None,  # [D, V, H]
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel that needs no product. Returns gates and c_seq as `recurrence.recompute` does."""
     D, *rows, GH = preact.shape
@@ -391,6 +399,7 @@ def recompute(
     with _on(preact.device):
         recompute_kernel[(B, triton.cdiv(H, RECOMPUTED_UNITS), D)](  # the first axis of a grid is the long one
             preact_ptr=preact,
+            vectors_ptr=preact if vectors is None else vectors.contiguous(),
             hx_ptr=hx.contiguous(),
             cx_ptr=cx.float().contiguous(),
             **_tables(layout, torch.zeros(2, dtype=torch.int32, device=preact.device)),
@@ -402,6 +411,7 @@ def recompute(
             R=math.prod(rows),
             H=H,
             G=GH // H,
+            V=0 if vectors is None else vectors.size(1),
             S=S,
             rows_preact_d=preact.stride(0) // GH,
             rows_preact=preact.stride(-2) // GH,

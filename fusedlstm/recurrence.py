@@ -2,7 +2,7 @@
 
 Two custom ops hold what must be done step by step; around them an `autograd.Function` does the large products: the
 input product before the loop, and those of the weights, biases and input after it. A third recomputes what the forward
-did not keep. Sequences have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one
+did not keep. G gates, K kept blocks, V vectors and S states beside h are those of the cell (`fusedlstm.cells`). Sequences have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one
 axis, so that both directions share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
 """
 
@@ -11,8 +11,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from fusedlstm import heads, memory, reference, torch_loop
+from fusedlstm import cells, heads, memory, reference, torch_loop
+from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout
+from fusedlstm.parameters import has_bias, input_bias, vectors
 from fusedlstm.precision import add_product, product
 
 
@@ -22,6 +24,7 @@ def recurrence_fwd(
     engine: str,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
     weight_hh: list[Tensor],  # D times [G*H, DH]
+    vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     lengths: Tensor | None,  # these three: a `Layout`
@@ -30,7 +33,7 @@ def recurrence_fwd(
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """output [T, B, D*H], h_n [D, B, H], c_n [S, D, B, H], gates [T, B, D*G*H], c_seq [S, T, B, D*H]; [R, ...] if packed.
+    """output [T, B, D*H], h_n [D, B, H], c_n [S, D, B, H], gates [T, B, D*K*H], c_seq [S, T, B, D*H]; [R, ...] if packed.
 
     `engine` is "triton", the kernel, or "torch", a loop of torch operations. gates and c_seq are empty unless saved; of
     padding, output and c_seq are zero, and gates have no meaning.
@@ -39,17 +42,16 @@ def recurrence_fwd(
     if engine == "triton":
         from fusedlstm import launch
 
-        return launch.recurrence_fwd(
-            cell, preact_x, weight_hh, hx, cx, layout, save_gates=save_gates, save_states=save_states
-        )
-    return torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, save_gates, save_states)
+        saves = {"save_gates": save_gates, "save_states": save_states}
+        return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves)
+    return torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, save_gates, save_states, vectors)
 
 
 @recurrence_fwd.register_fake
-def _(cell, engine, preact_x, weight_hh, hx, cx, lengths, first_row, resets, save_gates, save_states):
-    D, *rows, GH = preact_x.shape
+def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, resets, save_gates, save_states):
+    D, *rows, _ = preact_x.shape
     S, H = cx.size(0), hx.size(-1)
-    gates = preact_x.new_empty((*rows, D * GH) if save_gates else 0)
+    gates = preact_x.new_empty((*rows, D * cells.CELLS[cell].num_kept * H) if save_gates else 0)
     c_seq = preact_x.new_empty((S, *rows, D * H) if save_states else 0, dtype=_c_seq_dtype(engine, preact_x))
     return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
@@ -63,10 +65,11 @@ def recurrence_bwd(
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
     weight_hh: list[Tensor],  # D times [G*H, DH]
+    vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
-    gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
+    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
     lengths: Tensor | None,  # these three: a `Layout`
     first_row: Tensor | None,
@@ -81,16 +84,15 @@ def recurrence_bwd(
     if engine == "triton":
         from fusedlstm import launch
 
-        return launch.recurrence_bwd(
-            cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip
-        )
-    return torch_loop.recurrence_bwd(
-        cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip
-    )
+        run = launch.recurrence_bwd
+    else:
+        run = torch_loop.recurrence_bwd
+    grads = (grad_output, grad_c_seq, grad_h_n, grad_c_n)
+    return run(cell, *grads, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors)
 
 
 @recurrence_bwd.register_fake
-def _(cell, engine, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, *_):
+def _(cell, engine, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vectors, hx, cx, output, gates, *_):
     return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
@@ -100,14 +102,14 @@ def step_fwd(
     input: Tensor,  # [B, I]
     hx: Tensor,  # [L*D, B, H]
     cx: Tensor,  # [S, L*D, B, H]
-    parameters: list[Tensor],  # layer by layer and direction by direction: weight_ih, weight_hh (, bias_ih, bias_hh)
+    parameters: list[Tensor],  # layer by layer and direction by direction, as in `fusedlstm.parameters`
     directions: int,
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of a stack on the engine "triton", input products and all: one launch a layer.
 
-    output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*G*H] and c_seq
+    output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*K*H] and c_seq
     [S, B, D*H], empty unless saved.
     """
     from fusedlstm import launch
@@ -119,7 +121,7 @@ def step_fwd(
 @step_fwd.register_fake
 def _(cell, input, hx, cx, parameters, directions, save_gates, save_states):
     (_, B, H), D = hx.shape, directions
-    gates = input.new_empty((B, D * parameters[0].size(0)) if save_gates else 0)
+    gates = input.new_empty((B, D * cells.CELLS[cell].num_kept * hx.size(-1)) if save_gates else 0)
     c_seq = input.new_empty((cx.size(0), B, D * H) if save_states else 0, dtype=_state_dtype(input.dtype))
     return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
@@ -129,30 +131,34 @@ def recompute(
     cell: str,
     engine: str,
     preact: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H], the recurrent part included
+    vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     lengths: Tensor | None,  # these three: a `Layout`
     first_row: Tensor | None,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """gates and c_seq as `recurrence_fwd` saves them, from its output: elementwise, so that nothing is waited for."""
+    """gates and c_seq as `recurrence_fwd` saves them, from its output: elementwise, so that nothing is waited for.
+
+    Of cells that add both parts of a preactivation.
+    """
     layout = Layout(lengths, first_row, resets)
     if engine == "triton":
         from fusedlstm import launch
 
-        return launch.recompute(cell, preact, hx, cx, layout)
-    return torch_loop.recurrence_fwd(cell, preact, [], hx, cx, layout, True, True)[3:]
+        return launch.recompute(cell, preact, hx, cx, layout, vectors)
+    return torch_loop.recurrence_fwd(cell, preact, [], hx, cx, layout, True, True, vectors)[3:]
 
 
 @recompute.register_fake
-def _(cell, engine, preact, hx, cx, lengths, first_row, resets):
+def _(cell, engine, preact, vectors, hx, cx, lengths, first_row, resets):
     D, *rows, GH = preact.shape
     c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=_c_seq_dtype(engine, preact))
     return preact.new_empty(*rows, D * GH), c_seq
 
 
 class RecurrenceFunction(torch.autograd.Function):
-    """A layer with its gradients. `parameters`: per direction weight_ih, weight_hh (, bias_ih, bias_hh).
+    """A layer with its gradients. `parameters`: those of `fusedlstm.parameters`, per direction.
 
     It runs over blocks of steps (`memory.blocks`). With `save` "gates" that is one block, which keeps gates and c_seq. With
     "states" a block keeps the c that enters it, and the backward recomputes the rest from the output.
@@ -220,16 +226,14 @@ class RecurrenceFunction(torch.autograd.Function):
             results = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
             return *[None] * 9, *_differentiable_gradients(ctx, tensors, needs, results, layout)
         per_direction = _per_direction(parameters, ctx.directions)
-        weight_ih, weight_hh = [p[0] for p in per_direction], [p[1] for p in per_direction]
-        needs_parameter = _per_direction(needs[4:], ctx.directions)
-        count = len(per_direction[0])
+        weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
+        gradients = ParameterGradients(ctx.cell, per_direction, _per_direction(needs[4:], ctx.directions))
 
         blocks = _blocks(ctx.save, ctx.directions, input, layout)
         state_dtype = cx.dtype if ctx.save == "gates" else _state_dtype(input.dtype)
         grad_h = torch.zeros_like(hx) if grad_h_n is None else grad_h_n
         grad_c = torch.zeros_like(cx, dtype=state_dtype) if grad_c_n is None else grad_c_n.to(state_dtype)
-        grad_input = grad_preact_0 = grad_weight_ih = grad_bias = None
-        grad_weight_hh = [None] * ctx.directions
+        grad_input = grad_preact_0 = None
         for k, steps in reversed([*enumerate(blocks)]):
             own = layout if len(blocks) == 1 else layout.of_steps(steps.start, steps.stop)
             h, c = (hx, cx.to(state_dtype)) if k == 0 else (output[steps.start - 1].unsqueeze(0), kept[k - 1])
@@ -247,6 +251,7 @@ class RecurrenceFunction(torch.autograd.Function):
                 grad_h,
                 grad_c,
                 weight_hh,
+                taken,
                 h,
                 c,
                 y,
@@ -255,43 +260,129 @@ class RecurrenceFunction(torch.autograd.Function):
                 *own,
                 ctx.clip,
             )
+            gradients.add(grad_preact, x, y, c_seq, h, c, own)
             del gates, c_seq  # what a block needs does not live beside the next one's
-            rows = grad_preact.flatten(0, -2)  # [R, D*G*H]
-            by_direction = grad_preact.chunk(ctx.directions, -1)
             if needs[0]:
-                part = product(rows, _cat(weight_ih)).view(x.shape)  # [R, D*G*H] @ [D*G*H, I]
-                grad_input = _placed(grad_input, part, steps, len(input))
+                grad_input = _placed(grad_input, gradients.of_input(grad_preact, x), steps, len(input))
             if needs[3] and k == 0:
-                grad_preact_0 = torch.stack([_of_first_steps(g, d, own) for d, g in enumerate(by_direction)])
-            if any(n[0] for n in needs_parameter):
-                grad_weight_ih = add_product(grad_weight_ih, rows.t(), x.flatten(0, -2))  # [D*G*H, I]
-            if any(n[1] for n in needs_parameter):
-                grad_weight_hh = [
-                    _add_recurrent_weight_gradient(total, g, y_d, h[d], d, own, hx.size(-1) // weight_hh[d].size(1))
-                    for d, (total, g, y_d) in enumerate(
-                        zip(grad_weight_hh, by_direction, y.chunk(ctx.directions, -1), strict=True)
-                    )
-                ]
-            if count == 4 and any(n[2] or n[3] for n in needs_parameter):
-                added = rows.sum(0)  # [D*G*H], the same for both biases
-                grad_bias = added if grad_bias is None else grad_bias.add_(added)
-            part = grad_preact = rows = by_direction = None
+                by_direction = enumerate(grad_preact.chunk(ctx.directions, -1))
+                grad_preact_0 = torch.stack([_of_first_steps(g, d, own) for d, g in by_direction])
+            grad_preact = by_direction = None
+        return *[None] * 9, grad_input, grad_h, grad_c.to(cx.dtype), grad_preact_0, *gradients.flat()
 
-        grad_parameters = [None] * len(parameters)
-        if grad_weight_ih is not None:
-            grad_parameters[0::count] = grad_weight_ih.chunk(ctx.directions)
-        grad_parameters[1::count] = grad_weight_hh
-        if grad_bias is not None:
-            grad_parameters[2::count] = grad_bias.chunk(ctx.directions)
-            grad_parameters[3::count] = grad_bias.clone().chunk(ctx.directions)
-        return *[None] * 9, grad_input, grad_h, grad_c.to(cx.dtype), grad_preact_0, *grad_parameters
+
+class ParameterGradients:
+    """The gradients of a layer's parameters, summed over blocks of steps: one product each.
+
+    `grad_preact` [T, B, D*K*H] or [R, D*K*H] has for every direction K blocks: the first G of them are the gradients of the
+    input's preactivations, the last G those of the recurrent ones.
+    """
+
+    def __init__(self, cell: str, per_direction: list, needs: list) -> None:
+        self.cell, self.per_direction, self.needs = cells.CELLS[cell], per_direction, needs
+        self.equations, self.has_bias = EQUATIONS[cell], has_bias(cell, per_direction[0])
+        self.H = len(per_direction[0][1]) // self.cell.num_gates
+        self.merged = self.cell.num_kept == self.cell.num_gates  # then both directions share each product
+        self.of_weight_ih = self.of_bias_ih = None
+        self.of_weight_hh, self.of_bias_hh = [None] * len(needs), [None] * len(needs)
+        self.of_vectors = [None] * len(needs)
+
+    def of_input(self, grad_preact: Tensor, x: Tensor) -> Tensor:
+        """[R, D*G*H] @ [D*G*H, I], in the shape of x."""
+        weight_ih = [self.in_blocks(p[0]) for p in self.per_direction]
+        weight_ih = [_cat(weight_ih)] if self.merged else weight_ih
+        total = None
+        for rows, weight in zip(self._of_x(grad_preact), weight_ih, strict=True):
+            total = add_product(total, rows, weight)
+        return total.view(x.shape)
+
+    def add(
+        self,
+        grad_preact: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
+        x: Tensor,  # [T, B, I] or [R, I]
+        output: Tensor,  # [T, B, D*H] or [R, D*H]
+        c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
+        hx: Tensor,  # [D, B, H]
+        cx: Tensor,  # [S, D, B, H]
+        layout: Layout,
+    ) -> None:
+        """The part of some steps."""
+        D, H, of_x = len(self.needs), self.H, self._of_x(grad_preact)
+        if any(n[0] for n in self.needs):
+            totals = self.of_weight_ih or [None] * len(of_x)
+            self.of_weight_ih = [
+                add_product(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
+            ]
+        if self.has_bias and any(n[2] or n[3] for n in self.needs):
+            self.of_bias_ih = _added(self.of_bias_ih, torch.cat([g.sum(0) for g in of_x]))  # [D*G*H]
+        by_direction = enumerate(zip(grad_preact.chunk(D, -1), output.chunk(D, -1), strict=True))
+        for d, (g, y) in by_direction:
+            of_h = g[..., self.cell.first_h_block * H :]  # [..., G*H]
+            if any(n[1] for n in self.needs):
+                num_heads = H // self.per_direction[d][1].size(1)
+                self.of_weight_hh[d] = _add_recurrent_weight_gradient(
+                    self.of_weight_hh[d], of_h, y, hx[d], d, layout, num_heads
+                )
+            if self.has_bias and self.cell.bias_in_step and any(n[3] for n in self.needs):
+                self.of_bias_hh[d] = _added(self.of_bias_hh[d], of_h.flatten(0, -2).sum(0))
+            if self.cell.vectors and any(any(n[-len(self.cell.vectors) :]) for n in self.needs):
+                c = c_seq.chunk(D, -1)[d]  # [S, T, B, H] or [S, R, H]
+                before = [
+                    layout.states_before(s, initial, d) for s, initial in zip((y, *c), (hx[d], *cx[:, d]), strict=True)
+                ]
+                after = [s.flatten(0, -2) for s in (y, *c)]
+                rows = g.flatten(0, -2).chunk(self.cell.num_kept, -1)
+                parts = self.equations.vectors_backward(rows, before, after)
+                self.of_vectors[d] = _added(self.of_vectors[d], torch.stack([part.sum(0) for part in parts]))
+
+    def flat(self) -> list[Tensor | None]:
+        """In the order of the parameters; None where none is needed."""
+        D, found = len(self.needs), []
+        of_weight_ih = [None] * D if self.of_weight_ih is None else torch.cat(self.of_weight_ih).chunk(D)
+        of_bias_ih = [None] * D if self.of_bias_ih is None else self.of_bias_ih.chunk(D)
+        for d, parameters in enumerate(self.per_direction):
+            found += [self._in_gates(of_weight_ih[d]), self.of_weight_hh[d]]
+            if self.has_bias:
+                bias_ih, bias_hh = self._in_gates(of_bias_ih[d]), self.of_bias_hh[d]
+                if not self.cell.bias_in_step and bias_ih is not None:
+                    bias_hh = bias_ih.clone()
+                found += [bias_ih, bias_hh]
+            if self.cell.vectors:
+                none = [None] * len(self.cell.vectors)
+                found += none if self.of_vectors[d] is None else self.of_vectors[d].to(parameters[1].dtype).unbind(0)
+        return found
+
+    def _of_x(self, grad_preact: Tensor) -> list[Tensor]:
+        """The gradients of the input's preactivations: [R, D*G*H], or D times [R, G*H], in the order of the blocks."""
+        rows = grad_preact.flatten(0, -2)
+        if self.merged:
+            return [rows]
+        return [g[:, : self.cell.num_gates * self.H] for g in rows.chunk(len(self.needs), -1)]
+
+    def in_blocks(self, weight: Tensor) -> Tensor:
+        """Rows [G*H, ...] by gates, in the order of the blocks."""
+        order = [self.cell.x_blocks.index(block) for block in range(len(self.cell.x_blocks))]
+        return _reordered(weight, order)
+
+    def _in_gates(self, gradient: Tensor | None) -> Tensor | None:
+        """And back."""
+        return gradient if gradient is None else _reordered(gradient, list(self.cell.x_blocks))
+
+
+def _reordered(x: Tensor, order: list[int]) -> Tensor:
+    """x [G*H, ...] by blocks of H rows; an empty order is the one that it has."""
+    return x.unflatten(0, (len(order), -1))[order].flatten(0, 1) if order else x
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def layer(
     cell: str,
     input: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, ...],  # h first, each [D, B, H]
-    parameters: list[list[Tensor]],  # per direction: weight_ih, weight_hh (, bias_ih, bias_hh)
+    parameters: list[list[Tensor]],  # per direction, as in `fusedlstm.parameters`
     engine: str,
     layout: Layout = DENSE,
     clip: float | None = None,
@@ -313,7 +404,7 @@ def layer(
     Returns:
         output [T, B, D*H] or [R, D*H], the final states, and c_seq [S, T, B, D*H] or [S, R, D*H] in the dtype of `input`.
     """
-    hx, cx = state[0], torch.stack(state[1:]) if len(state) > 2 else state[1].unsqueeze(0)
+    hx, cx = state[0], _stacked(state)
     flat = [p for direction in parameters for p in direction]
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -325,6 +416,13 @@ def layer(
             cell, engine, input, parameters, hx, cx, preact_0, layout, False, wants_c_seq
         )
     return output, (h_n, *c_n.unbind(0)), c_seq.to(output.dtype) if wants_c_seq else None
+
+
+def _stacked(state: tuple[Tensor, ...]) -> Tensor:
+    """The states beside h as one tensor, [S, D, B, H]."""
+    if len(state) == 2:
+        return state[1].unsqueeze(0)
+    return torch.stack(state[1:]) if len(state) > 2 else state[0].new_empty(0, *state[0].shape)
 
 
 def is_one_step(engine: str, input: Tensor, layout: Layout) -> bool:
@@ -347,8 +445,8 @@ def _per_direction(parameters, directions: int) -> list:
     return [parameters[k * count : (k + 1) * count] for k in range(directions)]
 
 
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _of_first_steps(seq: Tensor, direction: int, layout: Layout) -> Tensor:
@@ -368,13 +466,13 @@ def _batch_major(input: Tensor) -> bool:
     return input.dim() == 3 and input.stride(0) < input.stride(1)
 
 
-def _input_product(input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
+def _input_product(cell: str, input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
     """preact_x [D, T, B, G*H] or [D, R, G*H] of all steps and directions: one product, in the order of `input` in memory."""
     D, GH = len(parameters), parameters[0][0].size(0)
     batch_major = _batch_major(input)
     ordered = input.transpose(0, 1) if batch_major else input
     weight_ih = _cat([p[0] for p in parameters])  # [D*G*H, I]
-    bias = _cat([p[2] + p[3] for p in parameters]) if len(parameters[0]) == 4 else None
+    bias = _cat([input_bias(cell, p) for p in parameters]) if has_bias(cell, parameters[0]) else None
     preact = product(ordered.flatten(0, -2), weight_ih.t(), bias)
     preact = preact.view(*ordered.shape[:-1], D, GH).movedim(-2, 0)
     preact = preact.transpose(1, 2) if batch_major else preact
@@ -414,9 +512,9 @@ def _block_fwd(
         )
         gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
         return output.unsqueeze(0), h_n, c_n, gates, c_seq
-    preact_x = _input_product(input, parameters, preact_0, layout)
-    weight_hh = [p[1] for p in parameters]
-    return recurrence_fwd(cell, engine, preact_x, weight_hh, hx, cx, *layout, save_gates, save_states)
+    preact_x = _input_product(cell, input, parameters, preact_0, layout)
+    weight_hh, taken = [p[1] for p in parameters], vectors(cell, parameters)
+    return recurrence_fwd(cell, engine, preact_x, weight_hh, taken, hx, cx, *layout, save_gates, save_states)
 
 
 def _blocks(save: str, directions: int, input: Tensor, layout: Layout) -> list[slice]:
@@ -449,12 +547,38 @@ def _recomputed(
     layout: Layout,
 ) -> tuple[Tensor, Tensor]:
     """gates and c_seq of a forward: since its output is known, the recurrent products are one product of all steps."""
-    preact = _input_product(input, parameters, preact_0, layout)
+    preact = _input_product(cell, input, parameters, preact_0, layout)
     if _batch_major(input):
         preact = preact.contiguous()
+    taken = vectors(cell, parameters)
+    if not cells.CELLS[cell].adds:
+        return _recomputed_at_once(cell, preact, parameters, taken, hx, output, layout), cx.new_empty(0)
     for d, (y, p) in enumerate(zip(output.chunk(len(parameters), -1), parameters, strict=True)):
         heads.add_recurrent(preact[d].view(-1, preact.size(-1)), layout.states_before(y, hx[d], d), p[1])
-    return recompute(cell, engine, preact, hx, cx, *layout)
+    return recompute(cell, engine, preact, taken, hx, cx, *layout)
+
+
+def _recomputed_at_once(
+    cell: str,
+    preact_x: Tensor,  # [D, T, B, G*H] or [D, R, G*H]
+    parameters: list,
+    vectors: Tensor | None,  # [D, V, H]
+    hx: Tensor,  # [D, B, H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    layout: Layout,
+) -> Tensor:
+    """gates of a cell without states beside h: every step is known at once."""
+    of, gates = cells.CELLS[cell], []
+    dtype = _state_dtype(preact_x.dtype)
+    for d, (y, p) in enumerate(zip(output.chunk(len(parameters), -1), parameters, strict=True)):
+        h = layout.states_before(y, hx[d], d)  # [R, H]
+        preact_h = torch.zeros_like(preact_x[d].reshape(len(h), -1))
+        heads.add_recurrent(preact_h, h, p[1])
+        parts = (x.reshape(len(h), -1).to(dtype).chunk(of.num_gates, -1) for x in (preact_x[d], preact_h))
+        own = () if vectors is None else vectors[d].to(dtype).unbind(0)
+        kept, _ = EQUATIONS[cell].step(*parts, (h.to(dtype),), own, 1.0)
+        gates.append(torch.cat(kept, -1))
+    return _cat(gates, -1).to(output.dtype).unflatten(0, output.shape[:-1])
 
 
 def _add_recurrent_weight_gradient(
@@ -481,10 +605,10 @@ def _differentiable_gradients(ctx, tensors, needs, grads, layout):
     with torch.enable_grad():
         input, hx, cx, preact_0, *parameters = tensors
         per_direction = _per_direction(parameters, ctx.directions)
-        preact_x = _input_product(input, per_direction, preact_0, layout)
-        weight_hh = [p[1] for p in per_direction]
+        preact_x = _input_product(ctx.cell, input, per_direction, preact_0, layout)
+        weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         output, h_n, c_n, _, c_seq = reference.recurrence_fwd(
-            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=ctx.clip
+            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=ctx.clip, vectors=taken
         )
         results = (output, h_n, c_n, c_seq.to(_state_dtype(c_seq.dtype)))
         pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedlstm import cells
+from fusedlstm import parameters as of_layer
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.step_bwd import step_bwd_kernel
 from fusedlstm.kernels.step_fwd import step_fwd_kernel
@@ -18,7 +19,7 @@ from fusedlstm.plan import Plan
 
 KERNELS = {"fwd": step_fwd_kernel, "bwd": step_bwd_kernel}
 FLAGS = {
-    "fwd": ("HAS_INPUT", "HAS_BIAS", "SAVE_GATES", "SAVE_STATES"),
+    "fwd": ("HAS_INPUT", "HAS_BIAS", "HAS_BIAS_HH", "SAVE_GATES", "SAVE_STATES"),
     "bwd": ("CLIP", "HAS_GRAD_OUTPUT", "HAS_GRAD_C_SEQ"),
 }
 
@@ -32,6 +33,8 @@ def constants(plan: Plan, input_size: int = 0, **flags: bool) -> dict:
         "H": plan.hidden,
         "DH": plan.hidden // plan.heads,
         "G": cell.num_gates,
+        "KEPT": cell.num_kept,
+        "V": cell.num_vectors,
         "S": cell.num_cell_states,
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
         "BLOCK_B": plan.block_b,
@@ -61,12 +64,13 @@ def recurrence_fwd(
     plan: Plan,
     preact_x: Tensor,  # [D, T, B, G*H]; rows of G*H contiguous
     weight_hh: list[Tensor],  # D times [G*H, DH]
+    vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H]  these are written
     h_n: Tensor,  # [D, B, H]
     c_n: Tensor,  # [S, D, B, H]
-    gates: Tensor,  # [T, B, D*G*H], or empty: not saved
+    gates: Tensor,  # [T, B, D*K*H], or empty: not saved
     c_seq: Tensor,  # [S, T, B, D*H] float32, or empty
 ) -> None:
     """All steps of a dense sequence, one launch each."""
@@ -79,6 +83,7 @@ def recurrence_fwd(
         KERNELS["fwd"][plan.grid],
         **dict.fromkeys(_OF_INPUT, preact_x),
         preact_x_ptr=preact_x,
+        vectors_ptr=preact_x if vectors is None else vectors.contiguous(),
         weight_hh_ptr=weight_hh[0],
         weight_hh_reverse_ptr=weight_hh[-1],
         hx_ptr=hx,
@@ -112,13 +117,14 @@ def recurrence_bwd(
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
     weight_hh: list[Tensor],  # D times [G*H, DH]
+    vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H]
-    gates: Tensor,  # [T, B, D*G*H]
+    gates: Tensor,  # [T, B, D*K*H]
     c_seq: Tensor,  # [S, T, B, D*H] float32
     clip: float | None,
-    grad_preact: Tensor,  # [T, B, D*G*H]  these are written
+    grad_preact: Tensor,  # [T, B, D*K*H]  these are written
     grad_hx: Tensor,  # [D, B, H]
     grad_cx: Tensor,  # [S, D, B, H]
 ) -> None:
@@ -133,6 +139,7 @@ def recurrence_bwd(
         grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
         weight_hh_ptr=weight_hh[0],
         weight_hh_reverse_ptr=weight_hh[-1],
+        vectors_ptr=gates if vectors is None else vectors.contiguous(),
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         output_ptr=output.contiguous(),
@@ -164,11 +171,11 @@ def single_step(
     input: Tensor,  # [B, I]
     hx: Tensor,  # [L*D, B, H]
     cx: Tensor,  # [S, L*D, B, H]
-    parameters: list[list[Tensor]],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh)
+    parameters: list[list[Tensor]],  # per layer and direction, as in `fusedlstm.parameters`
     output: list[Tensor],  # a layer [B, D*H]  these are written
     h_n: Tensor,  # [L*D, B, H]
     c_n: Tensor,  # [S, L*D, B, H]
-    gates: Tensor,  # [B, D*G*H], or empty: not saved; of the last layer
+    gates: Tensor,  # [B, D*K*H], or empty: not saved; of the last layer
     c_seq: Tensor,  # [S, B, D*H] float32, or empty; of the last layer
 ) -> None:
     """One step of a stack, one launch a layer."""
@@ -178,10 +185,12 @@ def single_step(
         for layer, plan in enumerate(plans):
             if input.stride(1) != 1 or input.stride(0) % input.size(1):
                 input = input.contiguous()
+            own = parameters[layer * D : (layer + 1) * D]
+            has_bias, vectors = of_layer.has_bias(plan.cell, own[0]), of_layer.vectors(plan.cell, own)
             # weight_ih, weight_hh (, bias_ih, bias_hh), each of both directions
-            both = list(zip(*parameters[layer * D : (layer + 1) * D], strict=True))
+            both = list(zip(*(p[: 4 if has_bias else 2] for p in own), strict=True))
             both = [tuple(p.contiguous() for p in pair) for pair in both]
-            weight_ih, weight_hh, bias_ih, bias_hh = both if len(both) == 4 else (*both, both[0], both[0])
+            weight_ih, weight_hh, bias_ih, bias_hh = both if has_bias else (*both, both[0], both[0])
             KERNELS["fwd"][plan.grid](
                 input_ptr=input,
                 weight_ih_ptr=weight_ih[0],
@@ -193,6 +202,7 @@ def single_step(
                 preact_x_ptr=input,
                 weight_hh_ptr=weight_hh[0],
                 weight_hh_reverse_ptr=weight_hh[-1],
+                vectors_ptr=input if vectors is None else vectors,
                 hx_ptr=hx,
                 cx_ptr=cx,
                 output_ptr=output[layer],
@@ -214,7 +224,8 @@ def single_step(
                     plan,
                     input.size(1),
                     HAS_INPUT=True,
-                    HAS_BIAS=len(both) == 4,
+                    HAS_BIAS=has_bias,
+                    HAS_BIAS_HH=has_bias and not cells.CELLS[plan.cell].bias_in_step,
                     SAVE_GATES=gates.numel() > 0,
                     SAVE_STATES=c_seq.numel() > 0,
                 ),

@@ -26,6 +26,7 @@ def recurrence_fwd(
     layout: Layout,
     save_gates: bool,
     save_states: bool,
+    vectors: Tensor | None = None,  # [D, V, H]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps forward; returns what `recurrence.recurrence_fwd` does."""
     assert cell == cells.LSTM.name
@@ -122,6 +123,7 @@ def recurrence_bwd(
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
     layout: Layout,
     clip: float | None,
+    vectors: Tensor | None = None,  # [D, V, H]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps backward; returns what `recurrence.recurrence_bwd` does."""
     assert cell == cells.LSTM.name

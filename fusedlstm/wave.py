@@ -8,10 +8,10 @@ is not rounded in between. Kernels only; one direction, and nothing between the 
 import torch
 from torch import Tensor
 
-from fusedlstm import reference
+from fusedlstm import cells, reference
 from fusedlstm.layout import Layout
-from fusedlstm.precision import product
-from fusedlstm.recurrence import _add_recurrent_weight_gradient, _input_product, _state_dtype
+from fusedlstm.parameters import has_bias, input_bias, vectors
+from fusedlstm.recurrence import ParameterGradients, _input_product, _stacked, _state_dtype
 
 
 @torch.library.custom_op("fusedlstm::wave_fwd", mutates_args=())
@@ -21,6 +21,7 @@ def wave_fwd(
     weight_ih: Tensor,  # [L-1, G*H, H] of the layers above the first
     bias: Tensor,  # [L-1, G*H]
     weight_hh: list[Tensor],  # L times [G*H, H]
+    vectors: Tensor | None,  # [L, V, H]
     hx: Tensor,  # [L, B, H]
     cx: Tensor,  # [S, L, B, H]
     lengths: Tensor | None,  # these three: a `Layout`
@@ -29,21 +30,20 @@ def wave_fwd(
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """output [L, T, B, H], h_n [L, B, H], c_n [S, L, B, H], gates [L, T, B, G*H], c_seq [S, L, T, B, H]; [R] if packed."""
+    """output [L, T, B, H], h_n [L, B, H], c_n [S, L, B, H], gates [L, T, B, K*H], c_seq [S, L, T, B, H]; [R] if packed."""
     from fusedlstm import launch
 
     stack = launch.Stack(weight_ih, bias)
     layout = Layout(lengths, first_row, resets)
-    return launch.recurrence_fwd(
-        cell, preact_x, weight_hh, hx, cx, layout, save_gates=save_gates, save_states=save_states, stack=stack
-    )
+    saves = {"save_gates": save_gates, "save_states": save_states}
+    return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves, stack=stack)
 
 
 @wave_fwd.register_fake
-def _(cell, preact_x, weight_ih, bias, weight_hh, hx, cx, lengths, first_row, resets, save_gates, save_states):
-    _, *rows, GH = preact_x.shape
+def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, first_row, resets, save_gates, save_states):
+    _, *rows, _ = preact_x.shape
     L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
-    gates = preact_x.new_empty((L, *rows, GH) if save_gates else 0)
+    gates = preact_x.new_empty((L, *rows, cells.CELLS[cell].num_kept * H) if save_gates else 0)
     c_seq = preact_x.new_empty((S, L, *rows, H) if save_states else 0, dtype=_state_dtype(preact_x.dtype))
     return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
@@ -55,13 +55,14 @@ def wave_bwd(
     grad_c_seq: Tensor | None,  # [S, T, B, H] or [S, R, H]: the same
     grad_h_n: Tensor,  # [L, B, H]
     grad_c_n: Tensor,  # [S, L, B, H]
-    weight_ih: Tensor,  # [L-1, G*H, H]
+    weight_ih: Tensor,  # [L-1, G*H, H], gates in the order of their gradients
     bias: Tensor,  # [L-1, G*H]
     weight_hh: list[Tensor],  # L times [G*H, H]
+    vectors: Tensor | None,  # [L, V, H]
     hx: Tensor,  # [L, B, H]
     cx: Tensor,  # [S, L, B, H]
     output: Tensor,  # [L, T, B, H] or [L, R, H]
-    gates: Tensor,  # [L, T, B, G*H] or [L, R, G*H]
+    gates: Tensor,  # [L, T, B, K*H] or [L, R, K*H]
     c_seq: Tensor,  # [S, L, T, B, H] or [S, L, R, H]
     lengths: Tensor | None,  # these three: a `Layout`
     first_row: Tensor | None,
@@ -73,18 +74,20 @@ def wave_bwd(
 
     layout = Layout(lengths, first_row, resets)
     return launch.recurrence_bwd(
-        cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip,
+        cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors,
         stack=launch.Stack(weight_ih, bias),
     )  # fmt: skip
 
 
 @wave_bwd.register_fake
-def _(cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, bias, weight_hh, hx, cx, output, gates, *_):
+def _(
+    cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, bias, weight_hh, vectors, hx, cx, output, gates, *_
+):
     return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
 class WaveFunction(torch.autograd.Function):
-    """A stack with its gradients. `parameters`: per layer weight_ih, weight_hh (, bias_ih, bias_hh)."""
+    """A stack with its gradients. `parameters`: those of `fusedlstm.parameters`, per layer."""
 
     @staticmethod
     def forward(cell, layers, clip, wants_c_seq, lengths, first_row, resets, input, hx, cx, *parameters):
@@ -112,7 +115,12 @@ class WaveFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
             grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
             return *[None] * 7, *_differentiable_gradients(ctx, (input, hx, cx), parameters, needs, grads, layout)
-        weight_ih, bias = _above_first(parameters, input)
+        layers = [
+            ParameterGradients(ctx.cell, [p], [n])
+            for p, n in zip(parameters, _per_layer(needs[3:], ctx.layers), strict=True)
+        ]
+        weight_ih, bias = _above_first(ctx.cell, parameters, input)
+        weight_ih = torch.stack([layers[0].in_blocks(w) for w in weight_ih])
         grad_preact, grad_hx, grad_cx = wave_bwd(
             ctx.cell,
             grad_output,
@@ -122,6 +130,7 @@ class WaveFunction(torch.autograd.Function):
             weight_ih,
             bias,
             [p[1] for p in parameters],
+            vectors(ctx.cell, parameters),
             hx,
             cx,
             output,
@@ -132,17 +141,12 @@ class WaveFunction(torch.autograd.Function):
         )
         grad_input = None
         if needs[0]:
-            grad_input = product(grad_preact[0].flatten(0, -2), parameters[0][0]).view(input.shape)
+            grad_input = layers[0].of_input(grad_preact[0], input)
         gradients = []
-        for k, (dpreact, needed) in enumerate(zip(grad_preact, _per_layer(needs[3:], ctx.layers), strict=True)):
-            rows, x = dpreact.flatten(0, -2), input if k == 0 else output[k - 1]
-            gradients.append(product(rows.t(), x.flatten(0, -2)) if needed[0] else None)
-            gradients.append(
-                _add_recurrent_weight_gradient(None, dpreact, output[k], hx[k], 0, layout, 1) if needed[1] else None
-            )
-            if len(needed) == 4:
-                grad_bias = rows.sum(0)  # the same for both biases
-                gradients += [grad_bias, grad_bias.clone()]
+        for k, layer in enumerate(layers):
+            x = input if k == 0 else output[k - 1]
+            layer.add(grad_preact[k], x, output[k], c_seq[:, k], hx[k : k + 1], cx[:, k : k + 1], layout)
+            gradients += layer.flat()
         return *[None] * 7, grad_input, grad_hx, grad_cx, *gradients
 
 
@@ -170,13 +174,13 @@ def stack(
     cell: str,
     input: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, ...],  # h first, each [L, B, H]
-    parameters: list[list[Tensor]],  # per layer: weight_ih, weight_hh (, bias_ih, bias_hh)
+    parameters: list[list[Tensor]],  # per layer, as in `fusedlstm.parameters`
     layout: Layout,
     clip: float | None = None,
     wants_c_seq: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """All layers over a sequence, differentiable in every tensor; returns as `recurrence.layer` does, of the last layer."""
-    hx, cx = state[0], torch.stack(state[1:])
+    hx, cx = state[0], _stacked(state)
     flat = [p for layer in parameters for p in layer]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (input, hx, cx, *flat)):
         output, h_n, c_n, _, c_seq = WaveFunction.apply(
@@ -188,11 +192,9 @@ def stack(
 
 
 def _forward(cell, input, hx, cx, parameters, layout, save_gates, save_states=True):
-    preact_x = _input_product(input, parameters[:1], None, layout)
-    weight_hh = [p[1] for p in parameters]
-    return wave_fwd(
-        cell, preact_x, *_above_first(parameters, input), weight_hh, hx, cx, *layout, save_gates, save_states
-    )
+    preact_x = _input_product(cell, input, parameters[:1], None, layout)
+    weights = (*_above_first(cell, parameters, input), [p[1] for p in parameters], vectors(cell, parameters))
+    return wave_fwd(cell, preact_x, *weights, hx, cx, *layout, save_gates, save_states)
 
 
 def _per_layer(parameters, layers: int) -> list:
@@ -200,12 +202,12 @@ def _per_layer(parameters, layers: int) -> list:
     return [parameters[k * count : (k + 1) * count] for k in range(layers)]
 
 
-def _above_first(parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
-    """weight_ih [L-1, G*H, H] and the sum of the biases [L-1, G*H] of the layers above the first."""
+def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
+    """weight_ih [L-1, G*H, H] and what is added to its product [L-1, G*H] of the layers above the first."""
     weight_ih = torch.stack([p[0] for p in parameters[1:]])
-    if len(parameters[0]) == 2:
+    if not has_bias(cell, parameters[0]):
         return weight_ih, like.new_zeros(weight_ih.shape[:2])
-    return weight_ih, torch.stack([p[2] + p[3] for p in parameters[1:]])
+    return weight_ih, torch.stack([input_bias(cell, p) for p in parameters[1:]])
 
 
 def _differentiable_gradients(ctx, tensors, parameters, needs, grads, layout):

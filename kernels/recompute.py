@@ -1,7 +1,7 @@
 r"""Gates and cell states of all steps, from preactivations that have their recurrent part already.
 
 .. math::
-    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact}_t, 0, \mathrm{state}_{t-1})
+    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact}_t, 0, \mathrm{state}_{t-1}, \mathrm{vectors})
 
 What the backward needs of a forward that kept only h: since all h are known, the recurrent products of all steps are one
 product before this. Nothing is exchanged, so a program is one sequence in one direction with BLOCK_H units, and nobody
@@ -20,6 +20,7 @@ from fusedlstm.kernels.tiles import load_state, load_tuple, select_tuple, store_
 def recompute_kernel(
     # inputs
     preact_ptr,  # [D, R, G*H]  x_t @ weight_ih^T + biases + h_{t-1} @ weight_hh^T
+    vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     lengths_ptr,  # [B]  int32, or int64 if RAGGED; read if RAGGED or PACKED
@@ -35,6 +36,7 @@ def recompute_kernel(
     R,
     H: tl.constexpr,
     G: tl.constexpr,
+    V: tl.constexpr,
     S: tl.constexpr,
     # strides of preact, in rows of G*H elements
     rows_preact_d,
@@ -61,6 +63,9 @@ def recompute_kernel(
     stride_seq = R.to(tl.int64) * D * H
     zero = zero_tuple(1 + S, 1, BLOCK_H)
     no_preact = zero_tuple(G_PADDED, 1, BLOCK_H)
+    vectors = ()
+    if V > 0:
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs, mask, H, V)
 
     state = load_state(hx_ptr + row_state * H, cx_ptr + row_state * H, offs, mask, stride_state, S)
     for step in range(steps):
@@ -77,7 +82,7 @@ def recompute_kernel(
             keep = tl.load(resets_ptr + reset_row, mask=inside, other=0) == 0
             state = select_tuple(keep, state, zero, 1 + S)
         preact = load_tuple(preact_ptr + (pid_d * rows_preact_d + row * rows_preact) * GH, offs, mask, H, G)
-        gates, state = STEP(preact, no_preact, state)
+        gates, state = STEP(preact, no_preact, state, vectors, 1.0)
         row_seq = row * D + pid_d
         store_tuple(gates_ptr + row_seq * GH, offs, mask, H, gates, 0, G)
         store_tuple(c_seq_ptr + row_seq * H, offs, mask, stride_seq, state, 1, S)

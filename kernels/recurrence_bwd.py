@@ -2,10 +2,10 @@ r"""All T steps of one layer, backward through time, for any cell.
 
 .. math::
     \mathrm{dpreact}_t, \mathrm{dstate}_{t-1} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t,
-    \mathrm{dstate}_t), \qquad dh_{t-1} \mathrel{+}= \mathrm{dpreact}_t U
+    \mathrm{dstate}_t, \mathrm{vectors}), \qquad dh_{t-1} \mathrel{+}= \mathrm{dpreact}_t U
 
-Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, S states beside h, D recurrences of the
-launch, R rows; where row (t, b) lies, and what PACKED, RAGGED, RESETS and STACK mean, is told in `recurrence_fwd`. With CLIP
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps and of its
+gradients, of which the last G go through U, V vectors, S states beside h, D recurrences of the launch, R rows; where row (t, b) lies, and what PACKED, RAGGED, RESETS and STACK mean, is told in `recurrence_fwd`. With CLIP
 every element of the gradient of a state that enters a step is kept within -clip and clip.
 
 A program owns BLOCK_H hidden units for one batch tile and one recurrence through all steps, and carries the gradients of
@@ -31,6 +31,7 @@ from fusedlstm.kernels.tiles import (
     fetch_state,
     fetch_tuple,
     load_state,
+    load_tuple,
     round_tuple,
     select_tuple,
     store_tuple,
@@ -45,18 +46,19 @@ def recurrence_bwd_kernel(
     grad_c_seq_ptr,  # [S, R, D*H]  float32; [S, R, H] if STACK; read if HAS_GRAD_C_SEQ
     grad_h_n_ptr,  # [D, B, H]
     grad_c_n_ptr,  # [S, D, B, H]
-    weight_ih_ptr,  # [D-1, G*H, H]  read if STACK: of the layers above the first
+    weight_ih_ptr,  # [D-1, G*H, H]  read if STACK: of the layers above the first, gates in the order of their gradients
     weight_hh_ptr,  # [D, G*H, DH]
+    vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     lengths_ptr,  # [B]  int32, or int64 if RAGGED; read if RAGGED or PACKED
     first_row_ptr,  # [T+1]  int64; read if PACKED
     resets_ptr,  # [R]  bool; read if RESETS
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
-    gates_ptr,  # [R, D*G*H]  after the nonlinearity
+    gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity
     c_seq_ptr,  # [S, R, D*H]  float32
     # outputs
-    grad_preact_ptr,  # [R, D*G*H]; [D, R, G*H] if STACK
+    grad_preact_ptr,  # [R, D*KEPT*H]; [D, R, KEPT*H] if STACK
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
     arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
@@ -69,6 +71,8 @@ def recurrence_bwd_kernel(
     H: tl.constexpr,
     DH: tl.constexpr,  # hidden units of a head
     G: tl.constexpr,
+    KEPT: tl.constexpr,
+    V: tl.constexpr,
     S: tl.constexpr,
     # strides of grad_output, in rows
     rows_grad_output_t,  # not used if PACKED
@@ -96,6 +100,8 @@ def recurrence_bwd_kernel(
 ):
     LOCAL: tl.constexpr = PROTOCOL == "none"
     GH: tl.constexpr = G * H
+    KEPT_H: tl.constexpr = KEPT * H
+    FIRST_H: tl.constexpr = KEPT - G  # the first block that goes through U
     K: tl.constexpr = G * DH
     # A head's rows of weight_hh are a part of every gate's.
     SEGMENT: tl.constexpr = DH if LOCAL or DH < H else K
@@ -114,7 +120,7 @@ def recurrence_bwd_kernel(
     offs_b = tl.arange(0, BLOCK_B)
     offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
     offs_seq = offs_b[:, None] * (side_by_side * H) + offs_h[None, :]
-    offs_gates = offs_b[:, None] * (side_by_side * GH) + offs_h[None, :]
+    offs_gates = offs_b[:, None] * (side_by_side * KEPT_H) + offs_h[None, :]
     offs_grad_output = offs_b.to(tl.int64)[:, None] * rows_grad_output_b * (side_by_side * H) + offs_h[None, :]
 
     weight_ptr = weight_hh_ptr + pid_d * (GH * DH) + head * (DH * DH)
@@ -125,6 +131,10 @@ def recurrence_bwd_kernel(
         w = resident_weight(weight_ptr, unit, mask_h, DH, K, SEGMENT, H, BLOCK_K, TRANSPOSED, SPLIT)
         if STACK:
             w_x = resident_weight(weight_x_ptr, unit, mask_h & below, H, GH, SEGMENT, H, BLOCK_K, TRANSPOSED, SPLIT)
+
+    vectors = ()
+    if V > 0:
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h[None, :], mask_h[None, :], H, V)
 
     num_tiles_b = tl.cdiv(B, BLOCK_B)
     for tile_b in range(tl.program_id(1).to(tl.int64), num_tiles_b, tl.num_programs(1)):
@@ -201,7 +211,7 @@ def recurrence_bwd_kernel(
                     resets_ptr, t, reverse, row, offs_b, B, steps, length, mask_t, first_row, prev_row, sequences_prev,
                     PACKED, RAGGED,
                 )  # fmt: skip
-            gates = fetch_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, G)
+            gates = fetch_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, KEPT)
             row_prev = (prev_row + row) * side_by_side + pid_d * stride_d
             if PACKED or RAGGED:  # each sequence from its own place
                 before = fetch_state(
@@ -241,7 +251,7 @@ def recurrence_bwd_kernel(
             if LOCAL:
                 dh_recurrent = local_product(dpreact, w, G, BLOCK_H, BLOCK_B, TRANSPOSED, PRECISION)
             else:
-                p_x = dpreact_ptr + head * DH + offs_b * (side_by_side * GH)
+                p_x = dpreact_ptr + FIRST_H * H + head * DH + offs_b * (side_by_side * KEPT_H)
                 dh_recurrent = awaited_product(
                     counter_ptr, GROUP * step, p_x, mask_x, mask_x, w, weight_ptr, unit, mask_h, DH, K, SEGMENT, H,
                     BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
@@ -269,7 +279,7 @@ def recurrence_bwd_kernel(
                 dcell = add_tuple(dcell, grad_c, S)
             if STACK:
                 if below:  # what the layer above hands down
-                    p_above = grad_preact_ptr + (row_seq + stride_d) * GH + offs_b * GH
+                    p_above = grad_preact_ptr + (row_seq + stride_d) * KEPT_H + offs_b * KEPT_H
                     dh += awaited_product(
                         counter_ptr + num_tiles_b * 32, GROUP * tl.minimum(step + 1, steps), p_above, mask_t, mask_t,
                         w_x, weight_x_ptr, unit, mask_h, H, GH, SEGMENT, H, BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT,
@@ -283,17 +293,17 @@ def recurrence_bwd_kernel(
             if RESETS:
                 entered = select_tuple(reset[:, None] == 0, state_prev, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
                 reset_later = reset
-            dpreact_all, dprev = STEP(as_float32(gates, G), entered, state, (dh,) + dcell)
+            dpreact_all, dprev = STEP(as_float32(gates, KEPT), entered, state, (dh,) + dcell, vectors, 1.0)
             state = state_prev
 
-            dpreact_ptr = grad_preact_ptr + row_seq * GH
+            dpreact_ptr = grad_preact_ptr + row_seq * KEPT_H
             mask_store = mask_t[:, None] & mask_h[None, :]
             if RAGGED:
                 mask_store = (mask_b & (step < steps))[:, None] & mask_h[None, :]
-                dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(G, BLOCK_B, BLOCK_H), G)
-            publish(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, G, counter_ptr, PROTOCOL)
+                dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(KEPT, BLOCK_B, BLOCK_H), KEPT)
+            publish(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, KEPT, counter_ptr, PROTOCOL)
             if LOCAL:
-                dpreact = round_tuple(dpreact_all, weight_ptr, G)
+                dpreact = round_tuple(dpreact_all[FIRST_H:], weight_ptr, G)
             mask_later = mask_t
             first_row = prev_row
             sequences = sequences_prev
@@ -305,5 +315,5 @@ def recurrence_bwd_kernel(
         if RAGGED:
             mask = mask_b[:, None] & mask_h[None, :]
             for t in range(steps, T):  # no sequence of the tile comes so far
-                dpreact_ptr = grad_preact_ptr + ((B.to(tl.int64) * t + row) * side_by_side + pid_d * stride_d) * GH
-                store_tuple(dpreact_ptr, offs_gates, mask, H, zero_tuple(G, BLOCK_B, BLOCK_H), 0, G)
+                dpreact_ptr = grad_preact_ptr + ((B.to(tl.int64) * t + row) * side_by_side + pid_d * stride_d) * KEPT_H
+                store_tuple(dpreact_ptr, offs_gates, mask, H, zero_tuple(KEPT, BLOCK_B, BLOCK_H), 0, KEPT)

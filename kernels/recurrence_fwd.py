@@ -2,10 +2,10 @@ r"""All T steps of one layer, forward, for any cell.
 
 .. math::
     \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
-    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
+    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1}, \mathrm{vectors})
 
-Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, S states beside h, D recurrences of the
-launch, R rows: a row is one step of one sequence. Row (t, b) is t * B + b. Sequences may have lengths of their own, in two
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps, V vectors, S
+states beside h (`fusedlstm.cells`), D recurrences of the launch, R rows: a row is one step of one sequence. Row (t, b) is t * B + b. Sequences may have lengths of their own, in two
 ways:
 
 - RAGGED: in any order, zero among them. A row past its sequence's end holds zeros.
@@ -36,6 +36,7 @@ from fusedlstm.kernels.tiles import (
     as_float32,
     fetch_tuple,
     load_state,
+    load_tuple,
     select_tuple,
     split_gates,
     store_tuple,
@@ -50,6 +51,7 @@ def recurrence_fwd_kernel(
     bias_ptr,  # [D-1, G*H]  read if STACK: of the layers above the first
     weight_ih_ptr,  # [D-1, G*H, H]  the same
     weight_hh_ptr,  # [D, G*H, DH]
+    vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     lengths_ptr,  # [B]  int32, or int64 if RAGGED; read if RAGGED or PACKED
@@ -59,7 +61,7 @@ def recurrence_fwd_kernel(
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     h_n_ptr,  # [D, B, H]
     c_n_ptr,  # [S, D, B, H]
-    gates_ptr,  # [R, D*G*H]  after the nonlinearity; written if SAVE_GATES
+    gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
     arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
     # sizes
@@ -70,6 +72,8 @@ def recurrence_fwd_kernel(
     H: tl.constexpr,
     DH: tl.constexpr,  # hidden units of a head
     G: tl.constexpr,
+    KEPT: tl.constexpr,
+    V: tl.constexpr,
     S: tl.constexpr,
     # strides of preact_x, in rows of G*H elements
     rows_preact_d,
@@ -99,6 +103,7 @@ def recurrence_fwd_kernel(
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H
+    KEPT_H: tl.constexpr = KEPT * H
 
     head = tl.program_id(0) // GROUP
     pid_h = tl.program_id(0) % GROUP
@@ -122,7 +127,7 @@ def recurrence_fwd_kernel(
     offs_b = tl.arange(0, BLOCK_B)
     offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
     offs_seq = offs_b[:, None] * (side_by_side * H) + offs_h[None, :]
-    offs_gates = offs_b[:, None] * (side_by_side * GH) + offs_h[None, :]
+    offs_gates = offs_b[:, None] * (side_by_side * KEPT_H) + offs_h[None, :]
     offs_preact = offs_b.to(tl.int64)[:, None] * rows_b * GH + offs_h[None, :]
 
     # this program's columns of weight_hh^T, gate-major: column n is gate n // BLOCK_H of unit n % BLOCK_H
@@ -138,6 +143,10 @@ def recurrence_fwd_kernel(
         w = resident_weight(weight_ptr, offs_n, mask_n, 1, DH, DH, 0, BLOCK_K, TRANSPOSED, SPLIT)
         if STACK:
             w_x = resident_weight(weight_x_ptr, offs_n, mask_n & above, 1, H, H, 0, BLOCK_K, TRANSPOSED, SPLIT)
+
+    vectors = ()
+    if V > 0:
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h[None, :], mask_h[None, :], H, V)
 
     num_tiles_b = tl.cdiv(B, BLOCK_B)
     for tile_b in range(tl.program_id(1).to(tl.int64), num_tiles_b, tl.num_programs(1)):
@@ -226,7 +235,7 @@ def recurrence_fwd_kernel(
                     )  # fmt: skip
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)
 
-            gates, stepped = STEP(preact_x, preact_h, state)
+            gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0)
             mask_store = mask
             if PACKED or RAGGED:
                 lives = mask_t[:, None]
@@ -242,7 +251,7 @@ def recurrence_fwd_kernel(
             publish(h_ptr, offs_seq, mask_store, 0, stepped, 1, counter_ptr, PROTOCOL)
             # nobody waits for these
             if SAVE_GATES:
-                store_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, gates, 0, G)
+                store_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, gates, 0, KEPT)
             if SAVE_STATES:
                 store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask_store, stride_seq, stepped, 1, S)
 

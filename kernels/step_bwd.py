@@ -2,10 +2,10 @@ r"""One step of one layer, backward through time, for any cell: the product firs
 
 .. math::
     dh_t = \mathrm{dpreact}_{t+1} U + \mathrm{grad\_output}_t + \ldots, \qquad
-    \mathrm{dpreact}_t, \mathrm{dstate} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t, \mathrm{dstate}_t)
+    \mathrm{dpreact}_t, \mathrm{dstate} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t, \mathrm{dstate}_t, \mathrm{vectors})
 
-Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, S states beside h, D directions. Row (t, b)
-is t * B + b. A program owns BLOCK_H hidden units of a head for one batch tile and one direction.
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps and of its
+gradients, of which the last G go through U, V vectors, S states beside h, D directions. Row (t, b) is t * B + b. A program owns BLOCK_H hidden units of a head for one batch tile and one direction.
 
 Launch `step` counts from the last step of the forward order: 0 has no later step, hence no product; T has none of its own, and
 leaves the gradients of the initial states. `dstate` holds what a launch leaves to the next: the gradients of the states that
@@ -27,13 +27,14 @@ def step_bwd_kernel(
     grad_c_seq_ptr,  # [S, T, B, D*H]  float32; read if HAS_GRAD_C_SEQ
     weight_hh_ptr,  # [G*H, DH]  direction 0
     weight_hh_reverse_ptr,  # [G*H, DH]  direction 1
+    vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
     output_ptr,  # [T, B, D*H]  h of every step
-    gates_ptr,  # [T, B, D*G*H]  after the nonlinearity
+    gates_ptr,  # [T, B, D*KEPT*H]  after the nonlinearity
     c_seq_ptr,  # [S, T, B, D*H]  float32
     # outputs
-    grad_preact_ptr,  # [T, B, D*G*H]  read at the later step, written at this one
+    grad_preact_ptr,  # [T, B, D*KEPT*H]  read at the later step, written at this one
     dstate_ptr,  # [2, 1+S, D, B, H]  float32; read at step % 2, written at the other
     # sizes
     step,
@@ -44,6 +45,8 @@ def step_bwd_kernel(
     H: tl.constexpr,
     DH: tl.constexpr,
     G: tl.constexpr,
+    KEPT: tl.constexpr,
+    V: tl.constexpr,
     S: tl.constexpr,
     # strides of grad_output, in rows of D*H elements
     rows_grad_output_t,
@@ -60,11 +63,11 @@ def step_bwd_kernel(
     HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_GRAD_C_SEQ: tl.constexpr,
 ):
-    GH: tl.constexpr = G * H
+    KEPT_H: tl.constexpr = KEPT * H
     GROUP: tl.constexpr = (DH + BLOCK_H - 1) // BLOCK_H  # programs of a head
     # The reduction: all gates in one piece, or with heads the head's part of every gate.
     PIECES: tl.constexpr = 1 if DH == H else G
-    PIECE: tl.constexpr = GH if DH == H else DH
+    PIECE: tl.constexpr = G * H if DH == H else DH
 
     head = tl.program_id(0) // GROUP
     pid_h = tl.program_id(0) % GROUP
@@ -80,7 +83,7 @@ def step_bwd_kernel(
     mask = mask_b[:, None] & mask_h[None, :]
     offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
     offs_seq = offs_b[:, None] * (D * H) + offs_h[None, :]
-    offs_gates = offs_b[:, None] * (D * GH) + offs_h[None, :]
+    offs_gates = offs_b[:, None] * (D * KEPT_H) + offs_h[None, :]
     row_state = pid_d * B + row
     row_seq = (t * B + row) * D + pid_d
     row_later = row_seq + forward * B * D
@@ -92,7 +95,7 @@ def step_bwd_kernel(
     dstate = load_tuple(into_ptr, offs_state, mask, stride_state, 1 + S)
 
     first = head.to(tl.int64) * DH  # column of the gradients, row of the weight
-    p_x = grad_preact_ptr + row_later * GH + first + offs_b * (D * GH)
+    p_x = grad_preact_ptr + row_later * KEPT_H + (KEPT - G) * H + first + offs_b * (D * KEPT_H)
     p_w = tl.where(pid_d == 0, weight_hh_ptr, weight_hh_reverse_ptr) + first * DH + unit
     chunks = tl.where(step == 0, 0, tl.cdiv(PIECE, BLOCK_K))
     acc = no_product(BLOCK_H, BLOCK_B, BLOCK_K, TRANSPOSED)
@@ -116,7 +119,7 @@ def step_bwd_kernel(
         if HAS_GRAD_C_SEQ:
             dc = load_tuple(grad_c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, S)
             dstate = (dstate[0],) + add_tuple(dstate[1:], dc, S)
-        gates = load_tuple(gates_ptr + row_seq * GH, offs_gates, mask, H, G)
+        gates = load_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, KEPT)
         state = load_state(output_ptr + row_seq * H, c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, S)
         # The first step of the forward order starts from hx and cx.
         begins = step == T - 1
@@ -126,6 +129,9 @@ def step_bwd_kernel(
         offs_prev = offs_b[:, None] * tl.where(begins, H, D * H) + offs_h[None, :]
         state_prev = load_state(h_ptr, c_ptr, offs_prev, mask, tl.where(begins, stride_state, stride_seq), S)
 
-        dpreact, dprev = STEP(gates, state_prev, state, dstate)
-        store_tuple(grad_preact_ptr + row_seq * GH, offs_gates, mask, H, dpreact, 0, G)
+        vectors = ()
+        if V > 0:
+            vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h[None, :], mask_h[None, :], H, V)
+        dpreact, dprev = STEP(gates, state_prev, state, dstate, vectors, 1.0)
+        store_tuple(grad_preact_ptr + row_seq * KEPT_H, offs_gates, mask, H, dpreact, 0, KEPT)
         store_tuple(out_ptr, offs_state, mask, stride_state, dprev, 0, 1 + S)

@@ -1,11 +1,11 @@
 r"""One step of one layer, forward, for any cell.
 
 .. math::
-    \mathrm{preact\_x} = x W^T + b_{ih}, \qquad \mathrm{preact\_h} = h U^T + b_{hh}, \qquad
-    \mathrm{gates}, \mathrm{state}' = \mathrm{STEP}(\mathrm{preact\_x}, \mathrm{preact\_h}, \mathrm{state})
+    \mathrm{preact\_x} = x W^T + b, \qquad \mathrm{preact\_h} = h U^T, \qquad
+    \mathrm{gates}, \mathrm{state}' = \mathrm{STEP}(\mathrm{preact\_x}, \mathrm{preact\_h}, \mathrm{state}, \mathrm{vectors})
 
-Dimensions: T steps, B batch, I input size, H hidden size, DH hidden units of a head, G gates, S states beside h, D
-directions. Row (t, b) is t * B + b.
+Dimensions: T steps, B batch, I input size, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step
+keeps, V vectors, S states beside h, D directions. Row (t, b) is t * B + b.
 
 A program owns BLOCK_H hidden units of a head, with all their gates, for one batch tile and one direction. It needs h of the step
 before only, so nobody waits, and there may be more programs than the device holds at once. Two uses:
@@ -41,20 +41,21 @@ def step_fwd_kernel(
     input_ptr,  # [B, I]  read if HAS_INPUT, as are its weights and biases
     weight_ih_ptr,  # [G*H, I]  direction 0
     weight_ih_reverse_ptr,  # [G*H, I]  direction 1
-    bias_ih_ptr,  # [G*H]  these four: read if HAS_BIAS
+    bias_ih_ptr,  # [G*H]  these two: read if HAS_BIAS
     bias_ih_reverse_ptr,  # [G*H]
-    bias_hh_ptr,  # [G*H]
+    bias_hh_ptr,  # [G*H]  these two: read if HAS_BIAS_HH
     bias_hh_reverse_ptr,  # [G*H]
     preact_x_ptr,  # [D, T, B, G*H]  x_t @ weight_ih^T + biases; read if not HAS_INPUT
     weight_hh_ptr,  # [G*H, DH]  direction 0
     weight_hh_reverse_ptr,  # [G*H, DH]  direction 1
+    vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]  of a stack: row first_state is that of direction 0 and sequence 0
     cx_ptr,  # [S, D, B, H]  the same; float32 unless HAS_INPUT
     # outputs
     output_ptr,  # [T, B, D*H]  h of every step
     h_n_ptr,  # [D, B, H]  like hx; written by the last step
     c_n_ptr,  # [S, D, B, H]  like cx; written by the last step
-    gates_ptr,  # [T, B, D*G*H]  after the nonlinearity; written if SAVE_GATES
+    gates_ptr,  # [T, B, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, T, B, D*H]  float32; if not SAVE_STATES [S, 2, B, D*H], by turns, and not written if HAS_INPUT
     # sizes
     step,
@@ -65,6 +66,8 @@ def step_fwd_kernel(
     H: tl.constexpr,
     DH: tl.constexpr,
     G: tl.constexpr,
+    KEPT: tl.constexpr,
+    V: tl.constexpr,
     S: tl.constexpr,
     first_state,
     rows_states,  # rows of H elements from one state to the next in cx
@@ -83,6 +86,7 @@ def step_fwd_kernel(
     STAGES: tl.constexpr,
     HAS_INPUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_BIAS_HH: tl.constexpr,
     SAVE_GATES: tl.constexpr,
     SAVE_STATES: tl.constexpr,
 ):
@@ -148,18 +152,23 @@ def step_fwd_kernel(
         preact_x = split_gates(product_of(acc_x, BLOCK_B, TRANSPOSED), BLOCK_B, BLOCK_H, G_PADDED)
         if HAS_BIAS:
             bias_ih_ptr = tl.where(is_reverse, bias_ih_reverse_ptr, bias_ih_ptr)
-            bias_hh_ptr = tl.where(is_reverse, bias_hh_reverse_ptr, bias_hh_ptr)
             preact_x = add_tuple(preact_x, load_tuple(bias_ih_ptr, offs_h[None, :], mask_h[None, :], H, G), G)
+        if HAS_BIAS_HH:
+            bias_hh_ptr = tl.where(is_reverse, bias_hh_reverse_ptr, bias_hh_ptr)
             preact_h = add_tuple(preact_h, load_tuple(bias_hh_ptr, offs_h[None, :], mask_h[None, :], H, G), G)
     else:
         preact_row = pid_d * rows_preact_d + t * rows_preact_t + row * rows_preact_b
         offs_preact = offs_b.to(tl.int64)[:, None] * rows_preact_b * GH + offs_h[None, :]
         preact_x = load_tuple(preact_x_ptr + preact_row * GH, offs_preact, mask, H, G)
 
-    gates, state = STEP(preact_x, preact_h, state)
+    vectors = ()
+    if V > 0:
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h[None, :], mask_h[None, :], H, V)
+    gates, state = STEP(preact_x, preact_h, state, vectors, 1.0)
     store_tuple(output_ptr + row_seq * H, offs_seq, mask, 0, state, 0, 1)
     if SAVE_GATES:
-        store_tuple(gates_ptr + row_seq * GH, offs_b[:, None] * (D * GH) + offs_h[None, :], mask, H, gates, 0, G)
+        offs_gates = offs_b[:, None] * (D * KEPT * H) + offs_h[None, :]
+        store_tuple(gates_ptr + row_seq * (KEPT * H), offs_gates, mask, H, gates, 0, KEPT)
     if SAVE_STATES:
         store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, T * B.to(tl.int64) * D * H, state, 1, S)
     elif not HAS_INPUT:

@@ -9,7 +9,8 @@ Arguments are tuples of tensors [B, H] (of any leading axes); vectors are [H]. `
 nonlinearities, and `dpreact` are the gradients in their places. In `dstate_prev`, h is the part that does not pass through
 `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory (g of an LSTM, n of a GRU): 1 unless it is
 dropped; gates keep the candidate without it. `update` is what follows when the gates are known: the state that a step would have
-reached if no zoneout had held it. `vectors_backward` gives every row's part of the gradients of the vectors.
+reached if no zoneout had held it. `vectors_backward` gives every row's part of the gradients of the vectors, but for
+biases in the step, which have the gradients of the recurrent preactivations.
 """
 
 from collections.abc import Callable

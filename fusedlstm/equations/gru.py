@@ -4,8 +4,8 @@ r"""GRU as `torch.nn` has it, reset after the product (Cho et al. 2014; Chung et
     r, z = \sigma(\mathrm{preact\_x} + \mathrm{preact\_h} + b_h), \quad n_h = \mathrm{preact\_h} + b_h, \quad
     n = \tanh(\mathrm{preact\_x} + r n_h), \quad h' = (1 - z) n + z h
 
-`vectors` are b_h of r, z and n. Kept are n, r, z, n_h: so the gradients of the input's preactivations (n, r, z) and those
-of the recurrent ones (r, z, n_h) each lie together.
+`vectors` are b_h of r, z and n. Kept are n, r, z, n_h: so the gradients of the input's
+preactivations (n, r, z) and those of the recurrent ones (r, z, n_h) each lie together.
 """
 
 import torch
@@ -36,7 +36,3 @@ def step_backward(gates, state_prev, state, dstate, vectors, drop):
     dpreact_r = dpreact_n * n_h * r * (1 - r)
     dpreact_z = dh * (h - n * drop) * z * (1 - z)
     return (dpreact_n, dpreact_r, dpreact_z, dpreact_n * r), (dh * z,)
-
-
-def vectors_backward(dpreact, state_prev, state):
-    return dpreact[1:]

@@ -1,12 +1,16 @@
 """One file a cell: its equations, `step_fwd` and `step_bwd` on tuples of tiles.
 
-    step_fwd(preact_x, preact_h, state) -> gates, state
-    step_bwd(gates, state_prev, state, dstate) -> dpreact, dstate_prev
+    step_fwd(preact_x, preact_h, state, vectors, drop) -> gates, state
+    step_bwd(gates, state_prev, state, dstate, vectors, drop) -> dpreact, dstate_prev
 
-`state` begins with h. In `dstate_prev`, h is the part that does not pass through `weight_hh`.
-Names and order of gates and states: `fusedlstm.cells`.
+Tiles are [BLOCK_B, BLOCK_H] in float32, vectors [1, BLOCK_H]. `state` begins with h. In `dstate_prev`, h is the part that
+does not pass through `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory.
+Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.equations`.
 """
 
-from fusedlstm.kernels.cells import lstm
+from fusedlstm.kernels.cells import coupled, gru, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
-STEPS = {"lstm": (lstm.step_fwd, lstm.step_bwd)}
+STEPS = {
+    module.__name__.rpartition(".")[2]: (module.step_fwd, module.step_bwd)
+    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, slstm)
+}

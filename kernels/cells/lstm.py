@@ -20,27 +20,27 @@ from fusedlstm.kernels.activations import sigmoid, tanh
 
 
 @triton.jit
-def step_fwd(preact_x, preact_h, state):
+def step_fwd(preact_x, preact_h, state, vectors, drop):
     c = state[1]
     i = sigmoid(preact_x[0] + preact_h[0])
     f = sigmoid(preact_x[1] + preact_h[1])
     g = tanh(preact_x[2] + preact_h[2])
     o = sigmoid(preact_x[3] + preact_h[3])
-    c = f * c + i * g
+    c = f * c + i * (g * drop)
     h = o * tanh(c)
     return (i, f, g, o), (h, c)
 
 
 @triton.jit
-def step_bwd(gates, state_prev, state, dstate):
+def step_bwd(gates, state_prev, state, dstate, vectors, drop):
     i, f, g, o = gates
     c_prev = state_prev[1]
     tanh_c = tanh(state[1])
     dh = dstate[0]
     dc = dstate[1] + dh * o * (1.0 - tanh_c * tanh_c)
-    dpreact_i = dc * g * i * (1.0 - i)
+    dpreact_i = dc * (g * drop) * i * (1.0 - i)
     dpreact_f = dc * c_prev * f * (1.0 - f)
-    dpreact_g = dc * i * (1.0 - g * g)
+    dpreact_g = dc * i * drop * (1.0 - g * g)
     dpreact_o = dh * tanh_c * o * (1.0 - o)
     # h reaches the next step only through the recurrent product
     return (dpreact_i, dpreact_f, dpreact_g, dpreact_o), (tl.zeros_like(dh), dc * f)

@@ -117,11 +117,11 @@ def test_custom_ops_pass_opcheck():
     checks = ("test_schema", "test_faketensor")
     lengths = torch.randint(0, 4, (B,), generator=generator, dtype=torch.int32)
     resets = torch.rand(3, B, generator=generator) < 0.3
-    states = ("lstm", "torch", preact_x, weight_hh, hx, cx)
+    states = ("lstm", "torch", preact_x, weight_hh, None, hx, cx)
     for layout in ((None, None, None), (lengths, None, resets)):
         for saves in ((True, True), (False, True), (False, False)):
             torch.library.opcheck(recurrence.recurrence_fwd, (*states, *layout, *saves), test_utils=checks)
         output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd(*states, *layout, True, True)
         for grads, clip in (((output, None, h_n, c_n), None), ((None, c_seq, h_n, c_n), 0.5)):
-            arguments = ("lstm", "torch", *grads, weight_hh, hx, cx, output, gates, c_seq, *layout, clip)
+            arguments = ("lstm", "torch", *grads, weight_hh, None, hx, cx, output, gates, c_seq, *layout, clip)
             torch.library.opcheck(recurrence.recurrence_bwd, arguments, test_utils=checks)
