@@ -221,10 +221,10 @@ class RecurrenceFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[9:]
         if not ctx.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
-        if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
+        grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
+        if torch.is_grad_enabled() or _any_batched(grads):  # create_graph=True: the gradients must be differentiable
             tensors = (input, hx, cx, preact_0, *parameters)
-            results = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-            return *[None] * 9, *_differentiable_gradients(ctx, tensors, needs, results, layout)
+            return *[None] * 9, *_differentiable_gradients(ctx, tensors, needs, grads, layout)
         per_direction = _per_direction(parameters, ctx.directions)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         gradients = ParameterGradients(ctx.cell, per_direction, _per_direction(needs[4:], ctx.directions))
@@ -598,6 +598,14 @@ def _add_recurrent_weight_gradient(
     later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
     total = heads.weight_gradient(_of_first_steps(grad_preact, direction, layout), hx, num_heads, total)
     return heads.weight_gradient(grad_preact[later].flatten(0, 1), output[earlier].flatten(0, 1), num_heads, total)
+
+
+def _any_batched(grads) -> bool:
+    """Whether gradients come many at once (`is_grads_batched`), for which a custom op has no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    is_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and any(f(g) for f in is_batched) for g in grads)
 
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout):
