@@ -109,7 +109,7 @@ def stack(
     if engine == "torch":
         if not (masked or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
             schedule = torch_engine.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, schedule, dense=batch_sizes is None)
+        compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
         input, states, weights = _cast((input, states, weights), compute_dtype)
     c_seq = None
@@ -202,7 +202,7 @@ def step(
     heads = hidden // weights[1].size(1) if hidden else 1
     engine = engines.choose(backend, input.device, dtype, cell, hidden, heads=heads)
     if engine == "torch" and heads == 1 and torch_engine.has(cell):
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
+        compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, "cell", dense=False)
         input, states, weights = _cast((input, states, weights), compute_dtype)
         with _autocast_off(input):
             return _cast(torch_engine.cell(cell, input, states, *weights), dtype)

@@ -75,7 +75,9 @@ def name(value):
 
 
 CASES = [("LSTM", "torch", options) for options in PRODUCT]
-CASES += [("LSTM", size, options) for size, options in itertools.product(SIZES, covering(PRODUCT, 3)) if size != "torch"]
+CASES += [
+    ("LSTM", size, options) for size, options in itertools.product(SIZES, covering(PRODUCT, 3)) if size != "torch"
+]
 # The others have neither projection nor c; what is around the step is the LSTM's.
 OTHERS = {"GRU": (nn.GRU, {}), "RNN": (nn.RNN, {}), "RNN relu": (nn.RNN, {"nonlinearity": "relu"})}
 PAIRS = covering([options for options in PRODUCT if not options["projected"]], 2)
