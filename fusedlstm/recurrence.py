@@ -552,7 +552,8 @@ def _recomputed(
         preact = preact.contiguous()
     taken = vectors(cell, parameters)
     if not cells.CELLS[cell].adds:
-        return _recomputed_at_once(cell, preact, parameters, taken, hx, output, layout), cx.new_empty(0)
+        gates = _recomputed_at_once(cell, preact, parameters, taken, hx, output, layout)
+        return gates, output.new_empty(0, *output.shape)
     for d, (y, p) in enumerate(zip(output.chunk(len(parameters), -1), parameters, strict=True)):
         heads.add_recurrent(preact[d].view(-1, preact.size(-1)), layout.states_before(y, hx[d], d), p[1])
     return recompute(cell, engine, preact, taken, hx, cx, *layout)
