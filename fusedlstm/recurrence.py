@@ -247,10 +247,10 @@ class RecurrenceFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[12:]
         if not ctx.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
-        if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
+        grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
+        if torch.is_grad_enabled() or _any_batched(grads):  # create_graph=True: the gradients must be differentiable
             tensors = (input, hx, cx, preact_0, *parameters)
-            results = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-            return *[None] * 12, *_differentiable_gradients(ctx, tensors, needs, results, layout, noise)
+            return *[None] * 12, *_differentiable_gradients(ctx, tensors, needs, grads, layout, noise)
         per_direction = _per_direction(parameters, ctx.directions)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         gradients = ParameterGradients(ctx.cell, per_direction, _per_direction(needs[4:], ctx.directions))
@@ -593,7 +593,8 @@ def _recomputed(
         return layout.states_before(*((y, h_0) if factor is None else _entering(y, h_0, factor[d], layout)), d)
 
     if not cells.CELLS[cell].adds:
-        return _recomputed_at_once(cell, preact, parameters, taken, before, output), cx.new_empty(0)
+        gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
+        return gates, output.new_empty(0, *output.shape)
     for d, p in enumerate(parameters):
         heads.add_recurrent(preact[d].view(-1, preact.size(-1)), before(d), p[1])
     return recompute(cell, engine, preact, taken, hx, cx, *layout, *noise)
@@ -658,6 +659,14 @@ def _of_block(layout: Layout, noise: Noise, steps: slice, batch: int) -> tuple[L
     if steps.start is None:  # the only one
         return layout, noise
     return layout.of_steps(steps.start, steps.stop), noise.of_steps(steps.start * batch)
+
+
+def _any_batched(grads) -> bool:
+    """Whether gradients come many at once (`is_grads_batched`), for which a custom op has no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    is_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and any(f(g) for f in is_batched) for g in grads)
 
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout, noise):

@@ -1,4 +1,4 @@
-"""PyTorch's tests of its modules, over its own database of inputs for nn.LSTM and nn.LSTMCell, with ours in their place.
+"""PyTorch's tests of its modules, over its own database of inputs for LSTM, GRU, RNN and their cells, with ours in their place.
 
 Each test restates the one of its name in PyTorch's test/test_modules.py. That stock passes shows that the test is right.
 Inputs with a projection are subjects of their own.
@@ -71,7 +71,9 @@ with leaving_no_trace():
     from torch.testing._internal.common_utils import gradcheck, gradgradcheck
 STATE_AFTER = global_state()
 
-INFOS = {info.module_cls: info for info in module_db if info.module_cls in (nn.LSTM, nn.LSTMCell)}
+LAYERS = (nn.LSTM, nn.GRU, nn.RNN)
+CLASSES = (*LAYERS, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+INFOS = {info.module_cls: info for info in module_db if info.module_cls in CLASSES}
 
 
 class Subject(NamedTuple):
@@ -105,7 +107,10 @@ class Subject(NamedTuple):
         copy_parameters(module, stock)
         return stock
 
-    def inputs(self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu") -> list[ModuleInput]:
+    def inputs(
+        self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu", whole=False
+    ) -> list[ModuleInput]:
+        """Of GRU and RNN every fifth, unless `whole`: so each option has each value, and what is around is LSTM's."""
         found = [
             m
             for m in self.info.module_inputs_func(
@@ -114,7 +119,7 @@ class Subject(NamedTuple):
             if (m.constructor_input.kwargs.get("proj_size", 0) > 0) == self.projected
         ]
         assert found and all(m.forward_input is not None for m in found)
-        return found
+        return found if whole or self.info.module_cls not in (nn.GRU, nn.RNN) else found[::5]
 
 
 def subjects(*backends, projections=True):
@@ -123,7 +128,7 @@ def subjects(*backends, projections=True):
             Subject(INFOS[module_cls], projected, backend),
             id=f"{module_cls.__name__}{'-proj' if projected else ''}-{backend or 'stock'}",
         )
-        for module_cls, projected in ((nn.LSTM, False), (nn.LSTM, True), (nn.LSTMCell, False))
+        for module_cls, projected in ((nn.LSTM, True), *((cls, False) for cls in CLASSES))
         for backend in (None, *backends)
         if projections or not projected
     ]
@@ -201,19 +206,20 @@ def test_the_subjects_share_the_whole_database():
     count = dict.fromkeys(INFOS, 0)
     for parameter in subjects():
         subject = parameter.values[0]
-        count[subject.info.module_cls] += len(subject.inputs(torch.float32, True))
+        count[subject.info.module_cls] += len(subject.inputs(torch.float32, True, whole=True))
     for module_cls, info in INFOS.items():
         inputs = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
         assert count[module_cls] == len(inputs)
         assert set(info.dtypes) == {torch.float32, torch.float64}
-    assert count[nn.LSTM] >= 32 and count[nn.LSTMCell] >= 2
+    assert count[nn.LSTM] >= 32 and count[nn.GRU] >= 16 and count[nn.RNN] >= 32
+    assert count[nn.LSTMCell] >= 2 and count[nn.GRUCell] >= 2 and count[nn.RNNCell] >= 3
 
 
 @both_dtypes
 @both_modes
 @every_subject
 def test_forward(subject, training, dtype):
-    for module_input in subject.inputs(dtype, training):
+    for module_input in subject.inputs(dtype, training, whole=True):
         module = subject.prepared(module_input, dtype, training)
         outputs = run(module, module_input)
         if module_input.reference_fn is not None:
@@ -233,7 +239,7 @@ def test_factory_kwargs(subject, training, dtype):
         constructor = module_input.constructor_input
         for device in ("cpu", "meta"):
             assert_parameters_are(subject.build(constructor, device=device, dtype=dtype).train(training), device, dtype)
-        if subject.module_cls is nn.LSTM:
+        if subject.module_cls in LAYERS:
             continue  # skip_init refuses a class whose signature is (*args, **kwargs)
         args, kwargs = subject.arguments(constructor, dtype=dtype)
         state = torch.get_rng_state()
@@ -358,7 +364,8 @@ def test_grad(subject, training):
 @every_subject
 def test_gradgrad(subject, training):
     # No input has dropout: both modes run the same operations, and this is the slowest test.
-    check_gradients(subject, training, gradgradcheck, every=1 if training else 3)
+    few = subject.info.module_cls in (nn.GRU, nn.RNN)
+    check_gradients(subject, training, gradgradcheck, every=(3 if few else 1) if training else (5 if few else 3))
 
 
 @both_dtypes
@@ -534,7 +541,7 @@ def test_cpu_gpu_parity(subject, training, dtype):
         gpu_grads = [g.cuda() for g in grads]
 
         def results(module, given, grad_outputs):
-            if not training and subject.info.module_cls is nn.LSTM:  # cuDNN goes backward in training only
+            if not training and subject.info.module_cls in LAYERS:  # cuDNN goes backward in training only
                 return tree_leaves(run(module, given))
             return tree_leaves(gradients(module, given, grad_outputs))
 
