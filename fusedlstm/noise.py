@@ -85,6 +85,27 @@ class Noise(NamedTuple):
 NO_NOISE = Noise()
 
 
+class Rates(NamedTuple):
+    """The probabilities of a layer."""
+
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    candidate: float = 0.0
+    recurrent: float = 0.0
+    weight: float = 0.0
+
+    def in_steps(self, training: bool) -> tuple[float, ...]:
+        """`Noise.rates`."""
+        rates = self[:4] if training else (*self[:2], 0.0, 0.0)
+        return rates if any(rates) else ()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={rate:g}" for name, rate in self._asdict().items() if rate)
+
+
+NO_RATES = Rates()
+
+
 def draw(device: torch.device) -> Tensor:
     """A seed from torch's generator of the device, [1] int64."""
     return torch.randint(1 << 62, (1,), device=device)
