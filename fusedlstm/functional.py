@@ -158,7 +158,14 @@ def stack(
                 output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
             else:
                 layer = _layer_of(
-                    cell, engine, directions, proj_size, grad_clip, cell_states, save, noise.Noise(seed, in_steps)
+                    cell,
+                    engine,
+                    directions,
+                    proj_size,
+                    grad_clip,
+                    cell_states,
+                    save,
+                    noise.Noise(seed if in_steps else None, in_steps),
                 )
                 together = 1
                 alone = one_step or num_layers == 1 or directions == 2 or proj_size or between or in_steps

@@ -36,16 +36,19 @@ class Noise(NamedTuple):
 
     @property
     def drops_candidate(self) -> bool:
-        return self.seed is not None and bool(self.rates[2])
+        return self._drops(2)
 
     @property
     def drops_h(self) -> bool:
-        return self.seed is not None and bool(self.rates) and bool(self.rates[3])
+        return self._drops(3)
 
     @property
     def in_steps(self) -> bool:
         """Whether a step itself has any."""
         return self.holds or self.drops_candidate
+
+    def _drops(self, k: int) -> bool:
+        return self.seed is not None and bool(self.rates) and bool(self.rates[k])
 
     def of_steps(self, first_row: int) -> "Noise":
         """Of a block of steps that begins there."""
