@@ -95,14 +95,14 @@ MUTANTS = {
     ),
     "gates stored before their activation": (
         "kernels/cells/lstm.py",
-        "return (i, f, g, o), (h, c)",
-        "return (preact_x[0] + preact_h[0], f, g, o), (h, c)",
+        "return gates, update(gates, state, drop)",
+        "return (preact_x[0] + preact_h[0], f, g, o), update(gates, state, drop)",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "tanh derivative of the wrong gate": (
         "kernels/cells/lstm.py",
-        "dc * i * (1.0 - g * g)",
-        "dc * i * g * (1.0 - g)",
+        "dc * i * drop * (1.0 - g * g)",
+        "dc * i * drop * g * (1.0 - g)",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "backward forgets cx": (
