@@ -10,9 +10,27 @@ is what follows when the gates are known, for the backward of zoneout; a cell wi
 Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.equations`.
 """
 
+from typing import NamedTuple
+
+from triton.runtime.jit import KernelInterface
+
 from fusedlstm.kernels.cells import coupled, gru, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
+
+class Steps(NamedTuple):
+    """Of one cell, each under `triton.jit`."""
+
+    step_fwd: KernelInterface
+    step_bwd: KernelInterface
+    update: KernelInterface | None = None
+
+
+def of_module(module) -> Steps:
+    """What a file of this folder defines."""
+    return Steps(module.step_fwd, module.step_bwd, getattr(module, "update", None))
+
+
 STEPS = {
-    module.__name__.rpartition(".")[2]: (module.step_fwd, module.step_bwd, getattr(module, "update", None))
+    module.__name__.rpartition(".")[2]: of_module(module)
     for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, slstm)
 }
