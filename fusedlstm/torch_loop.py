@@ -1,10 +1,11 @@
 """A recurrence as a loop of torch operations, with the backward written out: for a CPU, where no kernel runs.
 
-Serves what ATen serves badly there, packed sequences of different lengths, or not at all: all cell states, clipped gradients
-of the states, lengths and resets inside a compiled graph. What makes it fast is that nothing is done at a
-step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in place,
+Serves what ATen serves badly there, packed sequences of different lengths, GRUs and vanilla RNNs, or not at all: other cells, all
+cell states, clipped gradients of the states, lengths and resets inside a compiled graph. What makes it fast is that nothing is done
+at a step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in place,
 on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation each; and
-the gradients of the weights are one product outside. Heads are a batch in the recurrent product. Equations as in `fusedlstm.reference`; names and layouts as there.
+the gradients of the weights are one product outside. Heads are a batch in the recurrent product. What a cell does at a step is
+told in `fusedlstm.loops`; equations as in `fusedlstm.reference`; names and layouts as there.
 """
 
 import math
@@ -12,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads
+from fusedlstm import cells, heads, loops
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.reference import steps_of
 
@@ -29,69 +30,65 @@ def recurrence_fwd(
     vectors: Tensor | None = None,  # [D, V, H]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps forward; returns what `recurrence.recurrence_fwd` does."""
-    assert cell == cells.LSTM.name
     D, *leading, GH = preact_x.shape
-    H = hx.size(-1)
+    S, H, K = len(cx), hx.size(-1), cells.CELLS[cell].num_kept
     if layout.name == "ragged" or layout.resets is not None:
         pieces, packed = _pieces(layout, leading, hx.device)
-        preact_x = preact_x.flatten(1, -2).index_select(1, pieces.rows)
-        output, h_n, c_n, gates, c_seq = recurrence_fwd(
-            cell, preact_x, weight_hh, _enter(pieces, hx), _enter(pieces, cx[0])[None], packed, save_gates, save_states
-        )
+        own = (_packed(preact_x, pieces, leading), weight_hh, _enter(pieces, hx), _enter(pieces, cx), packed)
+        output, h_n, c_n, gates, c_seq = recurrence_fwd(cell, *own, save_gates, save_states, vectors)
         return (
             _unpacked(output, pieces, leading),
             _leave(pieces, h_n, hx),
-            _leave(pieces, c_n[0], cx[0])[None],
+            _leave(pieces, c_n, cx),
             _unpacked(gates, pieces, leading) if save_gates else gates,
-            _unpacked(c_seq[0], pieces, leading)[None] if save_states else c_seq,
+            _unpacked(c_seq, pieces, leading) if save_states else c_seq,
         )
     steps = spans(layout.first_row, leading)
-    R = sum(n for _, n in steps)
-    output, c_seq = preact_x.new_empty(R, D, H), preact_x.new_empty(R, D, H)
-    gates = preact_x.new_empty(R, D, GH)
-    h_n, c_n = hx.clone(), cx[0].clone()  # rows beyond a step's keep what they have
+    sizes = [n for _, n in steps]
+    R = sum(sizes)
+    output, c_seq = preact_x.new_empty(R, D, H), preact_x.new_empty(S, R, D, H)
+    gates = preact_x.new_empty(R, D, K * H)
+    h_n, c_n = hx.clone(), cx.clone()  # rows beyond a step's keep what they have
     for d in range(D):
         weight = weight_hh[d] if weight_hh else None
-        _lstm_fwd(preact_x[d].reshape(R, GH), weight, h_n[d], c_n[d], steps, d, output, gates, c_seq)
+        at = loops.Forward(
+            sizes=sizes,
+            preact_x=preact_x[d].reshape(R, GH),
+            vectors=() if vectors is None else vectors[d].unbind(),
+            gates=gates[:, d],
+            states=(output[:, d], *c_seq[:, :, d]),
+            weight_hh=weight,
+            add_recurrent=_recurrent_product(weight, H),
+        )
+        _run(loops.of(cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
     return (
         output.view(*leading, D * H),
         h_n,
-        c_n.unsqueeze(0),
-        gates.view(*leading, D * GH) if save_gates else gates.new_empty(0),
-        c_seq.view(1, *leading, D * H) if save_states else c_seq.new_empty(0),
+        c_n,
+        gates.view(*leading, D * K * H) if save_gates else gates.new_empty(0),
+        c_seq.view(S, *leading, D * H) if save_states else c_seq.new_empty(0),
     )
 
 
-def _lstm_fwd(preact_x, weight_hh, h_n, c_n, steps, d, output, gates, c_seq) -> None:
-    """One direction: fills its part of output, gates and c_seq; h_n and c_n [B, H] come with hx and cx."""
-    sizes = [n for _, n in steps]
-    H = h_n.size(-1)
-    output, gates, c_seq = output[:, d], gates[:, d], c_seq[:, d]
-    i, f, g, o = (x.split(sizes) for x in gates.chunk(4, -1))
-    i_and_f = gates[:, : 2 * H].split(sizes)
-    preact_x, gates, c_seq, output = (x.split(sizes) for x in (preact_x, gates, c_seq, output))
-    add_recurrent = _recurrent_product(weight_hh, H)
-    scratch = torch.empty_like(h_n)
-    h, c, before = h_n, c_n, len(h_n)
-    for t in steps_of(len(steps), d):
+def _run(step, sizes: list[int], d: int, finals: tuple[Tensor, ...]) -> None:
+    """One direction; `finals`, each [B, H], come as the initial states and become the final ones."""
+    state, before = finals, len(finals[0])
+    for t in steps_of(len(sizes), d):
         n = sizes[t]
         if n < before:  # some ended
-            h_n[n:before], c_n[n:before] = h[n:], c[n:]
-            h, c = h[:n], c[:n]
+            for final, s in zip(finals, state, strict=True):
+                final[n:before] = s[n:]
+            state = tuple(s[:n] for s in state)
         elif n > before:  # in reverse some begin
-            h, c = torch.cat([h, h_n[before:n]]), torch.cat([c, c_n[before:n]])
-        add_recurrent(preact_x[t], h, gates[t])
-        i_and_f[t].sigmoid_()
-        g[t].tanh_()
-        o[t].sigmoid_()
-        c = torch.mul(f[t], c, out=c_seq[t]).addcmul_(i[t], g[t])
-        h = torch.mul(torch.tanh(c, out=scratch[:n]), o[t], out=output[t])
+            state = tuple(torch.cat([s, final[before:n]]) for final, s in zip(finals, state, strict=True))
+        state = step(t, state)
         before = n
-    h_n[:before], c_n[:before] = h, c
+    for final, s in zip(finals, state, strict=True):
+        final[:before] = s
 
 
 def _recurrent_product(weight_hh: Tensor | None, H: int):
-    """A function of preact [B, 4H], h [B, H] and out [B, 4H] that writes preact + h U^T; preact alone without weights."""
+    """A function of preact [B, G*H], h [B, H] and out [B, G*H] that writes preact + h U^T; preact alone without weights."""
     if weight_hh is None:
         return lambda preact, h, out: out.copy_(preact)
     DH = weight_hh.size(1)
@@ -104,7 +101,9 @@ def _recurrent_product(weight_hh: Tensor | None, H: int):
     def add(preact, h, out):
         B = len(h)
         product = torch.bmm(h.view(B, n, DH).transpose(0, 1), by_head).view(n, B, G, DH)
-        torch.add(preact.view(B, G, n, DH), product.permute(1, 2, 0, 3), out=out.view(B, G, n, DH))
+        by_gate_and_head = out.unflatten(1, (G, n, DH))
+        torch.add(preact.unflatten(1, (G, n, DH)), product.permute(1, 2, 0, 3), out=by_gate_and_head)
+        return out
 
     return add
 
@@ -119,120 +118,130 @@ def recurrence_bwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
-    gates: Tensor,  # [T, B, D*G*H] or [R, D*G*H]
+    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
     c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
     layout: Layout,
     clip: float | None,
     vectors: Tensor | None = None,  # [D, V, H]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps backward; returns what `recurrence.recurrence_bwd` does."""
-    assert cell == cells.LSTM.name
     *leading, _ = output.shape
-    D, _, H = hx.shape
+    of, S, (D, _, H) = cells.CELLS[cell], len(cx), hx.shape
+    K = of.num_kept
     if layout.name == "ragged" or layout.resets is not None:
         pieces, packed = _pieces(layout, leading, hx.device)
-        own = (None if x is None else _packed(x, pieces) for x in (grad_output, output, gates))
-        grad_output, output, gates = own
-        grad_c_seq, c_seq = (None if x is None else _packed(x[0], pieces)[None] for x in (grad_c_seq, c_seq))
-        grad_preact, grad_h, grad_c = recurrence_bwd(
-            cell,
-            grad_output,
-            grad_c_seq,
-            _left(pieces, grad_h_n),
-            _left(pieces, grad_c_n[0])[None],
-            weight_hh,
-            _enter(pieces, hx),
-            _enter(pieces, cx[0])[None],
-            output,
-            gates,
-            c_seq,
-            packed,
-            clip,
+        grad_output, grad_c_seq, output, gates, c_seq = (
+            None if x is None else _packed(x, pieces, leading) for x in (grad_output, grad_c_seq, output, gates, c_seq)
         )
+        grads = (grad_output, grad_c_seq, _left(pieces, grad_h_n), _left(pieces, grad_c_n))
+        states = (_enter(pieces, hx), _enter(pieces, cx), output, gates, c_seq)
+        grad_preact, grad_h, grad_c = recurrence_bwd(cell, *grads, weight_hh, *states, packed, clip, vectors)
         return (
             _unpacked(grad_preact, pieces, leading),
             _entered(pieces, grad_h, grad_h_n),
-            _entered(pieces, grad_c[0], grad_c_n[0])[None],
+            _entered(pieces, grad_c, grad_c_n),
         )
     steps = spans(layout.first_row, leading)
-    R = sum(n for _, n in steps)
-    GH = gates.size(-1) // D
-    grad_preact = gates.new_empty(R, D, GH)
+    sizes = [n for _, n in steps]
+    R = sum(sizes)
+    grad_preact = gates.new_empty(R, D, K * H)
     grad_hx, grad_cx = torch.zeros_like(hx), grad_c_n.clone()
     dh = gates.new_zeros(R, D, H) if grad_output is None else grad_output.reshape(R, D, H).clone()
-    gates, c_seq = gates.view(R, D, GH), c_seq.view(R, D, H)
-    dc_seq = None if grad_c_seq is None else grad_c_seq.reshape(R, D, H)
+    gates, output, c_seq = gates.view(R, D, K * H), output.view(R, D, H), c_seq.view(S, R, D, H)
+    dc_seq = () if grad_c_seq is None else grad_c_seq.reshape(S, R, D, H)
+    if R:
+        ends = torch.tensor(_last_rows(steps, hx.size(1)), device=dh.device)  # [D, B]
+        for d in range(D):  # a final h is the output of a last step
+            dh[:, d].index_add_(0, ends[d], grad_h_n[d])
     for d in range(D):
-        _lstm_bwd(
-            gates[:, d], c_seq[:, d], cx[0, d], weight_hh[d], grad_h_n[d], None if dc_seq is None else dc_seq[:, d],
-            steps, d, clip, dh[:, d], grad_preact[:, d], grad_hx[d], grad_cx[0, d],
-        )  # fmt: skip
-    return grad_preact.view(*leading, D * GH), grad_hx, grad_cx
+        states = (output[:, d], *c_seq[:, :, d])
+        initial = (hx[d], *cx[:, d])
+        at = loops.Backward(
+            sizes=sizes,
+            vectors=() if vectors is None else vectors[d].unbind(),
+            gates=gates[:, d],
+            states=states,
+            before=lambda k, d=d, own=states, initial=initial: _states_before(own[k], initial[k], steps, d),
+            dh=dh[:, d],
+            dpreact=grad_preact[:, d],
+        )
+        through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
+        _run_backward(
+            loops.of(cell).backward(at),
+            at,
+            d,
+            at.by_step(through),
+            [at.by_step(g[:, d]) for g in dc_seq],
+            grad_hx[d],
+            tuple(grad_cx[:, d]),
+            _recurrent_backward(weight_hh[d], H, clip),
+            clip,
+        )
+    return grad_preact.view(*leading, D * K * H), grad_hx, grad_cx
 
 
-def _lstm_bwd(gates, c_seq, cx, weight_hh, grad_h_n, dc_seq, steps, d, clip, dh, dpreact, grad_hx, grad_cx) -> None:
-    """One direction: fills dpreact [R, 4H] and grad_hx [B, H]; dh [R, H] and grad_cx [B, H] come with gradients."""
-    sizes = [n for _, n in steps]
-    H = cx.size(-1)
-    i, f, g, o = gates.chunk(4, -1)
-    tanh_c = torch.tanh(c_seq)
-
-    # h = o tanh(c), so dc grows by dh times
-    dc_of_dh = tanh_c.square().neg_().add_(1).mul_(o)
-    # and each preactivation's gradient is dc (of i, f, g) or dh (of o) times
-    di, df, dg, do = dpreact.chunk(4, -1)
-    torch.mul(g, i, out=di).addcmul_(di, i, value=-1)
-    c_before = _states_before(c_seq, cx, steps, d)
-    torch.mul(c_before, f, out=df).addcmul_(df, f, value=-1)
-    torch.mul(g, g, out=dg)
-    torch.addcmul(i, i, dg, value=-1, out=dg)
-    torch.mul(tanh_c, o, out=do).addcmul_(do, o, value=-1)
-
-    # A final h is the output of a last step.
-    ends = [0] * len(cx)
-    for first, n in steps if d == 0 else steps[:1]:
-        ends[:n] = range(first, first + n)
-    if len(dh):
-        dh.index_add_(0, torch.tensor(ends, dtype=torch.int64, device=dh.device), grad_h_n)
-
-    difg = dpreact[:, : 3 * H].unflatten(1, (3, H)).split(sizes)
-    dh, do, dpreact, dc_of_dh, f = (x.split(sizes) for x in (dh, do, dpreact, dc_of_dh, f))
-    dc_seq = None if dc_seq is None else dc_seq.split(sizes)
-    order = list(steps_of(len(steps), d))
+def _run_backward(step, at, d, dpreact_h, dc_seq, grad_hx, dfinals, add_recurrent_backward, clip) -> None:
+    """One direction; `dfinals`, each [B, H], come as the gradients of the final states beside h, and become the initial ones'."""
+    sizes, dh = at.sizes, at.by_step(at.dh)
+    order = list(steps_of(len(sizes), d))
+    dstate, m = dfinals, len(grad_hx)  # the gradients of the first m sequences
     for k in range(len(order) - 1, -1, -1):
-        t, n = order[k], sizes[order[k]]
-        dc = grad_cx[:n]
-        if dc_seq is not None:
-            dc += dc_seq[t]
-        dc.addcmul_(dh[t], dc_of_dh[t])
-        difg[t].mul_(dc.unsqueeze(1))
-        do[t].mul_(dh[t])
-        dc.mul_(f[t])
-        # The gradient of h goes to the step before, or to hx for those that begin here.
-        n_prev = min(n, sizes[order[k - 1]]) if k > 0 else 0
+        t, before = order[k], order[k - 1]
+        n = sizes[t]
+        if n != m:
+            dstate, m = tuple(ds[:n] for ds in dfinals), n
+        for ds, of_step in zip(dstate, dc_seq, strict=False):
+            ds += of_step[t]
+        direct = step(t, dstate)
         if clip is not None:
-            dc.clamp_(-clip, clip)
-            through = heads.recurrent_backward(dpreact[t], weight_hh, H).clamp_(-clip, clip)
-            if n_prev:
-                dh[order[k - 1]][:n_prev] += through[:n_prev]
-            grad_hx[n_prev:n] = through[n_prev:]
+            for ds in dstate:
+                ds.clamp_(-clip, clip)
+        # The gradient of h goes to the step before, or to hx for those that begin here.
+        n_prev = min(n, sizes[before]) if k > 0 else 0
+        if n_prev == n == sizes[before]:
+            add_recurrent_backward(dh[before], dpreact_h[t], direct)
             continue
-        if n_prev:
-            _add_recurrent_backward(dh[order[k - 1]][:n_prev], dpreact[t][:n_prev], weight_hh)
-        if n_prev < n:
-            _add_recurrent_backward(grad_hx[n_prev:n], dpreact[t][n_prev:], weight_hh)
+        for rows, grad_h in ((slice(0, n_prev), dh[before]), (slice(n_prev, n), grad_hx)):
+            if rows.start < rows.stop:
+                add_recurrent_backward(grad_h[rows], dpreact_h[t][rows], None if direct is None else direct[rows])
 
 
-def _add_recurrent_backward(grad_h: Tensor, dpreact: Tensor, weight_hh: Tensor) -> None:
-    """grad_h [B, H] += dpreact [B, 4H] U."""
-    if weight_hh.size(1) == grad_h.size(1):
-        grad_h.addmm_(dpreact, weight_hh)
-    else:
-        grad_h += heads.recurrent_backward(dpreact, weight_hh, grad_h.size(1))
+def _recurrent_backward(weight_hh: Tensor, H: int, clip: float | None):
+    """A function of grad_h [B, H], dpreact [B, G*H] and direct [B, H] or None: grad_h += dpreact U + direct, clipped."""
+    dense = weight_hh.size(1) == H
+
+    def add(grad_h, dpreact, direct):
+        if direct is not None:
+            grad_h += direct
+        if dense:
+            grad_h.addmm_(dpreact, weight_hh)
+        else:
+            grad_h += heads.recurrent_backward(dpreact, weight_hh, H)
+
+    def add_clipped(grad_h, dpreact, direct):
+        through = heads.recurrent_backward(dpreact, weight_hh, H)
+        if direct is not None:
+            through += direct
+        grad_h += through.clamp_(-clip, clip)
+
+    return add if clip is None else add_clipped
+
+
+def _last_rows(steps: list[tuple[int, int]], batch: int) -> list[list[int]]:
+    """The row of every sequence's last step, in both directions."""
+    forward = [0] * batch
+    for first, n in steps:
+        forward[:n] = range(first, first + n)
+    return [forward, list(range(batch))]
 
 
 def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int) -> Tensor:
     """The state that entered every row, [R, H]: that of the step before, or `initial` [B, H] where a sequence begins."""
+    if not steps:
+        return seq
+    if steps[-1][1] == len(initial):  # all have every step
+        n = len(initial)
+        return torch.cat([initial, seq[: len(seq) - n]] if d == 0 else [seq[n:], initial])
     pieces: list[Tensor] = [None] * len(steps)
     first_prev, n_prev = 0, 0
     for t in steps_of(len(steps), d):
@@ -241,7 +250,7 @@ def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d
         if n > n_prev:
             pieces[t] = torch.cat([pieces[t], initial[n_prev:n]])
         first_prev, n_prev = first, n
-    return torch.cat(pieces) if pieces else seq
+    return torch.cat(pieces)
 
 
 def _pieces(layout: Layout, leading: list[int], device: torch.device) -> tuple[Pieces, Layout]:
@@ -250,39 +259,52 @@ def _pieces(layout: Layout, leading: list[int], device: torch.device) -> tuple[P
     return pieces, Layout.of_packed(pieces.batch_sizes, len(pieces.enters[0]), device)
 
 
-def _packed(seq: Tensor, pieces: Pieces) -> Tensor:
-    return pieces.gather(seq.flatten(0, -2))
+def _packed(seq: Tensor, pieces: Pieces, leading: list[int]) -> Tensor:
+    """[..., *leading, features] -> [..., R, features]"""
+    rows = seq.flatten(-1 - len(leading), -2)
+    return rows.index_select(-2, pieces.rows)
 
 
 def _unpacked(seq: Tensor, pieces: Pieces, leading: list[int]) -> Tensor:
-    return pieces.scatter(seq, math.prod(leading)).unflatten(0, leading)
+    """[..., R, features] -> [..., *leading, features], with zeros in the padding."""
+    rows = seq.new_zeros(*seq.shape[:-2], math.prod(leading), seq.size(-1))
+    return rows.index_copy_(-2, pieces.rows, seq).unflatten(-2, leading)
 
 
 def _enter(pieces: Pieces, state: Tensor) -> Tensor:
-    """[D, B, H] -> [D, pieces, H]"""
-    return torch.stack([pieces.enter(s, d) for d, s in enumerate(state)])
+    """[..., D, B, H] -> [..., D, pieces, H]"""
+    known = torch.cat([state, state.new_zeros(*state.shape[:-2], 1, state.size(-1))], -2)
+    return _select(known, pieces.enters)
 
 
 def _leave(pieces: Pieces, state: Tensor, initial: Tensor) -> Tensor:
-    """[D, pieces, H] -> [D, B, H]"""
-    return torch.stack([pieces.leave(s, i, d) for d, (s, i) in enumerate(zip(state, initial, strict=True))])
+    """[..., D, pieces, H] -> [..., D, B, H]; `initial` where there is no step."""
+    return _select(torch.cat([state, initial], -2), pieces.leaves)
+
+
+def _select(known: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+    """[..., D, n, H] -> [..., D, m, H], of every direction its own rows [m]."""
+    by_direction = [s.index_select(-2, rows[d]) for d, s in enumerate(known.unbind(-3))]
+    return torch.stack(by_direction, -3)
 
 
 def _left(pieces: Pieces, grad: Tensor) -> Tensor:
-    """The gradient of `_leave`: [D, B, H] -> [D, pieces, H]."""
+    """The gradient of `_leave`: [..., D, B, H] -> [..., D, pieces, H]."""
     n = len(pieces.enters[0])
-    found = grad.new_zeros(len(grad), n + grad.size(1), grad.size(2))
-    for d, g in enumerate(grad):
-        found[d, pieces.leaves[d]] = g
-    return found[:, :n]
+    return _scattered(grad, pieces.leaves, n + grad.size(-2))[..., :n, :]
 
 
 def _entered(pieces: Pieces, grad: Tensor, grad_final: Tensor) -> Tensor:
-    """The gradient of `_enter`, [D, pieces, H] -> [D, B, H], and of `_leave` where a sequence has no steps."""
-    n, B = grad.size(1), grad_final.size(1)
-    found = grad.new_zeros(len(grad), B + 1, grad.size(2))
-    for d, g in enumerate(grad):
-        empty = (pieces.leaves[d] >= n).unsqueeze(1)
-        found[d, :B] = torch.where(empty, grad_final[d], 0)
-        found[d, pieces.enters[d]] = g
-    return found[:, :B].contiguous()
+    """The gradient of `_enter`, [..., D, pieces, H] -> [..., D, B, H], and of `_leave` where a sequence has no steps."""
+    n, B = grad.size(-2), grad_final.size(-2)
+    found = _scattered(grad, pieces.enters, B + 1)[..., :B, :].contiguous()
+    empty = torch.stack([rows >= n for rows in pieces.leaves[: grad.size(-3)]]).unsqueeze(-1)  # [D, B, 1]
+    return torch.where(empty, grad_final, found)
+
+
+def _scattered(grad: Tensor, rows: tuple[Tensor, Tensor], size: int) -> Tensor:
+    """[..., D, m, H] -> [..., D, size, H], with zeros where no row goes."""
+    found = grad.new_zeros(*grad.shape[:-2], size, grad.size(-1))
+    for d, (into, g) in enumerate(zip(found.unbind(-3), grad.unbind(-3), strict=True)):
+        into.index_copy_(-2, rows[d], g)
+    return found
