@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import engines
+from fusedlstm import cells, engines
+
+# Of the cells that torch has; other layers are called by the name of their class.
+TORCH_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 
 def backend(value: str) -> str:
@@ -44,6 +47,76 @@ def num_heads(value: int, hidden_size: int, proj_size: int = 0) -> int:
     return int(value)
 
 
+def proj_size(value: int | None, cell: str) -> int:
+    if value is not None and cell != "lstm":
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    return value or 0
+
+
+def nonlinearity(value: str) -> str:
+    if value not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{value}'. Select from 'tanh' or 'relu'.")
+    return value
+
+
+def cell_of_nonlinearity(value: str) -> str:
+    """The cell of an RNNCell, whose error differs from that of an RNN."""
+    if value not in ("tanh", "relu"):
+        raise RuntimeError(f"Unknown nonlinearity: {value}")
+    return f"rnn_{value}"
+
+
+def cell(value: str) -> str:
+    if value not in cells.CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(cells.CELLS)}, got {value!r}")
+    return value
+
+
+def has_cell_states(cell: str) -> None:
+    if not cells.CELLS[cell].num_cell_states:
+        raise ValueError(f"return_cell_states: expected False, for {cell} has no state beside h, which is the output")
+
+
+def init(value) -> tuple:
+    """The functions that change a module's initial values."""
+    found = (value,) if callable(value) else () if value is None else value
+    if not isinstance(found, list | tuple) or not all(map(callable, found)):
+        raise TypeError(f"init: expected a function of the module, several, or None, got {value!r}")
+    return tuple(found)
+
+
+def recurrent(module) -> cells.Cell:
+    """The cell of a layer or a cell of ours."""
+    found = getattr(module, "cell", None)
+    if not isinstance(module, nn.RNNBase | nn.RNNCellBase) or found is None:
+        raise TypeError(f"module: expected a layer or a cell of fusedlstm, got {type(module).__name__}")
+    return cells.CELLS[found]
+
+
+def keeping_gates(module, known) -> list[str]:
+    """Those of the gates that are `known` to decide what is kept, in the order of `known`."""
+    of = recurrent(module)
+    if not (found := [name for name in known if name in of.gates]):
+        raise ValueError(f"module: expected a cell with a gate that keeps the state, got {of.name}, which has none")
+    return found
+
+
+def biases(module) -> list[tuple[Tensor, Tensor]]:
+    """bias_ih and bias_hh of every layer and direction."""
+    named = dict(module.named_parameters(recurse=False))
+    found = [(bias, named[name.replace("_ih", "_hh")]) for name, bias in named.items() if name.startswith("bias_ih")]
+    if not found:
+        raise ValueError("module: expected one with biases, got one without")
+    return found
+
+
+def longest(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"longest: expected a number of steps, got {type(value).__name__}")
+    if value < 2:
+        raise ValueError(f"longest: expected at least 2 steps, got {value}")
+
+
 def instance(name: str, value, cls: type) -> None:
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
@@ -55,14 +128,26 @@ def module(model) -> nn.Module:
     return model
 
 
-def _same_device_and_dtype(
-    input: Tensor, hx: tuple[Tensor, Tensor], weight: Tensor, names: tuple[str, str], dtypes: bool
-) -> None:
-    for name, state in zip(names, hx, strict=True):
+def _cell_of(module) -> cells.Cell:
+    """Of ours, and of torch's layers, which have a mode."""
+    return cells.CELLS[getattr(module, "cell", None) or module.mode.lower()]
+
+
+def _name(module, of: cells.Cell, suffix: str = "") -> str:
+    """What torch calls it."""
+    return TORCH_NAMES[of.name] + suffix if of.name in TORCH_NAMES else type(module).__name__
+
+
+def _names(states) -> list[str]:
+    return ["hx"] if len(states) == 1 else [f"hx[{k}]" for k in range(len(states))]
+
+
+def _same_device_and_dtype(input: Tensor, states: list[Tensor], weight: Tensor, dtypes: bool) -> None:
+    for name, state in zip(_names(states), states, strict=True):
         if state.device != input.device:
             raise RuntimeError(
                 f"Input and hidden tensors are not at the same device, found input tensor at {input.device} "
-                f"and {name} at {state.device}"
+                f"and {name if len(states) > 1 else 'hidden tensor'} at {state.device}"
             )
         if dtypes and state.dtype != input.dtype:
             raise ValueError(f"{name}: expected the dtype of input ({input.dtype}), got {state.dtype}")
@@ -73,22 +158,29 @@ def _same_device_and_dtype(
         )
 
 
-def _two_states(hx) -> None:
-    if isinstance(hx, Tensor) or len(hx) != 2:
+def _given_states(of: cells.Cell, hx) -> list[Tensor]:
+    """The states in `hx`, when it has as many as the cell; h alone is a tensor."""
+    if len(of.states) == 1:
+        instance("hx", hx, Tensor)
+        return [hx]
+    if isinstance(hx, Tensor) or len(hx) != len(of.states):
         came = "a tensor" if isinstance(hx, Tensor) else f"{len(hx)}"
-        raise RuntimeError(f"lstm expects two hidden states, got {came}")
-    for name, state in zip(("hx[0]", "hx[1]"), hx, strict=True):
-        if not isinstance(state, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(state).__name__}")
+        if of.name == "lstm":
+            raise RuntimeError(f"lstm expects two hidden states, got {came}")
+        raise RuntimeError(f"hx: expected the {len(of.states)} states {', '.join(of.states)}, got {came}")
+    for name, state in zip(_names(hx), hx, strict=True):
+        instance(name, state, Tensor)
+    return list(hx)
 
 
-def lstm_input(module, input: Tensor | PackedSequence, hx) -> None:
-    """Check what `LSTM.forward` was given, before anything is reshaped."""
-    packed = isinstance(input, PackedSequence)
+def sequence(module, input: Tensor | PackedSequence, hx) -> None:
+    """Check what `Recurrent.forward` was given, before anything is reshaped."""
+    of, packed = _cell_of(module), isinstance(input, PackedSequence)
     if packed:
         batch, input = input.batch_sizes[0], _packed_data(input)
     elif input.dim() not in (2, 3):
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        tensor = "tensor " if _name(module, of) == "RNN" else ""
+        raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
     autocast = torch._C._is_any_autocast_enabled()
     weight = module._flat_weights[0]
     if input.dtype != weight.dtype and not autocast:
@@ -109,36 +201,34 @@ def lstm_input(module, input: Tensor | PackedSequence, hx) -> None:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if hx is None:
         if weight.device != input.device:
-            _same_device_and_dtype(input, (), weight, (), False)
+            _same_device_and_dtype(input, [], weight, False)
         return
-    _two_states(hx)
-    h_dim, c_dim = hx[0].dim(), hx[1].dim()
-    if batched and (h_dim != 3 or c_dim != 3):
+    states = _given_states(of, hx)
+    alone = len(states) == 1
+    dims, expected_dim = [s.dim() for s in states], 3 if batched else 2
+    if any(d != expected_dim for d in dims) and not (packed and alone):  # torch says this one's size
+        kind = "batched 3-D" if batched else "unbatched 2-D"
+        came = f"{dims[0]}-D tensor" if alone else f"({', '.join(f'{d}-D' for d in dims)}) tensors"
         raise RuntimeError(
-            f"For batched 3-D input, hx and cx should also be 3-D but got ({h_dim}-D, {c_dim}-D) tensors"
-        )
-    if not batched and (h_dim != 2 or c_dim != 2):
-        raise RuntimeError(
-            f"For unbatched 2-D input, hx and cx should also be 2-D but got ({h_dim}-D, {c_dim}-D) tensors"
+            f"For {kind} input, {'hx' if alone else 'hx and cx'} should also be {expected_dim}-D but got {came}"
         )
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    for k, (state, width) in enumerate(
-        zip(hx, (module.proj_size or module.hidden_size, module.hidden_size), strict=True)
-    ):
+    for k, state in enumerate(states):
+        width = (module.proj_size or module.hidden_size) if k == 0 else module.hidden_size
         # torch.nn checks after it has added the batch axis, and prints the sizes with it.
         size, expected = tuple(state.shape) if batched else (state.size(0), 1, state.size(1)), (rows, int(batch), width)
         if size != expected:
-            raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(size)}")
-    _same_device_and_dtype(input, hx, weight, ("hx[0]", "hx[1]"), dtypes=not autocast)
+            raise RuntimeError(f"Expected hidden{' ' if alone else f'[{k}] '}size {expected}, got {list(size)}")
+    _same_device_and_dtype(input, states, weight, dtypes=not autocast)
 
 
 def _packed_data(input: PackedSequence) -> Tensor:
-    """The data of a packed sequence, when it is one that makes sense; torch.nn looks at none of this."""
+    """The data of a packed sequence, when it is one that makes sense; of an LSTM's torch.nn looks at none of this."""
     data, batch_sizes = input.data, input.batch_sizes
     if batch_sizes.device.type != "cpu":
         raise RuntimeError(f"batch_sizes tensor should be on CPU, but got it on {batch_sizes.device}")
     if data.dim() != 2:
-        raise ValueError(f"input.data: expected 2D, [sum of lengths, input_size], got {data.dim()}D")
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if not torch.compiler.is_compiling() and (steps := int(batch_sizes.sum())) != len(data):
         raise ValueError(
             f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length given to "
@@ -208,34 +298,30 @@ def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bo
     return lengths.reshape(-1)
 
 
-def lstm_cell_input(module, input: Tensor, hx) -> None:
-    """Check what `LSTMCell.forward` was given, before anything is reshaped."""
+def step(module, input: Tensor, hx) -> None:
+    """Check what `RecurrentCell.forward` was given, before anything is reshaped."""
+    of = _cell_of(module)
+    name = _name(module, of, "Cell")
     if input.dim() not in (1, 2):
-        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    states = [] if hx is None else _given_states(of, hx)
+    for label, state in zip(["hidden"] if len(states) == 1 else _names(states), states, strict=True):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected {label} to be 1D or 2D, got {state.dim()}D instead")
+        if state.dim() != input.dim():
+            raise RuntimeError(f"{name}: Expected {label} to be {input.dim()}D like input, got {state.dim()}D instead")
     if input.size(-1) != module.input_size:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}")
-    autocast = torch._C._is_any_autocast_enabled()
-    if hx is None:
-        _dtype_of_cell(module, input, autocast)
-        if module.weight_ih.device != input.device:
-            _same_device_and_dtype(input, (), module.weight_ih, (), False)
-        return
-    _two_states(hx)
-    for k, state in enumerate(hx):
-        if state.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-        if state.dim() != input.dim():
-            raise RuntimeError(
-                f"LSTMCell: Expected hx[{k}] to be {input.dim()}D like input, got {state.dim()}D instead"
-            )
+    for k, state in enumerate(states):
         if input.dim() == 2 and state.size(0) != input.size(0):
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
         if state.size(-1) != module.hidden_size:
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.size(-1)}, expected {module.hidden_size}"
             )
+    autocast = torch._C._is_any_autocast_enabled()
     _dtype_of_cell(module, input, autocast)
-    _same_device_and_dtype(input, hx, module.weight_ih, ("hx[0]", "hx[1]"), dtypes=not autocast)
+    _same_device_and_dtype(input, states, module.weight_ih, dtypes=not autocast)
 
 
 def _dtype_of_cell(module, input: Tensor, autocast: bool) -> None:

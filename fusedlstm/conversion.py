@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fusedlstm import checks
-from fusedlstm.modules import LSTM, LSTMCell
+from fusedlstm.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedlstm.recurrent import Recurrent, RecurrentCell
 
-CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, cls.__name__): cls for cls in (LSTM, LSTMCell, GRU, GRUCell, RNN, RNNCell)
+}
 
 
 class PatchedLSTM(LSTM, nn.LSTM):
@@ -23,11 +26,31 @@ class PatchedLSTMCell(LSTMCell, nn.LSTMCell):
     """As :class:`PatchedLSTM`, for `torch.nn.LSTMCell`."""
 
 
-PATCHED = {cls.__bases__[1]: cls for cls in (PatchedLSTM, PatchedLSTMCell)}
+class PatchedGRU(GRU, nn.GRU):
+    """As :class:`PatchedLSTM`, for `torch.nn.GRU`."""
+
+
+class PatchedGRUCell(GRUCell, nn.GRUCell):
+    """As :class:`PatchedLSTM`, for `torch.nn.GRUCell`."""
+
+
+class PatchedRNN(RNN, nn.RNN):
+    """As :class:`PatchedLSTM`, for `torch.nn.RNN`."""
+
+
+class PatchedRNNCell(RNNCell, nn.RNNCell):
+    """As :class:`PatchedLSTM`, for `torch.nn.RNNCell`."""
+
+
+PATCHED = {
+    cls.__bases__[1]: cls
+    for cls in (PatchedLSTM, PatchedLSTMCell, PatchedGRU, PatchedGRUCell, PatchedRNN, PatchedRNNCell)
+}
 
 _TO_OURS = CLASSES | {patched: CLASSES[stock] for stock, patched in PATCHED.items()}
 _TO_STOCK = {cls: stock for table in (CLASSES, PATCHED) for stock, cls in table.items()}
-_RECURRENT = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell")
+_RECURRENT = tuple(stock.__name__ for stock in CLASSES)
+_OURS = (Recurrent, RecurrentCell)
 
 _lock = threading.Lock()
 _entered: dict[object, str] = {}  # the backend of every patch_torch; no stack, since threads leave in any order
@@ -53,7 +76,7 @@ class Report:
 
 
 def convert(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Make every `torch.nn.LSTM` and `torch.nn.LSTMCell` in `model` one of ours. Changes `model` in place.
+    """Make every LSTM, GRU and RNN of `torch.nn` in `model`, and their cells, one of ours. Changes `model` in place.
 
     Only the class of a module changes and `backend` is added. The object stays, and with it parameters, buffers, hooks,
     pruning, weight norm, and what optimizers and other modules hold. `isinstance(module, torch.nn.LSTM)` no longer
@@ -72,7 +95,7 @@ def convert(model: nn.Module, *, backend: str = "auto") -> Report:
         backend: of every module replaced; see `fusedlstm.engines`.
 
     Returns:
-        What was replaced, and for every other recurrent module why it was not: a subclass, a GRU, quantized, scripted.
+        What was replaced, and for every other recurrent module why it was not: a subclass, quantized, scripted.
 
     Raises:
         TypeError: `model` is not a module.
@@ -97,11 +120,11 @@ def convert(model: nn.Module, *, backend: str = "auto") -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Make every LSTM and LSTMCell of ours in `model` one of `torch.nn` again. Changes `model` in place.
+    """Make every layer and cell of ours in `model` that `torch.nn` has one of `torch.nn` again. Changes `model` in place.
 
     The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
-    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend` and `save` is lost. A module
-    with `grad_clip` or heads, which torch's have not, stays. What
+    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend`, `save` and `init` is lost.
+    A module with `grad_clip` or heads, or of a cell that torch has not, stays. What
     was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one piece.
 
     Returns:
@@ -112,11 +135,11 @@ def restore(model: nn.Module) -> Report:
     """
     replaced, kept = {}, {}
     for name, module in _named_modules(model).items():
-        if not isinstance(module, tuple(CLASSES.values())):
+        if not isinstance(module, _OURS):
             continue
         before = parametrize.type_before_parametrizations(module)
         target = _TO_STOCK.get(before)
-        why = _own_code(before) if target is None else _why_untouched(module)
+        why = _why_not_stock(before) if target is None else _why_untouched(module)
         if why is None and getattr(module, "grad_clip", None) is not None:
             why = "torch.nn has no grad_clip"
         if why is None and module.num_heads > 1:
@@ -125,14 +148,14 @@ def restore(model: nn.Module) -> Report:
             kept[name] = why
         else:
             replaced[name] = _assign_class(module, target)
-            for ours in ("backend", "grad_clip", "save", "num_heads"):
+            for ours in ("backend", "grad_clip", "save", "num_heads", "init"):
                 vars(module).pop(ours, None)
     return Report(replaced, kept)
 
 
 @contextlib.contextmanager
 def patch_torch(*, backend: str = "auto"):
-    """Inside, `torch.nn.LSTM(...)` and `torch.nn.LSTMCell(...)` build ours, however their names were imported.
+    """Inside, `torch.nn.LSTM(...)`, `GRU(...)`, `RNN(...)` and their cells build ours, however their names were imported.
 
     For third-party code that builds its own layers. What it builds is an instance of `torch.nn.LSTM` and of
     `fusedlstm.LSTM`. Subclasses of `torch.nn.LSTM`, copies and loaded files stay what they are. For the whole process,
@@ -225,11 +248,16 @@ def _why_not_ours(module: nn.Module, cls: type[nn.Module]) -> str | None:
             return f"{_class_name(base)}: quantized, or prepared for it"
     if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return None
-    if isinstance(module, tuple(CLASSES.values())):
+    if isinstance(module, _OURS):
         return "already fusedlstm"
     if cls.__module__ == nn.RNNBase.__module__:
         return f"{_class_name(cls)} has no counterpart here"
     return _own_code(cls)
+
+
+def _why_not_stock(cls: type[nn.Module]) -> str:
+    """Why one of ours that is not in the table stays."""
+    return f"torch.nn has no {cls.__name__}" if cls.__module__ == LSTM.__module__ else _own_code(cls)
 
 
 def _own_code(cls: type[nn.Module]) -> str:

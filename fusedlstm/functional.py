@@ -8,13 +8,15 @@ from torch.nn.functional import dropout as dropout_fn
 
 from fusedlstm import engines, recurrence, reference, torch_engine, tuned, wave
 from fusedlstm.layout import Layout, Pieces
+from fusedlstm.parameters import has_bias
 from fusedlstm.precision import product
 
 
-def lstm(
+def stack(
+    cell: str,
     input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I] with batch_sizes
-    hx: tuple[Tensor, Tensor],  # [L * D, B, P] and [L * D, B, H]
-    weights: list[Tensor],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh) (, weight_hr)
+    states: tuple[Tensor, ...],  # h [L * D, B, P] first, the others [L * D, B, H]
+    weights: list[Tensor],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh) (, weight_hr), vectors
     *,
     batch_sizes: Tensor | None = None,  # [T] int64 on the CPU
     lengths: Tensor | None = None,  # [B] integers
@@ -30,30 +32,31 @@ def lstm(
     grad_clip: float | None = None,
     save: str = "gates",
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Run a stack of LSTM layers over a sequence; differentiable in every tensor argument.
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """Run a stack of recurrent layers over a sequence; differentiable in every tensor argument.
 
     Args:
+        cell: a name of `fusedlstm.cells.CELLS`.
         input: any strides.
-        hx: h and c before the first step.
-        weights: in the order of `torch.nn.LSTM._flat_weights`; rows in gate order i, f, g, o. A weight_hh [4H, DH] with
-            fewer columns than h has H / DH heads (`fusedlstm.heads`).
-        batch_sizes: how many sequences have a step t, as in a PackedSequence; `input`, `hx` and the results are then in
+        states: before the first step, as `Cell.states` has them.
+        weights: in the order of `torch.nn.LSTM._flat_weights`, then the cell's own vectors [H]; rows in the order of
+            `Cell.gates`. A weight_hh [G*H, DH] with fewer columns than h has H / DH heads (`fusedlstm.heads`).
+        batch_sizes: how many sequences have a step t, as in a PackedSequence; `input`, `states` and the results are then in
             its sorted order, and `batch_first` is ignored.
         lengths: steps of every sequence, 0 to T; what follows is padding. Not with `batch_sizes`.
         resets: where a sequence is cut, see `fusedlstm.layout`.
         dropout: probability of zeroing an element of every layer's output but the last, if `training`.
-        proj_size: P, the size of a projected h; 0 is none, and P is then H.
-        cell_states: whether c of every step is wanted of the last layer.
-        grad_clip: the largest element of the gradient of an h or c that enters a step.
+        proj_size: P, the size of a projected h of an LSTM; 0 is none, and P is then H.
+        cell_states: whether the states beside h are wanted of every step, of the last layer.
+        grad_clip: the largest element of the gradient of a state that enters a step.
         save: what the custom ops keep for the backward, "gates" or "states"; see `fusedlstm.memory`. Where ATen or the
             specification serves the call, they decide.
         backend: see `fusedlstm.engines`.
 
     Returns:
-        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; h_n [L * D, B, P] and c_n [L * D, B, H], hx
-        of a sequence without steps; c of every step [T, B, D * H] or the like, zero in padding, or None. In the dtype of
-        `input`, under autocast in that of autocast.
+        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; the final states, the given ones
+        of a sequence without steps; the S states beside h of every step [S, T, B, D * H] or the like, zero in padding, or
+        None. In the dtype of `input`, under autocast in that of autocast.
 
     Precision: products in the dtype of the results; on a CPU float16, and bfloat16 where the CPU has no instructions
         for it, are computed in float32.
@@ -65,19 +68,20 @@ def lstm(
     clips_projection = grad_clip is not None and proj_size > 0
     masked = lengths is not None or resets is not None
     rows = "packed" if batch_sizes is not None else "ragged" if masked else "dense"
-    hidden = hx[1].size(-1)
+    hidden = states[-1].size(-1)  # h is projected with c beside it only
     heads = 1 if proj_size else hidden // weights[1].size(1)
-    engine = engines.choose(backend, input.device, dtype, "lstm", hidden, directions, clips_projection, rows, heads)
+    engine = engines.choose(backend, input.device, dtype, cell, hidden, directions, clips_projection, rows, heads)
     if (
         engine == "triton"
         and input.is_cuda
+        and cell == "lstm"  # of which `tuned` and the prediction know
         and engines.requested(backend) == "auto"
         and save == "gates"  # else memory is asked for, and not time
         and torch.backends.cudnn.enabled
         and not (dropout * training and num_layers > 1)  # cuDNN draws its own masks
         and not (masked or cell_states or grad_clip is not None or torch.compiler.is_compiling())
     ):
-        call = tuned_call(input, hx, weights, dtype, batch_sizes, masked, num_layers, directions, proj_size)
+        call = tuned_call(input, states, weights, dtype, batch_sizes, masked, num_layers, directions, proj_size)
         steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
         if call is not None and 1 < steps <= torch_engine.CUDNN_STEPS:
             engine, _ = engines.fastest(call, input.device.index)
@@ -94,28 +98,29 @@ def lstm(
         "backend": backend,
     }
     if engine == "torch" and masked and _has_steps(input, lengths):
-        return _in_pieces(input, hx, weights, batch_sizes, lengths, resets, batch_first, options)
+        return _in_pieces(cell, input, states, weights, batch_sizes, lengths, resets, batch_first, options)
     if batch_sizes is not None and _equal_lengths(batch_sizes):
         input, resets = (None if x is None else x.unflatten(0, (len(batch_sizes), -1)) for x in (input, resets))
-        output, h_n, c_n, c_seq = lstm(input, hx, weights, resets=resets, **options)
-        return output.flatten(0, 1), h_n, c_n, c_seq if c_seq is None else c_seq.flatten(0, 1)
+        output, states, c_seq = stack(cell, input, states, weights, resets=resets, **options)
+        return output.flatten(0, 1), states, c_seq if c_seq is None else c_seq.flatten(1, 2)
 
     batch_first = batch_first and batch_sizes is None
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
         if not (masked or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
-            schedule = torch_engine.schedule(input, dtype, batch_sizes, batch_first, hx[1].size(-1), proj_size)
+            schedule = torch_engine.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
         compute_dtype = torch_engine.compute_dtype(input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
-        input, hx, weights = _cast((input, hx, weights), compute_dtype)
+        input, states, weights = _cast((input, states, weights), compute_dtype)
     c_seq = None
     with _autocast_off(input):
         if schedule != "loop":
-            output, h_n, c_n = torch_engine.lstm(
+            output, states = torch_engine.stack(
+                cell,
                 schedule,
                 input,
                 batch_sizes,
-                hx,
+                states,
                 weights,
                 bias,
                 num_layers,
@@ -127,26 +132,28 @@ def lstm(
         else:
             if batch_first:
                 input, resets = (None if x is None else x.transpose(0, 1) for x in (input, resets))
-            layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
+            layout = _layout(input, states[0].size(1), batch_sizes, lengths, resets)
             count = len(weights) // (num_layers * directions)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
             between = dropout * training
             one_step = recurrence.is_one_step(engine, input, layout)
-            if one_step and not (proj_size or cell_states or between or _wants_gradients(input, *hx, *weights)):
-                output, h_n, c_n, _, _ = recurrence.step_fwd(
-                    "lstm", input[0], hx[0], hx[1].unsqueeze(0), weights, directions, False, False
-                )
-                output, c_n = output.unsqueeze(0), c_n.squeeze(0)
+            if one_step and not (proj_size or cell_states or between or _wants_gradients(input, *states, *weights)):
+                h, cx = states[0], _beside_h(states)
+                output, h_n, c_n, _, _ = recurrence.step_fwd(cell, input[0], h, cx, weights, directions, False, False)
+                output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
             else:
-                layer = _layer_of(engine, directions, proj_size, grad_clip, cell_states, save)
+                layer = _layer_of(cell, engine, directions, proj_size, grad_clip, cell_states, save)
                 together = 1
-                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between
+                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between or cell != "lstm"
                 if engine == "triton" and save == "gates" and not alone:
-                    together = wave.layers_together("lstm", input, hx, weights, num_layers, layout)
-                output, h_n, c_n, c_seq = _layers(layer, input, layout, hx, parameters, directions * together, between)
+                    together = wave.layers_together(cell, input, states, weights, num_layers, layout)
+                output, states, c_seq = _layers(
+                    layer, input, layout, states, parameters, directions * together, between
+                )
             if batch_first:
-                output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
-    results = (output, h_n, c_n, c_seq)
+                output = output.transpose(0, 1)
+                c_seq = None if c_seq is None else c_seq.transpose(1, 2)
+    results = (output, states, c_seq)
     return results if compute_dtype == dtype else _cast(results, dtype)
 
 
@@ -161,7 +168,7 @@ def tuned_call(
     directions: int,
     proj_size: int,
 ) -> tuned.Call | None:
-    """What an engine is chosen for, of arguments of `lstm` and the dtype of its results; None if ATen does not serve it."""
+    """What an engine is chosen for, of arguments of `stack` and the dtype of its results; None if ATen does not serve it."""
     hidden, batch = hx[1].size(-1), hx[1].size(1)
     if batch == 0 or (not proj_size and weights[1].size(1) < hidden):  # heads
         return None
@@ -182,67 +189,63 @@ def tuned_call(
     )
 
 
-def lstm_cell(
+def step(
+    cell: str,
     input: Tensor,  # [B, I]
-    hx: tuple[Tensor, Tensor],  # each [B, H]
-    weight_ih: Tensor,  # [4H, I]
-    weight_hh: Tensor,  # [4H, H], or [4H, DH] with heads
-    bias_ih: Tensor | None = None,  # [4H]
-    bias_hh: Tensor | None = None,  # [4H]
+    states: tuple[Tensor, ...],  # each [B, H]
+    weights: list[Tensor],  # weight_ih, weight_hh (, bias_ih, bias_hh), vectors
     *,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Run one LSTM step; differentiable in every tensor argument. Returns h and c, each [B, H]. Dtypes as in `lstm`."""
-    dtype = _result_dtype(input)
-    weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
-    hidden = hx[0].size(-1)
-    heads = hidden // weight_hh.size(1)
-    if heads == 1 and engines.choose(backend, input.device, dtype, "lstm", hidden) == "torch":
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
-        input, hx, weights = _cast((input, hx, weights), compute_dtype)
-        with _autocast_off(input):
-            return _cast(torch_engine.lstm_cell(input, hx, *weights), dtype)
-    _, h, c, _ = lstm(
-        input.unsqueeze(0),
-        (hx[0].unsqueeze(0), hx[1].unsqueeze(0)),
-        weights,
-        bias=bias_ih is not None,
-        backend=backend,
-    )
-    return h.squeeze(0), c.squeeze(0)
+) -> tuple[Tensor, ...]:
+    """Run one step of one layer; differentiable in every tensor argument. Returns the states. Dtypes as in `stack`."""
+    dtype, hidden = _result_dtype(input), states[0].size(-1)
+    heads = hidden // weights[1].size(1) if hidden else 1
+    if heads == 1 and torch_engine.has(cell):
+        if engines.choose(backend, input.device, dtype, cell, hidden) == "torch":
+            compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
+            input, states, weights = _cast((input, states, weights), compute_dtype)
+            with _autocast_off(input):
+                return _cast(torch_engine.cell(cell, input, states, *weights), dtype)
+    states = tuple(s.unsqueeze(0) for s in states)
+    options = {"bias": has_bias(cell, weights), "backend": backend}
+    _, states, _ = stack(cell, input.unsqueeze(0), states, weights, **options)
+    return tuple(s.squeeze(0) for s in states)
 
 
 def _in_pieces(
+    cell: str,
     input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I] with batch_sizes
-    hx: tuple[Tensor, Tensor],
+    states: tuple[Tensor, ...],
     weights: list[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     batch_first: bool,
     options: dict,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """A batch with lengths and resets as the packed batch of its uncut pieces: so all that serves packed batches serves it."""
     if batch_first and batch_sizes is None:
         input, resets = (None if x is None else x.transpose(0, 1) for x in (input, resets))
     leading, directions = input.shape[:-1], 2 if options["bidirectional"] else 1
-    layout = _layout(input, hx[0].size(1), batch_sizes, lengths, resets)
+    layout = _layout(input, states[0].size(1), batch_sizes, lengths, resets)
     pieces = Pieces.of(layout, tuple(leading), input.device)
-    own_hx = tuple(torch.stack([pieces.enter(s, k % directions) for k, s in enumerate(state)]) for state in hx)
+    own = tuple(torch.stack([pieces.enter(s, k % directions) for k, s in enumerate(state)]) for state in states)
     rows = pieces.gather(input.flatten(0, -2))
-    output, h, c, c_seq = lstm(rows, own_hx, weights, batch_sizes=pieces.batch_sizes, **options)
+    output, own, c_seq = stack(cell, rows, own, weights, batch_sizes=pieces.batch_sizes, **options)
 
     def leave(state, initial):
         final = zip(state, initial.to(state.dtype), strict=True)
         return torch.stack([pieces.leave(s, i, k % directions) for k, (s, i) in enumerate(final)])
 
-    h_n, c_n = leave(h, hx[0]), leave(c, hx[1])
-    output, c_seq = (
-        None if x is None else pieces.scatter(x, leading.numel()).unflatten(0, leading) for x in (output, c_seq)
-    )
+    def scatter(x):
+        return pieces.scatter(x, leading.numel()).unflatten(0, leading)
+
+    output, states = scatter(output), tuple(leave(s, i) for s, i in zip(own, states, strict=True))
+    c_seq = None if c_seq is None else torch.stack([scatter(c) for c in c_seq])
     if batch_first and batch_sizes is None:
-        output, c_seq = (None if x is None else x.transpose(0, 1) for x in (output, c_seq))
-    return output, h_n, c_n, c_seq
+        output = output.transpose(0, 1)
+        c_seq = None if c_seq is None else c_seq.transpose(1, 2)
+    return output, states, c_seq
 
 
 def _layout(
@@ -274,53 +277,52 @@ def _layers(
     layer,
     x: Tensor,  # [T, B, I] or packed [R, I]
     layout: Layout,
-    hx: tuple[Tensor, Tensor],  # [L * D, B, P] and [L * D, B, H]
+    states: tuple[Tensor, ...],  # each [L * D, B, P or H]
     parameters: list[list[Tensor]],  # per layer and direction
     at_once: int,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A stack of which `layer(x, layout, state, parameters, is_last)` does `at_once` directions or layers."""
-    h_n, c_n, c_seq = [], [], None
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """A stack of which `layer(x, layout, states, parameters, is_last)` does `at_once` directions or layers."""
+    finals, c_seq = [], None
     for k in range(0, len(parameters), at_once):
         if k > 0 and dropout > 0:
             x = dropout_fn(x, dropout)
-        rows = slice(k, k + at_once)
-        x, (h, c), c_seq = layer(
-            x, layout, (hx[0][rows], hx[1][rows]), parameters[rows], k + at_once >= len(parameters)
-        )
-        h_n.append(h)
-        c_n.append(c)
-    if len(h_n) == 1:
-        return x, h_n[0], c_n[0], c_seq
-    return x, torch.cat(h_n), torch.cat(c_n), c_seq
+        rows, is_last = slice(k, k + at_once), k + at_once >= len(parameters)
+        x, final, c_seq = layer(x, layout, tuple(s[rows] for s in states), parameters[rows], is_last)
+        finals.append(final)
+    return x, finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True)), c_seq
 
 
-def _layer_of(engine: str, directions: int, proj_size: int, clip: float | None, cell_states: bool, save: str):
+def _layer_of(
+    cell: str, engine: str, directions: int, proj_size: int, clip: float | None, cell_states: bool, save: str
+):
     """What does one layer, or a wave of them, for `_layers`."""
 
-    def fused(x, layout, state, parameters, is_last):
+    def fused(x, layout, states, parameters, is_last):
         wants_c_seq = cell_states and is_last
         if proj_size:
-            return _projected_layer(x, state, parameters, engine, layout, wants_c_seq, save)
+            return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, save)
         if len(parameters) > directions:
-            output, state, c_seq = wave.stack("lstm", x, state, parameters, layout, clip, wants_c_seq)
-        else:
-            output, state, c_seq = recurrence.layer(
-                "lstm", x, state, parameters, engine, layout, clip, wants_c_seq, save=save
-            )
-        return output, state, c_seq[0] if wants_c_seq else None
+            return wave.stack(cell, x, states, parameters, layout, clip, wants_c_seq)
+        return recurrence.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save)
 
-    def specified(x, layout, state, parameters, is_last):
+    def specified(x, layout, states, parameters, is_last):
         """The specification, projection and all; plain autograd differentiates it."""
         weight_hr = [p[-1] for p in parameters] if proj_size else None
-        parameters = [p[: len(p) // 2 * 2] for p in parameters]
+        parameters = [p[:-1] for p in parameters] if proj_size else parameters
         output, h_n, c_n, c_seq = reference.layer(
-            "lstm", x, state[0], state[1].unsqueeze(0), parameters, layout, weight_hr, clip
+            cell, x, states[0], _beside_h(states), parameters, layout, weight_hr, clip
         )
-        return output, (h_n, c_n[0]), c_seq[0] if cell_states and is_last else None
+        return output, (h_n, *c_n.unbind(0)), c_seq if cell_states and is_last else None
 
     # The loop over o tanh(c) has no gradient of a projected h to clip.
     return specified if engine == "reference" or (proj_size and clip is not None) else fused
+
+
+def _beside_h(states: tuple[Tensor, ...]) -> Tensor:
+    """The states beside h in one tensor, [S, ...]."""
+    h, *others = states
+    return torch.stack(others) if others else h.new_empty(0, *h.shape)
 
 
 def _projected_layer(
@@ -351,7 +353,7 @@ def _projected_layer(
     h_n = torch.stack([product(y_d, w.t()) for y_d, w in zip(y_n, weight_hr, strict=True)])
     if layout.name == "ragged" and layout.lengths is not None:
         h_n = torch.where((layout.lengths == 0).unsqueeze(1), state[0], h_n)
-    return output.unflatten(0, y.shape[:-1]), (h_n, c_n), c_seq[0] if wants_c_seq else None
+    return output.unflatten(0, y.shape[:-1]), (h_n, c_n), c_seq
 
 
 def _result_dtype(input: Tensor) -> torch.dtype:

@@ -48,7 +48,7 @@ def gate_trace(
     """
     checks.traced(module, input, layer, direction)
     module._update_flat_weights()
-    checks.lstm_input(module, input, hx)
+    checks.sequence(module, input, hx)
     D = 2 if module.bidirectional else 1
     x = input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if module.batch_first else input
     if hx is None:

@@ -7,7 +7,7 @@ from fusedlstm import checks
 
 
 class Stream:
-    """Carries the state of an LSTM from chunk to chunk, so that the chunks equal one long run.
+    """Carries the state of a layer from chunk to chunk, so that the chunks equal one long run.
 
     Example::
 
@@ -17,7 +17,7 @@ class Stream:
             loss.backward()  # through this chunk: truncated backpropagation through time
 
     Args:
-        module: a `fusedlstm.LSTM`, or whatever is called as `module(input, hx, ...)` and returns its output first and its
+        module: a `fusedlstm.LSTM` or another of the family, or whatever is called as `module(input, hx, ...)` and returns its output first and its
             state next. In one direction: the reverse one would begin with what has not come yet.
         detach: whether gradients stop at the beginning of a chunk. If not, the graph grows until `detach()` is called.
     """

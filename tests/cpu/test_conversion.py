@@ -124,6 +124,39 @@ def test_a_model():
     torch.testing.assert_close(model.lstm.eval()(packed)[0].data, stock.lstm.eval()(packed)[0].data)
 
 
+FAMILY = {
+    "GRU": lambda: nn.GRU(3, 4, num_layers=2, bidirectional=True, dropout=0.5, batch_first=True),
+    "RNN": lambda: nn.RNN(3, 4, 2, "relu", False),
+    "GRUCell": lambda: nn.GRUCell(3, 4),
+    "RNNCell": lambda: nn.RNNCell(3, 4, nonlinearity="relu"),
+    "normed GRU": lambda: parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0"),
+}
+
+
+@pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
+def test_the_family(make):
+    """Converted, patched and restored: the numbers of torch's, and after the way back its object."""
+    x = X if "Cell" not in type(make()).__name__ else X[0]
+    stock, model = seeded(make), seeded(make)
+    before = attributes(model)
+    with patch_torch(backend="reference"):
+        patched = seeded(make)
+    name = type(stock).__name__.removeprefix("Parametrized")
+    assert isinstance(patched, getattr(nn, name)) and isinstance(patched, getattr(fusedlstm, name))
+    expected = results(stock, x)
+    for ours in (model, patched):
+        stands_for = parametrize.type_before_parametrizations(ours).__name__
+        change = "torch.nn." if ours is model else "fusedlstm.conversion."
+        assert convert(ours).replaced == {"": f"{change}{stands_for} -> fusedlstm.{name}"}
+        for backend in ("auto", "reference"):
+            ours.backend = backend
+            for a, b in zip(results(ours, x), expected, strict=True):
+                torch.testing.assert_close(a, b)
+        assert restore(ours).replaced == {"": f"fusedlstm.{name} -> torch.nn.{name}"}
+        assert_same_bits(results(ours, x), expected)
+    assert_same_attributes(attributes(model), before)
+
+
 def test_what_torch_has_not_is_not_restored():
     model = nn.Sequential(fusedlstm.LSTM(3, 4, grad_clip=1.0), fusedlstm.LSTM(3, 4))
     report = restore(model)
@@ -304,9 +337,10 @@ def test_round_trip():
     model = pruned(nn.LSTM(3, 4, bidirectional=True))
     model = nn.ModuleDict({"layer": model, "inner": Tagger(), "gru": nn.GRU(3, 4)})
     before = attributes(model)
-    assert len(convert(model).replaced) == 3
+    assert len(convert(model).replaced) == 4
     report = restore(model)
     assert report.replaced == {
+        "gru": "fusedlstm.GRU -> torch.nn.GRU",
         "layer": "fusedlstm.LSTM -> torch.nn.LSTM",
         "inner.lstm": "fusedlstm.LSTM -> torch.nn.LSTM",
         "inner.cell": "fusedlstm.LSTMCell -> torch.nn.LSTMCell",
@@ -329,11 +363,10 @@ def test_what_is_kept():
     model = nn.ModuleDict(
         {
             "mine": MyLSTM(3, 4),
-            "gru": nn.GRU(3, 4),
-            "rnn_cell": nn.RNNCell(3, 4),
-            "normed_gru": parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0"),
+            "base": nn.RNNBase("GRU", 3, 4),
             "normed_mine": parametrizations.weight_norm(MyLSTM(3, 4), "weight_hh_l0"),
             "ours": fusedlstm.LSTM(3, 4),
+            "our_variant": fusedlstm.PeepholeLSTM(3, 4),
             "our_subclass": OurSubclass(3, 4),
             "scripted": torch.jit.script(nn.Sequential(nn.LSTM(3, 4))),
             "quantized": torch.ao.nn.quantized.dynamic.LSTM(3, 4),
@@ -347,11 +380,10 @@ def test_what_is_kept():
     assert report.replaced == {}
     assert report.kept == {
         "mine": "a subclass, MyLSTM, with code of its own",
-        "gru": "torch.nn.GRU has no counterpart here",
-        "rnn_cell": "torch.nn.RNNCell has no counterpart here",
-        "normed_gru": "torch.nn.GRU has no counterpart here",
+        "base": "torch.nn.RNNBase has no counterpart here",
         "normed_mine": "a subclass, MyLSTM, with code of its own",
         "ours": "already fusedlstm",
+        "our_variant": "already fusedlstm",
         "our_subclass": "already fusedlstm",
         "scripted.0": "a ScriptModule: convert before scripting",
         "quantized": "torch.ao.nn.quantized.dynamic.LSTM: quantized, or prepared for it",
@@ -360,7 +392,11 @@ def test_what_is_kept():
     assert [type(m) for m in model.modules()] == types
     assert torch.equal(model["mine"](X)[0], expected)
     assert restore(model) == Report(
-        {"ours": "fusedlstm.LSTM -> torch.nn.LSTM"}, {"our_subclass": "a subclass, OurSubclass, with code of its own"}
+        {"ours": "fusedlstm.LSTM -> torch.nn.LSTM"},
+        {
+            "our_variant": "torch.nn has no PeepholeLSTM",
+            "our_subclass": "a subclass, OurSubclass, with code of its own",
+        },
     )
 
 
@@ -378,9 +414,11 @@ def test_a_forward_that_was_replaced_is_kept():
 
 
 def test_the_text_of_a_report():
-    model = nn.Sequential(nn.LSTM(3, 4), nn.GRU(3, 4), nn.Linear(3, 4))
+    model = nn.Sequential(nn.LSTM(3, 4), MyLSTM(3, 4), nn.Linear(3, 4))
     report = convert(model)
-    assert str(report) == "0: torch.nn.LSTM -> fusedlstm.LSTM\n1: kept, torch.nn.GRU has no counterpart here"
+    assert (
+        str(report) == "0: torch.nn.LSTM -> fusedlstm.LSTM\n1: kept, a subclass, MyLSTM, with code of its own"
+    )
     assert str(convert(nn.LSTM(3, 4))) == "(model): torch.nn.LSTM -> fusedlstm.LSTM"
     assert str(convert(fusedlstm.LSTM(3, 4))) == "(model): kept, already fusedlstm"
     assert str(convert(nn.Linear(3, 4))) == "nothing to replace"
@@ -507,7 +545,7 @@ def test_patched_models_compile_after_convert(graphs):
 
 
 def torch_classes():
-    return [{k: v for k, v in vars(cls).items() if k != "__annotations__"} for cls in (nn.LSTM, nn.LSTMCell)]  # lazy
+    return [{k: v for k, v in vars(cls).items() if k != "__annotations__"} for cls in conversion.CLASSES]  # lazy
 
 
 @pytest.fixture(autouse=True)
@@ -647,8 +685,8 @@ def test_copies_and_files_under_a_patch(tmp_path):
 
 
 def test_signatures_stay_under_a_patch():
-    before = [inspect.signature(cls) for cls in (nn.LSTM, nn.LSTMCell)]
+    before = [inspect.signature(cls) for cls in conversion.CLASSES]
     with patch_torch():
-        assert [inspect.signature(cls) for cls in (nn.LSTM, nn.LSTMCell)] == before
+        assert [inspect.signature(cls) for cls in conversion.CLASSES] == before
         cell = nn.utils.skip_init(nn.LSTMCell, 3, 4)  # reads the signature
     assert type(cell) is PatchedLSTMCell

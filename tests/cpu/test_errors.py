@@ -97,6 +97,145 @@ def test_cell_errors_are_torchs(arguments):
     both_raise(lambda module: module.LSTMCell(3, 4)(*arguments))
 
 
+ONE_STATE = {
+    "1D": (torch.zeros(3),),
+    "4D": (torch.zeros(5, 2, 3, 1),),
+    "input size": (torch.zeros(5, 2, 7),),
+    "input dtype": (X.double(),),
+    "empty sequence": (X[:0],),
+    "hx 2D for batched": (X, H[0]),
+    "hx 3D for unbatched": (X[:, 0], H),
+    "batch": (X, torch.zeros(1, 3, 4)),
+    "features": (X, torch.zeros(1, 2, 5)),
+    "layers": (X, torch.zeros(2, 2, 4)),
+    "unbatched features": (X[:, 0], torch.zeros(1, 5)),
+    "packed input size": (pack_sequence([torch.zeros(5, 7)]),),
+    "packed dtype": (pack_sequence([X[:, 0].double()]),),
+    "packed batch": (pack_sequence([X[:, 0]]), H),
+    "packed hx 2D": (pack_sequence([X[:, 0]]), H[0, :1]),
+    "packed data 3D": (PackedSequence(torch.zeros(5, 1, 3), torch.ones(5, dtype=torch.int64)),),
+    "hx device": (X, H.to("meta")),
+}
+LAYERS = {
+    "GRU": lambda module, **options: module.GRU(**{"input_size": 3, "hidden_size": 4} | options),
+    "RNN": lambda module, **options: module.RNN(**{"input_size": 3, "hidden_size": 4} | options),
+    "RNN relu": lambda module, **options: module.RNN(
+        **{"input_size": 3, "hidden_size": 4, "nonlinearity": "relu"} | options
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments", ONE_STATE.values(), ids=ONE_STATE.keys())
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_errors_of_one_state_are_torchs(make, arguments):
+    both_raise(lambda module: make(module)(*arguments))
+
+
+@pytest.mark.parametrize(
+    "options", [*CONSTRUCTORS.values(), {"proj_size": 0}], ids=[*CONSTRUCTORS.keys(), "proj_size is zero"]
+)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_constructor_errors_of_one_state_are_torchs(make, options):
+    both_raise(lambda module: make(module, **options))
+
+
+def test_nonlinearity_errors_are_torchs():
+    both_raise(lambda module: module.RNN(3, 4, 1, "sine"))
+    both_raise(lambda module: module.RNN(3, 4, nonlinearity="sine"))
+    both_raise(lambda module: module.RNNCell(3, 4, nonlinearity="sine")(X[0]))
+
+
+ONE_STATE_CELL = {
+    "3D": (X,),
+    "4D hx": (X[0], torch.zeros(1, 1, 2, 4)),
+    "input size": (torch.zeros(2, 7),),
+    "batch": (X[0], torch.zeros(3, 4)),
+    "hidden size": (X[0], torch.zeros(2, 5)),
+}
+
+
+@pytest.mark.parametrize("arguments", ONE_STATE_CELL.values(), ids=ONE_STATE_CELL.keys())
+@pytest.mark.parametrize("cell", ["GRUCell", "RNNCell"])
+def test_cell_errors_of_one_state_are_torchs(cell, arguments):
+    both_raise(lambda module: getattr(module, cell)(3, 4)(*arguments))
+
+
+VARIANTS = {
+    "three states": (
+        lambda: fusedlstm.PeepholeLSTM(3, 4)(X, (H, H, H)),
+        RuntimeError,
+        "hx: expected the 2 states h, c, got 3",
+    ),
+    "a tensor": (
+        lambda: fusedlstm.SLSTM(3, 4)(X, H),
+        RuntimeError,
+        "hx: expected the 4 states h, c, n, m, got a tensor",
+    ),
+    "a tuple": (lambda: fusedlstm.GRU(3, 4)(X, (H,)), TypeError, "hx: expected a Tensor, got tuple"),
+    "dims": (
+        lambda: fusedlstm.SLSTM(3, 4)(X, (H, H, H[0], H)),
+        RuntimeError,
+        "should also be 3-D but got (3-D, 3-D, 2-D, 3-D) tensors",
+    ),
+    "the size of m": (
+        lambda: fusedlstm.SLSTM(3, 4)(X, (H, H, H, H[..., :3])),
+        RuntimeError,
+        "Expected hidden[3] size (1, 2, 4), got [1, 2, 3]",
+    ),
+    "dtype": (
+        lambda: fusedlstm.GRU(3, 4)(X, H.double()),
+        ValueError,
+        "hx: expected the dtype of input (torch.float32), got torch.float64",
+    ),
+    "dimensions of the input": (
+        lambda: fusedlstm.CoupledLSTM(3, 4)(X[0, 0]),
+        ValueError,
+        "CoupledLSTM: Expected input to be 2D or 3D, got 1D instead",
+    ),
+    "dimensions of a cell's state": (
+        lambda: fusedlstm.SLSTMCell(3, 4)(X[0], (H[0], H[0], H[0], H)),
+        ValueError,
+        "SLSTMCell: Expected hx[3] to be 1D or 2D, got 3D instead",
+    ),
+    "size of a cell's state": (
+        lambda: fusedlstm.PeepholeLSTMCell(3, 4)(X[0], (H[0], H[0, :, :3])),
+        RuntimeError,
+        "hidden1 has inconsistent hidden_size: got 3, expected 4",
+    ),
+    "cell states": (
+        lambda: fusedlstm.GRU(3, 4)(X, return_cell_states=True),
+        ValueError,
+        "return_cell_states: expected False, for gru has no state beside h",
+    ),
+    "projection": (
+        lambda: fusedlstm.PeepholeLSTM(3, 4, proj_size=2),
+        ValueError,
+        "proj_size argument is only supported for LSTM",
+    ),
+    "heads": (
+        lambda: fusedlstm.SLSTM(3, 4, num_heads=3),
+        ValueError,
+        "num_heads: expected a positive divisor of hidden_size (4), got 3",
+    ),
+    "unknown cell": (
+        lambda: type("Mine", (fusedlstm.Recurrent,), {"cell": "mine"})(3, 4),
+        ValueError,
+        "cell: expected one of lstm, gru, ",
+    ),
+    "init": (
+        lambda: fusedlstm.GRU(3, 4, init="orthogonal"),
+        TypeError,
+        "init: expected a function of the module, several, or None, got 'orthogonal'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "text"), VARIANTS.values(), ids=VARIANTS.keys())
+def test_errors_of_the_family(make, kind, text):
+    with pytest.raises(kind, match=re.escape(text)):
+        make()
+
+
 GAPS = {
     "hx dtype": (
         (X, (H.double(), H)),
@@ -144,8 +283,8 @@ GAPS = {
     ),
     "packed data 3D": (
         (PackedSequence(torch.zeros(5, 1, 3), torch.ones(5, dtype=torch.int64)),),
-        ValueError,
-        "input.data: expected 2D, [sum of lengths, input_size], got 3D",
+        RuntimeError,
+        "input must have 2 dimensions, got 3",
     ),
 }
 

@@ -291,6 +291,8 @@ def test_float16_on_a_cpu_computes_in_float32(monkeypatch):
 def test_functional_is_the_module():
     _, ours = pair(5, 7, 2, bidirectional=True)
     x, zeros = torch.randn(4, 3, 5), torch.zeros(4, 3, 7)
-    output, h_n, c_n, _ = functional.lstm(x, (zeros, zeros), ours._flat_weights, num_layers=2, bidirectional=True)
+    output, (h_n, c_n), _ = functional.stack(
+        "lstm", x, (zeros, zeros), ours._flat_weights, num_layers=2, bidirectional=True
+    )
     expected, (h, c) = ours(x)
     assert torch.equal(output, expected) and torch.equal(h_n, h) and torch.equal(c_n, c)

@@ -1,4 +1,4 @@
-"""PyTorch's tests of its modules, over its own database of inputs for nn.LSTM and nn.LSTMCell, with ours in their place.
+"""PyTorch's tests of its modules, over its own database of inputs for LSTM, GRU, RNN and their cells, with ours in their place.
 
 Each test restates the one of its name in PyTorch's test/test_modules.py. That stock passes shows that the test is right.
 Inputs with a projection are subjects of their own.
@@ -71,7 +71,9 @@ with leaving_no_trace():
     from torch.testing._internal.common_utils import gradcheck, gradgradcheck
 STATE_AFTER = global_state()
 
-INFOS = {info.module_cls: info for info in module_db if info.module_cls in (nn.LSTM, nn.LSTMCell)}
+LAYERS = (nn.LSTM, nn.GRU, nn.RNN)
+CLASSES = (*LAYERS, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+INFOS = {info.module_cls: info for info in module_db if info.module_cls in CLASSES}
 
 
 class Subject(NamedTuple):
@@ -123,7 +125,7 @@ def subjects(*backends, projections=True):
             Subject(INFOS[module_cls], projected, backend),
             id=f"{module_cls.__name__}{'-proj' if projected else ''}-{backend or 'stock'}",
         )
-        for module_cls, projected in ((nn.LSTM, False), (nn.LSTM, True), (nn.LSTMCell, False))
+        for module_cls, projected in ((nn.LSTM, True), *((cls, False) for cls in CLASSES))
         for backend in (None, *backends)
         if projections or not projected
     ]
@@ -206,7 +208,8 @@ def test_the_subjects_share_the_whole_database():
         inputs = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
         assert count[module_cls] == len(inputs)
         assert set(info.dtypes) == {torch.float32, torch.float64}
-    assert count[nn.LSTM] >= 32 and count[nn.LSTMCell] >= 2
+    assert count[nn.LSTM] >= 32 and count[nn.GRU] >= 16 and count[nn.RNN] >= 32
+    assert count[nn.LSTMCell] >= 2 and count[nn.GRUCell] >= 2 and count[nn.RNNCell] >= 3
 
 
 @both_dtypes
@@ -233,7 +236,7 @@ def test_factory_kwargs(subject, training, dtype):
         constructor = module_input.constructor_input
         for device in ("cpu", "meta"):
             assert_parameters_are(subject.build(constructor, device=device, dtype=dtype).train(training), device, dtype)
-        if subject.module_cls is nn.LSTM:
+        if subject.module_cls in LAYERS:
             continue  # skip_init refuses a class whose signature is (*args, **kwargs)
         args, kwargs = subject.arguments(constructor, dtype=dtype)
         state = torch.get_rng_state()
@@ -330,7 +333,11 @@ def test_non_contiguous_tensors(subject, training, dtype):
 
 
 def check_gradients(subject: Subject, training: bool, check, every: int = 1) -> None:
-    """Of all inputs and parameters together, and of one parameter alone, another one with every module input."""
+    """Of all inputs and parameters together, and of one parameter alone, another one with every module input.
+
+    GRU and RNN with every fifth: 5 meets every option of the database, and only their steps are not those of LSTM.
+    """
+    every *= 1 if subject.info.module_cls not in (nn.GRU, nn.RNN) else 5
     for k, module_input in enumerate(subject.inputs(torch.float64, training, requires_grad=True)[::every]):
         module = subject.prepared(module_input, torch.float64, training)
         parameters = [*module.parameters()]
@@ -534,7 +541,7 @@ def test_cpu_gpu_parity(subject, training, dtype):
         gpu_grads = [g.cuda() for g in grads]
 
         def results(module, given, grad_outputs):
-            if not training and subject.info.module_cls is nn.LSTM:  # cuDNN goes backward in training only
+            if not training and subject.info.module_cls in LAYERS:  # cuDNN goes backward in training only
                 return tree_leaves(run(module, given))
             return tree_leaves(gradients(module, given, grad_outputs))
 

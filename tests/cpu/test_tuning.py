@@ -296,7 +296,7 @@ def test_auto_asks_for_the_fastest_engine_where_cudnn_serves(monkeypatch, option
     input = torch.randn(3, 2, 5).as_subclass(OnGPU)
     state = torch.zeros(2, 2, 7)
     with pytest.raises(KeyboardInterrupt):
-        functional.lstm(input, (state, state), module._flat_weights, num_layers=2, **options)
+        functional.stack("lstm", input, (state, state), module._flat_weights, num_layers=2, **options)
     expected = Call("lstm", 2, 5, 7, 0, 2, 1, "fp32", launch.precision_of(torch.float32), "dense", True)
     assert calls == ([expected] if asked else [])
 

@@ -1,0 +1,329 @@
+"""What all layers and cells have in common: parameters and conventions of `torch.nn`, no arithmetic."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedlstm import cells, checks, functional, inits
+
+State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
+Init = Callable[[nn.Module], None] | Sequence[Callable[[nn.Module], None]] | None
+
+
+class Recurrent(nn.RNNBase):
+    """A stack of recurrent layers over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
+
+    Example::
+
+        class MGU(fusedlstm.Recurrent):
+            cell = "mgu"  # of `fusedlstm.cells.CELLS`
+
+        output, h_n = MGU(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `torch.nn.GRU`.
+        backend: "auto", "triton", "torch" or "reference"; see `fusedlstm.engines`. An engine asked for by name
+            serves the call or raises.
+        grad_clip: in the backward, every element of the gradient of a state that enters a step is kept within
+            -grad_clip and grad_clip; None is no limit. Of scaled losses (`GradScaler`) it bounds the scaled gradient.
+        save: what our own loops, the kernels' above all, keep for the backward: "gates" is faster; "states" is lean, the
+            backward recomputes the gates with one more product. Where ATen serves the call, ATen decides.
+        num_heads: n, how many groups of DH = H / n hidden units there are, each of which sees only its own h: the recurrent
+            weight is block diagonal. Unit u is of head u // DH, and `weight_hh_l*` is [G*H, DH], a column for every unit of
+            the row's head. 1 is the usual layer.
+        init: a function of the module that changes its initial values, or several; see `fusedlstm.inits`. Before it they
+            are torch's, uniform in 1 / sqrt(H).
+
+    Parameters: per layer and direction `weight_ih_l*` [G*H, I], `weight_hh_l*` [G*H, H / n], `bias_ih_l*` and `bias_hh_l*`
+        [G*H], then the cell's own vectors [H]; rows in the order of the cell's gates.
+    Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; every initial state [L * D, B, H] (or
+        without B), zero if not given; output [T, B, D * H] (or like input); final states like the initial ones. A cell
+        that has only h takes and returns a tensor, others a tuple, h first.
+    Precision: products in the dtype of `input`; on the Triton engine sums, gates and states beside h in float32.
+    """
+
+    cell: str
+    # Of a module that was made without our constructor.
+    backend, grad_clip, save, num_heads, init = "auto", None, "gates", 1, ()
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        proj_size: int | None = None,
+        backend: str = "auto",
+        grad_clip: float | None = None,
+        save: str = "gates",
+        num_heads: int = 1,
+        init: Init = None,
+    ) -> None:
+        cell = checks.cell(self.cell)
+        size = checks.proj_size(proj_size, cell)
+        # By name, for a subclass may have a class of torch.nn between this one and nn.RNNBase; and as an LSTM on the meta
+        # device, for torch checks the arguments, but knows neither all cells nor heads.
+        nn.RNNBase.__init__(
+            self,
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            size,
+            "meta",
+            dtype,
+        )
+        self.mode = cell.upper()
+        self.backend = checks.backend(backend)
+        self.grad_clip = checks.grad_clip(grad_clip)
+        self.save = checks.save(save)
+        self.num_heads = checks.num_heads(num_heads, hidden_size, size)
+        self.init = checks.init(init)
+        self._make_parameters(device, dtype)
+        self.reset_parameters()
+
+    def _make_parameters(self, device, dtype) -> None:
+        self._parameters.clear()
+        self._flat_weights_names, self._all_weights = [], []
+        for layer in range(self.num_layers):
+            for suffix in ("", "_reverse")[: self._directions]:
+                shapes = {f"{name}_l{layer}{suffix}": shape for name, shape in self._shapes(layer).items()}
+                for name, shape in shapes.items():
+                    self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+                self._all_weights.append([*shapes])
+                self._flat_weights_names.extend(shapes)
+        self._init_flat_weights()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values: torch's, and then what `init` makes of them."""
+        inits.uniform_(self)
+        for change in self.init:
+            change(self)
+
+    def num_parameters(self) -> int:
+        """How many numbers all parameters have: over L layers the sum of D (G H (I_l + H / n) + 2 G H + V H), I_l being I for
+        the first and D H for the others. G gates and V vectors of the cell, n heads; no 2 G H without biases. With a
+        projection P stands for H / n and in I_l for H, and P H is added.
+        """
+        shapes = [shape for layer in range(self.num_layers) for shape in self._shapes(layer).values()]
+        return self._directions * sum(map(math.prod, shapes))
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        P = self.proj_size or self.hidden_size
+        input_size = self.input_size if layer == 0 else self._directions * P
+        return _shapes(self.cell, input_size, self.hidden_size, self.bias, self.num_heads, self.proj_size)
+
+    def extra_repr(self) -> str:
+        return _with_heads(super().extra_repr(), self.num_heads)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # [T, B, I], [B, T, I] or [T, I], or packed
+        hx: State | None = None,  # each [L * D, B, H], or [L * D, H]
+        *,
+        lengths: Tensor | None = None,  # [B] integers
+        resets: Tensor | PackedSequence | None = None,  # bool, [T, B], [B, T] or [T], or packed like input
+        return_cell_states: bool = False,
+        grad_clip: float | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Run the stack over a sequence; see the class for shapes.
+
+        Args:
+            lengths: how many steps every sequence has, 0 to T, on any device. The rest is padding: output is zero there,
+                final states are those of the last step before it (hx, where there is none), and the reverse direction
+                begins before it. The same numbers as packing; what the padding holds should be finite.
+            resets: a true at step t cuts the sequence between t - 1 and t: forward, the state that enters step t is zero
+                (at t = 0 hx is dropped); in the reverse direction, that which enters step t - 1. No gradient crosses.
+            return_cell_states: return also the states beside h of every step of the last layer, each [T, B, D * H] or like
+                the output: a tensor if there is one, else a tuple.
+            grad_clip: for this call, in place of the module's.
+
+        Raises:
+            ValueError, RuntimeError: a shape, dtype or device disagrees; type and text are those of `torch.nn`.
+        """
+        self._update_flat_weights()
+        checks.sequence(self, input, hx)
+        if lengths is not None or resets is not None:
+            lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
+        if return_cell_states:
+            checks.has_cell_states(self.cell)
+        options = {
+            "cell_states": return_cell_states,
+            "grad_clip": checks.grad_clip(self.grad_clip if grad_clip is None else grad_clip),
+        }
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            hx = self._zeros(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
+            output, states, c_seq = self._run(data, hx, batch_sizes=batch_sizes, resets=resets, **options)
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            c_seq = [PackedSequence(c, batch_sizes, sorted_indices, unsorted_indices) for c in c_seq]
+            states = self.permute_hidden(states, unsorted_indices)
+        else:
+            batched = input.dim() == 3
+            batch_dim = 0 if self.batch_first else 1
+            if not batched:
+                input, resets = input.unsqueeze(batch_dim), None if resets is None else resets.unsqueeze(batch_dim)
+            if hx is None:
+                hx = self._zeros(input, input.size(batch_dim))
+            elif not batched:
+                hx = tuple(s.unsqueeze(1) for s in _states(hx))
+            output, states, c_seq = self._run(input, hx, lengths=lengths, resets=resets, **options)
+            if not batched:
+                output, c_seq = output.squeeze(batch_dim), [c.squeeze(batch_dim) for c in c_seq]
+                states = tuple(s.squeeze(1) for s in states)
+        return (output, _state(states), _state(c_seq)) if return_cell_states else (output, _state(states))
+
+    def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
+        """The initial states where none are given."""
+        rows = self.num_layers * self._directions
+        zeros = torch.zeros(rows, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+        h = zeros[..., : self.proj_size] if self.proj_size else zeros
+        return (h, *[zeros] * cells.CELLS[self.cell].num_cell_states)
+
+    def _run(self, input: Tensor, hx: State, **options) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Output, final states, and the states beside h of every step if they are wanted."""
+        output, states, c_seq = functional.stack(
+            self.cell,
+            input,
+            _states(hx),
+            self._flat_weights,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            proj_size=self.proj_size,
+            save=self.save,
+            backend=self.backend,
+            **options,
+        )
+        return output, states, () if c_seq is None else c_seq.unbind(0)
+
+    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:
+        """States in another order of the batch; code for `torch.nn` calls it too."""
+        if permutation is None:
+            return hx
+        if isinstance(hx, Tensor):
+            return hx.index_select(1, permutation)
+        return tuple(s.index_select(1, permutation) for s in hx)
+
+
+class RecurrentCell(nn.RNNCellBase):
+    """One step over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in `torch.nn.GRUCell`.
+        backend, num_heads, init: as in :class:`Recurrent`.
+
+    Parameters: those of one layer of :class:`Recurrent`, without `_l0`.
+    Shapes: input [B, I] or [I]; every state [B, H] or [H], zero if not given; returns the new ones. A cell that has only h
+        takes and returns a tensor, others a tuple, h first.
+    """
+
+    cell: str
+    backend, num_heads, init = "auto", 1, ()  # of a module that was made without our constructor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+        num_heads: int = 1,
+        init: Init = None,
+    ) -> None:
+        num_chunks = cells.CELLS[self.cell].num_gates
+        nn.RNNCellBase.__init__(  # by name and on the meta device, as in Recurrent
+            self, input_size, hidden_size, bias, num_chunks=num_chunks, device="meta", dtype=dtype
+        )
+        self.backend = checks.backend(backend)
+        self.num_heads = checks.num_heads(num_heads, hidden_size)
+        self.init = checks.init(init)
+        for name, shape in self._shapes().items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values: torch's, and then what `init` makes of them."""
+        inits.uniform_(self)
+        for change in self.init:
+            change(self)
+
+    def num_parameters(self) -> int:
+        """How many numbers all parameters have: G H (I + H / n) + 2 G H + V H, as :meth:`Recurrent.num_parameters`."""
+        return sum(map(math.prod, self._shapes().values()))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return _shapes(self.cell, self.input_size, self.hidden_size, self.bias, self.num_heads)
+
+    def extra_repr(self) -> str:
+        return _with_heads(super().extra_repr(), self.num_heads)
+
+    def forward(
+        self,
+        input: Tensor,  # [B, I] or [I]
+        hx: State | None = None,  # each [B, H] or [H]
+    ) -> State:
+        """Run one step; see the class for shapes."""
+        checks.step(self, input, hx)
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+        of = cells.CELLS[self.cell]
+        if hx is None:
+            zeros = torch.zeros(input.size(0), self.hidden_size, dtype=input.dtype, device=input.device)
+            states = (zeros,) * len(of.states)
+        else:
+            states = _states(hx) if batched else tuple(s.unsqueeze(0) for s in _states(hx))
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *of.vectors)
+        weights = [w for name in names if (w := getattr(self, name)) is not None]
+        states = functional.step(self.cell, input, states, weights, backend=self.backend)
+        return _state(states if batched else tuple(s.squeeze(0) for s in states))
+
+
+def _shapes(
+    cell: str, input_size: int, hidden_size: int, bias: bool, num_heads: int, proj_size: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer and direction, in order."""
+    of = cells.CELLS[cell]
+    rows = of.num_gates * hidden_size
+    shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, proj_size or hidden_size // num_heads)}
+    shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if bias else {}
+    shapes |= {"weight_hr": (proj_size, hidden_size)} if proj_size else {}
+    return shapes | dict.fromkeys(of.vectors, (hidden_size,))
+
+
+def _states(hx: State) -> tuple[Tensor, ...]:
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+def _state(states: Sequence[Tensor]) -> State:
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+def _with_heads(text: str, num_heads: int) -> str:
+    return text if num_heads == 1 else f"{text}, num_heads={num_heads}"
