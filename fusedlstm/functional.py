@@ -136,7 +136,7 @@ def stack(
             count = len(weights) // (num_layers * directions)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
             between = dropout * training
-            one_step = recurrence.is_one_step(engine, input, layout)
+            one_step = recurrence.is_one_step(cell, engine, input, layout)
             if one_step and not (proj_size or cell_states or between or _wants_gradients(input, *states, *weights)):
                 h, cx = states[0], _beside_h(states)
                 output, h_n, c_n, _, _ = recurrence.step_fwd(cell, input[0], h, cx, weights, directions, False, False)
