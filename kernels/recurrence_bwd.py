@@ -57,11 +57,13 @@ def recurrence_bwd_kernel(
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity
     c_seq_ptr,  # [S, R, D*H]  float32
+    statistics_ptr,  # [R, D, 4]  float32, of the norms; read if NORMS
     # outputs
     grad_preact_ptr,  # [R, D*KEPT*H]; [D, R, KEPT*H] if STACK
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
+    sums_ptr,  # [D, heads, batch tiles, 2, GROUP, 2, BLOCK_B]  float32: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
@@ -74,6 +76,7 @@ def recurrence_bwd_kernel(
     KEPT: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
+    NORMS: tl.constexpr,  # whether a step needs sums over the units of all programs (`norms`)
     # strides of grad_output, in rows
     rows_grad_output_t,  # not used if PACKED
     rows_grad_output_b,
@@ -142,7 +145,9 @@ def recurrence_bwd_kernel(
         mask_b = row + offs_b < B
         mask = mask_b[:, None] & mask_h[None, :]
         heads = tl.num_programs(0) // GROUP
-        counter_ptr = arrived_ptr + ((pid_d * heads + head) * num_tiles_b + tile_b) * 32
+        group = (pid_d * heads + head) * num_tiles_b + tile_b
+        counter_ptr = arrived_ptr + group * 32
+        slots_ptr = sums_ptr + group * (4 * GROUP * BLOCK_B)
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
@@ -212,6 +217,9 @@ def recurrence_bwd_kernel(
                     PACKED, RAGGED,
                 )  # fmt: skip
             gates = fetch_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, KEPT)
+            if NORMS:
+                of_row = statistics_ptr + row_seq * 4 + offs_b[:, None] * (side_by_side * 4)
+                statistics = fetch_tuple(of_row, 0, mask_t[:, None], 1, 4)
             row_prev = (prev_row + row) * side_by_side + pid_d * stride_d
             if PACKED or RAGGED:  # each sequence from its own place
                 before = fetch_state(
@@ -293,7 +301,13 @@ def recurrence_bwd_kernel(
             if RESETS:
                 entered = select_tuple(reset[:, None] == 0, state_prev, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
                 reset_later = reset
-            dpreact_all, dprev = STEP(as_float32(gates, KEPT), entered, state, (dh,) + dcell, vectors, 1.0)
+            if NORMS:
+                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :]) + statistics
+                dpreact_all, dprev = STEP(
+                    as_float32(gates, KEPT), entered, state, (dh,) + dcell, vectors, 1.0, rows, H, GROUP, SPIN_LIMIT
+                )
+            else:
+                dpreact_all, dprev = STEP(as_float32(gates, KEPT), entered, state, (dh,) + dcell, vectors, 1.0)
             state = state_prev
 
             dpreact_ptr = grad_preact_ptr + row_seq * KEPT_H

@@ -63,7 +63,8 @@ def recurrence_fwd_kernel(
     c_n_ptr,  # [S, D, B, H]
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
+    sums_ptr,  # [D, heads, batch tiles, 2, GROUP, 2, BLOCK_B]  float32: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
@@ -75,6 +76,7 @@ def recurrence_fwd_kernel(
     KEPT: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
+    NORMS: tl.constexpr,  # whether a step needs sums over the units of all programs (`norms`)
     # strides of preact_x, in rows of G*H elements
     rows_preact_d,
     rows_preact_t,  # not used if PACKED
@@ -154,7 +156,9 @@ def recurrence_fwd_kernel(
         mask_b = row + offs_b < B
         mask = mask_b[:, None] & mask_h[None, :]
         heads = tl.num_programs(0) // GROUP
-        counter_ptr = arrived_ptr + ((pid_d * heads + head) * num_tiles_b + tile_b) * 32
+        group = (pid_d * heads + head) * num_tiles_b + tile_b
+        counter_ptr = arrived_ptr + group * 32
+        slots_ptr = sums_ptr + group * (4 * GROUP * BLOCK_B)
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
@@ -235,7 +239,11 @@ def recurrence_fwd_kernel(
                     )  # fmt: skip
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)
 
-            gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0)
+            if NORMS:
+                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :])
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0, rows, H, GROUP, SPIN_LIMIT)
+            else:
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0)
             mask_store = mask
             if PACKED or RAGGED:
                 lives = mask_t[:, None]

@@ -4,13 +4,14 @@
     step_bwd(gates, state_prev, state, dstate, vectors, drop) -> dpreact, dstate_prev
 
 Tiles are [BLOCK_B, BLOCK_H] in float32, vectors [1, BLOCK_H]. `state` begins with h. In `dstate_prev`, h is the part that
-does not pass through `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory.
+does not pass through `weight_hh`. A cell with norms takes also `rows`, H, GROUP and SPIN_LIMIT: with them it adds up what
+lies with all programs of a group (`fusedlstm.kernels.norms`). `drop` multiplies the candidate, what a step offers to its memory.
 Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.equations`.
 """
 
-from fusedlstm.kernels.cells import coupled, gru, lstm, peephole, rnn_relu, rnn_tanh, slstm
+from fusedlstm.kernels.cells import coupled, gru, layernorm, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
 STEPS = {
     module.__name__.rpartition(".")[2]: (module.step_fwd, module.step_bwd)
-    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, slstm)
+    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, layernorm, slstm)
 }
