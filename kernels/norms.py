@@ -14,8 +14,9 @@ the group's second counter is at GROUP (k + 1) (`barrier`). Nobody can write a s
 follows exchange k + 1, for which every program arrived after it had read those of exchange k.
 
 `rows`, as the functions of a cell take it, is a tuple: the group's slots, its counter, k of the next exchange, this program's
-number in the group, which units it has [1, BLOCK_H]; backward also mean and 1 / s of both norms at this step, each
-[BLOCK_B, 1].
+number in the group, which units it has [1, BLOCK_H]; then mean and 1 / s, each [BLOCK_B, 1], of the recurrent product of
+this step and, backward, of its c. (Forward those of the product are taken from it whole: the tiles of single gates lie with the
+threads in such a way that sums of them would fill all registers.)
 """
 
 import triton
@@ -64,35 +65,29 @@ def _of_group(
 
 
 @triton.jit
-def normalised(
-    x,  # tuple of tiles [BLOCK_B, BLOCK_H]
-    COUNT: tl.constexpr,
+def statistics(
+    x,  # [BLOCK_B, N], all that the program has of a row
+    mask,  # [1, N]
+    COUNT: tl.constexpr,  # numbers of a unit
     rows,
     AT: tl.constexpr,  # exchanges of this step before this one
     H: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
 ):
-    """n, a tuple of COUNT tiles: one norm over all of them, of all units."""
-    BLOCK_H: tl.constexpr = x[0].shape[1]
-    pid, mask = rows[3], rows[4]
-    own = COUNT * tl.minimum(H - pid * BLOCK_H, BLOCK_H).to(tl.float32)
-    mean = _row_sum(x, mask, COUNT) / own
-    squares = ()
-    for k in tl.static_range(COUNT):
-        squares = squares + ((x[k] - mean) * (x[k] - mean),)
-    square = _row_sum(squares, mask, COUNT)
+    """mean and 1 / s of every row over all units, each [BLOCK_B, 1]."""
+    own = COUNT * tl.minimum(H - rows[3] * BLOCK_H, BLOCK_H).to(tl.float32)
+    mean = tl.sum(tl.where(mask, x, 0.0), 1)[:, None] / own
+    centred = tl.where(mask, x - mean, 0.0)
+    square = tl.sum(centred * centred, 1)[:, None]
     if GROUP > 1:
-        means, parts = _of_group(mean, square, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
+        means, squares = _of_group(mean, square, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
         program = tl.arange(0, triton.next_power_of_2(GROUP))[None, :]
         sizes = COUNT * tl.maximum(tl.minimum(H - program * BLOCK_H, BLOCK_H), 0).to(tl.float32)
         mean = tl.sum(sizes * means, 1)[:, None] / (COUNT * H)
-        square = tl.sum(parts + sizes * (means - mean) * (means - mean), 1)[:, None]
-    rstd = tl.rsqrt(square / (COUNT * H) + EPS)
-    n = ()
-    for k in tl.static_range(COUNT):
-        n = n + ((x[k] - mean) * rstd,)
-    return n
+        square = tl.sum(squares + sizes * (means - mean) * (means - mean), 1)[:, None]
+    return mean, tl.rsqrt(square / (COUNT * H) + EPS)
 
 
 @triton.jit

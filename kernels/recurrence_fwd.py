@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from fusedlstm.kernels.exchange import awaited_product, publish
+from fusedlstm.kernels.norms import statistics
 from fusedlstm.kernels.product import local_product, resident_weight
 from fusedlstm.kernels.rows import load_resets, packed_rows
 from fusedlstm.kernels.tiles import (
@@ -214,19 +215,22 @@ def recurrence_fwd_kernel(
             if LOCAL:
                 if RESETS:
                     state = select_tuple(reset[:, None] == 0, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
-                preact_h = split_gates(
-                    local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION), BLOCK_B, BLOCK_H, G_PADDED
-                )
+                acc = local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
             else:
                 acc = awaited_product(
                     counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, weight_ptr, offs_n, mask_n, 1, DH, DH, 0,
                     N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
                 )  # fmt: skip
-                preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
-                if RESETS:  # what was exchanged is not cut; a mask there would cost more registers
-                    keep = reset[:, None] == 0
-                    state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
-                    preact_h = select_tuple(keep, preact_h, zero_tuple(G_PADDED, BLOCK_B, BLOCK_H), G_PADDED)
+            if NORMS:
+                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :])
+                norm = statistics(acc, mask_n[None, :], G, rows, 0, H, GROUP, BLOCK_H, SPIN_LIMIT)
+            preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
+            if RESETS and not LOCAL:  # what was exchanged is not cut; a mask there would cost more registers
+                keep = reset[:, None] == 0
+                state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
+                preact_h = select_tuple(keep, preact_h, zero_tuple(G_PADDED, BLOCK_B, BLOCK_H), G_PADDED)
+                if NORMS:
+                    norm = select_tuple(keep, norm, zero_tuple(2, BLOCK_B, 1), 2)
             preact_x = as_float32(fetched, G)
             if STACK:
                 acc = tl.zeros((BLOCK_B, N), tl.float32)
@@ -240,8 +244,7 @@ def recurrence_fwd_kernel(
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)
 
             if NORMS:
-                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :])
-                gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0, rows, H, GROUP, SPIN_LIMIT)
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0, rows + norm, H, GROUP, SPIN_LIMIT)
             else:
                 gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0)
             mask_store = mask

@@ -16,21 +16,21 @@ import triton
 import triton.language as tl
 
 from fusedlstm.kernels.activations import sigmoid, tanh
-from fusedlstm.kernels.norms import normalised, normalised_bwd
+from fusedlstm.kernels.norms import normalised_bwd, statistics
 
 
 @triton.jit
 def step_fwd(
     preact_x, preact_h, state, vectors, drop, rows, H: tl.constexpr, GROUP: tl.constexpr, SPIN_LIMIT: tl.constexpr
 ):
-    n = normalised(preact_h, 4, rows, 0, H, GROUP, SPIN_LIMIT)
-    i = sigmoid(preact_x[0] + vectors[0] * n[0])
-    f = sigmoid(preact_x[1] + vectors[1] * n[1])
-    g = tanh(preact_x[2] + vectors[2] * n[2])
-    o = sigmoid(preact_x[3] + vectors[3] * n[3])
+    mean, rstd = rows[5:]
+    i = sigmoid(preact_x[0] + vectors[0] * ((preact_h[0] - mean) * rstd))
+    f = sigmoid(preact_x[1] + vectors[1] * ((preact_h[1] - mean) * rstd))
+    g = tanh(preact_x[2] + vectors[2] * ((preact_h[2] - mean) * rstd))
+    o = sigmoid(preact_x[3] + vectors[3] * ((preact_h[3] - mean) * rstd))
     c = f * state[1] + i * (g * drop)
-    n_c = normalised((c,), 1, rows, 1, H, GROUP, SPIN_LIMIT)
-    m = tanh(vectors[4] * n_c[0] + vectors[5])
+    mean, rstd = statistics(c, rows[4], 1, rows, 1, H, GROUP, c.shape[1], SPIN_LIMIT)
+    m = tanh(vectors[4] * ((c - mean) * rstd) + vectors[5])
     return (i, f, g, o, m) + preact_h, (o * m, c)
 
 
