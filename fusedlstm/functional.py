@@ -109,7 +109,7 @@ def stack(
     if engine == "torch":
         if not (masked or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
             schedule = torch_engine.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
-        compute_dtype = torch_engine.compute_dtype(input.device, dtype, schedule, dense=batch_sizes is None)
+        compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
         input, states, weights = _cast((input, states, weights), compute_dtype)
     c_seq = None
@@ -138,13 +138,13 @@ def stack(
             between = dropout * training
             one_step = recurrence.is_one_step(cell, engine, input, layout)
             if one_step and not (proj_size or cell_states or between or _wants_gradients(input, *states, *weights)):
-                h, cx = states[0], _beside_h(states)
+                h, cx = states[0], recurrence._stacked(states)
                 output, h_n, c_n, _, _ = recurrence.step_fwd(cell, input[0], h, cx, weights, directions, False, False)
                 output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
             else:
                 layer = _layer_of(cell, engine, directions, proj_size, grad_clip, cell_states, save)
                 together = 1
-                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between or cell != "lstm"
+                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between
                 if engine == "triton" and save == "gates" and not alone:
                     together = wave.layers_together(cell, input, states, weights, num_layers, layout)
                 output, states, c_seq = _layers(
@@ -200,12 +200,12 @@ def step(
     """Run one step of one layer; differentiable in every tensor argument. Returns the states. Dtypes as in `stack`."""
     dtype, hidden = _result_dtype(input), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
-    if heads == 1 and torch_engine.has(cell):
-        if engines.choose(backend, input.device, dtype, cell, hidden) == "torch":
-            compute_dtype = torch_engine.compute_dtype(input.device, dtype, "cell", dense=False)
-            input, states, weights = _cast((input, states, weights), compute_dtype)
-            with _autocast_off(input):
-                return _cast(torch_engine.cell(cell, input, states, *weights), dtype)
+    engine = engines.choose(backend, input.device, dtype, cell, hidden, heads=heads)
+    if engine == "torch" and heads == 1 and torch_engine.has(cell):
+        compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, "cell", dense=False)
+        input, states, weights = _cast((input, states, weights), compute_dtype)
+        with _autocast_off(input):
+            return _cast(torch_engine.cell(cell, input, states, *weights), dtype)
     states = tuple(s.unsqueeze(0) for s in states)
     options = {"bias": has_bias(cell, weights), "backend": backend}
     _, states, _ = stack(cell, input.unsqueeze(0), states, weights, **options)
@@ -311,18 +311,12 @@ def _layer_of(
         weight_hr = [p[-1] for p in parameters] if proj_size else None
         parameters = [p[:-1] for p in parameters] if proj_size else parameters
         output, h_n, c_n, c_seq = reference.layer(
-            cell, x, states[0], _beside_h(states), parameters, layout, weight_hr, clip
+            cell, x, states[0], recurrence._stacked(states), parameters, layout, weight_hr, clip
         )
         return output, (h_n, *c_n.unbind(0)), c_seq if cell_states and is_last else None
 
     # The loop over o tanh(c) has no gradient of a projected h to clip.
     return specified if engine == "reference" or (proj_size and clip is not None) else fused
-
-
-def _beside_h(states: tuple[Tensor, ...]) -> Tensor:
-    """The states beside h in one tensor, [S, ...]."""
-    h, *others = states
-    return torch.stack(others) if others else h.new_empty(0, *h.shape)
 
 
 def _projected_layer(

@@ -19,6 +19,7 @@ from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
 from fusedlstm.layout import DENSE, Layout
+from fusedlstm.noise import NO_NOISE, Noise, scale, threshold
 from fusedlstm.plan import Plan
 from fusedlstm.tuned import Problem
 
@@ -26,10 +27,11 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
 FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr", "sums_ptr", "statistics_ptr")
 RECOMPUTED_UNITS = 128  # a program of `recompute`; a thread has one: the loop waits for memory, and wants many programs
+NOISES = ("HOLDS", "DROPS_CANDIDATE", "DROPS_H", "TRAINING")
 # Compile-time switches beyond what a plan says.
 FLAGS = {
-    "fwd": ("PACKED", "RAGGED", "RESETS", "SAVE_GATES", "SAVE_STATES"),
-    "bwd": ("PACKED", "RAGGED", "RESETS", "CLIP", "HAS_GRAD_OUTPUT", "HAS_GRAD_C_SEQ"),
+    "fwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "SAVE_GATES", "SAVE_STATES"),
+    "bwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "CLIP", "HAS_GRAD_OUTPUT", "HAS_GRAD_C_SEQ"),
 }
 
 if triton.knobs.runtime.interpret:
@@ -58,6 +60,7 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "S": cell.num_cell_states,
         "NORMS": cell.norms,
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
+        **({"UPDATE": STEPS[plan.cell][2]} if plan.pass_ == "bwd" else {}),
         "GROUP": plan.group,
         "BLOCK_B": plan.block_b,
         "BLOCK_H": plan.block_h,
@@ -84,9 +87,14 @@ def signature(plan: Plan) -> dict[str, str]:
         "lengths_ptr": "*i32",
         "first_row_ptr": "*i64",
         "resets_ptr": "*i8",
+        "seed_ptr": "*i64",
+        "factor_ptr": "*fp32",
+        "first_row_of_all": "i64",
         "clip": "fp32",
+        **dict.fromkeys(("rate_h", "rate_c", "scale_candidate"), "fp32"),
     }
-    return types | {name: "i32" for name in names if name in "TBDR" or name.startswith("rows_")}
+    others = ("first_recurrence", "below_h", "below_c", "below_candidate")
+    return types | {name: "i32" for name in names if name in (*"TBDR", *others) or name.startswith("rows_")}
 
 
 def options(plan: Plan) -> dict:
@@ -200,6 +208,7 @@ def recurrence_fwd(
     cx: Tensor,  # [S, D, B, H]; c_n has its dtype
     layout: Layout = DENSE,
     vectors: Tensor | None = None,  # [D, V, H]
+    noise: Noise = NO_NOISE,
     *,
     save_gates: bool,
     save_states: bool,
@@ -224,10 +233,11 @@ def recurrence_fwd(
         return output, h_n, c_n, gates, c_seq
     plan = plan or plan_for(cell, preact_x, weight_hh, hx, "fwd", layout.name, stack is not None)
     if plan.schedule == "stepped":
-        _only_dense(layout, stack)
+        _only_dense(layout, stack, noise)
         stepping.recurrence_fwd(plan, preact_x, weight_hh, vectors, hx, cx, output, h_n, c_n, gates, c_seq)
         return output, h_n, c_n, gates, c_seq
     counters = _counters(plan, output.device)
+    factor = noise.of_sequences(D, B, H, cx.float())
     _launch(
         plan,
         preact_x_ptr=preact_x,
@@ -237,7 +247,10 @@ def recurrence_fwd(
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
-        output_ptr=_exchanged(output, plan),
+        **_noise(noise, hx, counters),
+        hx_entering_ptr=hx if factor is None else (hx * factor).to(hx.dtype),
+        entering_ptr=output if factor is None else _exchanged(torch.empty_like(output), plan),
+        output_ptr=output if factor is not None else _exchanged(output, plan),
         h_n_ptr=h_n,
         c_n_ptr=c_n,
         gates_ptr=gates,
@@ -251,7 +264,7 @@ def recurrence_fwd(
         rows_preact_d=preact_x.stride(0) // GH,
         rows_preact_t=0 if packed else preact_x.stride(1) // GH,
         rows_preact_b=preact_x.stride(-2) // GH,
-        **constants(plan, **_flags(layout), SAVE_GATES=save_gates, SAVE_STATES=save_states),
+        **constants(plan, **_flags(layout), **_noises(noise), SAVE_GATES=save_gates, SAVE_STATES=save_states),
     )
     return output, h_n, c_n, gates, c_seq
 
@@ -271,6 +284,7 @@ def recurrence_bwd(
     layout: Layout = DENSE,
     clip: float | None = None,
     vectors: Tensor | None = None,  # [D, V, H]
+    noise: Noise = NO_NOISE,
     *,
     stack: Stack | None = None,
     plan: Plan | None = None,
@@ -289,7 +303,7 @@ def recurrence_bwd(
     if has_grad_output and not _rows_of(grad_output, width):
         grad_output = grad_output.contiguous()
     if plan.schedule == "stepped":
-        _only_dense(layout, stack)
+        _only_dense(layout, stack, noise)
         given = (grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vectors, hx, cx, output, gates, c_seq, clip)
         stepping.recurrence_bwd(plan, *given, grad_preact, grad_hx, grad_cx)
         return grad_preact, grad_hx, grad_cx
@@ -305,6 +319,7 @@ def recurrence_bwd(
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
+        **_noise(noise, hx, counters),
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
@@ -324,6 +339,7 @@ def recurrence_bwd(
         **constants(
             plan,
             **_flags(layout),
+            **_noises(noise),
             CLIP=clip is not None,
             HAS_GRAD_OUTPUT=has_grad_output,
             HAS_GRAD_C_SEQ=grad_c_seq is not None,
@@ -379,11 +395,10 @@ def _cached_step_plan(
     return planning.step_plan(cell, B, H, DTYPES[dtype], D, limits, "fwd", precision, heads, input_size)
 
 
-def _only_dense(layout: Layout, stack: Stack | None) -> None:
-    if layout.name != "dense" or stack:
-        raise ValueError(
-            f"plan: the schedule 'stepped' runs dense batches of one layer, got {'a stack' if stack else layout.name}"
-        )
+def _only_dense(layout: Layout, stack: Stack | None, noise: Noise) -> None:
+    got = "a stack" if stack else "zoneout or dropout" if noise.rates else layout.name
+    if got != "dense":
+        raise ValueError(f"plan: the schedule 'stepped' runs dense batches of one layer, got {got}")
 
 
 def recompute(
@@ -393,6 +408,7 @@ def recompute(
     cx: Tensor,  # [S, D, B, H]
     layout: Layout = DENSE,
     vectors: Tensor | None = None,  # [D, V, H]
+    noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel that needs no product. Returns gates and c_seq as `recurrence.recompute` does."""
     D, *rows, GH = preact.shape
@@ -401,13 +417,15 @@ def recompute(
     c_seq = torch.empty(S, *rows, D * H, dtype=torch.float32, device=preact.device)
     if B == 0:
         return gates, c_seq
+    unread = torch.zeros(2, dtype=torch.int32, device=preact.device)
     with _on(preact.device):
         recompute_kernel[(B, triton.cdiv(H, RECOMPUTED_UNITS), D)](  # the first axis of a grid is the long one
             preact_ptr=preact,
             vectors_ptr=preact if vectors is None else vectors.contiguous(),
             hx_ptr=hx.contiguous(),
             cx_ptr=cx.float().contiguous(),
-            **_tables(layout, torch.zeros(2, dtype=torch.int32, device=preact.device)),
+            **_tables(layout, unread),
+            **{name: x for name, x in _noise(noise, hx, unread).items() if name != "factor_ptr"},
             gates_ptr=gates,
             c_seq_ptr=c_seq,
             T=rows[0] if layout.first_row is None else len(layout.first_row) - 1,
@@ -423,6 +441,7 @@ def recompute(
             STEP=STEPS[cell][0],
             BLOCK_H=RECOMPUTED_UNITS,
             **_flags(layout),
+            **{name: on for name, on in _noises(noise).items() if name != "DROPS_H"},
             num_warps=RECOMPUTED_UNITS // 32,
             debug=True,
             sanitize_overflow=False,
@@ -449,6 +468,33 @@ def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
         "lengths_ptr": unread if layout.lengths is None else layout.lengths.contiguous(),
         "first_row_ptr": unread.view(torch.int64) if layout.first_row is None else layout.first_row,
         "resets_ptr": (unread if layout.resets is None else layout.resets.contiguous()).view(torch.int8),
+    }
+
+
+def _noise(noise: Noise, hx: Tensor, unread: Tensor) -> dict:
+    """The arguments that tell a kernel what regularises the steps."""
+    rate_h, rate_c, candidate = noise.rates[:3] or (0.0, 0.0, 0.0)
+    factor = noise.of_sequences(*hx.shape, hx.float())
+    return {
+        "seed_ptr": unread.view(torch.int64) if noise.seed is None else noise.seed,
+        "factor_ptr": hx if factor is None else factor,
+        "first_recurrence": noise.place[0],
+        "first_row_of_all": noise.place[1],
+        "below_h": threshold(rate_h),
+        "below_c": threshold(rate_c),
+        "below_candidate": threshold(candidate),
+        "rate_h": rate_h,
+        "rate_c": rate_c,
+        "scale_candidate": scale(candidate),
+    }
+
+
+def _noises(noise: Noise) -> dict[str, bool]:
+    return {
+        "HOLDS": noise.holds,
+        "DROPS_CANDIDATE": noise.drops_candidate,
+        "DROPS_H": noise.drops_h,
+        "TRAINING": noise.seed is not None and noise.in_steps,
     }
 
 

@@ -7,6 +7,7 @@ axis, so that both directions share each product. A recurrent weight [G*H, DH] h
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from fusedlstm import cells, heads, memory, norms, reference, torch_loop
 from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout
+from fusedlstm.noise import NO_NOISE, Noise
 from fusedlstm.parameters import has_bias, input_bias, normed, vectors, vectors_gradients
 from fusedlstm.precision import add_product, product
 
@@ -30,6 +32,9 @@ def recurrence_fwd(
     lengths: Tensor | None,  # these three: a `Layout`
     first_row: Tensor | None,
     resets: Tensor | None,
+    seed: Tensor | None,  # these three: a `Noise`
+    rates: list[float],
+    place: list[int],
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -38,17 +43,22 @@ def recurrence_fwd(
     `engine` is "triton", the kernel, or "torch", a loop of torch operations. gates and c_seq are empty unless saved; of
     padding, output and c_seq are zero, and gates have no meaning.
     """
-    layout = Layout(lengths, first_row, resets)
+    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
     if engine == "triton":
         from fusedlstm import launch
 
         saves = {"save_gates": save_gates, "save_states": save_states}
-        return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves)
+        return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, noise, **saves)
+    if rates:
+        found = reference.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors=vectors, noise=noise)
+        *results, gates, c_seq = found
+        return *results, gates if save_gates else gates.new_empty(0), c_seq if save_states else c_seq.new_empty(0)
     return torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, save_gates, save_states, vectors)
 
 
 @recurrence_fwd.register_fake
-def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, resets, save_gates, save_states):
+def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, resets, seed, rates, place, *saves):
+    save_gates, save_states = saves
     D, *rows, _ = preact_x.shape
     S, H = cx.size(0), hx.size(-1)
     gates = preact_x.new_empty((*rows, D * cells.CELLS[cell].num_kept * H) if save_gates else 0)
@@ -74,21 +84,26 @@ def recurrence_bwd(
     lengths: Tensor | None,  # these three: a `Layout`
     first_row: Tensor | None,
     resets: Tensor | None,
+    seed: Tensor | None,  # these three: a `Noise`
+    rates: list[float],
+    place: list[int],
     clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H]; `engine` as in `recurrence_fwd`.
 
     `clip`: the largest element of the gradient of a state that enters a step.
     """
-    layout = Layout(lengths, first_row, resets)
+    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
+    states = (weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors)
+    grads = (grad_output, grad_c_seq, grad_h_n, grad_c_n)
     if engine == "triton":
         from fusedlstm import launch
 
-        run = launch.recurrence_bwd
-    else:
-        run = torch_loop.recurrence_bwd
-    grads = (grad_output, grad_c_seq, grad_h_n, grad_c_n)
-    return run(cell, *grads, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors)
+        return launch.recurrence_bwd(cell, *grads, *states, noise)
+    if rates:
+        none = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, (output, c_seq), strict=False))
+        return reference.recurrence_bwd(cell, *none, *grads[2:], *states, noise)
+    return torch_loop.recurrence_bwd(cell, *grads, *states)
 
 
 @recurrence_bwd.register_fake
@@ -137,21 +152,28 @@ def recompute(
     lengths: Tensor | None,  # these three: a `Layout`
     first_row: Tensor | None,
     resets: Tensor | None,
+    seed: Tensor | None,  # these three: a `Noise`
+    rates: list[float],
+    place: list[int],
 ) -> tuple[Tensor, Tensor]:
     """gates and c_seq as `recurrence_fwd` saves them, from its output: elementwise, so that nothing is waited for.
 
     Of cells that add both parts of a preactivation.
     """
-    layout = Layout(lengths, first_row, resets)
+    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
     if engine == "triton":
         from fusedlstm import launch
 
-        return launch.recompute(cell, preact, hx, cx, layout, vectors)
+        return launch.recompute(cell, preact, hx, cx, layout, vectors, noise)
+    if rates:
+        of, H = cells.CELLS[cell], hx.size(-1)
+        nothing = [preact.new_zeros(of.num_gates * H, H)] * len(hx)
+        return reference.recurrence_fwd(cell, preact, nothing, hx, cx, layout, vectors=vectors, noise=noise)[3:]
     return torch_loop.recurrence_fwd(cell, preact, [], hx, cx, layout, True, True, vectors)[3:]
 
 
 @recompute.register_fake
-def _(cell, engine, preact, vectors, hx, cx, lengths, first_row, resets):
+def _(cell, engine, preact, vectors, hx, cx, *_):
     D, *rows, GH = preact.shape
     c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=_c_seq_dtype(engine, preact))
     return preact.new_empty(*rows, D * GH), c_seq
@@ -175,6 +197,9 @@ class RecurrenceFunction(torch.autograd.Function):
         lengths,
         first_row,
         resets,
+        seed,
+        rates,
+        place,
         input,
         hx,
         cx,
@@ -185,16 +210,17 @@ class RecurrenceFunction(torch.autograd.Function):
 
         And c of all steps that begin a block but the first, [blocks - 1, S, D, B, H].
         """
-        layout = Layout(lengths, first_row, resets)
+        layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
         per_direction = _per_direction(parameters, directions)
         blocks = _blocks(save, directions, input, layout)
         keeps_gates, saves_states = save == "gates", save == "gates" or wants_c_seq
         output, c_seq, borders = None, None, []
         h, c = hx, cx if keeps_gates else cx.to(_state_dtype(input.dtype))
         for k, steps in enumerate(blocks):
-            x, own = input[steps], layout if len(blocks) == 1 else layout.of_steps(steps.start, steps.stop)
+            x, (own, drawn) = input[steps], _of_block(layout, noise, steps, h.size(1))
+            first = preact_0 if k == 0 else None
             part, h, c, gates, c_part = _block_fwd(
-                cell, engine, x, per_direction, h, c, preact_0 if k == 0 else None, own, keeps_gates, saves_states
+                cell, engine, x, per_direction, h, c, first, own, drawn, keeps_gates, saves_states
             )
             output = _placed(output, part, steps, len(input))
             c_seq = _placed(c_seq, c_part, steps, len(input), dim=1) if saves_states else c_part
@@ -206,25 +232,25 @@ class RecurrenceFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.cell, ctx.engine, ctx.directions, ctx.clip, ctx.save, wants_c_seq = inputs[:6]
-        *layout, input, hx, cx, preact_0 = inputs[6:13]
+        *layout, seed, ctx.rates, ctx.place, input, hx, cx, preact_0 = inputs[6:16]
         h, _, _, gates, c_seq, borders = output
         ctx.wants_c_seq = wants_c_seq
         ctx.mark_non_differentiable(*([gates, borders] if wants_c_seq else [gates, c_seq, borders]))
         ctx.set_materialize_grads(False)
         kept = (gates, c_seq) if ctx.save == "gates" else (borders, None)
-        ctx.save_for_backward(*layout, input, hx, cx, preact_0, h, *kept, *inputs[13:])
+        ctx.save_for_backward(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[16:])
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, _grad_borders):
-        *tables, input, hx, cx, preact_0, output, kept, c_kept = ctx.saved_tensors[:10]
-        parameters, layout = ctx.saved_tensors[10:], Layout(*tables)
-        needs = ctx.needs_input_grad[9:]
+        *tables, seed, input, hx, cx, preact_0, output, kept, c_kept = ctx.saved_tensors[:11]
+        parameters, layout, noise = ctx.saved_tensors[11:], Layout(*tables), Noise(seed, ctx.rates, ctx.place)
+        needs = ctx.needs_input_grad[12:]
         if not ctx.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
-        if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
+        grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
+        if torch.is_grad_enabled() or _any_batched(grads):  # create_graph=True: the gradients must be differentiable
             tensors = (input, hx, cx, preact_0, *parameters)
-            results = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-            return *[None] * 9, *_differentiable_gradients(ctx, tensors, needs, results, layout)
+            return *[None] * 12, *_differentiable_gradients(ctx, tensors, needs, grads, layout, noise)
         per_direction = _per_direction(parameters, ctx.directions)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         gradients = ParameterGradients(ctx.cell, per_direction, _per_direction(needs[4:], ctx.directions))
@@ -235,14 +261,14 @@ class RecurrenceFunction(torch.autograd.Function):
         grad_c = torch.zeros_like(cx, dtype=state_dtype) if grad_c_n is None else grad_c_n.to(state_dtype)
         grad_input = grad_preact_0 = None
         for k, steps in reversed([*enumerate(blocks)]):
-            own = layout if len(blocks) == 1 else layout.of_steps(steps.start, steps.stop)
+            own, drawn = _of_block(layout, noise, steps, hx.size(1))
             h, c = (hx, cx.to(state_dtype)) if k == 0 else (output[steps.start - 1].unsqueeze(0), kept[k - 1])
             x, y = input[steps], output[steps]
             if ctx.save == "gates":
                 gates, c_seq = kept, c_kept
             else:
                 first = preact_0 if k == 0 else None
-                gates, c_seq = _recomputed(ctx.cell, ctx.engine, x, per_direction, first, h, c, y, own)
+                gates, c_seq = _recomputed(ctx.cell, ctx.engine, x, per_direction, first, h, c, y, own, drawn)
             grad_preact, grad_h, grad_c = recurrence_bwd(
                 ctx.cell,
                 ctx.engine,
@@ -258,9 +284,10 @@ class RecurrenceFunction(torch.autograd.Function):
                 gates,
                 c_seq,
                 *own,
+                *drawn,
                 ctx.clip,
             )
-            gradients.add(grad_preact, x, y, gates, c_seq, h, c, own)
+            gradients.add(grad_preact, x, y, gates, c_seq, h, c, own, drawn)
             del gates, c_seq  # what a block needs does not live beside the next one's
             if needs[0]:
                 grad_input = _placed(grad_input, gradients.of_input(grad_preact, x), steps, len(input))
@@ -268,7 +295,7 @@ class RecurrenceFunction(torch.autograd.Function):
                 by_direction = enumerate(grad_preact.chunk(ctx.directions, -1))
                 grad_preact_0 = torch.stack([_of_first_steps(g, d, own) for d, g in by_direction])
             grad_preact = by_direction = None
-        return *[None] * 9, grad_input, grad_h, grad_c.to(cx.dtype), grad_preact_0, *gradients.flat()
+        return *[None] * 12, grad_input, grad_h, grad_c.to(cx.dtype), grad_preact_0, *gradients.flat()
 
 
 class ParameterGradients:
@@ -306,8 +333,10 @@ class ParameterGradients:
         hx: Tensor,  # [D, B, H]
         cx: Tensor,  # [S, D, B, H]
         layout: Layout,
+        noise: Noise = NO_NOISE,
     ) -> None:
         """The part of some steps. With norms the gradients of the input's preactivations become those of their products."""
+        factor = noise.of_sequences(*hx.shape, hx)
         D, H, of_x = len(self.needs), self.H, self._of_x(grad_preact)
         if self.has_bias and any(n[2] or n[3] for n in self.needs):
             self.of_bias_ih = _added(self.of_bias_ih, torch.cat([g.sum(0) for g in of_x]))  # [D*G*H]
@@ -318,27 +347,34 @@ class ParameterGradients:
             self.of_weight_ih = [
                 add_product(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
             ]
-        by_direction = enumerate(
-            zip(grad_preact.chunk(D, -1), output.chunk(D, -1), gates.chunk(D, -1), strict=True)
-        )
+        by_direction = enumerate(zip(grad_preact.chunk(D, -1), output.chunk(D, -1), gates.chunk(D, -1), strict=True))
         for d, (g, y, kept) in by_direction:
             of_h = g[..., self.cell.first_h_block * H :]  # [..., G*H]
             if any(n[1] for n in self.needs):
                 num_heads = H // self.per_direction[d][1].size(1)
+                h, h_0 = (y, hx[d]) if factor is None else _entering(y, hx[d], factor[d], layout)
                 self.of_weight_hh[d] = _add_recurrent_weight_gradient(
-                    self.of_weight_hh[d], of_h, y, hx[d], d, layout, num_heads
+                    self.of_weight_hh[d], of_h, h, h_0, d, layout, num_heads
                 )
             if self.has_bias and self.cell.bias_in_step and any(n[3] for n in self.needs):
                 self.of_bias_hh[d] = _added(self.of_bias_hh[d], of_h.flatten(0, -2).sum(0))
             if self.cell.vectors and any(any(n[-len(self.cell.vectors) :]) for n in self.needs):
-                c = c_seq.chunk(D, -1)[d]  # [S, T, B, H] or [S, R, H]
-                before = [
-                    layout.states_before(s, initial, d) for s, initial in zip((y, *c), (hx[d], *cx[:, d]), strict=True)
-                ]
-                after = [s.flatten(0, -2) for s in (y, *c)]
-                rows, kept = (x.flatten(0, -2).chunk(self.cell.num_kept, -1) for x in (g, kept))
-                parts = self.equations.vectors_backward(rows, kept, before, after)
-                self.of_vectors[d] = _added(self.of_vectors[d], torch.stack([part.sum(0) for part in parts]))
+                states, initial = (y, *c_seq.chunk(D, -1)[d]), (hx[d], *cx[:, d])
+                part = self._of_vectors(g, kept, states, initial, d, layout, noise)
+                self.of_vectors[d] = _added(self.of_vectors[d], part)
+
+    def _of_vectors(self, grad_preact, gates, states, initial, direction: int, layout: Layout, noise: Noise) -> Tensor:
+        """The gradients of vectors [V, H] in one direction, of tensors [T, B, ...] or [R, ...] and initial states [B, H]."""
+        before = [layout.states_before(s, i, direction) for s, i in zip(states, initial, strict=True)]
+        after = [s.flatten(0, -2) for s in states]
+        if layout.lengths is not None and layout.first_row is None:  # gates of padding have no meaning
+            steps = torch.arange(len(gates), device=gates.device).unsqueeze(1)
+            gates = gates.masked_fill((steps >= layout.lengths).unsqueeze(-1), 0)
+        dpreact, kept = (x.flatten(0, -2).chunk(self.cell.num_kept, -1) for x in (grad_preact, gates))
+        if noise.holds:  # the state that the step itself made is in no memory
+            after = self.equations.update(kept, before, noise.of_rows(len(after[0]), direction, self.H, initial[0])[2])
+        parts = self.equations.vectors_backward(dpreact, kept, before, after)
+        return torch.stack([part.sum(0) for part in parts])
 
     def flat(self) -> list[Tensor | None]:
         """In the order of the parameters; None where none is needed."""
@@ -406,6 +442,7 @@ def layer(
     wants_c_seq: bool = False,
     preact_0: Tensor | None = None,  # [D, B, G*H]
     save: str = "gates",
+    noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """One layer over a sequence, differentiable in every tensor.
 
@@ -417,6 +454,7 @@ def layer(
         preact_0: added to the preactivations of every sequence's first step, unless a reset drops its initial state.
         save: what is kept for the backward beside input and output: "gates" and c of every step, or "states", c between
             blocks of steps, from which the backward recomputes the others. See `fusedlstm.memory`.
+        noise: zoneout and dropouts inside of the steps.
 
     Returns:
         output [T, B, D*H] or [R, D*H], the final states, and c_seq [S, T, B, D*H] or [S, R, D*H] in the dtype of `input`.
@@ -426,11 +464,11 @@ def layer(
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         output, h_n, c_n, _, c_seq, _ = RecurrenceFunction.apply(
-            cell, engine, len(parameters), clip, save, wants_c_seq, *layout, input, hx, cx, preact_0, *flat
+            cell, engine, len(parameters), clip, save, wants_c_seq, *layout, *noise, input, hx, cx, preact_0, *flat
         )
     else:
         output, h_n, c_n, _, c_seq = _block_fwd(
-            cell, engine, input, parameters, hx, cx, preact_0, layout, False, wants_c_seq
+            cell, engine, input, parameters, hx, cx, preact_0, layout, noise, False, wants_c_seq
         )
     return output, (h_n, *c_n.unbind(0)), c_seq.to(output.dtype) if wants_c_seq else None
 
@@ -521,11 +559,12 @@ def _block_fwd(
     cx: Tensor,  # [S, D, B, H]
     preact_0: Tensor | None,  # [D, B, G*H]
     layout: Layout,
+    noise: Noise,
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Input product and time loop, in one kernel if there is a single step; returns what `recurrence_fwd` does."""
-    if preact_0 is None and is_one_step(cell, engine, input, layout):
+    if preact_0 is None and not noise.rates and is_one_step(cell, engine, input, layout):
         flat = [p for direction in parameters for p in direction]
         output, h_n, c_n, gates, c_seq = step_fwd(
             cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states
@@ -534,7 +573,7 @@ def _block_fwd(
         return output.unsqueeze(0), h_n, c_n, gates, c_seq
     preact_x = _input_product(cell, input, parameters, preact_0, layout)
     weight_hh, taken = [p[1] for p in parameters], vectors(cell, parameters)
-    return recurrence_fwd(cell, engine, preact_x, weight_hh, taken, hx, cx, *layout, save_gates, save_states)
+    return recurrence_fwd(cell, engine, preact_x, weight_hh, taken, hx, cx, *layout, *noise, save_gates, save_states)
 
 
 def _blocks(save: str, directions: int, input: Tensor, layout: Layout) -> list[slice]:
@@ -565,19 +604,28 @@ def _recomputed(
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     layout: Layout,
+    noise: Noise,
 ) -> tuple[Tensor, Tensor]:
     """gates and c_seq of a forward: since its output is known, the recurrent products are one product of all steps."""
     preact = _input_product(cell, input, parameters, preact_0, layout)
     if _batch_major(input):
         preact = preact.contiguous()
-    taken = vectors(cell, parameters)
+    taken, factor = vectors(cell, parameters), noise.of_sequences(*hx.shape, hx)
+    by_direction = output.chunk(len(parameters), -1)
+
+    def before(d: int) -> Tensor:
+        """The h that enters the recurrent product, [R, H]."""
+        y, h_0 = by_direction[d], hx[d]
+        return layout.states_before(*((y, h_0) if factor is None else _entering(y, h_0, factor[d], layout)), d)
+
     if cells.CELLS[cell].norms:
-        return _recomputed_with_norms(engine, preact, parameters, taken, hx, cx, output, layout)
+        return _recomputed_with_norms(engine, preact, parameters, taken, before, hx, cx, output, layout, noise)
     if not cells.CELLS[cell].adds:
-        return _recomputed_at_once(cell, preact, parameters, taken, hx, output, layout), cx.new_empty(0)
-    for d, (y, p) in enumerate(zip(output.chunk(len(parameters), -1), parameters, strict=True)):
-        heads.add_recurrent(preact[d].view(-1, preact.size(-1)), layout.states_before(y, hx[d], d), p[1])
-    return recompute(cell, engine, preact, taken, hx, cx, *layout)
+        gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
+        return gates, output.new_empty(0, *output.shape)
+    for d, p in enumerate(parameters):
+        heads.add_recurrent(preact[d].view(-1, preact.size(-1)), before(d), p[1])
+    return recompute(cell, engine, preact, taken, hx, cx, *layout, *noise)
 
 
 def _recomputed_with_norms(
@@ -585,25 +633,28 @@ def _recomputed_with_norms(
     preact_x: Tensor,  # [D, T, B, 4*H] or [D, R, 4*H]
     parameters: list,
     vectors: Tensor,  # [D, 6, H]
+    before: Callable[[int], Tensor],  # from a direction to the h that enters its recurrent product, [R, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [1, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     layout: Layout,
+    noise: Noise,
 ) -> tuple[Tensor, Tensor]:
     """Of the LSTM with layer normalisation: with the recurrent products normalised too, gates and c are those of an LSTM."""
     D, H = len(parameters), hx.size(-1)
-    recurrent = []
-    for d, (y, p) in enumerate(zip(output.chunk(D, -1), parameters, strict=True)):
-        u = product(layout.states_before(y, hx[d], d), p[1].t())  # [R, 4*H]
-        gain = vectors[d, :4].flatten()
-        preact_x[d] += (norms.normalised(u) * gain).view(preact_x[d].shape)
-        recurrent.append(u.view(*output.shape[:-1], -1))
-    gates, c_seq = recompute("lstm", engine, preact_x, None, hx, cx, *layout)
+    recurrent = [product(before(d), p[1].t()) for d, p in enumerate(parameters)]  # [R, 4*H]
+    for x, u, own in zip(preact_x, recurrent, vectors, strict=True):
+        x += (norms.normalised(u) * own[:4].flatten()).view(x.shape)
+    gates, c_seq = recompute("lstm", engine, preact_x, None, hx, cx, *layout, *noise)
     kept = []
-    for u, of_d, c, own in zip(recurrent, gates.chunk(D, -1), c_seq[0].chunk(D, -1), vectors, strict=True):
-        m = torch.tanh(own[4] * norms.normalised(c) + own[5]).to(output.dtype)
+    for d, (u, own) in enumerate(zip(recurrent, vectors, strict=True)):
+        of_d, c = gates.chunk(D, -1)[d].flatten(0, -2), c_seq[0].chunk(D, -1)[d]
+        if noise.holds:  # the c that the step itself made
+            drop = noise.of_rows(len(u), d, H, hx)[2]
+            c = EQUATIONS["lstm"].update(of_d.chunk(4, -1), (None, layout.states_before(c, cx[0, d], d)), drop)[1]
+        m = torch.tanh(own[4] * norms.normalised(c.flatten(0, -2)) + own[5]).to(output.dtype)
         kept += [of_d, m, u]
-    return torch.cat(kept, -1), c_seq
+    return torch.cat(kept, -1).unflatten(0, output.shape[:-1]), c_seq
 
 
 def _recomputed_at_once(
@@ -611,15 +662,14 @@ def _recomputed_at_once(
     preact_x: Tensor,  # [D, T, B, G*H] or [D, R, G*H]
     parameters: list,
     vectors: Tensor | None,  # [D, V, H]
-    hx: Tensor,  # [D, B, H]
+    before: Callable[[int], Tensor],  # from a direction to the h that enters its recurrent product, [R, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
-    layout: Layout,
 ) -> Tensor:
     """gates of a cell without states beside h: every step is known at once."""
     of, gates = cells.CELLS[cell], []
     dtype = _state_dtype(preact_x.dtype)
-    for d, (y, p) in enumerate(zip(output.chunk(len(parameters), -1), parameters, strict=True)):
-        h = layout.states_before(y, hx[d], d)  # [R, H]
+    for d, p in enumerate(parameters):
+        h = before(d)
         preact_h = torch.zeros_like(preact_x[d].reshape(len(h), -1))
         heads.add_recurrent(preact_h, h, p[1])
         parts = (x.reshape(len(h), -1).to(dtype).chunk(of.num_gates, -1) for x in (preact_x[d], preact_h))
@@ -648,7 +698,35 @@ def _add_recurrent_weight_gradient(
     return heads.weight_gradient(grad_preact[later].flatten(0, 1), output[earlier].flatten(0, 1), num_heads, total)
 
 
-def _differentiable_gradients(ctx, tensors, needs, grads, layout):
+def _entering(
+    output: Tensor,  # [T, B, H] or [R, H]
+    hx: Tensor,  # [B, H]
+    factor: Tensor,  # [B, H]
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """The h that enters a dropped recurrent product in place of every h."""
+    if layout.first_row is None:
+        return output * factor, hx * factor
+    _, sequence = layout.positions(len(output))
+    return output * factor[sequence], hx * factor
+
+
+def _of_block(layout: Layout, noise: Noise, steps: slice, batch: int) -> tuple[Layout, Noise]:
+    """Of a block of steps."""
+    if steps.start is None:  # the only one
+        return layout, noise
+    return layout.of_steps(steps.start, steps.stop), noise.of_steps(steps.start * batch)
+
+
+def _any_batched(grads) -> bool:
+    """Whether gradients come many at once (`is_grads_batched`), for which a custom op has no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    is_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and any(f(g) for f in is_batched) for g in grads)
+
+
+def _differentiable_gradients(ctx, tensors, needs, grads, layout, noise):
     """The gradients through the specification, in operations that autograd can differentiate again."""
     with torch.enable_grad():
         input, hx, cx, preact_0, *parameters = tensors
@@ -656,7 +734,7 @@ def _differentiable_gradients(ctx, tensors, needs, grads, layout):
         preact_x = _input_product(ctx.cell, input, per_direction, preact_0, layout)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         output, h_n, c_n, _, c_seq = reference.recurrence_fwd(
-            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=ctx.clip, vectors=taken
+            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=ctx.clip, vectors=taken, noise=noise
         )
         results = (output, h_n, c_n, c_seq.to(_state_dtype(c_seq.dtype)))
         pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]

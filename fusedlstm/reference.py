@@ -20,6 +20,7 @@ from torch import Tensor
 from fusedlstm import cells, heads, parameters
 from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout, spans
+from fusedlstm.noise import NO_NOISE, Noise
 
 State = tuple[Tensor, ...]  # h first, each [B, H]
 
@@ -77,6 +78,19 @@ def _stack(states: State, empty: Tensor) -> Tensor:
     return torch.stack(states) if states else empty
 
 
+def _of_step(masks: tuple, first: int, n: int) -> tuple:
+    """Of masks of all rows, those of a step's."""
+    return tuple(m[first : first + n] if isinstance(m, Tensor) else m for m in masks)
+
+
+def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: State, entered: State) -> State:
+    """Zoneout of a state: masks or, in the mean, numbers."""
+    return tuple(
+        s if isinstance(held, float) and held == 0 else held * e + (1 - held) * s
+        for held, s, e in zip((held_h, *[held_c] * (len(stepped) - 1)), stepped, entered, strict=True)
+    )
+
+
 def recurrence_fwd(
     cell: str,
     preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
@@ -87,11 +101,13 @@ def recurrence_fwd(
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
     clip: float | None = None,
     vectors: Tensor | None = None,  # [D, V, H]
+    noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All T steps of one layer, both directions; plain autograd can differentiate it.
 
     Args:
         clip: the largest element of the gradient of a state that enters a step.
+        noise: what regularises the steps.
 
     Returns:
         output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], gates [T, B, D * K * H] (after the nonlinearity) and
@@ -101,9 +117,11 @@ def recurrence_fwd(
     D, *leading, _ = preact_x.shape
     steps = spans(layout.first_row, leading)
     preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]
+    factors = noise.of_sequences(*hx.shape, hx)
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
         state, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
+        masks = noise.of_rows(preact_x.size(1), d, hx.size(-1), hx)
         states, gates = [None] * len(steps), [None] * len(steps)
         for t in steps_of(len(steps), d):
             first, n = steps[t]  # sequences 0 to n - 1 have this step; the others have ended, or in reverse not begun
@@ -113,9 +131,12 @@ def recurrence_fwd(
                 entered = tuple(_ClipGradient.apply(s, clip) for s in entered)
             if cut is not None:
                 entered = _where(~cut, entered, 0.0)
-            preact_h = heads.recurrent(entered[0], weight_hh[d])
+            h = entered[0] if factors is None else entered[0] * factors[d, :n]
+            preact_h = heads.recurrent(h, weight_hh[d])
             x = preact_x[d, first : first + n]
-            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered, own, 1.0)
+            held_h, held_c, drop = _of_step(masks, first, n)
+            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered, own, drop)
+            now = _held(held_h, held_c, now, entered)
             if weight_hr:
                 now = (now[0] @ weight_hr[d].t(), *now[1:])
             states[t] = _where(lives, now, 0.0)
@@ -150,6 +171,7 @@ def recurrence_bwd(
     layout: Layout = DENSE,
     clip: float | None = None,
     vectors: Tensor | None = None,  # [D, V, H]
+    noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that must be found step by step; those of the weights follow from them as one product each.
 
@@ -164,10 +186,12 @@ def recurrence_bwd(
         x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
     )  # [R, D, features]
     c_seq, grad_c_seq = (x.reshape(len(cx), len(output), D, H) for x in (c_seq, grad_c_seq))
+    factors = noise.of_sequences(*hx.shape, hx)
     grad_preact, grad_hx, grad_cx = [], [], []
     for d in range(D):
         order = steps_of(len(steps), d)
         dstate, own = (grad_h_n[d], *grad_c_n[:, d]), () if vectors is None else tuple(vectors[d])
+        masks = noise.of_rows(len(output), d, H, hx)
         dpreacts = [None] * len(steps)
         for k, t in reversed(list(enumerate(order))):
             first, n = steps[t]
@@ -187,11 +211,19 @@ def recurrence_bwd(
             entered = state_prev if cut is None else _where(~cut, state_prev, 0.0)
             carried = tuple(ds[:n] for ds in dstate)
             now = tuple(ds + g for ds, g in zip(carried, (grad_output[rows, d], *grad_c_seq[:, rows, d]), strict=True))
-            dpreact, now = step_backward(gates[rows, d].chunk(of.num_kept, -1), entered, state, now, own, 1.0)
+            held_h, held_c, drop = _of_step(masks, first, n)
+            kept = gates[rows, d].chunk(of.num_kept, -1)
+            reached, through = state, (0.0,) * len(now)
+            if noise.holds:
+                reached = EQUATIONS[cell].update(kept, entered, drop)
+                through = tuple(held * ds for held, ds in zip((held_h, *[held_c] * (len(now) - 1)), now, strict=True))
+                now = tuple(ds - part for ds, part in zip(now, through, strict=True))
+            dpreact, now = step_backward(kept, entered, reached, now, own, drop)
+            now = tuple(ds + part for ds, part in zip(now, through, strict=True))
             dpreact = _where(lives, dpreact, 0.0)
             dpreacts[t] = torch.cat(dpreact, -1)
-            through = torch.cat(dpreact[first_h : first_h + of.num_gates], -1)
-            now = (now[0] + heads.recurrent_backward(through, weight_hh[d], H), *now[1:])
+            dh = heads.recurrent_backward(torch.cat(dpreact[first_h:], -1), weight_hh[d], H)
+            now = (now[0] + (dh if factors is None else dh * factors[d, :n]), *now[1:])
             if cut is not None:
                 now = _where(~cut, now, 0.0)
             if clip is not None:

@@ -145,7 +145,8 @@ def recurrence_bwd(
     sizes = [n for _, n in steps]
     R = sum(sizes)
     grad_preact = gates.new_empty(R, D, K * H)
-    grad_hx, grad_cx = torch.zeros_like(hx), grad_c_n.clone()
+    grad_hx = torch.zeros_like(hx) if R else grad_h_n.clone()
+    grad_cx = grad_c_n.clone()
     dh = gates.new_zeros(R, D, H) if grad_output is None else grad_output.reshape(R, D, H).clone()
     gates, output, c_seq = gates.view(R, D, K * H), output.view(R, D, H), c_seq.view(S, R, D, H)
     dc_seq = () if grad_c_seq is None else grad_c_seq.reshape(S, R, D, H)
@@ -229,9 +230,9 @@ def _recurrent_backward(weight_hh: Tensor, H: int, clip: float | None):
 
 def _last_rows(steps: list[tuple[int, int]], batch: int) -> list[list[int]]:
     """The row of every sequence's last step, in both directions."""
-    forward = [0] * batch
-    for first, n in steps:
-        forward[:n] = range(first, first + n)
+    forward: list[int] = []
+    for first, n in reversed(steps):
+        forward += range(first + len(forward), first + n)
     return [forward, list(range(batch))]
 
 

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 
 from fusedlstm.kernels.exchange import awaited_product, publish
+from fusedlstm.kernels.noise import hold_tuple_backward, step_words
+from fusedlstm.kernels.norms import statistics
 from fusedlstm.kernels.product import local_product, resident_weight
 from fusedlstm.kernels.rows import load_resets, packed_rows
 from fusedlstm.kernels.tiles import (
@@ -39,7 +41,25 @@ from fusedlstm.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "R", "rows_grad_output_t", "rows_grad_output_b", "clip"])
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "B",
+        "D",
+        "R",
+        "rows_grad_output_t",
+        "rows_grad_output_b",
+        "clip",
+        "first_recurrence",
+        "first_row_of_all",
+        "below_h",
+        "below_c",
+        "below_candidate",
+        "rate_h",
+        "rate_c",
+        "scale_candidate",
+    ]
+)
 def recurrence_bwd_kernel(
     # inputs
     grad_output_ptr,  # [R, D*H]; [R, H] if STACK: of the last layer; read if HAS_GRAD_OUTPUT
@@ -54,6 +74,8 @@ def recurrence_bwd_kernel(
     lengths_ptr,  # [B]  int32, or int64 if RAGGED; read if RAGGED or PACKED
     first_row_ptr,  # [T+1]  int64; read if PACKED
     resets_ptr,  # [R]  bool; read if RESETS
+    seed_ptr,  # [1]  int64; read if TRAINING
+    factor_ptr,  # [D, B, H]  float32: of the h that enters the product; read if DROPS_H
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity
     c_seq_ptr,  # [S, R, D*H]  float32
@@ -80,8 +102,18 @@ def recurrence_bwd_kernel(
     # strides of grad_output, in rows
     rows_grad_output_t,  # not used if PACKED
     rows_grad_output_b,
+    # noise: the number of the first recurrence and of the first row; what words are below, and the rates in the mean
+    first_recurrence,
+    first_row_of_all,  # int64
+    below_h,
+    below_c,
+    below_candidate,
+    rate_h,  # float32
+    rate_c,
+    scale_candidate,
     # cell, tiling and flags
     STEP: tl.constexpr,
+    UPDATE: tl.constexpr,  # read if HOLDS
     GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -96,6 +128,10 @@ def recurrence_bwd_kernel(
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     RESETS: tl.constexpr,
+    HOLDS: tl.constexpr,  # zoneout
+    DROPS_CANDIDATE: tl.constexpr,
+    DROPS_H: tl.constexpr,
+    TRAINING: tl.constexpr,  # masks, and not their mean
     CLIP: tl.constexpr,
     HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_GRAD_C_SEQ: tl.constexpr,
@@ -180,6 +216,8 @@ def recurrence_bwd_kernel(
         dstate = load_state(
             grad_h_n_ptr + row_state * H, grad_c_n_ptr + row_state * H, offs_state, mask, stride_state, S
         )
+        if DROPS_H:
+            factor = tl.load(factor_ptr + row_state * H + offs_state, mask=mask, other=0.0)
         dpreact_ptr = grad_preact_ptr
         if LOCAL:
             dpreact = round_tuple(zero_tuple(G, BLOCK_B, BLOCK_H), weight_ptr, G)
@@ -219,7 +257,7 @@ def recurrence_bwd_kernel(
             gates = fetch_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, KEPT)
             if NORMS:
                 of_row = statistics_ptr + row_seq * 4 + offs_b[:, None] * (side_by_side * 4)
-                statistics = fetch_tuple(of_row, 0, mask_t[:, None], 1, 4)
+                norm = fetch_tuple(of_row, 0, mask_t[:, None], 1, 4)
             row_prev = (prev_row + row) * side_by_side + pid_d * stride_d
             if PACKED or RAGGED:  # each sequence from its own place
                 before = fetch_state(
@@ -264,6 +302,8 @@ def recurrence_bwd_kernel(
                     counter_ptr, GROUP * step, p_x, mask_x, mask_x, w, weight_ptr, unit, mask_h, DH, K, SEGMENT, H,
                     BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
                 )  # fmt: skip
+            if DROPS_H:
+                dh_recurrent = dh_recurrent * factor
             stepped = (dstate[0] + dh_recurrent,) + dstate[1:]
             if RESETS:
                 keep = reset_later[:, None] == 0
@@ -301,13 +341,31 @@ def recurrence_bwd_kernel(
             if RESETS:
                 entered = select_tuple(reset[:, None] == 0, state_prev, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
                 reset_later = reset
+            kept = as_float32(gates, KEPT)
+            dstepped = (dh,) + dcell
+            drop = 1.0
+            words = ()
+            if TRAINING:
+                tile_row = first_row_of_all + first_row + row
+                words = step_words(seed_ptr, first_recurrence + pid_d, tile_row, offs_b, offs_h)
+                if DROPS_CANDIDATE:
+                    drop = tl.where(words[2] < below_candidate, 0.0, scale_candidate)
+            if HOLDS:  # the state that the step itself made is in no memory
+                state = UPDATE(kept, entered, drop)
+                dstepped, dheld = hold_tuple_backward(
+                    dstepped, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S
+                )
             if NORMS:
-                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :]) + statistics
+                rows = (slots_ptr, counter_ptr + 16, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
+                if HOLDS:
+                    norm = norm[:2] + statistics(state[1], rows[4], 1, rows, -1, H, GROUP, BLOCK_H, SPIN_LIMIT)
                 dpreact_all, dprev = STEP(
-                    as_float32(gates, KEPT), entered, state, (dh,) + dcell, vectors, 1.0, rows, H, GROUP, SPIN_LIMIT
+                    kept, entered, state, dstepped, vectors, drop, rows + norm, H, GROUP, SPIN_LIMIT
                 )
             else:
-                dpreact_all, dprev = STEP(as_float32(gates, KEPT), entered, state, (dh,) + dcell, vectors, 1.0)
+                dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop)
+            if HOLDS:
+                dprev = add_tuple(dprev, dheld, 1 + S)
             state = state_prev
 
             dpreact_ptr = grad_preact_ptr + row_seq * KEPT_H

@@ -13,7 +13,8 @@ ways:
   `torch.nn.utils.rnn.PackedSequence`. So which sequences have a step is a number, and not a mask.
 
 A batch tile ends with its longest sequence. With RESETS a true at row (t, b) cuts its sequence between the steps t - 1 and
-t: the state that enters the later of them in the order of the direction is zero.
+t: the state that enters the later of them in the order of the direction is zero. HOLDS, DROPS_CANDIDATE and
+DROPS_H are the zoneout and the dropouts of `fusedlstm.noise`.
 
 A program owns BLOCK_H hidden units, with all their gates, for one batch tile and one recurrence, through all steps; its
 states never leave its registers. With heads, a unit sees only h of its own head. The GROUP programs of one batch tile,
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 
 from fusedlstm.kernels.exchange import awaited_product, publish
+from fusedlstm.kernels.noise import hold_tuple, step_words
 from fusedlstm.kernels.norms import statistics
 from fusedlstm.kernels.product import local_product, resident_weight
 from fusedlstm.kernels.rows import load_resets, packed_rows
@@ -45,7 +47,25 @@ from fusedlstm.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "R", "rows_preact_d", "rows_preact_t", "rows_preact_b"])
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "B",
+        "D",
+        "R",
+        "rows_preact_d",
+        "rows_preact_t",
+        "rows_preact_b",
+        "first_recurrence",
+        "first_row_of_all",
+        "below_h",
+        "below_c",
+        "below_candidate",
+        "rate_h",
+        "rate_c",
+        "scale_candidate",
+    ]
+)
 def recurrence_fwd_kernel(
     # inputs
     preact_x_ptr,  # [D, R, G*H]  x_t @ weight_ih^T + biases; [1, R, G*H] if STACK: of layer 0
@@ -58,12 +78,16 @@ def recurrence_fwd_kernel(
     lengths_ptr,  # [B]  int32, or int64 if RAGGED; read if RAGGED or PACKED
     first_row_ptr,  # [T+1]  int64; read if PACKED
     resets_ptr,  # [R]  bool; read if RESETS
+    seed_ptr,  # [1]  int64; read if TRAINING
+    factor_ptr,  # [D, B, H]  float32: of the h that enters the product; read if DROPS_H
+    hx_entering_ptr,  # [D, B, H]  hx times its factor; read if DROPS_H
     # outputs
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     h_n_ptr,  # [D, B, H]
     c_n_ptr,  # [S, D, B, H]
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
+    entering_ptr,  # [R, D*H]  h of every step times its factor, for the group; used if DROPS_H
     arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
     sums_ptr,  # [D, heads, batch tiles, 2, GROUP, 2, BLOCK_B]  float32: what a step's norms exchange; used if NORMS
     # sizes
@@ -82,6 +106,15 @@ def recurrence_fwd_kernel(
     rows_preact_d,
     rows_preact_t,  # not used if PACKED
     rows_preact_b,
+    # noise: the number of the first recurrence and of the first row; what words are below, and the rates in the mean
+    first_recurrence,
+    first_row_of_all,  # int64
+    below_h,
+    below_c,
+    below_candidate,
+    rate_h,  # float32
+    rate_c,
+    scale_candidate,
     # cell, tiling and flags
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -98,6 +131,10 @@ def recurrence_fwd_kernel(
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     RESETS: tl.constexpr,
+    HOLDS: tl.constexpr,  # zoneout
+    DROPS_CANDIDATE: tl.constexpr,
+    DROPS_H: tl.constexpr,
+    TRAINING: tl.constexpr,  # masks, and not their mean
     SAVE_GATES: tl.constexpr,
     SAVE_STATES: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
@@ -147,6 +184,12 @@ def recurrence_fwd_kernel(
         if STACK:
             w_x = resident_weight(weight_x_ptr, offs_n, mask_n & above, 1, H, H, 0, BLOCK_K, TRANSPOSED, SPLIT)
 
+    # what the group reads of each other
+    exchanged_ptr = output_ptr
+    exchanged_hx_ptr = hx_ptr
+    if DROPS_H:
+        exchanged_ptr = entering_ptr
+        exchanged_hx_ptr = hx_entering_ptr
     vectors = ()
     if V > 0:
         vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h[None, :], mask_h[None, :], H, V)
@@ -174,7 +217,9 @@ def recurrence_fwd_kernel(
             steps = T
 
         state = load_state(hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, mask, stride_state, S)
-        h_ptr = hx_ptr + row_state * H  # h of the previous step
+        if DROPS_H:
+            factor = tl.load(factor_ptr + row_state * H + offs_state, mask=mask, other=0.0)
+        h_ptr = exchanged_hx_ptr + row_state * H  # h of the previous step
         stride_h = H
         sequences = tl.full((), 0, tl.int64)  # that had it
         first_row = tl.full((), 0, tl.int64)
@@ -200,7 +245,7 @@ def recurrence_fwd_kernel(
                     begins = begins | ((t + 1 == length) & (reverse == 1))
                 preact_row = t * rows_t + row * rows_b
             if PACKED or RAGGED:
-                p_h = tl.where(begins, hx_ptr + row_state * H + head * DH + offs_b * H, p_h)
+                p_h = tl.where(begins, exchanged_hx_ptr + row_state * H + head * DH + offs_b * H, p_h)
             mask = mask_t[:, None] & mask_h[None, :]
             row_seq = (first_row + row) * side_by_side + pid_d * stride_d
 
@@ -215,7 +260,10 @@ def recurrence_fwd_kernel(
             if LOCAL:
                 if RESETS:
                     state = select_tuple(reset[:, None] == 0, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
-                acc = local_product(state, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
+                entering = state
+                if DROPS_H:
+                    entering = (state[0] * factor,)
+                acc = local_product(entering, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
             else:
                 acc = awaited_product(
                     counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, weight_ptr, offs_n, mask_n, 1, DH, DH, 0,
@@ -243,10 +291,19 @@ def recurrence_fwd_kernel(
                     )  # fmt: skip
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)
 
+            drop = 1.0
+            words = ()
+            if TRAINING:
+                tile_row = first_row_of_all + first_row + row
+                words = step_words(seed_ptr, first_recurrence + pid_d, tile_row, offs_b, offs_h)
+                if DROPS_CANDIDATE:
+                    drop = tl.where(words[2] < below_candidate, 0.0, scale_candidate)
             if NORMS:
-                gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0, rows + norm, H, GROUP, SPIN_LIMIT)
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, drop, rows + norm, H, GROUP, SPIN_LIMIT)
             else:
-                gates, stepped = STEP(preact_x, preact_h, state, vectors, 1.0)
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, drop)
+            if HOLDS:
+                stepped = hold_tuple(stepped, state, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S)
             mask_store = mask
             if PACKED or RAGGED:
                 lives = mask_t[:, None]
@@ -257,9 +314,14 @@ def recurrence_fwd_kernel(
                 mask_store = mask_b[:, None] & mask_h[None, :]
                 stepped = select_tuple(lives, stepped, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
 
-            h_ptr = output_ptr + row_seq * H
+            h_ptr = exchanged_ptr + row_seq * H
             stride_h = side_by_side * H
-            publish(h_ptr, offs_seq, mask_store, 0, stepped, 1, counter_ptr, PROTOCOL)
+            published = stepped
+            if DROPS_H:
+                published = (stepped[0] * factor,)
+            publish(h_ptr, offs_seq, mask_store, 0, published, 1, counter_ptr, PROTOCOL)
+            if DROPS_H:
+                store_tuple(output_ptr + row_seq * H, offs_seq, mask_store, 0, stepped, 0, 1)
             # nobody waits for these
             if SAVE_GATES:
                 store_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, gates, 0, KEPT)

@@ -35,9 +35,9 @@ FACTORS = {
 }
 
 
-def pairwise(**more) -> list[dict]:
+def pairwise(factors: dict[str, tuple] = FACTORS, **more) -> list[dict]:
     """Few cases, the same every time, such that every two values of two factors meet in one; `more` are factors too."""
-    factors, rng = FACTORS | more, random.Random(0)
+    factors, rng = factors | more, random.Random(0)
     values = [[(name, value) for value in of] for name, of in factors.items()]
     missing = {pair for a, b in itertools.combinations(values, 2) for pair in itertools.product(a, b)}
     cases = []

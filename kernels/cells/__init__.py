@@ -2,16 +2,18 @@
 
     step_fwd(preact_x, preact_h, state, vectors, drop) -> gates, state
     step_bwd(gates, state_prev, state, dstate, vectors, drop) -> dpreact, dstate_prev
+    update(gates, state_prev, drop) -> state
 
 Tiles are [BLOCK_B, BLOCK_H] in float32, vectors [1, BLOCK_H]. `state` begins with h. In `dstate_prev`, h is the part that
-does not pass through `weight_hh`. A cell with norms takes also `rows`, H, GROUP and SPIN_LIMIT: with them it adds up what
-lies with all programs of a group (`fusedlstm.kernels.norms`). `drop` multiplies the candidate, what a step offers to its memory.
+does not pass through `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory. `update`
+is what follows when the gates are known, for the backward of zoneout; a cell without it (None) has none. With norms both
+steps take also `rows`, H, GROUP and SPIN_LIMIT, to add up what lies with all programs of a group (`fusedlstm.kernels.norms`).
 Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.equations`.
 """
 
 from fusedlstm.kernels.cells import coupled, gru, layernorm, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
 STEPS = {
-    module.__name__.rpartition(".")[2]: (module.step_fwd, module.step_bwd)
+    module.__name__.rpartition(".")[2]: (module.step_fwd, module.step_bwd, getattr(module, "update", None))
     for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, layernorm, slstm)
 }

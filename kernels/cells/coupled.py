@@ -14,13 +14,20 @@ from fusedlstm.kernels.activations import sigmoid, tanh
 
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop):
-    c = state[1]
     i = sigmoid(preact_x[0] + preact_h[0])
     g = tanh(preact_x[1] + preact_h[1])
     o = sigmoid(preact_x[2] + preact_h[2])
+    gates = (i, g, o)
+    return gates, update(gates, state, drop)
+
+
+@triton.jit
+def update(gates, state_prev, drop):
+    i, g, o = gates
+    c = state_prev[1]
     c = c + i * (g * drop - c)
     h = o * tanh(c)
-    return (i, g, o), (h, c)
+    return h, c
 
 
 @triton.jit

@@ -20,14 +20,19 @@ from fusedlstm.kernels.activations import sigmoid, tanh
 
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop):
-    h = state[0]
     r = sigmoid(preact_x[0] + preact_h[0] + vectors[0])
     z = sigmoid(preact_x[1] + preact_h[1] + vectors[1])
     n_h = preact_h[2] + vectors[2]
     n = tanh(preact_x[2] + r * n_h)
+    gates = (n, r, z, n_h)
+    return gates, update(gates, state, drop)
+
+
+@triton.jit
+def update(gates, state_prev, drop):
+    n, _, z, _ = gates
     offered = n * drop
-    h = offered + z * (h - offered)
-    return (n, r, z, n_h), (h,)
+    return (offered + z * (state_prev[0] - offered),)
 
 
 @triton.jit

@@ -35,6 +35,12 @@ def step_fwd(
 
 
 @triton.jit
+def update(gates, state_prev, drop):
+    i, f, g, o, m = gates[:5]
+    return o * m, f * state_prev[1] + i * (g * drop)
+
+
+@triton.jit
 def step_bwd(
     gates,
     state_prev,

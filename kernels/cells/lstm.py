@@ -21,14 +21,20 @@ from fusedlstm.kernels.activations import sigmoid, tanh
 
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop):
-    c = state[1]
     i = sigmoid(preact_x[0] + preact_h[0])
     f = sigmoid(preact_x[1] + preact_h[1])
     g = tanh(preact_x[2] + preact_h[2])
     o = sigmoid(preact_x[3] + preact_h[3])
-    c = f * c + i * (g * drop)
+    gates = (i, f, g, o)
+    return gates, update(gates, state, drop)
+
+
+@triton.jit
+def update(gates, state_prev, drop):
+    i, f, g, o = gates
+    c = f * state_prev[1] + i * (g * drop)
     h = o * tanh(c)
-    return (i, f, g, o), (h, c)
+    return h, c
 
 
 @triton.jit

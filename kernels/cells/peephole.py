@@ -19,10 +19,17 @@ def step_fwd(preact_x, preact_h, state, vectors, drop):
     i = sigmoid(preact_x[0] + preact_h[0] + vectors[0] * c)
     f = sigmoid(preact_x[1] + preact_h[1] + vectors[1] * c)
     g = tanh(preact_x[2] + preact_h[2])
-    c = f * c + i * (g * drop)
-    o = sigmoid(preact_x[3] + preact_h[3] + vectors[2] * c)
+    o = sigmoid(preact_x[3] + preact_h[3] + vectors[2] * (f * c + i * (g * drop)))
+    gates = (i, f, g, o)
+    return gates, update(gates, state, drop)
+
+
+@triton.jit
+def update(gates, state_prev, drop):
+    i, f, g, o = gates
+    c = f * state_prev[1] + i * (g * drop)
     h = o * tanh(c)
-    return (i, f, g, o), (h, c)
+    return h, c
 
 
 @triton.jit

@@ -7,8 +7,13 @@ import triton.language as tl
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop):
     preact = preact_x[0] + preact_h[0]
-    h = tl.where(preact < 0, 0.0, preact)  # NaN stays NaN
-    return (h,), (h * drop,)
+    gates = (tl.where(preact < 0, 0.0, preact),)  # NaN stays NaN
+    return gates, update(gates, state, drop)
+
+
+@triton.jit
+def update(gates, state_prev, drop):
+    return (gates[0] * drop,)
 
 
 @triton.jit

@@ -8,8 +8,13 @@ from fusedlstm.kernels.activations import tanh
 
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop):
-    h = tanh(preact_x[0] + preact_h[0])
-    return (h,), (h * drop,)
+    gates = (tanh(preact_x[0] + preact_h[0]),)
+    return gates, update(gates, state, drop)
+
+
+@triton.jit
+def update(gates, state_prev, drop):
+    return (gates[0] * drop,)
 
 
 @triton.jit

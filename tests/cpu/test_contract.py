@@ -333,8 +333,8 @@ def test_runs_for_cudnn_equal_one_call(monkeypatch, batch_first):
     module = build(nn, batch_first=batch_first)
     x = torch.randn(2, 10, I) if batch_first else torch.randn(10, 2, I)
     hx = torch.randn(4, 2, H), torch.randn(4, 2, H)
-    output, h_n, c_n = torch_engine.lstm(
-        "runs", x, None, hx, module._flat_weights, True, 2, 0.0, True, True, batch_first
+    output, (h_n, c_n) = torch_engine.stack(
+        "lstm", "runs", x, None, hx, module._flat_weights, True, 2, 0.0, True, True, batch_first
     )
     expected, (h, c) = module(x, hx)
     for a, b in ((output, expected), (h_n, h), (c_n, c)):

@@ -154,7 +154,8 @@ def test_the_family(make):
                 torch.testing.assert_close(a, b)
         assert restore(ours).replaced == {"": f"fusedlstm.{name} -> torch.nn.{name}"}
         assert_same_bits(results(ours, x), expected)
-    assert_same_attributes(attributes(model), before)
+    if not parametrize.is_parametrized(model):  # else the weights are computed, and others each time
+        assert_same_attributes(attributes(model), before)
 
 
 def test_what_torch_has_not_is_not_restored():
@@ -416,9 +417,7 @@ def test_a_forward_that_was_replaced_is_kept():
 def test_the_text_of_a_report():
     model = nn.Sequential(nn.LSTM(3, 4), MyLSTM(3, 4), nn.Linear(3, 4))
     report = convert(model)
-    assert (
-        str(report) == "0: torch.nn.LSTM -> fusedlstm.LSTM\n1: kept, a subclass, MyLSTM, with code of its own"
-    )
+    assert str(report) == "0: torch.nn.LSTM -> fusedlstm.LSTM\n1: kept, a subclass, MyLSTM, with code of its own"
     assert str(convert(nn.LSTM(3, 4))) == "(model): torch.nn.LSTM -> fusedlstm.LSTM"
     assert str(convert(fusedlstm.LSTM(3, 4))) == "(model): kept, already fusedlstm"
     assert str(convert(nn.Linear(3, 4))) == "nothing to replace"

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fusedlstm import cells, reference
+from fusedlstm.equations import EQUATIONS
+from fusedlstm.noise import NO_NOISE, Noise
 from support import recurrence_inputs
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -15,15 +17,31 @@ LAYOUTS = {
 }
 
 
+SEED = torch.tensor([1234567890123])
+NOISES = {
+    "zoneout": Noise(SEED, (0.3, 0.4, 0.0, 0.0), (2, 100)),
+    "mean of zoneout": Noise(None, (0.3, 0.4, 0.5, 0.5)),
+    "dropouts": Noise(SEED, (0.0, 0.0, 0.3, 0.4)),
+    "all": Noise(SEED, (0.2, 0.3, 0.4, 0.5), (1, 1 << 33)),
+}
+
+
+@pytest.mark.parametrize("layout", ["dense", "ragged", "packed"])
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("cell", [name for name, of in EQUATIONS.items() if of.update])
+def test_written_out_backward_of_what_is_regularised(cell, noise, layout):
+    test_written_out_backward_equals_autograd(cell, 2, layout, NOISES[noise])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("cell", cells.CELLS)
-def test_written_out_backward_equals_autograd(cell, directions, layout):
+def test_written_out_backward_equals_autograd(cell, directions, layout, noise=NO_NOISE):
     of = cells.CELLS[cell]
     inputs = recurrence_inputs(5, 3, 6, directions, torch.float64, cell=cell, **LAYOUTS[layout])
     preact_x, hx, cx = (inputs[name].requires_grad_() for name in ("preact_x", "hx", "cx"))
     vectors = None if inputs["vectors"] is None else inputs["vectors"].requires_grad_()
-    output, h_n, c_n, gates, c_seq = reference.recurrence_fwd(cell, **inputs)
+    output, h_n, c_n, gates, c_seq = reference.recurrence_fwd(cell, **inputs, noise=noise)
     results = [x for x in (output, c_seq, h_n, c_n) if x.numel()]
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (output, c_seq, h_n, c_n)]
@@ -34,7 +52,7 @@ def test_written_out_backward_equals_autograd(cell, directions, layout):
     states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
     with torch.no_grad():
         grad_preact, grad_hx, grad_cx = reference.recurrence_bwd(
-            cell, *grads, **states, output=output, gates=gates, c_seq=c_seq
+            cell, *grads, **states, output=output, gates=gates, c_seq=c_seq, noise=noise
         )
     by_block = grad_preact.unflatten(-1, (directions, of.num_kept, 6)).movedim(-3, 0)  # [D, ..., K, H]
     of_input = by_block[..., list(of.x_blocks) or slice(None), :].flatten(-2)

@@ -182,17 +182,19 @@ def test_every_way_of_a_cpu_equals_stock(monkeypatch, lengths, options, schedule
 def test_which_way_a_cpu_goes():
     def way(lengths, dtype=torch.float32, hidden=256, proj_size=0):
         sizes = packed(lengths)[1]
-        return torch_engine.schedule(torch.zeros(sum(lengths), I, dtype=dtype), dtype, sizes, False, hidden, proj_size)
+        return torch_engine.schedule(
+            "lstm", torch.zeros(sum(lengths), I, dtype=dtype), dtype, sizes, False, hidden, proj_size
+        )
 
     assert way([40, 20]) == "runs" and way([40, 20], torch.float64) == "loop"
     assert way([5, 4, 3]) == "stretches" and way([5, 4, 3], hidden=257) == "loop"
     assert way([5, 4, 3], proj_size=2) == "stack" and way([5, 4, 3], torch.float16) == "stretches"
-    assert torch_engine.schedule(torch.zeros(70_000, 1, I), torch.float32, None, False, H, 0) == "stack"
-    assert torch_engine.schedule(torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "step"
+    assert torch_engine.schedule("lstm", torch.zeros(70_000, 1, I), torch.float32, None, False, H, 0) == "stack"
+    assert torch_engine.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "step"
     with torch.no_grad():
         assert way([5, 4, 3], hidden=257) == "stretches"
-        assert torch_engine.schedule(torch.zeros(1, 8, I), torch.float32, None, False, H, 0) == "step"
-        assert torch_engine.schedule(torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "stack"
+        assert torch_engine.schedule("lstm", torch.zeros(1, 8, I), torch.float32, None, False, H, 0) == "step"
+        assert torch_engine.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "stack"
 
 
 def test_held_sequences_keep_their_state():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
-from fusedlstm import functional
+from fusedlstm import functional, torch_engine
 from support import assert_accurate
 
 OPTIONS = [
@@ -283,7 +283,9 @@ def test_float16_on_a_cpu_computes_in_float32(monkeypatch):
     """ATen has only slow code for it."""
     seen = []
     stack = torch._VF.lstm
-    monkeypatch.setattr(torch._VF, "lstm", lambda input, *rest: seen.append(input.dtype) or stack(input, *rest))
+    monkeypatch.setitem(
+        torch_engine.LAYERS, "lstm", lambda input, *rest: seen.append(input.dtype) or stack(input, *rest)
+    )
     fusedlstm.LSTM(5, 7).half()(torch.randn(4, 3, 5).half())
     assert seen == [torch.float32]
 

@@ -100,7 +100,7 @@ def test_custom_ops_without_a_gpu():
 
     def run(*tensors):
         return RecurrenceFunction.apply(
-            "lstm", "torch", 2, None, "gates", False, None, None, None, *tensors[:3], None, *tensors[3:]
+            "lstm", "torch", 2, None, "gates", False, *[None] * 4, [], [0, 0], *tensors[:3], None, *tensors[3:]
         )[:3]
 
     assert torch.autograd.gradcheck(run, (input[:2].detach().requires_grad_(), hx, cx, *flat))
@@ -120,8 +120,26 @@ def test_custom_ops_pass_opcheck():
     states = ("lstm", "torch", preact_x, weight_hh, None, hx, cx)
     for layout in ((None, None, None), (lengths, None, resets)):
         for saves in ((True, True), (False, True), (False, False)):
-            torch.library.opcheck(recurrence.recurrence_fwd, (*states, *layout, *saves), test_utils=checks)
-        output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd(*states, *layout, True, True)
+            torch.library.opcheck(
+                recurrence.recurrence_fwd, (*states, *layout, None, [], [0, 0], *saves), test_utils=checks
+            )
+        output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd(*states, *layout, None, [], [0, 0], True, True)
         for grads, clip in (((output, None, h_n, c_n), None), ((None, c_seq, h_n, c_n), 0.5)):
-            arguments = ("lstm", "torch", *grads, weight_hh, None, hx, cx, output, gates, c_seq, *layout, clip)
+            arguments = (
+                "lstm",
+                "torch",
+                *grads,
+                weight_hh,
+                None,
+                hx,
+                cx,
+                output,
+                gates,
+                c_seq,
+                *layout,
+                None,
+                [],
+                [0, 0],
+                clip,
+            )
             torch.library.opcheck(recurrence.recurrence_bwd, arguments, test_utils=checks)

@@ -1,4 +1,4 @@
-"""The grid of PyTorch's test_RNN_cpu_vs_cudnn, at more sizes: ours against torch.nn.LSTM on one device, every gradient."""
+"""The grid of PyTorch's test_RNN_cpu_vs_cudnn, at more sizes: ours against torch.nn's on one device, every gradient."""
 
 import copy
 import itertools
@@ -48,13 +48,13 @@ OPTIONS = {
 PRODUCT = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
 
 
-def covering() -> list[dict]:
-    """Options in which every three values of every three options meet."""
-    tuples = [set(itertools.combinations(case.items(), 3)) for case in PRODUCT]
+def covering(product: list[dict], strength: int) -> list[dict]:
+    """Options in which every three values of every three options meet, or every two of two."""
+    tuples = [set(itertools.combinations(case.items(), strength)) for case in product]
     missing, chosen = set().union(*tuples), []
     while missing:
-        best = max(range(len(PRODUCT)), key=lambda k: len(tuples[k] & missing))
-        chosen.append(PRODUCT[best])
+        best = max(range(len(product)), key=lambda k: len(tuples[k] & missing))
+        chosen.append(product[best])
         missing -= tuples[best]
     return chosen
 
@@ -74,8 +74,14 @@ def name(value):
     return "-".join(k if v is True else f"{k} {v}" for k, v in value.items() if v not in (False, 0, "none"))
 
 
-CASES = [("torch", options) for options in PRODUCT]
-CASES += [(size, options) for size, options in itertools.product(SIZES, covering()) if size != "torch"]
+CASES = [("LSTM", "torch", options) for options in PRODUCT]
+CASES += [
+    ("LSTM", size, options) for size, options in itertools.product(SIZES, covering(PRODUCT, 3)) if size != "torch"
+]
+# The others have neither projection nor c; what is around the step is the LSTM's.
+OTHERS = {"GRU": (nn.GRU, {}), "RNN": (nn.RNN, {}), "RNN relu": (nn.RNN, {"nonlinearity": "relu"})}
+PAIRS = covering([options for options in PRODUCT if not options["projected"]], 2)
+CASES += itertools.product(OTHERS, ("odd", "wide"), PAIRS)
 
 
 class Call(NamedTuple):
@@ -83,12 +89,12 @@ class Call(NamedTuple):
 
     data: Tensor  # of the input, or of the packed input
     packed: PackedSequence | None
-    hx: tuple[Tensor, Tensor] | None
-    grads: list[Tensor]  # of output (packed: its data), h_n and c_n
+    hx: list[Tensor] | None  # h_0, and of an LSTM c_0
+    grads: list[Tensor]  # of output (packed: its data) and the final states
     contiguous: bool
 
     @classmethod
-    def random(cls, size: Size, options: dict) -> "Call":
+    def random(cls, layer: str, size: Size, options: dict) -> "Call":
         T, N, I, H, P, L, lengths = size
         D = 2 if options["bidirectional"] else 1
         P = P if options["projected"] else H
@@ -105,7 +111,8 @@ class Call(NamedTuple):
             return pack_padded_sequence(x, as_given, options["batch_first"], enforce_sorted=in_order)
 
         input, grad_output = sequence(I), sequence(D * P)
-        states = [(randn(L * D, N, P), randn(L * D, N, H)) for _ in range(2)]
+        widths = (P, H) if layer == "LSTM" else (H,)
+        states = [[randn(L * D, N, width) for width in widths] for _ in range(2)]
         hx = states[0] if options["hx"] else None
         if options["lengths"] == "none":
             return cls(input, None, hx, [grad_output, *states[1]], options["contiguous"])
@@ -125,27 +132,31 @@ class Call(NamedTuple):
 
         leaves = {"input": given(self.data).requires_grad_()}
         if self.hx is not None:
-            leaves |= {f"{k}_0": given(x).requires_grad_() for k, x in zip("hc", self.hx, strict=True)}
+            leaves |= {f"{k}_0": given(x).requires_grad_() for k, x in zip("hc", self.hx, strict=False)}
         input = leaves["input"] if self.packed is None else PackedSequence(leaves["input"], *self.packed[1:])
-        output, (h_n, c_n) = module(input, (leaves["h_0"], leaves["c_0"]) if self.hx is not None else None)
+        hx = None if self.hx is None else leaves["h_0"] if "c_0" not in leaves else (leaves["h_0"], leaves["c_0"])
+        output, states = module(input, hx)
+        states = {"h_n": states} if isinstance(states, Tensor) else dict(zip(("h_n", "c_n"), states, strict=True))
         found = {}
         if self.packed is not None:
             assert type(output) is PackedSequence
             found |= {k: x for k, x in output._asdict().items() if k != "data" and x is not None}
             output = output.data
-        found |= {"output": output, "h_n": h_n, "c_n": c_n}
+        found |= {"output": output} | states
         module.zero_grad()
-        torch.autograd.backward([output, h_n, c_n], [given(g) for g in self.grads])
+        torch.autograd.backward([output, *states.values()], [given(g) for g in self.grads])
         leaves |= module.named_parameters()
         return found | {f"grad of {k}": x.grad for k, x in leaves.items()}
 
 
-def pair(size: Size, options: dict, backend: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def pair(layer: str, size: Size, options: dict, backend: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """Stock and ours with the same parameters."""
     arguments = {k: options[k] for k in ("bias", "bidirectional", "batch_first", "dropout")}
-    arguments |= {"num_layers": size.L, "proj_size": size.P if options["projected"] else 0, "dtype": dtype}
-    stock = nn.LSTM(size.I, size.H, **arguments)
-    ours = fusedlstm.LSTM(size.I, size.H, **arguments, backend=backend)
+    projection = {"proj_size": size.P if options["projected"] else 0}
+    cls, more = OTHERS.get(layer, (nn.LSTM, projection))
+    arguments |= {"num_layers": size.L, "dtype": dtype} | more
+    stock = cls(size.I, size.H, **arguments)
+    ours = getattr(fusedlstm, cls.__name__)(size.I, size.H, **arguments, backend=backend)
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -155,15 +166,20 @@ def test_the_cases_cover_the_grid():
     for three in itertools.combinations(OPTIONS, 3):
         expected = set(itertools.product(*(OPTIONS[k] for k in three)))
         for size in SIZES:
-            assert {tuple(options[k] for k in three) for s, options in CASES if s == size} == expected
+            cases = [options for layer, s, options in CASES if layer == "LSTM" and s == size]
+            assert {tuple(options[k] for k in three) for options in cases} == expected
+    without_projection = {k: v for k, v in OPTIONS.items() if k != "projected"}
+    for two in itertools.combinations(without_projection, 2):
+        expected = set(itertools.product(*(OPTIONS[k] for k in two)))
+        assert {tuple(options[k] for k in two) for options in PAIRS} == expected
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(("size", "options"), CASES, ids=name)
-def test_float64(size, options, backend):
+@pytest.mark.parametrize(("layer", "size", "options"), CASES, ids=name)
+def test_float64(layer, size, options, backend):
     """Both are plain loops."""
-    stock, ours = pair(SIZES[size], options, backend, torch.float64)
-    call = Call.random(SIZES[size], options)
+    stock, ours = pair(layer, SIZES[size], options, backend, torch.float64)
+    call = Call.random(layer, SIZES[size], options)
     expected, found = call.results(stock), call.results(ours)
     assert list(found) == list(expected)
     for key, x in found.items():
@@ -172,10 +188,10 @@ def test_float64(size, options, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(("size", "options"), CASES, ids=name)
-def test_float32(size, options, backend):
-    stock, ours = pair(SIZES[size], options, backend, torch.float32)
-    call = Call.random(SIZES[size], options)
+@pytest.mark.parametrize(("layer", "size", "options"), CASES, ids=name)
+def test_float32(layer, size, options, backend):
+    stock, ours = pair(layer, SIZES[size], options, backend, torch.float32)
+    call = Call.random(layer, SIZES[size], options)
     same_dtype, found, exact = call.results(stock), call.results(ours), call.results(copy.deepcopy(stock).double())
     assert list(found) == list(exact)
     for key, x in found.items():

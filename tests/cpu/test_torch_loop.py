@@ -1,11 +1,15 @@
-"""torch_loop.py and loops/: every cell equals the specification, forward and backward, in float64; and so does a cell
-without a file of its own, by its equations."""
+"""torch_loop.py, loops/ and torch_engine.py: every cell equals the specification, forward and backward, in float64, and so does
+a cell without a file of its own, by its equations; ATen's cells equal torch.nn's, whoever serves them."""
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from fusedlstm import cells, loops, reference, torch_loop
-from support import recurrence_inputs
+import bench.loops
+from fusedlstm import cells, heads, loops, recurrence, reference, torch_engine, torch_loop
+from fusedlstm.layout import DENSE, Layout
+from support import assert_accurate, cast, recurrence_inputs
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 T, B, H = 5, 3, 6
@@ -15,7 +19,6 @@ CASES = {
     "dense, two directions, heads": {"D": 2, "heads": 2},
     "dense, clip, no grad_output": {"clip": 0.05, "without": "grad_output"},
     "one step": {"T": 1, "D": 2, "clip": 0.05},
-    "no steps": {"T": 0, "D": 2},
     "resets, no grad_c_seq": {"resets": 0.3, "D": 2, "without": "grad_c_seq"},
     "ragged, resets, heads": {"lengths": [2, 0, 5, 1, 0], "resets": 0.3, "heads": 3},
     "ragged, two directions, clip": {"lengths": [3, 0, 1], "D": 2, "clip": 0.05},
@@ -50,21 +53,9 @@ def test_equals_the_specification(monkeypatch, cell, case, by_equations):
         options["heads"] = 1
     inputs = recurrence_inputs(steps, B, H, D, torch.float64, cell=cell, seed=4, **options)
     own = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
-    if not steps:  # which the specification does not take
-        output, h_n, c_n, gates, c_seq = torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True)
-        assert torch.equal(h_n, own["hx"]) and torch.equal(c_n, own["cx"]) and len(output) == 0
-        found = torch_loop.recurrence_bwd(
-            cell, None, None, h_n, c_n, **own, output=output, gates=gates, c_seq=c_seq, clip=None
-        )
-        for x, expected in zip(found, (gates, torch.zeros_like(h_n) if False else found[1], c_n), strict=True):
-            assert torch.equal(x, expected)
-        return
-
     names = ("output", "h_n", "c_n", "gates", "c_seq")
     exact = dict(zip(names, reference.recurrence_fwd(cell, **inputs), strict=True))
-    ours = dict(
-        zip(names, torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True), strict=True)
-    )
+    ours = dict(zip(names, torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True), strict=True))
     saved = {name: exact[name] for name in ("output", "gates", "c_seq")}
     lives = torch.ones_like(exact["gates"][..., :1], dtype=torch.bool)
     if inputs["layout"].name == "ragged" and inputs["layout"].lengths is not None:
@@ -83,3 +74,126 @@ def test_equals_the_specification(monkeypatch, cell, case, by_equations):
     exact = dict(zip(names, reference.recurrence_bwd(cell, **zero, **own, **saved, clip=clip), strict=True))
     ours = dict(zip(names, torch_loop.recurrence_bwd(cell, **none, **own, **saved, clip=clip), strict=True))
     assert_all_close(ours, exact)
+
+
+@pytest.mark.parametrize("cell", cells.CELLS)
+def test_no_steps(cell):
+    """Which the specification does not take: states and their gradients pass."""
+    inputs = recurrence_inputs(0, B, H, 2, torch.float64, cell=cell)
+    own = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
+    output, h_n, c_n, gates, c_seq = torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True)
+    assert output.shape == (0, B, 2 * H) and torch.equal(h_n, own["hx"]) and torch.equal(c_n, own["cx"])
+    grad_preact, grad_hx, grad_cx = torch_loop.recurrence_bwd(
+        cell, None, None, h_n, c_n, **own, output=output, gates=gates, c_seq=c_seq, clip=None
+    )
+    assert grad_preact.shape == (0, B, 2 * cells.CELLS[cell].num_kept * H)
+    assert torch.equal(grad_hx, h_n) and torch.equal(grad_cx, c_n)
+
+
+@pytest.mark.parametrize("cell", [name for name, cell in cells.CELLS.items() if cell.adds])
+def test_recomputed_from_the_preactivations(cell):
+    """Without weights the preactivations are whole, and gates and states those of the loop."""
+    inputs = recurrence_inputs(T, B, H, 2, torch.float64, cell=cell, resets=0.3)
+    output, *_, gates, c_seq = torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True)
+    whole = inputs["preact_x"].clone()
+    for d, (y, weight) in enumerate(zip(output.chunk(2, -1), inputs["weight_hh"], strict=True)):
+        before = inputs["layout"].states_before(y, inputs["hx"][d], d)
+        heads.add_recurrent(whole[d].view(-1, whole.size(-1)), before, weight)
+    found = torch_loop.recurrence_fwd(
+        cell, **{**inputs, "preact_x": whole, "weight_hh": []}, save_gates=True, save_states=True
+    )
+    for ours, exact in zip(found[3:], (gates, c_seq), strict=True):
+        torch.testing.assert_close(ours, exact, **EXACT)
+
+
+def test_shut_output_gates_have_gradients():
+    """o of zero, small and one, with |c| from small to large: the gradient of c is found from h = o tanh(c)."""
+    o = torch.tensor([-200.0, -95.0, -60.0, 0.0, 5.0, 200.0])
+    for size in (1e-3, 1.0, 30.0):
+        inputs = recurrence_inputs(T, B, H, 1, torch.float32, resets=0.2)
+        inputs["preact_x"][..., 3 * H :] = o
+        inputs["cx"] *= size
+        inputs["preact_x"][..., H : 2 * H] += 5.0  # c stays about as large
+        exact = cast(inputs, torch.float64)
+        found = []
+        for module, given in ((torch_loop, inputs), (reference, inputs), (reference, exact)):
+            saves = {"save_gates": True, "save_states": True} if module is torch_loop else {}
+            output, h_n, c_n, gates, c_seq = module.recurrence_fwd("lstm", **given, **saves)
+            own = {name: given[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
+            saved = {"output": output, "gates": gates, "c_seq": c_seq, "clip": None}
+            grads = [torch.ones_like(x) for x in (output, c_seq, h_n, c_n)]
+            found.append(module.recurrence_bwd("lstm", *grads, **own, **saved))
+        for name, ours, same, truth in zip(("grad_preact", "grad_hx", "grad_cx"), *found, strict=True):
+            assert_accurate(f"{name}, c {size}", ours, same, truth)
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("lengths", [None, [6, 5, 5, 2]], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+def test_atens_stacks_and_the_loop(cell, lengths, options):
+    """torch_engine hands stacks and single steps on as torch.nn does, runs of steps too; the loop computes the same."""
+    stock = _stock(cell, 4, H, **options).double()
+    x = torch.randn(6, 4, 4, dtype=torch.float64)
+    layers, D = stock.num_layers, 2 if stock.bidirectional else 1
+    hx = torch.randn(layers * D, 4, H, dtype=torch.float64)
+    packed = None if lengths is None else pack_padded_sequence(x, torch.tensor(lengths))
+    rows, sizes = (x, None) if packed is None else (packed.data, packed.batch_sizes)
+    expected, h_n = stock(x if packed is None else packed, hx)
+    expected = expected if packed is None else expected.data
+    arguments = (stock._flat_weights, stock.bias, layers, 0.0, True, stock.bidirectional, False)
+    schedules = ["stack"] if sizes is None else ["stack", "runs"]
+    for schedule in schedules:
+        output, (h,) = torch_engine.stack(cell, schedule, rows, sizes, (hx,), *arguments)
+        torch.testing.assert_close(output, expected, **EXACT)
+        torch.testing.assert_close(h, h_n, **EXACT)
+    step, (h,) = torch_engine.stack(cell, "step", x[:1], None, (hx,), *arguments)
+    torch.testing.assert_close(step, stock(x[:1], hx)[0], **EXACT)
+    if layers == 1:
+        (h,) = torch_engine.cell(cell, x[0], (hx[0],), *stock._flat_weights)
+        torch.testing.assert_close(h, step[0], **EXACT)
+
+    layout = DENSE if sizes is None else Layout.of_packed(sizes, 4, torch.device("cpu"))
+    count = len(stock._flat_weights) // (layers * D)
+    parameters = [stock._flat_weights[k : k + count] for k in range(0, layers * D * count, count)]
+    found = rows
+    for layer in range(layers):
+        own = slice(layer * D, (layer + 1) * D)
+        found, _, _ = recurrence.layer(cell, found, (hx[own],), parameters[own], "torch", layout)
+    torch.testing.assert_close(found, expected, **EXACT)
+    grad = torch.randn_like(expected)
+    for ours, exact in zip(
+        torch.autograd.grad(found, stock._flat_weights, grad),
+        torch.autograd.grad(expected, stock._flat_weights, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact, **EXACT)
+
+
+def _stock(cell, *sizes, **options):
+    if cell == "gru":
+        return nn.GRU(*sizes, **options)
+    return nn.RNN(*sizes, nonlinearity=cell[len("rnn_") :], **options)
+
+
+@pytest.mark.parametrize("cell", bench.loops.CASES)
+def test_rivals_of_the_benchmark_compute_the_same(cell):
+    calls = bench.loops.calls_of(cell, 5, 3, 8)
+    for ours, exact in zip(calls["loop"](), calls["rival"](), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_who_serves_on_a_cpu():
+    def way(cell, steps, dtype=torch.float32, sizes=None, batch_first=False):
+        x = torch.zeros((2, steps, 4) if batch_first else (steps, 2, 4))
+        return torch_engine.schedule(cell, x.flatten(0, 1) if sizes is not None else x, dtype, sizes, batch_first, H)
+
+    for cell in ("gru", "rnn_tanh", "rnn_relu"):
+        assert torch_engine.has(cell)
+        assert way(cell, 32) == way(cell, 32, batch_first=True) == way(cell, 32, torch.float64) == "loop"
+        assert way(cell, 32, sizes=torch.tensor([2] * 31 + [1])) == "loop"
+        assert way(cell, 31) == way(cell, 1) == way(cell, 31, sizes=torch.tensor([2] * 30 + [1])) == "stack"
+        with torch.no_grad():
+            assert way(cell, 32) == "stack"
+        for dtype in (torch.float16, torch.bfloat16):
+            assert torch_engine.compute_dtype(cell, torch.device("cpu"), dtype, "stack", True) == torch.float32
+    assert not torch_engine.has("peephole") and way("peephole", 1) == "loop"

@@ -107,7 +107,10 @@ class Subject(NamedTuple):
         copy_parameters(module, stock)
         return stock
 
-    def inputs(self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu") -> list[ModuleInput]:
+    def inputs(
+        self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu", whole=False
+    ) -> list[ModuleInput]:
+        """Of GRU and RNN every fifth, unless `whole`: so each option has each value, and what is around is LSTM's."""
         found = [
             m
             for m in self.info.module_inputs_func(
@@ -116,7 +119,7 @@ class Subject(NamedTuple):
             if (m.constructor_input.kwargs.get("proj_size", 0) > 0) == self.projected
         ]
         assert found and all(m.forward_input is not None for m in found)
-        return found
+        return found if whole or self.info.module_cls not in (nn.GRU, nn.RNN) else found[::5]
 
 
 def subjects(*backends, projections=True):
@@ -203,7 +206,7 @@ def test_the_subjects_share_the_whole_database():
     count = dict.fromkeys(INFOS, 0)
     for parameter in subjects():
         subject = parameter.values[0]
-        count[subject.info.module_cls] += len(subject.inputs(torch.float32, True))
+        count[subject.info.module_cls] += len(subject.inputs(torch.float32, True, whole=True))
     for module_cls, info in INFOS.items():
         inputs = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
         assert count[module_cls] == len(inputs)
@@ -216,7 +219,7 @@ def test_the_subjects_share_the_whole_database():
 @both_modes
 @every_subject
 def test_forward(subject, training, dtype):
-    for module_input in subject.inputs(dtype, training):
+    for module_input in subject.inputs(dtype, training, whole=True):
         module = subject.prepared(module_input, dtype, training)
         outputs = run(module, module_input)
         if module_input.reference_fn is not None:
@@ -333,11 +336,7 @@ def test_non_contiguous_tensors(subject, training, dtype):
 
 
 def check_gradients(subject: Subject, training: bool, check, every: int = 1) -> None:
-    """Of all inputs and parameters together, and of one parameter alone, another one with every module input.
-
-    GRU and RNN with every fifth: 5 meets every option of the database, and only their steps are not those of LSTM.
-    """
-    every *= 1 if subject.info.module_cls not in (nn.GRU, nn.RNN) else 5
+    """Of all inputs and parameters together, and of one parameter alone, another one with every module input."""
     for k, module_input in enumerate(subject.inputs(torch.float64, training, requires_grad=True)[::every]):
         module = subject.prepared(module_input, torch.float64, training)
         parameters = [*module.parameters()]
@@ -365,7 +364,8 @@ def test_grad(subject, training):
 @every_subject
 def test_gradgrad(subject, training):
     # No input has dropout: both modes run the same operations, and this is the slowest test.
-    check_gradients(subject, training, gradgradcheck, every=1 if training else 3)
+    few = subject.info.module_cls in (nn.GRU, nn.RNN)
+    check_gradients(subject, training, gradgradcheck, every=(3 if few else 1) if training else (5 if few else 3))
 
 
 @both_dtypes

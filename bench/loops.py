@@ -1,0 +1,106 @@
+"""The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward, against ATen's
+(GRU, RNN, LSTM), or against a loop of torch operations that autograd differentiates, its input product taken before it.
+
+Weights and input are the same, all gradients are taken and compared first, rounds take turns (`bench.timing`). LSTM is not ours to
+win there, oneDNN has it whole: its row shows what a loop costs beside the best there is.
+"""
+
+import argparse
+import os
+
+CASES = {
+    "gru": [(512, 1, 64), (128, 32, 128), (32, 64, 512)],
+    "rnn_tanh": [(512, 1, 64), (128, 32, 128), (32, 64, 512)],
+    "rnn_relu": [(512, 1, 64), (128, 32, 128), (32, 64, 512)],
+    "peephole": [(128, 32, 128)],
+    "coupled": [(128, 32, 128)],
+    "lstm": [(128, 32, 128)],
+}
+
+
+def rival(cell: str, parameters: list):
+    """A function of x [T, B, I] that gives h of every step: torch.nn's layer, else a loop as users write it."""
+    import torch
+
+    of_aten = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN, "rnn_relu": torch.nn.RNN}
+    if cell in of_aten:
+        options = {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
+        module = of_aten[cell](parameters[0].size(1), parameters[1].size(1), **options)
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        for name, p in zip(names, parameters, strict=True):
+            setattr(module, name, p)
+        return lambda x: module(x)[0]
+
+    def peephole(preact, h, c, p_i, p_f, p_o):
+        i, f, g, o = preact.chunk(4, -1)
+        c = torch.sigmoid(f + p_f * c) * c + torch.sigmoid(i + p_i * c) * torch.tanh(g)
+        return torch.sigmoid(o + p_o * c) * torch.tanh(c), c
+
+    def coupled(preact, h, c):
+        i, g, o = preact.chunk(3, -1)
+        c = c + torch.sigmoid(i) * (torch.tanh(g) - c)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    step = {"peephole": peephole, "coupled": coupled}[cell]
+    weight_ih, weight_hh, bias_ih, bias_hh, *vectors = parameters
+
+    def loop(x):
+        preact_x = torch.nn.functional.linear(x, weight_ih, bias_ih + bias_hh)
+        h = c = x.new_zeros(x.size(1), weight_hh.size(1))
+        hs, weight_t = [], weight_hh.t()
+        for preact in preact_x.unbind():
+            h, c = step(torch.addmm(preact, h, weight_t), h, c, *vectors)
+            hs.append(h)
+        return torch.stack(hs)
+
+    return loop
+
+
+def calls_of(cell: str, T: int, B: int, H: int) -> dict:
+    """Both sides, forward and backward; each gives all gradients."""
+    import torch
+
+    from fusedlstm import cells, recurrence
+
+    of, bound = cells.CELLS[cell], H**-0.5
+    torch.manual_seed(0)
+    shapes = [(of.num_gates * H, H)] * 2 + [(of.num_gates * H,)] * 2 + [(H,)] * len(of.vectors)
+    parameters = [torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound)) for shape in shapes]
+    x, grad = torch.randn(T, B, H, requires_grad=True), torch.randn(T, B, H)
+    states = tuple(torch.zeros(1, B, H) for _ in of.states)
+
+    def both(forward):
+        return lambda: torch.autograd.grad(forward(x), [x, *parameters], grad)
+
+    return {
+        "rival": both(rival(cell, parameters)),
+        "loop": both(lambda x: recurrence.layer(cell, x, states, [parameters], "torch")[0]),
+    }
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cell", choices=CASES, action="append")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+    import torch
+
+    from bench import registry, timing
+
+    torch.set_num_threads(options.threads)
+    print(f"{'cell':10}{'T':>6}{'B':>6}{'H':>6}{'rival ms':>11}{'loop ms':>11}{'ratio p50':>11}{'p20':>7}{'p80':>7}")
+    for cell in options.cell or CASES:
+        for T, B, H in CASES[cell]:
+            calls = calls_of(cell, T, B, H)
+            for ours, exact in zip(calls["loop"](), calls["rival"](), strict=True):
+                assert registry.relative_error(ours, exact) < 1e-3, (cell, T, B, H)
+            samples = timing.time_cpu(calls, options.seconds)
+            p50, p20, p80 = timing.percentiles(timing.ratios(samples, "rival", "loop"))
+            rival_ms, loop_ms = (timing.percentiles(samples.ms[name])[0] for name in ("rival", "loop"))
+            print(f"{cell:10}{T:6}{B:6}{H:6}{rival_ms:11.2f}{loop_ms:11.2f}{p50:11.2f}{p20:7.2f}{p80:7.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
