@@ -3,7 +3,7 @@
 | engine | what runs |
 |---|---|
 | `triton` | the kernels: on a GPU, or interpreted on CPU tensors with `TRITON_INTERPRET=1` |
-| `torch` | ATen: oneDNN on a CPU, cuDNN on a GPU |
+| `torch` | ATen: oneDNN on a CPU, cuDNN on a GPU; a loop of torch operations for cells and calls that it has not |
 | `reference` | the specification in plain torch, any dtype, slow |
 
 `auto` is `triton` on a GPU for what the kernels serve, else `torch`; and `torch` where cuDNN serves the call too and is
@@ -65,9 +65,11 @@ def why_not_triton(
         return "the kernels do not clip the gradient of a projected h (grad_clip with proj_size)"
     if not _triton_is_installed():
         return "the package triton is not installed"
-    if device.type == "cuda" and hidden is not None:
-        from fusedlstm import launch
+    from fusedlstm import launch
 
+    if cell not in launch.STEPS:
+        return f"the kernels have no cell {cell!r}, they have {', '.join(launch.STEPS)}"
+    if device.type == "cuda" and hidden is not None:
         return launch.why_not(cell, hidden, dtype, directions, device, layout, heads)
     return None
 

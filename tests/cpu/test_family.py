@@ -449,3 +449,7 @@ def test_a_cell_of_a_users_own(monkeypatch):
     cell, layer = MGUCell(I, 6), MGU(I, 6)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     torch.testing.assert_close(cell(x[0].float()), layer(x[:1].float())[1][0])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    module.backend = "triton"
+    with pytest.raises(RuntimeError, match="cannot serve this call: the kernels have no cell 'mgu', they have lstm, "):
+        module.float()(x.float())
