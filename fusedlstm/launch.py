@@ -530,7 +530,8 @@ def _sums(plan: Plan, unread: Tensor) -> Tensor:
     """Two slots of two numbers a row and program, for the norms of a cell in which programs wait for each other."""
     if plan.local or not cells.CELLS[plan.cell].norms:
         return unread
-    shape = (plan.grid[2], plan.heads, plan.tiles_b, 2, plan.group, 2, plan.block_b)
+    sums = triton.cdiv(plan.group, plan.block_h) * plan.block_h
+    shape = (plan.grid[2], plan.heads, plan.tiles_b, 4, plan.block_b, sums)
     return torch.empty(shape, dtype=torch.float32, device=unread.device)
 
 

@@ -105,7 +105,12 @@ class Plan:
 
     @property
     def barriers_per_step(self) -> int:
-        return 0 if self.local else 1  # in a launch
+        return 0 if self.local else 1 + self.norms_per_step  # in a launch
+
+    @property
+    def norms_per_step(self) -> int:
+        """Exchanges of sums, by a counter whatever the protocol."""
+        return 2 if cells.CELLS[self.cell].norms and not self.local else 0
 
     @property
     def walked(self) -> int:
@@ -193,10 +198,15 @@ def _choices(
         raise PlanError(f"steps, batch and hidden: expected at least 1, got {steps}, {batch} and {hidden}")
     if limits.arch.startswith("gfx"):
         precision = "ieee"  # Triton takes tf32 on few AMD targets
+    if cells.CELLS[cell].norms and (heads > 1 or stack):
+        raise PlanError(
+            f"heads and stack: expected one head and one layer a launch of {cell}, whose norms are over all units of a layer, got "
+            f"{heads} head(s){' and a stack' if stack else ''}"
+        )
     problem = (cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
     tilings = _tilings(hidden // heads, batch, dtype, precision, pass_)
     found = [p for tiling in tilings if (p := _fit(*problem, *tiling)) and not _spills(p, limits)]
-    steppable = layout == "dense" and not stack
+    steppable = layout == "dense" and not (stack or cells.CELLS[cell].norms)
     stepped = _steps(cell, batch, hidden, dtype, directions, limits, pass_, precision, heads, 0) if steppable else []
     if not found and not stepped:
         raise PlanError(
@@ -506,6 +516,12 @@ def _fit(
     # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
     splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
     block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
+    norms = cells.CELLS[cell].norms  # more lives through a step then, and a shorter chunk leaves registers
+    if norms and schedule == "resident":
+        if transposed and block_b > 16:
+            return None
+        masked = layout != "dense"
+        block_k = min(block_k, (128 if pass_ == "fwd" or masked else 256) // (2 if dtype == "fp32" else 1))
     chunks = reduction // segment * math.ceil(segment / block_k)
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
@@ -519,7 +535,7 @@ def _fit(
         smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
     # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
     # (How often: not less than any plan of the table was found to take.)
-    smem_bytes += 4 * block_b * columns * (block_b // 8 if splits else 1)
+    smem_bytes += 4 * block_b * columns * ((8 if norms else block_b // 8) if splits else 1)
     if smem_bytes > limits.smem_bytes:
         return None
 
@@ -528,6 +544,8 @@ def _fit(
         num_warps = 8
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
+    if norms and (pass_ == "bwd" or splits):
+        num_warps = 8
     split = min(num_warps, block_k // 16) if splits else 1
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)

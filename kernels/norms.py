@@ -45,23 +45,40 @@ def _of_group(
     GROUP: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
 ):
-    """a and b of every program, each [BLOCK_B, programs], with zeros where there is no program."""
-    sums_ptr, counter_ptr, _, pid = rows[:4]
+    """a and b of every program, two tuples of tiles [BLOCK_B, BLOCK_H], with zeros where there is no program.
+
+    Tiles of the same form as those of the cell: others would draw the whole step into a layout of their own.
+    """
+    slots_ptr, counter_ptr, _, pid, mask_h = rows[:5]
     BLOCK_B: tl.constexpr = a.shape[0]
-    offs_b = tl.arange(0, BLOCK_B)[:, None]
-    slot_ptr = sums_ptr + k % 2 * (GROUP * 2 * BLOCK_B) + offs_b
-    own_ptr = slot_ptr + pid * (2 * BLOCK_B)
-    tl.store(own_ptr, a)
-    tl.store(own_ptr + BLOCK_B, b)
+    BLOCK_H: tl.constexpr = mask_h.shape[1]
+    TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    SECOND: tl.constexpr = BLOCK_B * TILES * BLOCK_H
+    slot_ptr = slots_ptr + k % 2 * (2 * SECOND)
+    offs_b = tl.arange(0, BLOCK_B)[:, None] * (TILES * BLOCK_H)
+    tl.store(slot_ptr + offs_b + pid, a)
+    tl.store(slot_ptr + SECOND + offs_b + pid, b)
     barrier.arrive(counter_ptr)
     barrier.wait(counter_ptr, GROUP * (k + 1), SPIN_LIMIT)
-    program = tl.arange(0, triton.next_power_of_2(GROUP))[None, :]
-    p = slot_ptr + program * (2 * BLOCK_B)
-    mask = (program < GROUP) & (offs_b >= 0)
-    # .cg: other programs wrote them, and the first-level cache is not coherent.
-    a = tl.load(p, mask=mask, other=0.0, cache_modifier=".cg")
-    b = tl.load(p + BLOCK_B, mask=mask, other=0.0, cache_modifier=".cg")
-    return a, b
+    all_a = ()
+    all_b = ()
+    for q in tl.static_range(TILES):
+        program = q * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+        mask = (program < GROUP) & (offs_b >= 0)
+        # .cg: other programs wrote them, and the first-level cache is not coherent.
+        p = slot_ptr + offs_b + program
+        all_a = all_a + (tl.load(p, mask=mask, other=0.0, cache_modifier=".cg"),)
+        all_b = all_b + (tl.load(p + SECOND, mask=mask, other=0.0, cache_modifier=".cg"),)
+    return all_a, all_b
+
+
+@triton.jit
+def _all_rows_sum(tiles):
+    """[BLOCK_B, 1]"""
+    total = tiles[0]
+    for q in tl.static_range(1, len(tiles)):
+        total += tiles[q]
+    return tl.sum(total, 1)[:, None]
 
 
 @triton.jit
@@ -73,20 +90,27 @@ def statistics(
     AT: tl.constexpr,  # exchanges of this step before this one
     H: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
 ):
     """mean and 1 / s of every row over all units, each [BLOCK_B, 1]."""
+    BLOCK_H: tl.constexpr = rows[4].shape[1]
     own = COUNT * tl.minimum(H - rows[3] * BLOCK_H, BLOCK_H).to(tl.float32)
     mean = tl.sum(tl.where(mask, x, 0.0), 1)[:, None] / own
     centred = tl.where(mask, x - mean, 0.0)
     square = tl.sum(centred * centred, 1)[:, None]
     if GROUP > 1:
         means, squares = _of_group(mean, square, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
-        program = tl.arange(0, triton.next_power_of_2(GROUP))[None, :]
-        sizes = COUNT * tl.maximum(tl.minimum(H - program * BLOCK_H, BLOCK_H), 0).to(tl.float32)
-        mean = tl.sum(sizes * means, 1)[:, None] / (COUNT * H)
-        square = tl.sum(squares + sizes * (means - mean) * (means - mean), 1)[:, None]
+        weighted = ()
+        sizes = ()
+        for q in tl.static_range(len(means)):
+            program = q * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+            sizes = sizes + (COUNT * tl.maximum(tl.minimum(H - program * BLOCK_H, BLOCK_H), 0).to(tl.float32),)
+            weighted = weighted + (means[q] * sizes[q],)
+        mean = _all_rows_sum(weighted) / (COUNT * H)
+        parts = ()
+        for q in tl.static_range(len(means)):
+            parts = parts + (squares[q] + sizes[q] * (means[q] - mean) * (means[q] - mean),)
+        square = _all_rows_sum(parts)
     return mean, tl.rsqrt(square / (COUNT * H) + EPS)
 
 
@@ -111,8 +135,8 @@ def normalised_bwd(
     b = _row_sum(products, mask, COUNT)
     if GROUP > 1:
         all_a, all_b = _of_group(a, b, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
-        a = tl.sum(all_a, 1)[:, None]
-        b = tl.sum(all_b, 1)[:, None]
+        a = _all_rows_sum(all_a)
+        b = _all_rows_sum(all_b)
     a = a / (COUNT * H)
     b = b / (COUNT * H)
     dx = ()

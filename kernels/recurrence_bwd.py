@@ -85,7 +85,7 @@ def recurrence_bwd_kernel(
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
     arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
-    sums_ptr,  # [D, heads, batch tiles, 2, GROUP, 2, BLOCK_B]  float32: what a step's norms exchange; used if NORMS
+    sums_ptr,  # [D, heads, batch tiles, 4, BLOCK_B, SUMS]  float32: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
@@ -138,6 +138,7 @@ def recurrence_bwd_kernel(
     SPIN_LIMIT: tl.constexpr,
 ):
     LOCAL: tl.constexpr = PROTOCOL == "none"
+    SUMS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H  # of a row: one a program, in tiles of the cell's form
     GH: tl.constexpr = G * H
     KEPT_H: tl.constexpr = KEPT * H
     FIRST_H: tl.constexpr = KEPT - G  # the first block that goes through U
@@ -183,7 +184,7 @@ def recurrence_bwd_kernel(
         heads = tl.num_programs(0) // GROUP
         group = (pid_d * heads + head) * num_tiles_b + tile_b
         counter_ptr = arrived_ptr + group * 32
-        slots_ptr = sums_ptr + group * (4 * GROUP * BLOCK_B)
+        slots_ptr = sums_ptr + group * (4 * BLOCK_B * SUMS)
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
@@ -358,7 +359,7 @@ def recurrence_bwd_kernel(
             if NORMS:
                 rows = (slots_ptr, counter_ptr + 16, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
                 if HOLDS:
-                    norm = norm[:2] + statistics(state[1], rows[4], 1, rows, -1, H, GROUP, BLOCK_H, SPIN_LIMIT)
+                    norm = norm[:2] + statistics(state[1], rows[4], 1, rows, -1, H, GROUP, SPIN_LIMIT)
                 dpreact_all, dprev = STEP(
                     kept, entered, state, dstepped, vectors, drop, rows + norm, H, GROUP, SPIN_LIMIT
                 )

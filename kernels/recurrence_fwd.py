@@ -89,7 +89,7 @@ def recurrence_fwd_kernel(
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
     entering_ptr,  # [R, D*H]  h of every step times its factor, for the group; used if DROPS_H
     arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
-    sums_ptr,  # [D, heads, batch tiles, 2, GROUP, 2, BLOCK_B]  float32: what a step's norms exchange; used if NORMS
+    sums_ptr,  # [D, heads, batch tiles, 4, BLOCK_B, SUMS]  float32: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
@@ -140,6 +140,7 @@ def recurrence_fwd_kernel(
     SPIN_LIMIT: tl.constexpr,
 ):
     LOCAL: tl.constexpr = PROTOCOL == "none"
+    SUMS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H  # of a row: one a program, in tiles of the cell's form
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H
@@ -202,7 +203,7 @@ def recurrence_fwd_kernel(
         heads = tl.num_programs(0) // GROUP
         group = (pid_d * heads + head) * num_tiles_b + tile_b
         counter_ptr = arrived_ptr + group * 32
-        slots_ptr = sums_ptr + group * (4 * GROUP * BLOCK_B)
+        slots_ptr = sums_ptr + group * (4 * BLOCK_B * SUMS)
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
@@ -271,7 +272,7 @@ def recurrence_fwd_kernel(
                 )  # fmt: skip
             if NORMS:
                 rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :])
-                norm = statistics(acc, mask_n[None, :], G, rows, 0, H, GROUP, BLOCK_H, SPIN_LIMIT)
+                norm = statistics(acc, mask_n[None, :], G, rows, 0, H, GROUP, SPIN_LIMIT)
             preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
             if RESETS and not LOCAL:  # what was exchanged is not cut; a mask there would cost more registers
                 keep = reset[:, None] == 0

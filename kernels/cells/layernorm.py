@@ -29,7 +29,7 @@ def step_fwd(
     g = tanh(preact_x[2] + vectors[2] * ((preact_h[2] - mean) * rstd))
     o = sigmoid(preact_x[3] + vectors[3] * ((preact_h[3] - mean) * rstd))
     c = f * state[1] + i * (g * drop)
-    mean, rstd = statistics(c, rows[4], 1, rows, 1, H, GROUP, c.shape[1], SPIN_LIMIT)
+    mean, rstd = statistics(c, rows[4], 1, rows, 1, H, GROUP, SPIN_LIMIT)
     m = tanh(vectors[4] * ((c - mean) * rstd) + vectors[5])
     return (i, f, g, o, m) + preact_h, (o * m, c)
 
