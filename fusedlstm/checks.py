@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import cells, engines
+from fusedlstm.equations import EQUATIONS
+from fusedlstm.noise import Rates
 
 # Of the cells that torch has; other layers are called by the name of their class.
 TORCH_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
@@ -47,6 +49,25 @@ def num_heads(value: int, hidden_size: int, proj_size: int = 0, cell: str = "lst
     if value > 1 and cells.CELLS[cell].norms:
         raise ValueError(f"num_heads: expected 1 of {cell}, whose norms mix the units of all heads, got {value}")
     return int(value)
+
+
+def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) -> Rates:
+    """The probabilities of `fusedlstm.noise`, from the arguments of a layer."""
+    both = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    if len(both) != 2:
+        raise ValueError(f"zoneout: expected a probability or two, of h and of the other states, got {len(both)}")
+    found = {"zoneout": both[0], "zoneout of the states beside h": both[1], "candidate_dropout": candidate}
+    found |= {"recurrent_dropout": recurrent, "weight_dropout": weight}
+    for name, rate in found.items():
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
+            raise ValueError(f"{name}: expected a probability in [0, 1], got {rate!r}")
+    if any(both) and EQUATIONS[cell].update is None:
+        raise ValueError(
+            f"zoneout: expected 0 for the cell {cell!r}, whose state does not follow from its gates, got {zoneout}"
+        )
+    if any(found.values()) and proj_size:
+        raise ValueError(f"zoneout and dropouts of a step: expected 0 with proj_size={proj_size}, got {found}")
+    return Rates(*map(float, found.values()))
 
 
 def proj_size(value: int | None, cell: str) -> int:

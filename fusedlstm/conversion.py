@@ -124,7 +124,7 @@ def restore(model: nn.Module) -> Report:
 
     The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
     `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend`, `save` and `init` is lost.
-    A module with `grad_clip` or heads, or of a cell that torch has not, stays. What
+    A module with `grad_clip`, zoneout or heads, or of a cell that torch has not, stays. What
     was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one piece.
 
     Returns:
@@ -142,13 +142,15 @@ def restore(model: nn.Module) -> Report:
         why = _why_not_stock(before) if target is None else _why_untouched(module)
         if why is None and getattr(module, "grad_clip", None) is not None:
             why = "torch.nn has no grad_clip"
+        if why is None and any(getattr(module, "rates", ())):
+            why = "torch.nn has no zoneout and no dropout inside of a step"
         if why is None and module.num_heads > 1:
             why = "torch.nn has no heads (fusedlstm.heads.dense_weight gives the weights of a dense layer)"
         if why is not None:
             kept[name] = why
         else:
             replaced[name] = _assign_class(module, target)
-            for ours in ("backend", "grad_clip", "save", "num_heads", "init"):
+            for ours in ("backend", "grad_clip", "save", "num_heads", "init", "rates"):
                 vars(module).pop(ours, None)
     return Report(replaced, kept)
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import engines, recurrence, reference, torch_engine, tuned, wave
+from fusedlstm import engines, noise, recurrence, reference, torch_engine, tuned, wave
 from fusedlstm.layout import Layout, Pieces
+from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.parameters import has_bias
 from fusedlstm.precision import product
 
@@ -32,6 +33,7 @@ def stack(
     grad_clip: float | None = None,
     save: str = "gates",
     backend: str = "auto",
+    rates: Rates = NO_RATES,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Run a stack of recurrent layers over a sequence; differentiable in every tensor argument.
 
@@ -52,6 +54,8 @@ def stack(
         save: what the custom ops keep for the backward, "gates" or "states"; see `fusedlstm.memory`. Where ATen or the
             specification serves the call, they decide.
         backend: see `fusedlstm.engines`.
+        rates: of zoneout and dropouts inside of the steps, with masks if `training`; see `fusedlstm.noise`. Not with
+            `proj_size`.
 
     Returns:
         output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; the final states, the given ones
@@ -70,6 +74,7 @@ def stack(
     rows = "packed" if batch_sizes is not None else "ragged" if masked else "dense"
     hidden = states[-1].size(-1)  # h is projected with c beside it only
     heads = 1 if proj_size else hidden // weights[1].size(1)
+    in_steps = rates.in_steps(training)
     engine = engines.choose(backend, input.device, dtype, cell, hidden, directions, clips_projection, rows, heads)
     if (
         engine == "triton"
@@ -79,7 +84,7 @@ def stack(
         and save == "gates"  # else memory is asked for, and not time
         and torch.backends.cudnn.enabled
         and not (dropout * training and num_layers > 1)  # cuDNN draws its own masks
-        and not (masked or cell_states or grad_clip is not None or torch.compiler.is_compiling())
+        and not (masked or in_steps or cell_states or grad_clip is not None or torch.compiler.is_compiling())
     ):
         call = tuned_call(input, states, weights, dtype, batch_sizes, masked, num_layers, directions, proj_size)
         steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
@@ -96,18 +101,27 @@ def stack(
         "grad_clip": grad_clip,
         "save": save,
         "backend": backend,
+        "rates": rates,
     }
-    if engine == "torch" and masked and _has_steps(input, lengths):
+    if engine == "torch" and masked and not in_steps and _has_steps(input, lengths):
         return _in_pieces(cell, input, states, weights, batch_sizes, lengths, resets, batch_first, options)
     if batch_sizes is not None and _equal_lengths(batch_sizes):
         input, resets = (None if x is None else x.unflatten(0, (len(batch_sizes), -1)) for x in (input, resets))
         output, states, c_seq = stack(cell, input, states, weights, resets=resets, **options)
         return output.flatten(0, 1), states, c_seq if c_seq is None else c_seq.flatten(1, 2)
 
+    seed, count = None, len(weights) // (num_layers * directions)
+    if training and any(rates):
+        seed = noise.draw(input.device)
+        if rates.weight:
+            weights = [
+                noise.drop_weight(w, rates.weight, seed, k // count) if k % count == 1 else w
+                for k, w in enumerate(weights)
+            ]
     batch_first = batch_first and batch_sizes is None
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
-        if not (masked or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
+        if not (masked or in_steps or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
             schedule = torch_engine.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
         compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
@@ -133,18 +147,28 @@ def stack(
             if batch_first:
                 input, resets = (None if x is None else x.transpose(0, 1) for x in (input, resets))
             layout = _layout(input, states[0].size(1), batch_sizes, lengths, resets)
-            count = len(weights) // (num_layers * directions)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
             between = dropout * training
             one_step = recurrence.is_one_step(cell, engine, input, layout)
-            if one_step and not (proj_size or cell_states or between or _wants_gradients(input, *states, *weights)):
+            if one_step and not (
+                proj_size or in_steps or cell_states or between or _wants_gradients(input, *states, *weights)
+            ):
                 h, cx = states[0], recurrence._stacked(states)
                 output, h_n, c_n, _, _ = recurrence.step_fwd(cell, input[0], h, cx, weights, directions, False, False)
                 output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
             else:
-                layer = _layer_of(cell, engine, directions, proj_size, grad_clip, cell_states, save)
+                layer = _layer_of(
+                    cell,
+                    engine,
+                    directions,
+                    proj_size,
+                    grad_clip,
+                    cell_states,
+                    save,
+                    noise.Noise(seed if in_steps else None, in_steps),
+                )
                 together = 1
-                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between
+                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between or in_steps
                 if engine == "triton" and save == "gates" and not alone:
                     together = wave.layers_together(cell, input, states, weights, num_layers, layout)
                 output, states, c_seq = _layers(
@@ -282,36 +306,52 @@ def _layers(
     at_once: int,
     dropout: float,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """A stack of which `layer(x, layout, states, parameters, is_last)` does `at_once` directions or layers."""
+    """A stack of which `layer(x, layout, states, parameters, first, is_last)` does `at_once` directions or layers."""
     finals, c_seq = [], None
     for k in range(0, len(parameters), at_once):
         if k > 0 and dropout > 0:
             x = dropout_fn(x, dropout)
         rows, is_last = slice(k, k + at_once), k + at_once >= len(parameters)
-        x, final, c_seq = layer(x, layout, tuple(s[rows] for s in states), parameters[rows], is_last)
+        x, final, c_seq = layer(x, layout, tuple(s[rows] for s in states), parameters[rows], k, is_last)
         finals.append(final)
     return x, finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True)), c_seq
 
 
 def _layer_of(
-    cell: str, engine: str, directions: int, proj_size: int, clip: float | None, cell_states: bool, save: str
+    cell: str,
+    engine: str,
+    directions: int,
+    proj_size: int,
+    clip: float | None,
+    cell_states: bool,
+    save: str,
+    regularised: noise.Noise,
 ):
     """What does one layer, or a wave of them, for `_layers`."""
 
-    def fused(x, layout, states, parameters, is_last):
+    def fused(x, layout, states, parameters, first, is_last):
         wants_c_seq = cell_states and is_last
         if proj_size:
             return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, save)
         if len(parameters) > directions:
             return wave.stack(cell, x, states, parameters, layout, clip, wants_c_seq)
-        return recurrence.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save)
+        drawn = regularised._replace(place=(first, 0))
+        return recurrence.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save, noise=drawn)
 
-    def specified(x, layout, states, parameters, is_last):
+    def specified(x, layout, states, parameters, first, is_last):
         """The specification, projection and all; plain autograd differentiates it."""
         weight_hr = [p[-1] for p in parameters] if proj_size else None
         parameters = [p[:-1] for p in parameters] if proj_size else parameters
         output, h_n, c_n, c_seq = reference.layer(
-            cell, x, states[0], recurrence._stacked(states), parameters, layout, weight_hr, clip
+            cell,
+            x,
+            states[0],
+            recurrence._stacked(states),
+            parameters,
+            layout,
+            weight_hr,
+            clip,
+            regularised._replace(place=(first, 0)),
         )
         return output, (h_n, *c_n.unbind(0)), c_seq if cell_states and is_last else None
 

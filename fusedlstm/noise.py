@@ -36,16 +36,19 @@ class Noise(NamedTuple):
 
     @property
     def drops_candidate(self) -> bool:
-        return self.seed is not None and bool(self.rates[2])
+        return self._drops(2)
 
     @property
     def drops_h(self) -> bool:
-        return self.seed is not None and bool(self.rates) and bool(self.rates[3])
+        return self._drops(3)
 
     @property
     def in_steps(self) -> bool:
         """Whether a step itself has any."""
         return self.holds or self.drops_candidate
+
+    def _drops(self, k: int) -> bool:
+        return self.seed is not None and bool(self.rates) and bool(self.rates[k])
 
     def of_steps(self, first_row: int) -> "Noise":
         """Of a block of steps that begins there."""
@@ -83,6 +86,27 @@ class Noise(NamedTuple):
 
 
 NO_NOISE = Noise()
+
+
+class Rates(NamedTuple):
+    """The probabilities of a layer."""
+
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    candidate: float = 0.0
+    recurrent: float = 0.0
+    weight: float = 0.0
+
+    def in_steps(self, training: bool) -> tuple[float, ...]:
+        """`Noise.rates`."""
+        rates = self[:4] if training else (*self[:2], 0.0, 0.0)
+        return rates if any(rates) else ()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={rate:g}" for name, rate in self._asdict().items() if rate)
+
+
+NO_RATES = Rates()
 
 
 def draw(device: torch.device) -> Tensor:

@@ -518,11 +518,13 @@ def _fit(
     block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
     norms = cells.CELLS[cell].norms  # more lives through a step then, and a shorter chunk leaves registers
     if norms and schedule == "resident":
-        if transposed and block_b > 16:
-            return None
+        if (transposed and block_b > 16) or (block_b == 64 and pass_ == "fwd"):
+            return None  # spills
         masked = layout != "dense"
         block_k = min(block_k, (128 if pass_ == "fwd" or masked else 256) // (2 if dtype == "fp32" else 1))
     chunks = reduction // segment * math.ceil(segment / block_k)
+    if norms and schedule == "resident" and dtype == "fp32" and chunks >= 32:
+        return None  # spills
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
     stages = 1 if schedule != "streamed" else 2 if ieee else 3

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import cells, checks, functional, inits
+from fusedlstm.noise import NO_RATES
 
 State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
 Init = Callable[[nn.Module], None] | Sequence[Callable[[nn.Module], None]] | None
@@ -36,6 +37,14 @@ class Recurrent(nn.RNNBase):
             the row's head. 1 is the usual layer.
         init: a function of the module that changes its initial values, or several; see `fusedlstm.inits`. Before it they
             are torch's, uniform in 1 / sqrt(H).
+        zoneout: probability with which a unit's state stays what it was, of all states, or two numbers, of h and of the
+            others; evaluation takes the mean of both (Krueger et al. 2016).
+        candidate_dropout: probability of dropping what a unit offers to its memory, step by step (Semeniuta et al. 2016).
+        recurrent_dropout: of dropping an element of the h that enters the recurrent product, the same ones at all steps of
+            a sequence (Gal & Ghahramani 2016).
+        weight_dropout: of dropping an element of `weight_hh`, once a call (Merity et al. 2017). These three divide what is
+            left by 1 - p, and do nothing in evaluation. Masks are those of `torch.manual_seed`, the same on every engine of
+            a device; see `fusedlstm.noise`. None of the four with `proj_size`.
 
     Parameters: per layer and direction `weight_ih_l*` [G*H, I], `weight_hh_l*` [G*H, H / n], `bias_ih_l*` and `bias_hh_l*`
         [G*H], then the cell's own vectors [H]; rows in the order of the cell's gates.
@@ -47,7 +56,7 @@ class Recurrent(nn.RNNBase):
 
     cell: str
     # Of a module that was made without our constructor.
-    backend, grad_clip, save, num_heads, init = "auto", None, "gates", 1, ()
+    backend, grad_clip, save, num_heads, init, rates = "auto", None, "gates", 1, (), NO_RATES
 
     def __init__(
         self,
@@ -67,6 +76,10 @@ class Recurrent(nn.RNNBase):
         save: str = "gates",
         num_heads: int = 1,
         init: Init = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        candidate_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         cell = checks.cell(self.cell)
         size = checks.proj_size(proj_size, cell)
@@ -92,6 +105,7 @@ class Recurrent(nn.RNNBase):
         self.save = checks.save(save)
         self.num_heads = checks.num_heads(num_heads, hidden_size, size, cell)
         self.init = checks.init(init)
+        self.rates = checks.rates(cell, zoneout, candidate_dropout, recurrent_dropout, weight_dropout, size)
         self._make_parameters(device, dtype)
         self.reset_parameters()
 
@@ -131,7 +145,8 @@ class Recurrent(nn.RNNBase):
         return _shapes(self.cell, input_size, self.hidden_size, self.bias, self.num_heads, self.proj_size)
 
     def extra_repr(self) -> str:
-        return _with_heads(super().extra_repr(), self.num_heads)
+        text = _with_heads(super().extra_repr(), self.num_heads)
+        return f"{text}, {self.rates}" if any(self.rates) else text
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
@@ -216,6 +231,7 @@ class Recurrent(nn.RNNBase):
             proj_size=self.proj_size,
             save=self.save,
             backend=self.backend,
+            rates=self.rates,
             **options,
         )
         return output, states, () if c_seq is None else c_seq.unbind(0)

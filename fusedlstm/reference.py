@@ -245,6 +245,7 @@ def layer(
     layout: Layout = DENSE,
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
     clip: float | None = None,
+    noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and c_seq."""
     biases = [parameters.input_bias(cell, p) for p in per_direction]
@@ -257,6 +258,6 @@ def layer(
         )
     vectors = parameters.vectors(cell, per_direction)
     output, h_n, c_n, _, c_seq = recurrence_fwd(
-        cell, preact_x, [p[1] for p in per_direction], hx, cx, layout, weight_hr, clip, vectors
+        cell, preact_x, [p[1] for p in per_direction], hx, cx, layout, weight_hr, clip, vectors, noise
     )
     return output, h_n, c_n, c_seq

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
-from fusedlstm import functional, torch_engine
+from fusedlstm import functional
 from support import assert_accurate
 
 OPTIONS = [

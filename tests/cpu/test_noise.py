@@ -1,0 +1,217 @@
+"""Zoneout and the dropouts inside of a step: the generator, what the masks do, and that all engines see the same ones."""
+
+import pytest
+import torch
+
+import fusedlstm
+from fusedlstm import noise
+from fusedlstm.noise import Noise
+from support import assert_accurate
+
+T, B, I, H = 7, 5, 3, 6
+KINDS = {
+    "zoneout": {"zoneout": (0.3, 0.2)},
+    "candidate": {"candidate_dropout": 0.4},
+    "recurrent": {"recurrent_dropout": 0.4},
+    "weight": {"weight_dropout": 0.4},
+    "all": {"zoneout": 0.2, "candidate_dropout": 0.3, "recurrent_dropout": 0.3, "weight_dropout": 0.3},
+}
+LAYERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM")
+
+
+def test_philox_known_answers():
+    """The vectors that Salmon et al. publish with Random123."""
+    ones = 0xFFFFFFFF
+    zero, full = torch.zeros(1, dtype=torch.int64), torch.tensor([-1])
+    assert [int(w) for w in noise.philox(zero, 0, 0, 0, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(w) for w in noise.philox(full, ones, ones, ones, ones)] == [
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    ]
+    key = torch.tensor([(0x299F31D0 << 32) | 0xA4093822])
+    words = noise.philox(key, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    assert [int(w) for w in words] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_rates_of_masks(rate):
+    seed = torch.tensor([42])
+    held_h, held_c, drop = Noise(seed, (rate, rate, rate, rate or 1.0)).of_rows(400, 0, 100, torch.zeros(1))
+    if rate in (0.0, 1.0):
+        for mask in (held_h, held_c):
+            assert bool((torch.as_tensor(mask) == rate).all())
+        assert bool((torch.as_tensor(drop) == (1 - rate)).all())
+        return
+    deviation = (rate * (1 - rate) / 40_000) ** 0.5
+    for mask in (held_h, held_c, 1 - drop * (1 - rate)):
+        assert abs(float(mask.mean()) - rate) < 4 * deviation
+    # h, the other states and the candidate are drawn apart, and so are directions
+    assert abs(float((held_h * held_c).mean()) - rate**2) < 4 * deviation
+    other = Noise(seed, (rate, rate, rate, rate)).of_rows(400, 1, 100, torch.zeros(1))[0]
+    assert abs(float((held_h * other).mean()) - rate**2) < 4 * deviation
+
+
+def run(module, x, **options):
+    x = x.detach().requires_grad_()
+    output, states = module(x, **options)
+    states = (states,) if isinstance(states, torch.Tensor) else states
+    grads = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y) for y in (output, *states)]
+    torch.autograd.backward([output, *states], grads)
+    found = [output, *states, x.grad, *(p.grad for p in module.parameters())]
+    module.zero_grad(set_to_none=True)
+    return [y.detach() for y in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_engines_see_the_same_masks(layer, kind):
+    """And autograd through the specification finds the gradients that are written out."""
+    torch.manual_seed(0)
+    module = getattr(fusedlstm, layer)(I, H, 2, bidirectional=True, **KINDS[kind])
+    x, lengths = torch.randn(T, B, I), torch.tensor([7, 0, 3, 5, 1])
+    for options in ({}, {"lengths": lengths}):
+        found = {}
+        for backend, dtype in (("torch", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+            module.backend = backend
+            torch.manual_seed(1)
+            found[backend, dtype] = run(module.to(dtype), x.to(dtype), **options)
+            module.to(torch.float32)
+        for k, (a, b, c) in enumerate(zip(*found.values(), strict=True)):
+            assert_accurate(f"tensor {k}", a, b, c)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_recomputed(layer):
+    """save="states" recomputes, and runs over blocks of steps: the same masks."""
+    torch.manual_seed(0)
+    module = getattr(fusedlstm, layer)(I, H, **KINDS["all"], backend="torch").double()
+    x = torch.randn(64, 16, I, dtype=torch.float64)
+    found = []
+    for save in ("gates", "states"):
+        module.save = save
+        torch.manual_seed(1)
+        found.append(run(module, x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_packed_rows_are_their_own():
+    torch.manual_seed(0)
+    module = fusedlstm.LSTM(I, H, **KINDS["all"])
+    x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(T, 3, I), [7, 4, 2])
+    found = []
+    for backend in ("torch", "reference"):
+        module.backend = backend
+        torch.manual_seed(1)
+        found.append(module(x)[0].data)
+    torch.testing.assert_close(*found)
+
+
+def test_a_seed_repeats():
+    module = fusedlstm.LSTM(I, H, zoneout=0.5)
+    x = torch.randn(T, B, I)
+    torch.manual_seed(3)
+    first, second = module(x)[0], module(x)[0]
+    torch.manual_seed(3)
+    assert torch.equal(module(x)[0], first) and not torch.equal(first, second)
+
+
+def test_evaluation_is_the_mean():
+    """One step over many seeds: the mean state is the state of evaluation, which is p s + (1 - p) s' (Krueger et al.)."""
+    torch.manual_seed(0)
+    rates = (0.3, 0.6)
+    module, plain = fusedlstm.LSTM(I, H, zoneout=rates).double(), fusedlstm.LSTM(I, H).double()
+    plain.load_state_dict(module.state_dict())
+    x, states = torch.randn(1, 1, I).double(), tuple(torch.randn(1, 1, H).double() for _ in range(2))
+    many = 4000
+    with torch.no_grad():
+        _, drawn = module(x.expand(1, many, I), tuple(s.repeat(1, many, 1) for s in states))
+        _, stepped = plain(x, states)
+        _, evaluated = module.eval()(x, states)
+    for p, s, new, mean, sample in zip(rates, states, stepped, evaluated, drawn, strict=True):
+        torch.testing.assert_close(mean, p * s + (1 - p) * new)
+        deviation = (s - new).abs() * (p * (1 - p) / many) ** 0.5
+        assert bool(((sample.mean(1, keepdim=True) - mean).abs() < 5 * deviation).all())
+
+
+@pytest.mark.parametrize("kind", ["candidate", "recurrent", "weight"])
+def test_dropouts_keep_the_mean(kind):
+    """Of what they act on: the candidate, the recurrent product. A vanilla RNN at a small scale is linear in all of them."""
+    torch.manual_seed(0)
+    module = fusedlstm.RNN(I, H, bias=False, **KINDS[kind]).double()
+    x, h = torch.zeros(1, 1, I).double(), 1e-4 * torch.randn(1, 1, H).double()
+    with torch.no_grad():
+        plain = module.eval()(x, h)[1]
+        module.train()
+        if kind == "weight":  # one mask a call
+            samples = torch.cat([module(x, h)[1] for _ in range(3000)], 1)
+        else:
+            samples = module(x.expand(1, 3000, I), h.repeat(1, 3000, 1))[1]
+    error, deviation = samples.mean(1, keepdim=True) - plain, samples.std(1, keepdim=True) / 3000**0.5
+    assert bool((deviation > 0).all()) and bool((error.abs() < 5 * deviation).all())
+
+
+def test_recurrent_mask_is_one_for_all_steps():
+    """With an identity for a recurrent weight and no input, what is dropped at the first step is dropped at all."""
+    module = fusedlstm.RNN(1, H, nonlinearity="relu", bias=False, recurrent_dropout=0.5)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(torch.eye(H))
+        output, _ = module(torch.zeros(4, B, 1), torch.ones(1, B, H))
+    for t in range(1, 4):
+        torch.testing.assert_close(output[t], output[0] ** (t + 1))
+    assert set(output[0].unique().tolist()) == {0.0, 2.0}
+
+
+def test_evaluation_has_no_dropout():
+    module = fusedlstm.LSTM(I, H, candidate_dropout=0.5, recurrent_dropout=0.5, weight_dropout=0.5).eval()
+    plain = fusedlstm.LSTM(I, H)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(T, B, I)
+    assert torch.equal(module(x)[0], plain(x)[0])
+
+
+def test_compiled_whole():
+    module = fusedlstm.GRU(I, H, **KINDS["all"])
+    torch.compile(module, fullgraph=True, backend="aot_eager")(torch.randn(T, B, I))[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_double_backward():
+    module = fusedlstm.GRU(2, 3, zoneout=0.3, candidate_dropout=0.3, recurrent_dropout=0.3).double()
+
+    def call(x):
+        torch.manual_seed(0)
+        return module(x)[0]
+
+    assert torch.autograd.gradgradcheck(call, torch.randn(3, 2, 2).double().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"zoneout": 1.5}, "zoneout: expected a probability in [0, 1], got 1.5"),
+        ({"zoneout": (0.1, 0.1, 0.1)}, "zoneout: expected a probability or two, of h and of the other states, got 3"),
+        ({"candidate_dropout": "0.1"}, "candidate_dropout: expected a probability in [0, 1], got '0.1'"),
+        ({"recurrent_dropout": True}, "recurrent_dropout: expected a probability in [0, 1], got True"),
+        ({"weight_dropout": -0.1}, "weight_dropout: expected a probability in [0, 1], got -0.1"),
+        ({"zoneout": 0.1, "proj_size": 2}, "zoneout and dropouts of a step: expected 0 with proj_size=2"),
+    ],
+)
+def test_errors(options, text):
+    with pytest.raises(ValueError) as caught:
+        fusedlstm.LSTM(I, H, **options)
+    assert str(caught.value).startswith(text)
+
+
+def test_slstm_has_no_zoneout():
+    with pytest.raises(ValueError, match="zoneout: expected 0 for the cell 'slstm'"):
+        fusedlstm.SLSTM(I, H, zoneout=0.1)
+    fusedlstm.SLSTM(I, H, candidate_dropout=0.1)(torch.randn(T, B, I))
+
+
+def test_rates_are_shown_and_kept_from_torch():
+    module = fusedlstm.LSTM(I, H, zoneout=(0.1, 0.0), weight_dropout=0.5)
+    assert "zoneout_h=0.1, weight=0.5" in repr(module)
+    assert "zoneout" in fusedlstm.restore(module).kept[""]
