@@ -340,13 +340,6 @@ class ParameterGradients:
         D, H, of_x = len(self.needs), self.H, self._of_x(grad_preact)
         if self.has_bias and any(n[2] or n[3] for n in self.needs):
             self.of_bias_ih = _added(self.of_bias_ih, torch.cat([g.sum(0) for g in of_x]))  # [D*G*H]
-        if self.cell.norms:
-            self._through_input_norms(of_x, x)
-        if any(n[0] for n in self.needs):
-            totals = self.of_weight_ih or [None] * len(of_x)
-            self.of_weight_ih = [
-                add_product(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
-            ]
         by_direction = enumerate(zip(grad_preact.chunk(D, -1), output.chunk(D, -1), gates.chunk(D, -1), strict=True))
         for d, (g, y, kept) in by_direction:
             of_h = g[..., self.cell.first_h_block * H :]  # [..., G*H]
@@ -362,6 +355,13 @@ class ParameterGradients:
                 states, initial = (y, *c_seq.chunk(D, -1)[d]), (hx[d], *cx[:, d])
                 part = self._of_vectors(g, kept, states, initial, d, layout, noise)
                 self.of_vectors[d] = _added(self.of_vectors[d], part)
+        if self.cell.norms:
+            self._through_input_norms(of_x, x)
+        if any(n[0] for n in self.needs):
+            totals = self.of_weight_ih or [None] * len(of_x)
+            self.of_weight_ih = [
+                add_product(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
+            ]
 
     def _of_vectors(self, grad_preact, gates, states, initial, direction: int, layout: Layout, noise: Noise) -> Tensor:
         """The gradients of vectors [V, H] in one direction, of tensors [T, B, ...] or [R, ...] and initial states [B, H]."""
