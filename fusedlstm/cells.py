@@ -20,6 +20,10 @@ class Cell(NamedTuple):
 
     `vectors` are parameters with one number a unit, beside the four of `torch.nn`. With `bias_in_step` the step adds
     `bias_hh` to the recurrent product itself, as vectors before the others; else it is a part of the input's preactivations.
+
+    With `norms` both products are normalised over all their G*H before they are added (`fusedlstm.norms`), so that units need
+    each other's sums within a step. The first two vectors are then the gains of these norms, G*H each, of which
+    the step takes only the second, as G vectors.
     """
 
     name: str
@@ -29,6 +33,7 @@ class Cell(NamedTuple):
     x_blocks: tuple[int, ...] = ()
     vectors: tuple[str, ...] = ()
     bias_in_step: bool = False
+    norms: bool = False
 
     @property
     def num_gates(self) -> int:
@@ -53,12 +58,18 @@ class Cell(NamedTuple):
     @property
     def num_vectors(self) -> int:
         """V: vectors that a step takes."""
-        return len(self.vectors) + (self.num_gates if self.bias_in_step else 0)
+        more = self.num_gates if self.bias_in_step else self.num_gates - 2 if self.norms else 0
+        return len(self.vectors) + more
+
+    @property
+    def vector_blocks(self) -> dict[str, int]:
+        """How many numbers a unit the parameters have that are called vectors."""
+        return {name: self.num_gates if self.norms and k < 2 else 1 for k, name in enumerate(self.vectors)}
 
     @property
     def adds(self) -> bool:
         """Whether a step looks at the sum of both parts of a preactivation only."""
-        return not self.kept and not self.bias_in_step
+        return not (self.kept or self.bias_in_step or self.norms)
 
 
 LSTM = Cell("lstm", gates=("i", "f", "g", "o"), states=("h", "c"))
@@ -76,6 +87,15 @@ PEEPHOLE = Cell(
     "peephole", gates=("i", "f", "g", "o"), states=("h", "c"), vectors=("weight_ci", "weight_cf", "weight_co")
 )
 COUPLED = Cell("coupled", gates=("i", "g", "o"), states=("h", "c"))
+LAYERNORM = Cell(
+    "layernorm",
+    gates=("i", "f", "g", "o"),
+    states=("h", "c"),
+    kept=("i", "f", "g", "o", "m", "u_i", "u_f", "u_g", "u_o"),  # h = o m; u: the recurrent product before its norm
+    x_blocks=(0, 1, 2, 3),
+    vectors=("gain_ih", "gain_hh", "gain_c", "bias_c"),
+    norms=True,
+)
 SLSTM = Cell("slstm", gates=("i", "f", "g", "o"), states=("h", "c", "n", "m"))
 
-CELLS = {cell.name: cell for cell in (LSTM, GRU, RNN_TANH, RNN_RELU, PEEPHOLE, COUPLED, SLSTM)}
+CELLS = {cell.name: cell for cell in (LSTM, GRU, RNN_TANH, RNN_RELU, PEEPHOLE, COUPLED, LAYERNORM, SLSTM)}

@@ -39,7 +39,7 @@ def save(value: str) -> str:
     return value
 
 
-def num_heads(value: int, hidden_size: int, proj_size: int = 0) -> int:
+def num_heads(value: int, hidden_size: int, proj_size: int = 0, cell: str = "lstm") -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"num_heads: expected an integer, got {type(value).__name__}")
     if value < 1 or hidden_size % value:
@@ -48,6 +48,8 @@ def num_heads(value: int, hidden_size: int, proj_size: int = 0) -> int:
         raise ValueError(
             f"num_heads: expected 1 with proj_size={proj_size}, which mixes the units of all heads, got {value}"
         )
+    if value > 1 and cells.CELLS[cell].norms:
+        raise ValueError(f"num_heads: expected 1 of {cell}, whose norms mix the units of all heads, got {value}")
     return int(value)
 
 

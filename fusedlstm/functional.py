@@ -149,7 +149,7 @@ def stack(
             layout = _layout(input, states[0].size(1), batch_sizes, lengths, resets)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
             between = dropout * training
-            one_step = recurrence.is_one_step(engine, input, layout)
+            one_step = recurrence.is_one_step(cell, engine, input, layout)
             if one_step and not (
                 proj_size or in_steps or cell_states or between or _wants_gradients(input, *states, *weights)
             ):

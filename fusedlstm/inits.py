@@ -21,10 +21,17 @@ KEEPS = {"f": 1, "z": 1, "i": -1}
 
 
 def uniform_(module: nn.Module) -> None:
-    """Every parameter uniform in 1 / sqrt(H), drawn in the order of `parameters()`: the values of `torch.nn` under a seed."""
+    """Every parameter uniform in 1 / sqrt(H), drawn in the order of `parameters()`: the values of `torch.nn` under a seed.
+
+    Gains and biases of norms are 1 and 0, as those of `torch.nn.LayerNorm`.
+    """
     bound = 1 / math.sqrt(module.hidden_size) if module.hidden_size else 0.0
     for parameter in module.parameters():
         nn.init.uniform_(parameter, -bound, bound)
+    if cells.CELLS[module.cell].norms:
+        for name, parameter in module.named_parameters():
+            if not name.startswith("weight"):
+                nn.init.constant_(parameter, float(name.startswith("gain")))
 
 
 def forget_bias_(module: nn.Module, value: float = 1.0) -> None:

@@ -14,6 +14,7 @@ from fusedlstm import cells, devices, precision, stepping, tuned
 from fusedlstm import plan as planning
 from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
+from fusedlstm.kernels.norms import row_statistics_kernel
 from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
@@ -24,7 +25,7 @@ from fusedlstm.tuned import Problem
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
-FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr")
+FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr", "sums_ptr", "statistics_ptr")
 RECOMPUTED_UNITS = 128  # a program of `recompute`; a thread has one: the loop waits for memory, and wants many programs
 NOISES = ("HOLDS", "DROPS_CANDIDATE", "DROPS_H", "TRAINING")
 # Compile-time switches beyond what a plan says.
@@ -57,6 +58,7 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "KEPT": cell.num_kept,
         "V": cell.num_vectors,
         "S": cell.num_cell_states,
+        "NORMS": cell.norms,
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
         **({"UPDATE": STEPS[plan.cell][2]} if plan.pass_ == "bwd" else {}),
         "GROUP": plan.group,
@@ -254,6 +256,7 @@ def recurrence_fwd(
         gates_ptr=gates,
         c_seq_ptr=c_seq,
         arrived_ptr=counters,
+        sums_ptr=_sums(plan, c_seq),
         T=T,
         B=B,
         D=D,
@@ -320,10 +323,12 @@ def recurrence_bwd(
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
+        statistics_ptr=_row_statistics(cell, gates, c_seq, D, H) if cells.CELLS[cell].norms else c_seq,
         grad_preact_ptr=_exchanged(grad_preact, plan),
         grad_hx_ptr=grad_hx,
         grad_cx_ptr=grad_cx,
         arrived_ptr=counters,
+        sums_ptr=_sums(plan, c_seq),
         T=T,
         B=B,
         D=D,
@@ -515,9 +520,39 @@ def _on(device: torch.device):
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
-    """One counter a recurrence, head and batch tile, at zero; of another protocol something that is not read."""
-    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if plan.protocol == "counter" else 2
+    """One counter a recurrence, head and batch tile, at zero, and of norms a second beside it; else something that is not read."""
+    counts = plan.protocol == "counter" or cells.CELLS[plan.cell].norms
+    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if counts else 2
     return torch.zeros(shape, dtype=torch.int32, device=device)
+
+
+def _sums(plan: Plan, unread: Tensor) -> Tensor:
+    """Two slots of two numbers a row and program, for the norms of a cell in which programs wait for each other."""
+    if plan.local or not cells.CELLS[plan.cell].norms:
+        return unread
+    sums = triton.cdiv(plan.group, plan.block_h) * plan.block_h
+    shape = (plan.grid[2], plan.heads, plan.tiles_b, 4, plan.block_b, sums)
+    return torch.empty(shape, dtype=torch.float32, device=unread.device)
+
+
+def _row_statistics(cell: str, gates: Tensor, c_seq: Tensor, D: int, H: int) -> Tensor:
+    """Of every row and direction what the backward of both norms needs, [R, D, 4] float32 (`kernels.norms`)."""
+    of, R = cells.CELLS[cell], gates.numel() // gates.size(-1)
+    found = torch.empty(R, D, 4, dtype=torch.float32, device=gates.device)
+    if R:
+        with _on(gates.device):
+            row_statistics_kernel[(R, D)](
+                gates_ptr=gates,
+                c_seq_ptr=c_seq,
+                statistics_ptr=found,
+                D=D,
+                H=H,
+                G=of.num_gates,
+                KEPT=of.num_kept,
+                BLOCK_GH=triton.next_power_of_2(of.num_gates * H),
+                BLOCK_H=triton.next_power_of_2(H),
+            )
+    return found
 
 
 def _rows_of(x: Tensor, width: int) -> bool:

@@ -260,3 +260,33 @@ class SLSTMCell(RecurrentCell):
     """One step of :class:`SLSTM`: (h_0, c_0, n_0, m_0) to the same of the next step, each [B, H] or [H]."""
 
     cell = "slstm"
+
+
+class LayerNormLSTM(Recurrent):
+    r"""A stack of LSTM layers with layer normalisation.
+
+    .. math::
+        i_t, f_t, o_t = \sigma(\tilde p_t), \quad g_t = \tanh(\tilde p_t), \quad
+        \tilde p_t = \gamma_x N(W x_t) + \gamma_h N(U h_{t-1}) + b,
+
+    .. math::
+        c_t = f_t \odot c_{t-1} + i_t \odot g_t, \quad h_t = o_t \odot \tanh(\gamma_c N(c_t) + b_c)
+
+    N makes a vector's mean 0 and its variance 1: of all 4H preactivations together, and of the H numbers of c
+    (`torch.nn.LayerNorm`, with its epsilon of 1e-5). c itself is carried to the next step, as in the paper; PyTorch's fastrnns
+    benchmark carries the normalised one.
+
+    Args and shapes: as in :class:`Recurrent`, but for `num_heads`, of which there is one; states h and c. Parameters are those
+        of `torch.nn.LSTM`, gate order i, f, g, o, and after them, per layer and direction, `gain_ih_l*` and `gain_hh_l*` [4H],
+        `gain_c_l*` and `bias_c_l*` [H]. b is the sum of `bias_ih_l*` and `bias_hh_l*`: the biases of the first two norms.
+        Gains begin as 1 and these biases as 0; without `bias` only the first two are left out.
+    Source: Ba, Kiros & Hinton 2016, "Layer normalization".
+    """
+
+    cell = "layernorm"
+
+
+class LayerNormLSTMCell(RecurrentCell):
+    """One step of :class:`LayerNormLSTM`: (h_0, c_0) to (h_1, c_1), each [B, H] or [H]."""
+
+    cell = "layernorm"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm import cells, norms
 
 
 def has_bias(cell: str, parameters: list[Tensor]) -> bool:
@@ -15,6 +15,26 @@ def input_bias(cell: str, parameters: list[Tensor]) -> Tensor | None:
     if not has_bias(cell, parameters):
         return None
     return parameters[2] if cells.CELLS[cell].bias_in_step else parameters[2] + parameters[3]
+
+
+def normed(
+    cell: str,
+    products: Tensor,  # [..., D, G*H]
+    per_direction: list[list[Tensor]],
+) -> Tensor:
+    """Input products of a cell with norms as preactivations, their biases added."""
+    first = -len(cells.CELLS[cell].vectors)
+    biases = [input_bias(cell, p) for p in per_direction]
+    return norms.of_input_product(products, [p[first] for p in per_direction], biases)
+
+
+def vectors_gradients(cell: str, gradient: Tensor) -> list[Tensor]:
+    """Gradients [V, H] of what `vectors` takes, as those of the parameters: all of a cell's, or with norms all but the first."""
+    of = cells.CELLS[cell]
+    if not of.norms:
+        return list(gradient.unbind(0))
+    G = of.num_gates
+    return [gradient[:G].flatten(), *gradient[G:].unbind(0)]
 
 
 def vectors(cell: str, per_direction: list[list[Tensor]]) -> Tensor | None:
@@ -29,6 +49,8 @@ def _vectors(of: cells.Cell, bias: bool, parameters: list[Tensor]) -> Tensor:
     """[V, H]"""
     weight_hh = parameters[1]
     own = list(parameters[len(parameters) - len(of.vectors) :])
+    if of.norms:  # the first of them belongs to the input product
+        own = [*own[1].chunk(of.num_gates), *own[2:]]
     if of.bias_in_step:
         bias_hh = parameters[3] if bias else weight_hh.new_zeros(len(weight_hh))
         own = [*bias_hh.chunk(of.num_gates), *own]

@@ -105,7 +105,12 @@ class Plan:
 
     @property
     def barriers_per_step(self) -> int:
-        return 0 if self.local else 1  # in a launch
+        return 0 if self.local else 1 + self.norms_per_step  # in a launch
+
+    @property
+    def norms_per_step(self) -> int:
+        """Exchanges of sums, by a counter whatever the protocol."""
+        return 2 if cells.CELLS[self.cell].norms and not self.local else 0
 
     @property
     def walked(self) -> int:
@@ -193,10 +198,15 @@ def _choices(
         raise PlanError(f"steps, batch and hidden: expected at least 1, got {steps}, {batch} and {hidden}")
     if limits.arch.startswith("gfx"):
         precision = "ieee"  # Triton takes tf32 on few AMD targets
+    if cells.CELLS[cell].norms and (heads > 1 or stack):
+        raise PlanError(
+            f"heads and stack: expected one head and one layer a launch of {cell}, whose norms are over all units of a layer, got "
+            f"{heads} head(s){' and a stack' if stack else ''}"
+        )
     problem = (cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
     tilings = _tilings(hidden // heads, batch, dtype, precision, pass_)
     found = [p for tiling in tilings if (p := _fit(*problem, *tiling)) and not _spills(p, limits)]
-    steppable = layout == "dense" and not stack
+    steppable = layout == "dense" and not (stack or cells.CELLS[cell].norms)
     stepped = _steps(cell, batch, hidden, dtype, directions, limits, pass_, precision, heads, 0) if steppable else []
     if not found and not stepped:
         raise PlanError(
@@ -427,7 +437,6 @@ def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str):
 
 
 def _block_k(
-    cell: str,
     schedule: str,
     block_b: int,
     block_h: int,
@@ -455,17 +464,19 @@ def _block_k(
         widest = 512 if block_b == 16 else 256 if columns <= 16 else 128
     else:
         widest = 64 if block_b == 64 else 256 if pass_ == "bwd" and block_b == 16 else 128
-    if cell != "lstm" and schedule == "resident":
-        if transposed and block_b > 16:
-            widest = min(widest, 64)
-        if cell == "slstm" and pass_ == "bwd":
-            widest = min(widest, 256)
-        if layout != "dense" and dtype == "fp32":
-            widest = min(widest, 32)
     if layout != "dense" and schedule == "resident":  # rows that come and go need registers, too
         widest = min(widest, 128 if dtype == "fp32" or block_b == 32 else widest)
         widest = min(widest, 64 if pass_ == "fwd" and block_b == 32 else widest)
     return min(widest, max(16, _power_of_2(reduction)))
+
+
+def _longest_chunk(cell: str, pass_: str, dtype: str, masked: bool, wide: bool) -> int:
+    """Of a resident reduction of cells beside the LSTM, found where the compiler spilled; `wide`: transposed, many rows."""
+    if cells.CELLS[cell].norms:
+        return (128 if pass_ == "fwd" or masked else 256) // (2 if dtype == "fp32" else 1)
+    if masked and dtype == "fp32":
+        return 32
+    return 64 if wide else 256 if cell == "slstm" and pass_ == "bwd" else 512
 
 
 def _fit(
@@ -513,10 +524,15 @@ def _fit(
     segment = hidden // heads if by_gate else reduction
     # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
     splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
-    block_k = _block_k(
-        cell, schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits
-    )
+    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
+    norms, masked = cells.CELLS[cell].norms, layout != "dense"
+    if cell != "lstm" and schedule == "resident":  # more lives through a step, and a shorter chunk leaves registers
+        if norms and ((transposed and block_b > 16) or (block_b == 64 and pass_ == "fwd")):
+            return None  # spills
+        block_k = min(block_k, _longest_chunk(cell, pass_, dtype, masked, transposed and block_b > 16))
     chunks = reduction // segment * math.ceil(segment / block_k)
+    if norms and schedule == "resident" and dtype == "fp32" and chunks >= 32:
+        return None  # spills
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
     stages = 1 if schedule != "streamed" else 2 if ieee else 3
@@ -532,8 +548,10 @@ def _fit(
         num_warps = 8
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
-    if cell != "lstm" and (schedule != "streamed" or block_b * block_h >= 1024):
-        num_warps = 8  # other cells have more tiles to hold; the LSTM's were tried one by one
+    if norms and (pass_ == "bwd" or splits):
+        num_warps = 8
+    if cell != "lstm" and not norms and (schedule != "streamed" or block_b * block_h >= 1024):
+        num_warps = 8  # the same; the LSTM's tiles were tried one by one
     # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
     # (How often: not less than any plan of the table was found to take.)
     parts = max(block_b // 8, num_warps if cell != "lstm" else 0)

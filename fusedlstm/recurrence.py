@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads, memory, reference, torch_loop
+from fusedlstm import cells, heads, memory, norms, reference, torch_loop
 from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.noise import NO_NOISE, Noise
-from fusedlstm.parameters import has_bias, input_bias, vectors
+from fusedlstm.parameters import has_bias, input_bias, normed, vectors, vectors_gradients
 from fusedlstm.precision import add_product, product
 
 
@@ -287,7 +287,7 @@ class RecurrenceFunction(torch.autograd.Function):
                 *drawn,
                 ctx.clip,
             )
-            gradients.add(grad_preact, x, y, c_seq, h, c, own, drawn)
+            gradients.add(grad_preact, x, y, gates, c_seq, h, c, own, drawn)
             del gates, c_seq  # what a block needs does not live beside the next one's
             if needs[0]:
                 grad_input = _placed(grad_input, gradients.of_input(grad_preact, x), steps, len(input))
@@ -312,7 +312,7 @@ class ParameterGradients:
         self.merged = self.cell.num_kept == self.cell.num_gates  # then both directions share each product
         self.of_weight_ih = self.of_bias_ih = None
         self.of_weight_hh, self.of_bias_hh = [None] * len(needs), [None] * len(needs)
-        self.of_vectors = [None] * len(needs)
+        self.of_vectors, self.of_gain_ih = [None] * len(needs), [None] * len(needs)
 
     def of_input(self, grad_preact: Tensor, x: Tensor) -> Tensor:
         """[R, D*G*H] @ [D*G*H, I], in the shape of x."""
@@ -328,24 +328,20 @@ class ParameterGradients:
         grad_preact: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
         x: Tensor,  # [T, B, I] or [R, I]
         output: Tensor,  # [T, B, D*H] or [R, D*H]
+        gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
         c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
         hx: Tensor,  # [D, B, H]
         cx: Tensor,  # [S, D, B, H]
         layout: Layout,
         noise: Noise = NO_NOISE,
     ) -> None:
-        """The part of some steps."""
+        """The part of some steps. With norms the gradients of the input's preactivations become those of their products."""
         factor = noise.of_sequences(*hx.shape, hx)
         D, H, of_x = len(self.needs), self.H, self._of_x(grad_preact)
-        if any(n[0] for n in self.needs):
-            totals = self.of_weight_ih or [None] * len(of_x)
-            self.of_weight_ih = [
-                add_product(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
-            ]
         if self.has_bias and any(n[2] or n[3] for n in self.needs):
             self.of_bias_ih = _added(self.of_bias_ih, torch.cat([g.sum(0) for g in of_x]))  # [D*G*H]
-        by_direction = enumerate(zip(grad_preact.chunk(D, -1), output.chunk(D, -1), strict=True))
-        for d, (g, y) in by_direction:
+        by_direction = enumerate(zip(grad_preact.chunk(D, -1), output.chunk(D, -1), gates.chunk(D, -1), strict=True))
+        for d, (g, y, kept) in by_direction:
             of_h = g[..., self.cell.first_h_block * H :]  # [..., G*H]
             if any(n[1] for n in self.needs):
                 num_heads = H // self.per_direction[d][1].size(1)
@@ -356,14 +352,29 @@ class ParameterGradients:
             if self.has_bias and self.cell.bias_in_step and any(n[3] for n in self.needs):
                 self.of_bias_hh[d] = _added(self.of_bias_hh[d], of_h.flatten(0, -2).sum(0))
             if self.cell.vectors and any(any(n[-len(self.cell.vectors) :]) for n in self.needs):
-                c = c_seq.chunk(D, -1)[d]  # [S, T, B, H] or [S, R, H]
-                before = [
-                    layout.states_before(s, initial, d) for s, initial in zip((y, *c), (hx[d], *cx[:, d]), strict=True)
-                ]
-                after = [s.flatten(0, -2) for s in (y, *c)]
-                rows = g.flatten(0, -2).chunk(self.cell.num_kept, -1)
-                parts = self.equations.vectors_backward(rows, before, after)
-                self.of_vectors[d] = _added(self.of_vectors[d], torch.stack([part.sum(0) for part in parts]))
+                states, initial = (y, *c_seq.chunk(D, -1)[d]), (hx[d], *cx[:, d])
+                part = self._of_vectors(g, kept, states, initial, d, layout, noise)
+                self.of_vectors[d] = _added(self.of_vectors[d], part)
+        if self.cell.norms:
+            self._through_input_norms(of_x, x)
+        if any(n[0] for n in self.needs):
+            totals = self.of_weight_ih or [None] * len(of_x)
+            self.of_weight_ih = [
+                add_product(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
+            ]
+
+    def _of_vectors(self, grad_preact, gates, states, initial, direction: int, layout: Layout, noise: Noise) -> Tensor:
+        """The gradients of vectors [V, H] in one direction, of tensors [T, B, ...] or [R, ...] and initial states [B, H]."""
+        before = [layout.states_before(s, i, direction) for s, i in zip(states, initial, strict=True)]
+        after = [s.flatten(0, -2) for s in states]
+        if layout.lengths is not None and layout.first_row is None:  # gates of padding have no meaning
+            steps = torch.arange(len(gates), device=gates.device).unsqueeze(1)
+            gates = gates.masked_fill((steps >= layout.lengths).unsqueeze(-1), 0)
+        dpreact, kept = (x.flatten(0, -2).chunk(self.cell.num_kept, -1) for x in (grad_preact, gates))
+        if noise.holds:  # the state that the step itself made is in no memory
+            after = self.equations.update(kept, before, noise.of_rows(len(after[0]), direction, self.H, initial[0])[2])
+        parts = self.equations.vectors_backward(dpreact, kept, before, after)
+        return torch.stack([part.sum(0) for part in parts])
 
     def flat(self) -> list[Tensor | None]:
         """In the order of the parameters; None where none is needed."""
@@ -377,10 +388,22 @@ class ParameterGradients:
                 if not self.cell.bias_in_step and bias_ih is not None:
                     bias_hh = bias_ih.clone()
                 found += [bias_ih, bias_hh]
+            if self.cell.norms:
+                found.append(self.of_gain_ih[d])
             if self.cell.vectors:
-                none = [None] * len(self.cell.vectors)
-                found += none if self.of_vectors[d] is None else self.of_vectors[d].to(parameters[1].dtype).unbind(0)
+                none = [None] * (len(self.cell.vectors) - self.cell.norms)
+                own = self.of_vectors[d]
+                found += none if own is None else vectors_gradients(self.cell.name, own.to(parameters[1].dtype))
         return found
+
+    def _through_input_norms(self, of_x: list[Tensor], x: Tensor) -> None:
+        """Make the gradients [R, G*H] of normalised input products those of the products, in place."""
+        for d, (g, parameters) in enumerate(zip(of_x, self.per_direction, strict=True)):
+            products = product(x.flatten(0, -2), parameters[0].t())
+            gain = parameters[-len(self.cell.vectors)]
+            of_product, of_gain = norms.of_input_product_backward(g, products, gain)
+            g.copy_(of_product)
+            self.of_gain_ih[d] = _added(self.of_gain_ih[d], of_gain)
 
     def _of_x(self, grad_preact: Tensor) -> list[Tensor]:
         """The gradients of the input's preactivations: [R, D*G*H], or D times [R, G*H], in the order of the blocks."""
@@ -457,9 +480,10 @@ def _stacked(state: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(state[1:]) if len(state) > 2 else state[0].new_empty(0, *state[0].shape)
 
 
-def is_one_step(engine: str, input: Tensor, layout: Layout) -> bool:
-    """Whether one kernel can take an input [T, B, I] whole: a single step, without masks."""
-    return engine == "triton" and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
+def is_one_step(cell: str, engine: str, input: Tensor, layout: Layout) -> bool:
+    """Whether one kernel can take an input [T, B, I] whole: a single step, without masks, in which no program waits."""
+    waits = cells.CELLS[cell].norms
+    return engine == "triton" and not waits and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
 
 
 def _c_seq_dtype(engine: str, like: Tensor) -> torch.dtype:
@@ -504,9 +528,11 @@ def _input_product(cell: str, input: Tensor, parameters: list, preact_0: Tensor 
     batch_major = _batch_major(input)
     ordered = input.transpose(0, 1) if batch_major else input
     weight_ih = _cat([p[0] for p in parameters])  # [D*G*H, I]
-    bias = _cat([input_bias(cell, p) for p in parameters]) if has_bias(cell, parameters[0]) else None
-    preact = product(ordered.flatten(0, -2), weight_ih.t(), bias)
-    preact = preact.view(*ordered.shape[:-1], D, GH).movedim(-2, 0)
+    normalises = cells.CELLS[cell].norms
+    adds_bias = has_bias(cell, parameters[0]) and not normalises
+    bias = _cat([input_bias(cell, p) for p in parameters]) if adds_bias else None
+    preact = product(ordered.flatten(0, -2), weight_ih.t(), bias).view(*ordered.shape[:-1], D, GH)
+    preact = (normed(cell, preact, parameters) if normalises else preact).movedim(-2, 0)
     preact = preact.transpose(1, 2) if batch_major else preact
     if preact_0 is not None:
         for d in range(D):
@@ -538,7 +564,7 @@ def _block_fwd(
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Input product and time loop, in one kernel if there is a single step; returns what `recurrence_fwd` does."""
-    if preact_0 is None and not noise.rates and is_one_step(engine, input, layout):
+    if preact_0 is None and not noise.rates and is_one_step(cell, engine, input, layout):
         flat = [p for direction in parameters for p in direction]
         output, h_n, c_n, gates, c_seq = step_fwd(
             cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states
@@ -592,12 +618,43 @@ def _recomputed(
         y, h_0 = by_direction[d], hx[d]
         return layout.states_before(*((y, h_0) if factor is None else _entering(y, h_0, factor[d], layout)), d)
 
+    if cells.CELLS[cell].norms:
+        return _recomputed_with_norms(engine, preact, parameters, taken, before, hx, cx, output, layout, noise)
     if not cells.CELLS[cell].adds:
         gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
         return gates, output.new_empty(0, *output.shape)
     for d, p in enumerate(parameters):
         heads.add_recurrent(preact[d].view(-1, preact.size(-1)), before(d), p[1])
     return recompute(cell, engine, preact, taken, hx, cx, *layout, *noise)
+
+
+def _recomputed_with_norms(
+    engine: str,
+    preact_x: Tensor,  # [D, T, B, 4*H] or [D, R, 4*H]
+    parameters: list,
+    vectors: Tensor,  # [D, 6, H]
+    before: Callable[[int], Tensor],  # from a direction to the h that enters its recurrent product, [R, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [1, D, B, H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    layout: Layout,
+    noise: Noise,
+) -> tuple[Tensor, Tensor]:
+    """Of the LSTM with layer normalisation: with the recurrent products normalised too, gates and c are those of an LSTM."""
+    D, H = len(parameters), hx.size(-1)
+    recurrent = [product(before(d), p[1].t()) for d, p in enumerate(parameters)]  # [R, 4*H]
+    for x, u, own in zip(preact_x, recurrent, vectors, strict=True):
+        x += (norms.normalised(u) * own[:4].flatten()).view(x.shape)
+    gates, c_seq = recompute("lstm", engine, preact_x, None, hx, cx, *layout, *noise)
+    kept = []
+    for d, (u, own) in enumerate(zip(recurrent, vectors, strict=True)):
+        of_d, c = gates.chunk(D, -1)[d].flatten(0, -2), c_seq[0].chunk(D, -1)[d]
+        if noise.holds:  # the c that the step itself made
+            drop = noise.of_rows(len(u), d, H, hx)[2]
+            c = EQUATIONS["lstm"].update(of_d.chunk(4, -1), (None, layout.states_before(c, cx[0, d], d)), drop)[1]
+        m = torch.tanh(own[4] * norms.normalised(c.flatten(0, -2)) + own[5]).to(output.dtype)
+        kept += [of_d, m, u]
+    return torch.cat(kept, -1).unflatten(0, output.shape[:-1]), c_seq
 
 
 def _recomputed_at_once(

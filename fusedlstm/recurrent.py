@@ -103,7 +103,7 @@ class Recurrent(nn.RNNBase):
         self.backend = checks.backend(backend)
         self.grad_clip = checks.grad_clip(grad_clip)
         self.save = checks.save(save)
-        self.num_heads = checks.num_heads(num_heads, hidden_size, size)
+        self.num_heads = checks.num_heads(num_heads, hidden_size, size, cell)
         self.init = checks.init(init)
         self.rates = checks.rates(cell, zoneout, candidate_dropout, recurrent_dropout, weight_dropout, size)
         self._make_parameters(device, dtype)
@@ -277,7 +277,7 @@ class RecurrentCell(nn.RNNCellBase):
             self, input_size, hidden_size, bias, num_chunks=num_chunks, device="meta", dtype=dtype
         )
         self.backend = checks.backend(backend)
-        self.num_heads = checks.num_heads(num_heads, hidden_size)
+        self.num_heads = checks.num_heads(num_heads, hidden_size, cell=self.cell)
         self.init = checks.init(init)
         for name, shape in self._shapes().items():
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
@@ -330,7 +330,7 @@ def _shapes(
     shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, proj_size or hidden_size // num_heads)}
     shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if bias else {}
     shapes |= {"weight_hr": (proj_size, hidden_size)} if proj_size else {}
-    return shapes | dict.fromkeys(of.vectors, (hidden_size,))
+    return shapes | {name: (blocks * hidden_size,) for name, blocks in of.vector_blocks.items()}
 
 
 def _states(hx: State) -> tuple[Tensor, ...]:

@@ -249,9 +249,13 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and c_seq."""
     biases = [parameters.input_bias(cell, p) for p in per_direction]
-    preact_x = torch.stack(
-        [input @ p[0].t() + (0 if b is None else b) for p, b in zip(per_direction, biases, strict=True)]
-    )
+    if cells.CELLS[cell].norms:
+        products = torch.stack([input @ p[0].t() for p in per_direction], -2)
+        preact_x = parameters.normed(cell, products, per_direction).movedim(-2, 0)
+    else:
+        preact_x = torch.stack(
+            [input @ p[0].t() + (0 if b is None else b) for p, b in zip(per_direction, biases, strict=True)]
+        )
     vectors = parameters.vectors(cell, per_direction)
     output, h_n, c_n, _, c_seq = recurrence_fwd(
         cell, preact_x, [p[1] for p in per_direction], hx, cx, layout, weight_hr, clip, vectors, noise

@@ -145,7 +145,7 @@ class WaveFunction(torch.autograd.Function):
         gradients = []
         for k, layer in enumerate(layers):
             x = input if k == 0 else output[k - 1]
-            layer.add(grad_preact[k], x, output[k], c_seq[:, k], hx[k : k + 1], cx[:, k : k + 1], layout)
+            layer.add(grad_preact[k], x, output[k], gates[k], c_seq[:, k], hx[k : k + 1], cx[:, k : k + 1], layout)
             gradients += layer.flat()
         return *[None] * 7, grad_input, grad_hx, grad_cx, *gradients
 

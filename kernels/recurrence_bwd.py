@@ -23,6 +23,7 @@ import triton.language as tl
 
 from fusedlstm.kernels.exchange import awaited_product, publish
 from fusedlstm.kernels.noise import hold_tuple_backward, step_words
+from fusedlstm.kernels.norms import statistics
 from fusedlstm.kernels.product import local_product, resident_weight
 from fusedlstm.kernels.rows import load_resets, packed_rows
 from fusedlstm.kernels.tiles import (
@@ -78,11 +79,13 @@ def recurrence_bwd_kernel(
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity
     c_seq_ptr,  # [S, R, D*H]  float32
+    statistics_ptr,  # [R, D, 4]  float32, of the norms; read if NORMS
     # outputs
     grad_preact_ptr,  # [R, D*KEPT*H]; [D, R, KEPT*H] if STACK
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
+    sums_ptr,  # [D, heads, batch tiles, 4, BLOCK_B, SUMS]  float32: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
@@ -95,6 +98,7 @@ def recurrence_bwd_kernel(
     KEPT: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
+    NORMS: tl.constexpr,  # whether a step needs sums over the units of all programs (`norms`)
     # strides of grad_output, in rows
     rows_grad_output_t,  # not used if PACKED
     rows_grad_output_b,
@@ -134,6 +138,9 @@ def recurrence_bwd_kernel(
     SPIN_LIMIT: tl.constexpr,
 ):
     LOCAL: tl.constexpr = PROTOCOL == "none"
+    SUMS: tl.constexpr = (
+        (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
+    )  # of a row: one a program, in tiles of the cell's form
     GH: tl.constexpr = G * H
     KEPT_H: tl.constexpr = KEPT * H
     FIRST_H: tl.constexpr = KEPT - G  # the first block that goes through U
@@ -177,7 +184,9 @@ def recurrence_bwd_kernel(
         mask_b = row + offs_b < B
         mask = mask_b[:, None] & mask_h[None, :]
         heads = tl.num_programs(0) // GROUP
-        counter_ptr = arrived_ptr + ((pid_d * heads + head) * num_tiles_b + tile_b) * 32
+        group = (pid_d * heads + head) * num_tiles_b + tile_b
+        counter_ptr = arrived_ptr + group * 32
+        slots_ptr = sums_ptr + group * (4 * BLOCK_B * SUMS)
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
@@ -249,6 +258,9 @@ def recurrence_bwd_kernel(
                     PACKED, RAGGED,
                 )  # fmt: skip
             gates = fetch_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, KEPT)
+            if NORMS:
+                of_row = statistics_ptr + row_seq * 4 + offs_b[:, None] * (side_by_side * 4)
+                norm = fetch_tuple(of_row, 0, mask_t[:, None], 1, 4)
             row_prev = (prev_row + row) * side_by_side + pid_d * stride_d
             if PACKED or RAGGED:  # each sequence from its own place
                 before = fetch_state(
@@ -346,7 +358,15 @@ def recurrence_bwd_kernel(
                 dstepped, dheld = hold_tuple_backward(
                     dstepped, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S
                 )
-            dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop)
+            if NORMS:
+                rows = (slots_ptr, counter_ptr + 16, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
+                if HOLDS:
+                    norm = norm[:2] + statistics(state[1], rows[4], 1, rows, -1, H, GROUP, SPIN_LIMIT)
+                dpreact_all, dprev = STEP(
+                    kept, entered, state, dstepped, vectors, drop, rows + norm, H, GROUP, SPIN_LIMIT
+                )
+            else:
+                dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop)
             if HOLDS:
                 dprev = add_tuple(dprev, dheld, 1 + S)
             state = state_prev

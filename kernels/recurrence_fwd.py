@@ -31,6 +31,7 @@ import triton.language as tl
 
 from fusedlstm.kernels.exchange import awaited_product, publish
 from fusedlstm.kernels.noise import hold_tuple, step_words
+from fusedlstm.kernels.norms import statistics
 from fusedlstm.kernels.product import local_product, resident_weight
 from fusedlstm.kernels.rows import load_resets, packed_rows
 from fusedlstm.kernels.tiles import (
@@ -87,7 +88,8 @@ def recurrence_fwd_kernel(
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
     entering_ptr,  # [R, D*H]  h of every step times its factor, for the group; used if DROPS_H
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
+    sums_ptr,  # [D, heads, batch tiles, 4, BLOCK_B, SUMS]  float32: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
@@ -99,6 +101,7 @@ def recurrence_fwd_kernel(
     KEPT: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
+    NORMS: tl.constexpr,  # whether a step needs sums over the units of all programs (`norms`)
     # strides of preact_x, in rows of G*H elements
     rows_preact_d,
     rows_preact_t,  # not used if PACKED
@@ -137,6 +140,9 @@ def recurrence_fwd_kernel(
     SPIN_LIMIT: tl.constexpr,
 ):
     LOCAL: tl.constexpr = PROTOCOL == "none"
+    SUMS: tl.constexpr = (
+        (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
+    )  # of a row: one a program, in tiles of the cell's form
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H
@@ -197,7 +203,9 @@ def recurrence_fwd_kernel(
         mask_b = row + offs_b < B
         mask = mask_b[:, None] & mask_h[None, :]
         heads = tl.num_programs(0) // GROUP
-        counter_ptr = arrived_ptr + ((pid_d * heads + head) * num_tiles_b + tile_b) * 32
+        group = (pid_d * heads + head) * num_tiles_b + tile_b
+        counter_ptr = arrived_ptr + group * 32
+        slots_ptr = sums_ptr + group * (4 * BLOCK_B * SUMS)
         row_state = pid_d * B + row
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
@@ -258,19 +266,22 @@ def recurrence_fwd_kernel(
                 entering = state
                 if DROPS_H:
                     entering = (state[0] * factor,)
-                preact_h = split_gates(
-                    local_product(entering, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION), BLOCK_B, BLOCK_H, G_PADDED
-                )
+                acc = local_product(entering, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
             else:
                 acc = awaited_product(
                     counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, weight_ptr, offs_n, mask_n, 1, DH, DH, 0,
                     N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
                 )  # fmt: skip
-                preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
-                if RESETS:  # what was exchanged is not cut; a mask there would cost more registers
-                    keep = reset[:, None] == 0
-                    state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
-                    preact_h = select_tuple(keep, preact_h, zero_tuple(G_PADDED, BLOCK_B, BLOCK_H), G_PADDED)
+            if NORMS:
+                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :])
+                norm = statistics(acc, mask_n[None, :], G, rows, 0, H, GROUP, SPIN_LIMIT)
+            preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
+            if RESETS and not LOCAL:  # what was exchanged is not cut; a mask there would cost more registers
+                keep = reset[:, None] == 0
+                state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
+                preact_h = select_tuple(keep, preact_h, zero_tuple(G_PADDED, BLOCK_B, BLOCK_H), G_PADDED)
+                if NORMS:
+                    norm = select_tuple(keep, norm, zero_tuple(2, BLOCK_B, 1), 2)
             preact_x = as_float32(fetched, G)
             if STACK:
                 acc = tl.zeros((BLOCK_B, N), tl.float32)
@@ -290,7 +301,10 @@ def recurrence_fwd_kernel(
                 words = step_words(seed_ptr, first_recurrence + pid_d, tile_row, offs_b, offs_h)
                 if DROPS_CANDIDATE:
                     drop = tl.where(words[2] < below_candidate, 0.0, scale_candidate)
-            gates, stepped = STEP(preact_x, preact_h, state, vectors, drop)
+            if NORMS:
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, drop, rows + norm, H, GROUP, SPIN_LIMIT)
+            else:
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, drop)
             if HOLDS:
                 stepped = hold_tuple(stepped, state, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S)
             mask_store = mask

@@ -3,7 +3,7 @@ r"""The equations of every cell in plain torch, any dtype: one file a cell.
     step(preact_x, preact_h, state, vectors, drop) -> gates, state
     step_backward(gates, state_prev, state, dstate, vectors, drop) -> dpreact, dstate_prev
     update(gates, state_prev, drop) -> state
-    vectors_backward(dpreact, state_prev, state) -> dvectors
+    vectors_backward(dpreact, gates, state_prev, state) -> dvectors
 
 Arguments are tuples of tensors [B, H] (of any leading axes); vectors are [H]. `gates` are what `Cell.kept` names, after the
 nonlinearities, and `dpreact` are the gradients in their places. In `dstate_prev`, h is the part that does not pass through
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedlstm.equations import coupled, gru, lstm, peephole, rnn_relu, rnn_tanh, slstm
+from fusedlstm.equations import coupled, gru, layernorm, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
 Tensors = tuple[Tensor, ...]
 
@@ -44,5 +44,5 @@ def of_module(module) -> Equations:
 
 EQUATIONS = {
     module.__name__.rpartition(".")[2]: of_module(module)
-    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, slstm)
+    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, layernorm, slstm)
 }

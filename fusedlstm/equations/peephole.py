@@ -46,6 +46,6 @@ def step_backward(gates, state_prev, state, dstate, vectors, drop):
     return (dpreact_i, dpreact_f, dpreact_g, dpreact_o), (torch.zeros_like(dh), dc_prev)
 
 
-def vectors_backward(dpreact, state_prev, state):
+def vectors_backward(dpreact, gates, state_prev, state):
     dpreact_i, dpreact_f, _, dpreact_o = dpreact
     return dpreact_i * state_prev[1], dpreact_f * state_prev[1], dpreact_o * state[1]

@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedlstm.loops import by_equations, coupled, gru, lstm, peephole, rnn_relu, rnn_tanh, slstm
+from fusedlstm.loops import by_equations, coupled, gru, layernorm, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
 LOOPS = {
-    module.__name__.rpartition(".")[2]: module for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, slstm)
+    module.__name__.rpartition(".")[2]: module
+    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, layernorm, slstm)
 }
 
 

@@ -6,7 +6,8 @@
 
 Tiles are [BLOCK_B, BLOCK_H] in float32, vectors [1, BLOCK_H]. `state` begins with h. In `dstate_prev`, h is the part that
 does not pass through `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory. `update`
-is what follows when the gates are known, for the backward of zoneout; a cell without it (None) has none.
+is what follows when the gates are known, for the backward of zoneout; a cell without it (None) has none. With norms both
+steps take also `rows`, H, GROUP and SPIN_LIMIT, to add up what lies with all programs of a group (`fusedlstm.kernels.norms`).
 Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.equations`.
 """
 
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from triton.runtime.jit import KernelInterface
 
-from fusedlstm.kernels.cells import coupled, gru, lstm, peephole, rnn_relu, rnn_tanh, slstm
+from fusedlstm.kernels.cells import coupled, gru, layernorm, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
 
 class Steps(NamedTuple):
@@ -32,5 +33,5 @@ def of_module(module) -> Steps:
 
 STEPS = {
     module.__name__.rpartition(".")[2]: of_module(module)
-    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, slstm)
+    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, layernorm, slstm)
 }

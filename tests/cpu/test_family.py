@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -24,9 +25,13 @@ MEMBERS = {
     "RNN relu": (fusedlstm.RNN, fusedlstm.RNNCell, {"nonlinearity": "relu"}),
     "peephole": (fusedlstm.PeepholeLSTM, fusedlstm.PeepholeLSTMCell, {}),
     "coupled": (fusedlstm.CoupledLSTM, fusedlstm.CoupledLSTMCell, {}),
+    "layernorm": (fusedlstm.LayerNormLSTM, fusedlstm.LayerNormLSTMCell, {}),
     "sLSTM": (fusedlstm.SLSTM, fusedlstm.SLSTMCell, {}),
 }
-VECTORS = ("weight_ci", "weight_cf", "weight_co")  # of a peephole
+VECTORS = {  # numbers a unit
+    "peephole": {"weight_ci": 1, "weight_cf": 1, "weight_co": 1},
+    "layernorm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1},
+}
 every_member = pytest.mark.parametrize("member", MEMBERS)
 
 
@@ -38,6 +43,10 @@ def make(member, *args, **options):
 def make_cell(member, *args, **options):
     _, cls, more = MEMBERS[member]
     return cls(*args, **more, **options)
+
+
+def heads_of(member, heads):
+    return 1 if member == "layernorm" else heads  # its norms mix the units of all heads
 
 
 def states_of(hx):
@@ -67,6 +76,13 @@ def step(member, p, x, states):
         return (of_torch[member](x[None], states[0][None], *weights)[0],)
     if member == "LSTM":
         return tuple(s[0] for s in torch._VF.lstm_cell(x[None], [s[None] for s in states], *weights))
+    if member == "layernorm":
+        preact = p["weight_ih"] @ x
+        preact = layer_norm(preact, preact.shape, p["gain_ih"], p.get("bias_ih"))
+        preact = preact + layer_norm(p["weight_hh"] @ states[0], preact.shape, p["gain_hh"], p.get("bias_hh"))
+        i, f, g, o = preact.chunk(4)
+        c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * layer_norm(c, c.shape, p["gain_c"], p["bias_c"]).tanh(), c
     preact = p["weight_ih"] @ x + p.get("bias_ih", zero) + p["weight_hh"] @ states[0] + p.get("bias_hh", zero)
     if member == "peephole":
         i, f, g, o = preact.chunk(4)
@@ -157,7 +173,12 @@ def test_equals_a_loop_by_hand(monkeypatch, case):
     """Every result and every gradient, in float64."""
     H, generator = 6, torch.Generator().manual_seed(1)
     names = ("num_layers", "bidirectional", "bias", "batch_first", "grad_clip", "save")
-    module = make(case["member"], I, H, **{k: case[k] for k in names}, num_heads=case["heads"], dtype=torch.float64)
+    heads = heads_of(case["member"], case["heads"])
+    module = make(case["member"], I, H, **{k: case[k] for k in names}, num_heads=heads, dtype=torch.float64)
+    if case["member"] == "layernorm":
+        for name, p in module.named_parameters():
+            if not name.startswith("weight"):  # else 1 and 0
+                nn.init.normal_(p, 0.5)
     module.backend = "reference" if case["engine"] == "reference" else "torch"
     if case["engine"] == "traced":
         monkeypatch.setattr(functional, "_traced", lambda input: True)
@@ -250,20 +271,24 @@ def test_parameters(member):
     """Names and shapes in torch's order, values from torch's range under a seed, and their number."""
     options = {"num_layers": 2, "bidirectional": True}
     torch.manual_seed(3)
-    module = make(member, 5, 12, **options, num_heads=4)
+    heads = heads_of(member, 4)
+    module = make(member, 5, 12, **options, num_heads=heads)
     G = cells.CELLS[module.cell].num_gates
     shapes = {}
     for layer, suffix in ((0, ""), (0, "_reverse"), (1, ""), (1, "_reverse")):
         end = f"_l{layer}{suffix}"
-        shapes |= {f"weight_ih{end}": (G * 12, 24 if layer else 5), f"weight_hh{end}": (G * 12, 3)}
+        shapes |= {f"weight_ih{end}": (G * 12, 24 if layer else 5), f"weight_hh{end}": (G * 12, 12 // heads)}
         shapes |= {f"bias_ih{end}": (G * 12,), f"bias_hh{end}": (G * 12,)}
-        shapes |= {f"{v}{end}": (12,) for v in VECTORS if member == "peephole"}
+        shapes |= {f"{v}{end}": (n * 12,) for v, n in VECTORS.get(member, {}).items()}
     assert [(k, tuple(v.shape)) for k, v in module.state_dict().items()] == list(shapes.items())
     assert [id(w) for w in module._flat_weights] == [id(w) for w in module.parameters()]
     assert [w for of in module.all_weights for w in of][-1] is [*module.parameters()][-1]
     torch.manual_seed(3)
     for name, weight in module.named_parameters():
-        assert torch.equal(weight, torch.empty_like(weight).uniform_(-(12**-0.5), 12**-0.5)), name
+        expected = torch.empty_like(weight).uniform_(-(12**-0.5), 12**-0.5)
+        if member == "layernorm" and not name.startswith("weight"):
+            expected = torch.full_like(weight, name.startswith("gain"))
+        assert torch.equal(weight, expected), name
     for other in (module, make(member, 5, 12, bias=False), make_cell(member, 5, 12), make_cell(member, 5, 12, False)):
         assert other.num_parameters() == sum(p.numel() for p in other.parameters())
     assert fusedlstm.LSTM(5, 12, 2, proj_size=3).num_parameters() == sum(
@@ -300,13 +325,15 @@ def test_copies_moves_and_weights_that_are_replaced(member):
     torch.testing.assert_close(empty(x)[0], called)
     normed = parametrizations.weight_norm(module, "weight_hh_l0")
     torch.testing.assert_close(normed(x)[0], called)
-    assert repr(make(member, 3, 4, num_layers=2, num_heads=2)).endswith("(3, 4, num_layers=2, num_heads=2)")
+    if heads_of(member, 2) == 2:
+        assert repr(make(member, 3, 4, num_layers=2, num_heads=2)).endswith("(3, 4, num_layers=2, num_heads=2)")
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("heads", [1, 2])
 @every_member
 def test_cell_loop_equals_layer(member, heads, backend):
+    heads = heads_of(member, heads)
     layer = make(member, I, 6, num_heads=heads, backend=backend)
     cell = make_cell(member, I, 6, num_heads=heads, backend=backend)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})

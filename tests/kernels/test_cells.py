@@ -75,7 +75,7 @@ def pairwise(axes: dict[str, list], seed: int) -> list[tuple]:
 
 def cases() -> list:
     found = []
-    for number, (cell, of) in enumerate((c, EQUATIONS[c]) for c in cells.CELLS if c != "layernorm"):
+    for number, (cell, of) in enumerate((c, EQUATIONS[c]) for c in cells.CELLS):
         noises = [name for name, noise in NOISES.items() if of.update or not noise.holds]
         for case in pairwise(AXES | {"noise": noises}, number):
             found.append(pytest.param(cell, *case, id="-".join(map(str, (cell, *case)))))

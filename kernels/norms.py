@@ -1,0 +1,182 @@
+r"""Sums over all units of a row, when the units lie with the programs of a group: for cells with layer normalisation.
+
+.. math::
+    n = (x - \mu) / s, \quad s^2 = \mathrm{mean}((x - \mu)^2) + \epsilon, \qquad
+    dx = (dn - \mathrm{mean}(dn) - n\, \mathrm{mean}(dn\, n)) / s
+
+Every program sums what it owns, and hands two numbers a row to the others: forward its mean and its sum of squares about
+that, which are put together as Chan, Golub & LeVeque (1983) do it, so that nothing is lost where the mean is large;
+backward both sums. All programs then add the same numbers in the same order, so that all have the same result to the
+last bit, the same from run to run. A group of one hands nothing.
+
+The numbers lie in two slots that take turns. Exchange k of a launch's batch tile goes through slot k % 2, and is complete when
+the group's second counter is at GROUP (k + 1) (`barrier`). Nobody can write a slot that is still read: exchange k + 2
+follows exchange k + 1, for which every program arrived after it had read those of exchange k.
+
+`rows`, as the functions of a cell take it, is a tuple: the group's slots, its counter, k of the next exchange, this program's
+number in the group, which units it has [1, BLOCK_H]; then mean and 1 / s, each [BLOCK_B, 1], of the recurrent product of
+this step and, backward, of its c. (Forward those of the product are taken from it whole: the tiles of single gates lie with the
+threads in such a way that sums of them would fill all registers.)
+"""
+
+import triton
+import triton.language as tl
+
+from fusedlstm.kernels import barrier
+
+EPS = tl.constexpr(1e-5)
+
+
+@triton.jit
+def _row_sum(tiles, mask, COUNT: tl.constexpr):
+    """Over the units of a program and COUNT tiles, [BLOCK_B, 1]."""
+    total = tiles[0]
+    for k in tl.static_range(1, COUNT):
+        total += tiles[k]
+    return tl.sum(tl.where(mask, total, 0.0), 1)[:, None]
+
+
+@triton.jit
+def _of_group(
+    a,  # [BLOCK_B, 1]
+    b,  # [BLOCK_B, 1]
+    rows,
+    k,  # of this exchange
+    GROUP: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
+):
+    """a and b of every program, two tuples of tiles [BLOCK_B, BLOCK_H], with zeros where there is no program.
+
+    Tiles of the same form as those of the cell: others would draw the whole step into a layout of their own.
+    """
+    slots_ptr, counter_ptr, _, pid, mask_h = rows[:5]
+    BLOCK_B: tl.constexpr = a.shape[0]
+    BLOCK_H: tl.constexpr = mask_h.shape[1]
+    TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    SECOND: tl.constexpr = BLOCK_B * TILES * BLOCK_H
+    slot_ptr = slots_ptr + k % 2 * (2 * SECOND)
+    offs_b = tl.arange(0, BLOCK_B)[:, None] * (TILES * BLOCK_H)
+    tl.store(slot_ptr + offs_b + pid, a)
+    tl.store(slot_ptr + SECOND + offs_b + pid, b)
+    barrier.arrive(counter_ptr)
+    barrier.wait(counter_ptr, GROUP * (k + 1), SPIN_LIMIT)
+    all_a = ()
+    all_b = ()
+    for q in tl.static_range(TILES):
+        program = q * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+        mask = (program < GROUP) & (offs_b >= 0)
+        # .cg: other programs wrote them, and the first-level cache is not coherent.
+        p = slot_ptr + offs_b + program
+        all_a = all_a + (tl.load(p, mask=mask, other=0.0, cache_modifier=".cg"),)
+        all_b = all_b + (tl.load(p + SECOND, mask=mask, other=0.0, cache_modifier=".cg"),)
+    return all_a, all_b
+
+
+@triton.jit
+def _all_rows_sum(tiles):
+    """[BLOCK_B, 1]"""
+    total = tiles[0]
+    for q in tl.static_range(1, len(tiles)):
+        total += tiles[q]
+    return tl.sum(total, 1)[:, None]
+
+
+@triton.jit
+def statistics(
+    x,  # [BLOCK_B, N], all that the program has of a row
+    mask,  # [1, N]
+    COUNT: tl.constexpr,  # numbers of a unit
+    rows,
+    AT: tl.constexpr,  # exchanges of this step before this one
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
+):
+    """mean and 1 / s of every row over all units, each [BLOCK_B, 1]."""
+    BLOCK_H: tl.constexpr = rows[4].shape[1]
+    own = COUNT * tl.minimum(H - rows[3] * BLOCK_H, BLOCK_H).to(tl.float32)
+    mean = tl.sum(tl.where(mask, x, 0.0), 1)[:, None] / own
+    centred = tl.where(mask, x - mean, 0.0)
+    square = tl.sum(centred * centred, 1)[:, None]
+    if GROUP > 1:
+        means, squares = _of_group(mean, square, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
+        weighted = ()
+        sizes = ()
+        for q in tl.static_range(len(means)):
+            program = q * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+            sizes = sizes + (COUNT * tl.maximum(tl.minimum(H - program * BLOCK_H, BLOCK_H), 0).to(tl.float32),)
+            weighted = weighted + (means[q] * sizes[q],)
+        mean = _all_rows_sum(weighted) / (COUNT * H)
+        parts = ()
+        for q in tl.static_range(len(means)):
+            parts = parts + (squares[q] + sizes[q] * (means[q] - mean) * (means[q] - mean),)
+        square = _all_rows_sum(parts)
+    return mean, tl.rsqrt(square / (COUNT * H) + EPS)
+
+
+@triton.jit
+def normalised_bwd(
+    dn,  # tuple of tiles [BLOCK_B, BLOCK_H]
+    n,
+    rstd,  # [BLOCK_B, 1]
+    COUNT: tl.constexpr,
+    rows,
+    AT: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
+):
+    """dx, a tuple of COUNT tiles; zero where there is no unit."""
+    mask = rows[4]
+    products = ()
+    for k in tl.static_range(COUNT):
+        products = products + (dn[k] * n[k],)
+    a = _row_sum(dn, mask, COUNT)
+    b = _row_sum(products, mask, COUNT)
+    if GROUP > 1:
+        all_a, all_b = _of_group(a, b, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
+        a = _all_rows_sum(all_a)
+        b = _all_rows_sum(all_b)
+    a = a / (COUNT * H)
+    b = b / (COUNT * H)
+    dx = ()
+    for k in tl.static_range(COUNT):
+        dx = dx + (tl.where(mask, rstd * (dn[k] - a - n[k] * b), 0.0),)
+    return dx
+
+
+@triton.jit
+def _statistics(ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """mean and 1 / s of WIDTH numbers that lie together."""
+    offs = tl.arange(0, BLOCK)
+    mask = offs < WIDTH
+    x = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / WIDTH
+    centred = tl.where(mask, x - mean, 0.0)
+    return mean, tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + EPS)
+
+
+@triton.jit(do_not_specialize=["D"])
+def row_statistics_kernel(
+    # inputs
+    gates_ptr,  # [R, D*KEPT*H]
+    c_seq_ptr,  # [R, D*H]  float32
+    # outputs
+    statistics_ptr,  # [R, D, 4]  float32: mean and 1 / s of the recurrent product, which is kept last, and of c
+    # sizes
+    D,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    KEPT: tl.constexpr,
+    # tiling
+    BLOCK_GH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """What the backward of the norms of one row needs that is not kept. A program is one row of one direction."""
+    row = tl.program_id(0).to(tl.int64) * D + tl.program_id(1)
+    mean_u, rstd_u = _statistics(gates_ptr + (row * KEPT + KEPT - G) * H, G * H, BLOCK_GH)
+    mean_c, rstd_c = _statistics(c_seq_ptr + row * H, H, BLOCK_H)
+    tl.store(statistics_ptr + row * 4, mean_u)
+    tl.store(statistics_ptr + row * 4 + 1, rstd_u)
+    tl.store(statistics_ptr + row * 4 + 2, mean_c)
+    tl.store(statistics_ptr + row * 4 + 3, rstd_c)

@@ -1,0 +1,159 @@
+"""kernels/norms.py and cells/layernorm.py: a cell whose statistics cross programs, every tensor against the specification."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fusedlstm import cells, launch, reference
+from fusedlstm.kernels import barrier, norms
+from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
+FWD, BWD = ("output", "h_n", "c_n", "gates", "c_seq"), ("grad_preact", "grad_hx", "grad_cx")
+
+
+def gradients(inputs):
+    generator = torch.Generator().manual_seed(1)
+    (D, B, H), leading, dtype = inputs["hx"].shape, inputs["preact_x"].shape[1:-1], inputs["hx"].dtype
+    shapes = ((*leading, D * H), (1, *leading, D * H), (D, B, H), (1, D, B, H))
+    return [torch.randn(s, generator=generator).to(inputs["hx"]).to(dtype) for s in shapes]
+
+
+def run(inputs, clip=None, **tiles):
+    """Every tensor of both passes by name."""
+    (D, B, H), dtype = inputs["hx"].shape, launch.DTYPES[inputs["hx"].dtype]
+    options = {"cell": "layernorm", "directions": D, "precision": "ieee", **tiles}
+    fwd, bwd = (tiled(pass_, B, H, dtype, **options) for pass_ in ("fwd", "bwd"))
+    results = launch.recurrence_fwd("layernorm", **inputs, save_gates=True, save_states=True, plan=fwd)
+    output, _, _, gates, c_seq = results
+    own = {k: v for k, v in inputs.items() if k != "preact_x"}
+    saved = {"output": output, "gates": gates, "c_seq": c_seq}
+    grads = launch.recurrence_bwd("layernorm", *gradients(inputs), **own, **saved, clip=clip, plan=bwd)
+    return dict(zip(FWD + BWD, (*results, *grads), strict=True))
+
+
+def specified(inputs, dtype, clip=None):
+    grads, inputs = cast(gradients(inputs), dtype), cast(inputs, dtype)
+    results = reference.recurrence_fwd("layernorm", **inputs)
+    output, _, _, gates, c_seq = results
+    own = {k: v for k, v in inputs.items() if k != "preact_x"}
+    found = reference.recurrence_bwd("layernorm", *grads, **own, output=output, gates=gates, c_seq=c_seq, clip=clip)
+    return dict(zip(FWD + BWD, (*results, *found), strict=True))
+
+
+def check(inputs, clip=None, **tiles):
+    ours = run(inputs, clip, **tiles)
+    in_torch, exact = specified(inputs, inputs["hx"].dtype, clip), specified(inputs, torch.float64, clip)
+    for name, x in ours.items():
+        found = (x, in_torch[name], exact[name])
+        if name == "gates":
+            found = tuple(without_padding(y, inputs["layout"]) for y in found)
+        assert_accurate(name, *found)
+    return ours
+
+
+def inputs_of(T, B, H, D=1, dtype="fp32", device="cpu", **options):
+    return recurrence_inputs(T, B, H, D, DTYPES[dtype], device, cell="layernorm", **options)
+
+
+# Tiles are 16 x 16: hidden sizes on both sides of a block, one batch tile and several, one program a group and three.
+SIZES = [(1, 1, 1), (2, 3, 15), (3, 3, 16), (2, 17, 17), (2, 3, 33)]
+
+
+@pytest.mark.parametrize(("T", "B", "H"), SIZES, ids=str)
+@pytest.mark.parametrize("schedule", ["single", "resident", "streamed"])
+def test_equals_specification(device, schedule, T, B, H):
+    check(inputs_of(T, B, H, device=device), schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", ["single", "resident"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision(device, dtype, schedule):
+    check(inputs_of(3, 3, 40, dtype=dtype, device=device), schedule=schedule, protocol="data")
+
+
+LAYOUTS = {
+    "packed": {"packed": LENGTHS["ragged"]},
+    "packed, two tiles": {"packed": LENGTHS["two tiles"]},
+    "ragged": {"T": RAGGED["one tile"][0], "lengths": RAGGED["one tile"][1], "resets": 0.3},
+    "ragged, two tiles": {"T": RAGGED["two tiles"][0], "lengths": RAGGED["two tiles"][1]},
+    "resets": {"T": 4, "B": 5, "resets": 0.3},
+}
+TILES = {
+    "single": {"schedule": "single"},
+    "counter": {"protocol": "counter"},
+    "data, tiles walked": {"protocol": "data", "groups": 1},
+}
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(device, layout, tiles):
+    """Both directions, and no gradient of a state above the clip."""
+    options = {"T": 0, "B": 0, **layout}
+    check(inputs_of(**options, H=19, D=2, device=device), clip=0.3, **tiles)
+
+
+def test_a_mean_far_from_zero(device):
+    """Preactivations of 1000 and a cell state of 1000, both nearly equal in all units: squares less the square would be noise."""
+    inputs = inputs_of(2, 3, 33, device=device)
+    inputs["weight_hh"] = [w * 1e-3 + 30 for w in inputs["weight_hh"]]
+    inputs["hx"] = inputs["hx"] * 1e-2 + 1
+    inputs["cx"] = inputs["cx"] + 1000
+    inputs["preact_x"][..., 33:66] += 20  # a step forgets nothing
+    check(inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("protocol", ["counter", "data"])
+@pytest.mark.parametrize("seed", range(2))
+def test_under_seeded_schedules_to_the_last_bit(seed, protocol):
+    """Whoever comes first: the baton moves at every load and store."""
+    from fusedlstm import interpreter
+
+    inputs = inputs_of(3, 0, 40, lengths=[2, 3, 0, 1], resets=0.2)
+    expected = run(inputs, protocol=protocol)
+    with interpreter.side_by_side(seed, yield_on_memory=True):
+        found = run(inputs, protocol=protocol)
+    for name in expected:
+        a, b = (without_padding(x[name], inputs["layout"]) if name == "gates" else x[name] for x in (found, expected))
+        assert torch.equal(a, b), name
+
+
+@triton.jit
+def wait_for_one_too_few(counter_ptr, target, SPIN_LIMIT: tl.constexpr):
+    while tl.atomic_add(counter_ptr, 0) < target - 1:
+        pass
+
+
+@triton.jit
+def one_slot(a, b, rows, k, GROUP: tl.constexpr, SPIN_LIMIT: tl.constexpr):
+    return whole(a, b, rows, k * 0, GROUP, SPIN_LIMIT)
+
+
+whole = norms._of_group
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["waits for one too few", "waits for the first exchange only"])
+def test_a_broken_exchange_is_caught(monkeypatch, fault):
+    """Negative control: of four seeds with memory yields at least one shows wrong numbers or a deadlock."""
+    from fusedlstm import interpreter
+
+    if fault == "waits for one too few":
+        monkeypatch.setattr(barrier, "wait", wait_for_one_too_few)
+    else:
+        monkeypatch.setattr(norms, "_of_group", one_slot)
+    inputs, caught = inputs_of(2, 3, 20), 0
+    for seed in range(4):
+        try:
+            with interpreter.side_by_side(seed, yield_on_memory=True, patience=20):
+                check(inputs, protocol="data")
+        except (AssertionError, interpreter.Deadlock):
+            caught += 1
+    assert caught > 0
+
+
+def test_other_cells_have_no_norms():
+    assert [name for name, cell in cells.CELLS.items() if cell.norms] == ["layernorm"]
