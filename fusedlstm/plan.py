@@ -427,6 +427,7 @@ def _tilings(hidden: int, batch: int, dtype: str, precision: str, pass_: str):
 
 
 def _block_k(
+    cell: str,
     schedule: str,
     block_b: int,
     block_h: int,
@@ -454,6 +455,13 @@ def _block_k(
         widest = 512 if block_b == 16 else 256 if columns <= 16 else 128
     else:
         widest = 64 if block_b == 64 else 256 if pass_ == "bwd" and block_b == 16 else 128
+    if cell != "lstm" and schedule == "resident":
+        if transposed and block_b > 16:
+            widest = min(widest, 64)
+        if cell == "slstm" and pass_ == "bwd":
+            widest = min(widest, 256)
+        if layout != "dense" and dtype == "fp32":
+            widest = min(widest, 32)
     if layout != "dense" and schedule == "resident":  # rows that come and go need registers, too
         widest = min(widest, 128 if dtype == "fp32" or block_b == 32 else widest)
         widest = min(widest, 64 if pass_ == "fwd" and block_b == 32 else widest)
@@ -505,7 +513,9 @@ def _fit(
     segment = hidden // heads if by_gate else reduction
     # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
     splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
-    block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
+    block_k = _block_k(
+        cell, schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits
+    )
     chunks = reduction // segment * math.ceil(segment / block_k)
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
@@ -517,17 +527,19 @@ def _fit(
             exchange_bytes *= chunks  # the gradients of all gates are on their way at once
         in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
         smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
-    # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
-    # (How often: not less than any plan of the table was found to take.)
-    smem_bytes += 4 * block_b * columns * (block_b // 8 if splits else 1)
-    if smem_bytes > limits.smem_bytes:
-        return None
-
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
     if pass_ == "bwd" and ieee and block_h > 8 and not limits.weights_in_registers:
         num_warps = 8
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
+    if cell != "lstm" and (schedule != "streamed" or block_b * block_h >= 1024):
+        num_warps = 8  # other cells have more tiles to hold; the LSTM's were tried one by one
+    # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
+    # (How often: not less than any plan of the table was found to take.)
+    parts = max(block_b // 8, num_warps if cell != "lstm" else 0)
+    smem_bytes += 4 * block_b * columns * (parts if splits else 1)
+    if smem_bytes > limits.smem_bytes:
+        return None
     split = min(num_warps, block_k // 16) if splits else 1
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
@@ -667,7 +679,7 @@ def _spills_some(p: Plan, limits: DeviceLimits) -> bool:
     ieee = p.dtype == "fp32" and p.precision == "ieee"
     tile = p.block_b * p.block_h
     if p.schedule == "resident":
-        if p.pass_ == "bwd" and tile >= 1024:
+        if p.pass_ == "bwd" and tile >= (512 if p.cell == "slstm" else 1024):
             return True
         if limits.arch == "sm_120" and p.block_b == 32:
             return True

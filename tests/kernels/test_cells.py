@@ -1,0 +1,146 @@
+"""kernels/cells: every cell on every schedule, forward and backward, against the specification; and under regularisation.
+
+A pairwise grid, seeded: for any two of dtype, schedule, layout, directions, hidden size, noise and clip, every pair of values
+meets in some case of every cell.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from fusedlstm import cells, launch, reference
+from fusedlstm.equations import EQUATIONS
+from fusedlstm.noise import NO_NOISE, Noise
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+
+SEED = 987654321987
+NOISES = {
+    "none": NO_NOISE,
+    "mean": Noise(None, (0.3, 0.4, 0.5, 0.5)),
+    "dropouts": Noise(torch.tensor([SEED]), (0.0, 0.0, 0.3, 0.4)),
+    "all": Noise(torch.tensor([SEED]), (0.2, 0.3, 0.4, 0.5), (1, 1 << 33)),
+}
+SCHEDULES = {
+    "single": {"schedule": "single"},
+    "counter": {"schedule": "resident"},
+    "transposed": {"schedule": "resident", "protocol": "data", "transposed": True},
+    "split": {"schedule": "resident", "protocol": "data", "split": 2, "block_k": 32, "groups": 1},
+    "streamed": {"schedule": "streamed"},
+}
+LAYOUTS = {
+    "dense": {},
+    "resets": {"resets": 0.3},
+    "ragged with resets": {"lengths": [2, 0, 3, 1] * 4 + [3, 2], "resets": 0.2},
+    "packed": {"packed": [3] * 2 + [2] * 15 + [1]},
+}
+AXES = {
+    "dtype": list(DTYPES),
+    "schedule": list(SCHEDULES),
+    "layout": list(LAYOUTS),
+    "directions": [1, 2],
+    "H": [7, 33],
+    "noise": list(NOISES),
+    "clip": [None, 0.1],
+}
+
+
+def pairwise(axes: dict[str, list], seed: int) -> list[tuple]:
+    """Few cases in which every pair of values of any two axes meets: greedily, from a seeded shuffle."""
+    names, order = list(axes), random.Random(seed)
+    left = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for x in axes[names[a]]
+        for y in axes[names[b]]
+    }
+
+    def pairs(case):
+        return {(a, case[a], b, case[b]) for a, b in itertools.combinations(range(len(names)), 2)}
+
+    found = []
+    while left:
+        tried = [tuple(order.choice(values) for values in axes.values()) for _ in range(60)]
+        best = max(tried, key=lambda case: len(pairs(case) & left))
+        if not pairs(best) & left:  # the last ones are looked for
+            a, x, b, y = min(left, key=str)
+            case = list(best)
+            case[a], case[b] = x, y
+            best = tuple(case)
+        found.append(best)
+        left -= pairs(best)
+    return found
+
+
+def cases() -> list:
+    found = []
+    for number, (cell, of) in enumerate((c, EQUATIONS[c]) for c in cells.CELLS if c != "layernorm"):
+        noises = [name for name, noise in NOISES.items() if of.update or not noise.holds]
+        for case in pairwise(AXES | {"noise": noises}, number):
+            found.append(pytest.param(cell, *case, id="-".join(map(str, (cell, *case)))))
+    return found
+
+
+@pytest.mark.parametrize(("cell", *AXES), cases())
+def test_equals_specification(device, cell, dtype, schedule, layout, directions, H, noise, clip):
+    B, noise = 18, NOISES[noise]
+    inputs = recurrence_inputs(3, B, H, directions, DTYPES[dtype], device, cell=cell, **LAYOUTS[layout])
+    B = inputs["hx"].size(1)
+    tiles = {"precision": "ieee", "directions": directions, "cell": cell, **SCHEDULES[schedule]}
+    fwd, bwd = (tiled(pass_, B, H, dtype, **tiles) for pass_ in ("fwd", "bwd"))
+    on_device = noise._replace(seed=None if noise.seed is None else noise.seed.to(device))
+    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
+
+    ours = launch.recurrence_fwd(cell, **inputs, noise=on_device, save_gates=True, save_states=True, plan=fwd)
+    saved = dict(zip(("output", "gates", "c_seq"), (ours[0], *ours[3:]), strict=True))
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(ours[k].shape, generator=generator).to(inputs["hx"].dtype) for k in (0, 4, 1, 2)]
+    on_grads = [g.to(device) for g in grads]
+    ours_bwd = launch.recurrence_bwd(cell, *on_grads, **states, **saved, noise=on_device, clip=clip, plan=bwd)
+
+    expected = []
+    for precision in (DTYPES[dtype], torch.float64):
+        own, own_states = cast(inputs, precision), cast(states, precision)
+        found = reference.recurrence_fwd(cell, **own, noise=noise)
+        own_saved = {"output": found[0], "gates": found[3], "c_seq": found[4]}
+        back = reference.recurrence_bwd(
+            cell, *cast(grads, precision), **own_states, **own_saved, noise=noise, clip=clip
+        )
+        expected.append([*found, *back])
+    names = ("output", "h_n", "c_n", "gates", "c_seq", "grad_preact", "grad_hx", "grad_cx")
+    for name, a, b, c in zip(names, (*ours, *ours_bwd), *expected, strict=True):
+        a, b, c = ((without_padding(x, inputs["layout"]) if name == "gates" else x) for x in (a.cpu(), b, c))
+        assert_accurate(name, a, b, c)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("batch", [1, 18])
+@pytest.mark.parametrize("cell", [c for c in cells.CELLS if c != "layernorm"])
+def test_one_launch_a_step(device, cell, batch, directions):
+    """The schedule "stepped", forward and backward."""
+    inputs = recurrence_inputs(3, batch, 19, directions, torch.float32, device, cell=cell)
+    tiles = {"schedule": "stepped", "protocol": "none", "directions": directions, "cell": cell, "precision": "ieee"}
+    tiles |= {"block_b": 1, "block_h": 4} if batch == 1 else {}
+    fwd, bwd = (tiled(pass_, batch, 19, "fp32", **tiles) for pass_ in ("fwd", "bwd"))
+    ours = launch.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True, plan=fwd)
+    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
+    saved = dict(zip(("output", "gates", "c_seq"), (ours[0], *ours[3:]), strict=True))
+    grads = [torch.ones_like(ours[k]) for k in (0, 4, 1, 2)]
+    ours_bwd = launch.recurrence_bwd(cell, *grads, **states, **saved, plan=bwd)
+    expected = []
+    for precision in (torch.float32, torch.float64):
+        found = reference.recurrence_fwd(cell, **cast(inputs, precision))
+        own = {"output": found[0], "gates": found[3], "c_seq": found[4]}
+        back = reference.recurrence_bwd(cell, *cast(grads, precision), **cast(states, precision), **own)
+        expected.append([*found, *back])
+    for k, (a, b, c) in enumerate(zip((*ours, *ours_bwd), *expected, strict=True)):
+        assert_accurate(f"tensor {k}", a, b, c)
+
+
+def test_the_grid_has_every_pair():
+    found = pairwise(AXES, 0)
+    for a, b in itertools.combinations(range(len(AXES)), 2):
+        values = list(AXES.values())
+        assert {(case[a], case[b]) for case in found} == set(itertools.product(values[a], values[b]))
+    assert len(found) < 40
