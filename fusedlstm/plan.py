@@ -701,6 +701,8 @@ def _spills_some(p: Plan, limits: DeviceLimits) -> bool:
             return True
         if limits.arch == "sm_120" and p.block_b == 32:
             return True
+        if p.pass_ == "fwd" and p.dtype == "fp32" and p.split > 1 and p.columns == 32 and p.block_h == 16:
+            return True  # two gates
         return not limits.wide_mma and p.block_b == 64 and p.chunks > 8
     unaligned = p.hidden * ITEMSIZE[p.dtype] % 16 != 0
     if p.schedule == "streamed" and (ieee or limits.arch == "sm_120"):

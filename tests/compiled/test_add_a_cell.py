@@ -24,6 +24,8 @@ def assert_sound(p, c):
         ("bf16", "packed", "data", 512),
         ("bf16", "ragged", "data", 512),
         ("fp32", "dense", "data", 512),
+        ("fp32", "packed", "data", 512),
+        ("fp32", "ragged", "data", 512),
     ],
 )
 def test_no_kernel_spills(ugrnn, dtype, layout, protocol, hidden, pass_):
