@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.shapes import BY_ID, SHAPES, Shape
-from fusedlstm import cost
+from fusedlstm import cells, cost
 from fusedlstm.devices import DEVICES
 from fusedlstm.plan import LAYOUTS, Plan, plan, wave
 
@@ -25,8 +25,10 @@ MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
 SOME_BYTES = 64  # a thread may spill on a target that nobody here tunes for
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
+FAMILY_SHAPES = ("S2", "M1", "F1", "L1")  # of the cells beside the LSTM: one a schedule and more
 CHOICE = ("schedule", "tiles", "warps", "split", "protocol")
 COLUMNS = [
+    "cell",
     "shape",
     "dtype",
     "pass",
@@ -66,7 +68,31 @@ def plans() -> list[tuple[str, str, Plan]]:
             for pass_ in ("fwd", "bwd") if together > 1 else ():
                 p = plan("lstm", s.T, s.B, *sizes, together, limits, pass_, precision, stack=True)
                 found.append((s.id, name, p))
+    return found + family()
+
+
+def family() -> list[tuple[str, str, Plan]]:
+    """The same of the other cells, on the targets that are tuned for: dense batches, and with masks on the newest."""
+    found = []
+    names = [name for name in cells.CELLS if name != "lstm"]
+    for cell, shape_id, name, arch in itertools.product(names, FAMILY_SHAPES, MOST, OTHER_LAYOUTS):
+        s, limits = BY_ID[shape_id], DEVICES[arch]
+        masked = arch == "sm_90" and name == "bf16"
+        for pass_, layout in itertools.product(("fwd", "bwd"), LAYOUTS if masked else LAYOUTS[:1]):
+            p = plan(cell, s.T, s.B, s.H, name, s.directions, limits, pass_, DTYPES[name], layout)
+            found.append((shape_id, name, p))
     return found
+
+
+def row_key(shape_id: str, dtype: str, p: Plan) -> tuple[str, ...]:
+    """What names a row of the table."""
+    return p.cell, shape_id, dtype, p.pass_, p.arch, layout(p)
+
+
+def rows_of(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of a table, by `row_key`."""
+    with path.open() as file:
+        return {tuple(row[name] for name in COLUMNS[:6]): row for row in csv.DictReader(file)}
 
 
 def layout(p: Plan) -> str:
@@ -110,11 +136,9 @@ def choice(p: Plan) -> tuple[str, ...]:
 
 def known_numbers(path: Path, rows: list[tuple[str, str, Plan]]) -> dict[tuple, tuple]:
     """What was compiled of the plans that are still those of the table, by `compile_key`."""
-    with path.open() as file:
-        table = {(r["shape"], r["dtype"], r["pass"], r["target"], r["layout"]): r for r in csv.DictReader(file)}
-    found = {}
+    table, found = rows_of(path), {}
     for shape_id, dtype, p in rows:
-        row = table.get((shape_id, dtype, p.pass_, p.arch, layout(p)))
+        row = table.get(row_key(shape_id, dtype, p))
         if row and tuple(row[name] for name in CHOICE) == choice(p):
             numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
             found[compile_key(p)] = numbers
@@ -159,11 +183,13 @@ def main() -> int:
     numbers |= compile_all({key: p for key, p in distinct.items() if key not in numbers})
 
     bad = [(p, faults(p, numbers[key])) for key, p in distinct.items()]
-    table = Table(*("H", "heads", "dtype", "pass", "target", "layout", *CHOICE, "regs", "spill", "smem KiB", "mma"))
+    table = Table(
+        *("cell", "H", "heads", "dtype", "pass", "target", "layout", *CHOICE, "regs", "spill", "smem KiB", "mma")
+    )
     for key, p in distinct.items():
         regs, spill_bytes, smem_bytes, mma = numbers[key]
         dtype = "fp32-ieee" if p.dtype == "fp32" and p.precision == "ieee" else p.dtype
-        words = (p.hidden, p.heads, dtype, p.pass_, p.arch, layout(p), *choice(p), regs, spill_bytes)
+        words = (p.cell, p.hidden, p.heads, dtype, p.pass_, p.arch, layout(p), *choice(p), regs, spill_bytes)
         table.add_row(
             *map(str, words),
             f"{smem_bytes / 1024:.0f}",
@@ -176,13 +202,13 @@ def main() -> int:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             for shape_id, dtype, p in rows:
-                compiled, key = numbers[compile_key(p)], (shape_id, dtype, p.pass_, p.arch, layout(p))
+                compiled, key = numbers[compile_key(p)], row_key(shape_id, dtype, p)
                 writer.writerow([*key, *choice(p), *compiled, p.barriers_per_step, *times(BY_ID[shape_id], p)])
         console.print(f"{len(rows)} rows, {len(distinct)} kernels -> {args.out.name}")
     for p, found in bad:
         for fault in found:
             console.print(
-                f"[red]{p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} w{p.num_warps} "
+                f"[red]{p.cell} {p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} w{p.num_warps} "
                 f"{layout(p)}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))

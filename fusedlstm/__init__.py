@@ -19,6 +19,7 @@ from fusedlstm.modules import (
     SLSTMCell,
 )
 from fusedlstm.recurrent import Recurrent, RecurrentCell
+from fusedlstm.registry import register_cell
 from fusedlstm.streaming import Stream
 from fusedlstm.tuning import tune
 
@@ -45,6 +46,7 @@ __all__ = [
     "heads",
     "inits",
     "patch_torch",
+    "register_cell",
     "restore",
     "sequences",
     "tune",

@@ -30,7 +30,7 @@ def interpreting() -> bool:
 
 
 @functools.cache  # the look-up takes longer than the rest of a choice
-def _triton_is_installed() -> bool:
+def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -63,7 +63,7 @@ def why_not_triton(
         return f"the kernels serve float32, float16 and bfloat16, got {dtype}"
     if clipped_projection:
         return "the kernels do not clip the gradient of a projected h (grad_clip with proj_size)"
-    if not _triton_is_installed():
+    if not triton_is_installed():
         return "the package triton is not installed"
     from fusedlstm import launch
 

@@ -470,6 +470,17 @@ def _block_k(
     return min(widest, max(16, _power_of_2(reduction)))
 
 
+def _longest_chunk(cell: str, pass_: str, dtype: str, masked: bool, wide: bool, block_h: int) -> int:
+    """Of a resident reduction of cells beside the LSTM, found where the compiler spilled; `wide`: transposed, many rows."""
+    if cells.CELLS[cell].norms and dtype == "fp32":
+        return 64 if pass_ == "fwd" else 128 if masked else 2048 // block_h
+    if cells.CELLS[cell].norms:
+        return 128 if pass_ == "fwd" or masked else 256
+    if masked and dtype == "fp32":
+        return 32
+    return 64 if wide else 256 if cell == "slstm" and pass_ == "bwd" else 512
+
+
 def _fit(
     cell: str,
     batch: int,
@@ -518,11 +529,11 @@ def _fit(
     # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
     splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
     block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
-    norms = cells.CELLS[cell].norms
-    if norms and schedule == "resident":
-        if _spills_with_norms(pass_, block_b, layout, transposed):
-            return None
-        block_k = min(block_k, _block_k_with_norms(pass_, block_h, dtype, layout))
+    norms, masked = cells.CELLS[cell].norms, layout != "dense"
+    if norms and schedule == "resident" and _spills_with_norms(pass_, block_b, layout, transposed):
+        return None
+    if cell != "lstm" and schedule == "resident":  # more lives through a step, and a shorter chunk leaves registers
+        block_k = min(block_k, _longest_chunk(cell, pass_, dtype, masked, transposed and block_b > 16, block_h))
     chunks = reduction // segment * math.ceil(segment / block_k)
     if norms and schedule == "resident" and dtype == "fp32" and chunks >= 32:
         return None  # spills
@@ -536,12 +547,6 @@ def _fit(
             exchange_bytes *= chunks  # the gradients of all gates are on their way at once
         in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
         smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
-    # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
-    # (How often: not less than any plan of the table was found to take.)
-    smem_bytes += 4 * block_b * columns * ((8 if norms else block_b // 8) if splits else 1)
-    if smem_bytes > limits.smem_bytes:
-        return None
-
     num_warps = _num_warps(schedule, block_b, block_h, columns, dtype, narrow=ieee or not limits.wide_mma)
     if pass_ == "bwd" and ieee and block_h > 8 and not limits.weights_in_registers:
         num_warps = 8
@@ -549,8 +554,16 @@ def _fit(
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
     if norms and not (transposed and pass_ == "fwd"):
         # Where rows come and go on sm_80, eight warps spill what four do not.
-        narrow = splits and block_h == 8 and layout != "dense" and not limits.wide_mma
+        narrow = splits and block_h == 8 and masked and not limits.wide_mma
         num_warps = 4 if narrow and pass_ == "bwd" else 8
+    if cell != "lstm" and not norms and (schedule != "streamed" or block_b * block_h >= 1024):
+        num_warps = 8  # the same; the LSTM's tiles were tried one by one
+    # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
+    # (How often: not less than any plan of the table was found to take.)
+    parts = max(block_b // 8, num_warps if cell != "lstm" else 0)
+    smem_bytes += 4 * block_b * columns * (parts if splits else 1)
+    if smem_bytes > limits.smem_bytes:
+        return None
     split = min(num_warps, block_k // 16) if splits else 1
     threads = num_warps * limits.warp_size
     regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
@@ -690,10 +703,12 @@ def _spills_some(p: Plan, limits: DeviceLimits) -> bool:
     ieee = p.dtype == "fp32" and p.precision == "ieee"
     tile = p.block_b * p.block_h
     if p.schedule == "resident":
-        if p.pass_ == "bwd" and tile >= 1024:
+        if p.pass_ == "bwd" and tile >= (512 if p.cell == "slstm" else 1024):
             return True
         if limits.arch == "sm_120" and p.block_b == 32:
             return True
+        if p.pass_ == "fwd" and p.dtype == "fp32" and p.split > 1 and p.columns == 32 and p.block_h == 16:
+            return True  # two gates
         return not limits.wide_mma and p.block_b == 64 and p.chunks > 8
     unaligned = p.hidden * ITEMSIZE[p.dtype] % 16 != 0
     if p.schedule == "streamed" and (ieee or limits.arch == "sm_120"):
@@ -722,13 +737,6 @@ def _spills_with_norms(pass_: str, block_b: int, layout: str, transposed: bool) 
     if pass_ == "fwd":
         return block_b == 64 or (transposed and block_b > 16)
     return layout != "dense" and block_b == 32
-
-
-def _block_k_with_norms(pass_: str, block_h: int, dtype: str, layout: str) -> int:
-    """The longest chunk of a resident tile that leaves registers for norms."""
-    if dtype == "fp32":
-        return 64 if pass_ == "fwd" else 2048 // block_h if layout == "dense" else 128
-    return 256 if pass_ == "bwd" and layout == "dense" else 128
 
 
 def _why(schedule: str, slice_bytes: int, group: int, limits: DeviceLimits) -> str:

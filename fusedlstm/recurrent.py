@@ -20,7 +20,7 @@ class Recurrent(nn.RNNBase):
     Example::
 
         class MGU(fusedlstm.Recurrent):
-            cell = "mgu"  # of `fusedlstm.cells.CELLS`
+            cell = "mgu"  # one of `fusedlstm.cells.CELLS`, or of `fusedlstm.register_cell`
 
         output, h_n = MGU(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
 

@@ -20,7 +20,7 @@ def step_words(
     offs_h,  # [BLOCK_H]
 ):
     """Three words [BLOCK_B, BLOCK_H] of 24 bits, as int32: for h, for the other states, for the candidate."""
-    rows = (row + offs_b)[:, None] + tl.zeros_like(offs_h)[None, :]
+    rows = (row + offs_b).to(tl.int64)[:, None] + tl.zeros_like(offs_h)[None, :]
     unit = tl.zeros_like(offs_b)[:, None] + offs_h[None, :]
     stream = tl.zeros_like(unit) + (recurrence * STREAMS).to(tl.int32)
     lower = (rows & 0xFFFFFFFF).to(tl.uint32)

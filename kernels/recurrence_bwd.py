@@ -138,7 +138,9 @@ def recurrence_bwd_kernel(
     SPIN_LIMIT: tl.constexpr,
 ):
     LOCAL: tl.constexpr = PROTOCOL == "none"
-    SUMS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H  # of a row: one a program, in tiles of the cell's form
+    SUMS: tl.constexpr = (
+        (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
+    )  # of a row: one a program, in tiles of the cell's form
     GH: tl.constexpr = G * H
     KEPT_H: tl.constexpr = KEPT * H
     FIRST_H: tl.constexpr = KEPT - G  # the first block that goes through U

@@ -140,7 +140,9 @@ def recurrence_fwd_kernel(
     SPIN_LIMIT: tl.constexpr,
 ):
     LOCAL: tl.constexpr = PROTOCOL == "none"
-    SUMS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H  # of a row: one a program, in tiles of the cell's form
+    SUMS: tl.constexpr = (
+        (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
+    )  # of a row: one a program, in tiles of the cell's form
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H

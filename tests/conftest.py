@@ -18,3 +18,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def ugrnn(tmp_path_factory):
+    """The file of docs/add_a_cell.md, imported."""
+    import page
+
+    with page.imported(tmp_path_factory.mktemp("page")) as module:
+        yield module

@@ -95,14 +95,14 @@ MUTANTS = {
     ),
     "gates stored before their activation": (
         "kernels/cells/lstm.py",
-        "return (i, f, g, o), (h, c)",
-        "return (preact_x[0] + preact_h[0], f, g, o), (h, c)",
+        "return gates, update(gates, state, drop)",
+        "return (preact_x[0] + preact_h[0], f, g, o), update(gates, state, drop)",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "tanh derivative of the wrong gate": (
         "kernels/cells/lstm.py",
-        "dc * i * (1.0 - g * g)",
-        "dc * i * g * (1.0 - g)",
+        "dc * i * drop * (1.0 - g * g)",
+        "dc * i * drop * g * (1.0 - g)",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "backward forgets cx": (
@@ -129,9 +129,39 @@ MUTANTS = {
         "state = stepped",
         "tests/kernels/test_recurrence_fwd.py",
     ),
+    "GRU: the reset gate's gradient without what it multiplies": (
+        "kernels/cells/gru.py",
+        "dpreact_n * n_h * r * (1.0 - r)",
+        "dpreact_n * r * (1.0 - r)",
+        "tests/kernels/test_cells.py",
+    ),
+    "gradients of the input's blocks go through the recurrent weight": (
+        "kernels/recurrence_bwd.py",
+        "p_x = dpreact_ptr + FIRST_H * H + head * DH",
+        "p_x = dpreact_ptr + head * DH",
+        "tests/kernels/test_cells.py",
+    ),
+    "both directions have the vectors of the first": (
+        "kernels/recurrence_fwd.py",
+        "vectors_ptr + pid_d * (V * H)",
+        "vectors_ptr",
+        "tests/kernels/test_cells.py",
+    ),
+    "zoneout holds what it should not": (
+        "kernels/noise.py",
+        "states = (tl.where(words[0] < below_h, entered[0], stepped[0]),)",
+        "states = (tl.where(words[0] < below_h, stepped[0], entered[0]),)",
+        "tests/kernels/test_cells.py",
+    ),
+    "the backward draws the masks of the first direction": (
+        "kernels/recurrence_bwd.py",
+        "first_recurrence + pid_d, tile_row",
+        "first_recurrence, tile_row",
+        "tests/kernels/test_cells.py",
+    ),
     "packed: no sequence begins in reverse": (
         "kernels/recurrence_fwd.py",
-        "p_h = tl.where(begins, hx_ptr + row_state * H + head * DH + offs_b * H, p_h)",
+        "p_h = tl.where(begins, exchanged_hx_ptr + row_state * H + head * DH + offs_b * H, p_h)",
         "p_h = p_h",
         "tests/kernels/test_recurrence_fwd.py",
     ),
@@ -167,7 +197,7 @@ MUTANTS = {
     ),
     "ragged: padding has a gradient": (
         "kernels/recurrence_bwd.py",
-        "dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(G, BLOCK_B, BLOCK_H), G)",
+        "dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(KEPT, BLOCK_B, BLOCK_H), KEPT)",
         "dpreact_all = dpreact_all",
         "tests/kernels/test_recurrence_bwd.py",
     ),

@@ -11,9 +11,27 @@ steps take also `rows`, H, GROUP and SPIN_LIMIT, to add up what lies with all pr
 Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.equations`.
 """
 
+from typing import NamedTuple
+
+from triton.runtime.jit import KernelInterface
+
 from fusedlstm.kernels.cells import coupled, gru, layernorm, lstm, peephole, rnn_relu, rnn_tanh, slstm
 
+
+class Steps(NamedTuple):
+    """Of one cell, each under `triton.jit`."""
+
+    step_fwd: KernelInterface
+    step_bwd: KernelInterface
+    update: KernelInterface | None = None
+
+
+def of_module(module) -> Steps:
+    """What a file of this folder defines."""
+    return Steps(module.step_fwd, module.step_bwd, getattr(module, "update", None))
+
+
 STEPS = {
-    module.__name__.rpartition(".")[2]: (module.step_fwd, module.step_bwd, getattr(module, "update", None))
+    module.__name__.rpartition(".")[2]: of_module(module)
     for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, layernorm, slstm)
 }

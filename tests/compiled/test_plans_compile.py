@@ -4,14 +4,13 @@
 form, layout) is compiled once, at the hardest of the field's sizes that uses it; the table is then held against the plans.
 """
 
-import csv
-
 import pytest
 
 from bench import kernels
 from bench.shapes import BY_ID
-from fusedlstm import offline
+from fusedlstm import cells, offline
 from fusedlstm.devices import DEVICES
+from fusedlstm.equations import EQUATIONS
 from fusedlstm.plan import plan
 
 
@@ -19,6 +18,8 @@ def hardest():
     """One plan for every tiling: the one with the longest reduction. fp16 has the machine code of bf16."""
     chosen = {}
     for _, dtype, p in kernels.plans():
+        if p.cell != "lstm":
+            continue  # the table has them, and `test_the_family_compiles` one a cell
         tiling = (p.arch, kernels.layout(p), p.pass_, dtype, *kernels.choice(p), p.heads > 1)
         wanted = dtype != "fp16" and (p.layout == "dense" or p.arch == "sm_90")
         if wanted and (tiling not in chosen or chosen[tiling].hidden < p.hidden):
@@ -38,18 +39,30 @@ def test_compiles_within_the_limits(name):
     assert numbers[2] <= p.smem_bytes, f"plan expected at most {p.smem_bytes} bytes of shared memory, got {numbers[2]}"
 
 
+@pytest.mark.parametrize("pass_", ["fwd", "bwd"])
+@pytest.mark.parametrize("cell", [name for name in cells.CELLS if name != "lstm"])
+def test_the_family_compiles(cell, pass_):
+    """Each cell at H 512 with masks; and with zoneout and dropouts, which may cost registers but not correctness."""
+    p = plan(cell, 100, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, layout="packed")
+    numbers = kernels.compile_numbers(p)
+    assert not kernels.faults(p, numbers), kernels.faults(p, numbers)
+    assert numbers[2] <= p.smem_bytes
+    noises = {"DROPS_CANDIDATE": True, "DROPS_H": True, "TRAINING": True}
+    noises |= {"HOLDS": True} if EQUATIONS[cell].update else {}
+    assert offline.compile_plan(p, **noises).spill_bytes <= kernels.SOME_BYTES
+
+
 def test_the_committed_table_is_of_these_plans():
-    """bench/results/kernels.csv: a row for every shape, dtype, pass, target and layout, with the plan of today, and no fault."""
-    with kernels.RESULTS.open() as file:
-        rows = {(r["shape"], r["dtype"], r["pass"], r["target"], r["layout"]): r for r in csv.DictReader(file)}
-    expected = {(shape, dtype, p.pass_, p.arch, kernels.layout(p)): p for shape, dtype, p in kernels.plans()}
+    """bench/results/kernels.csv: a row for every cell, shape, dtype, pass, target and layout, with the plan of today, and no fault."""
+    rows = kernels.rows_of(kernels.RESULTS)
+    expected = {kernels.row_key(shape, dtype, p): p for shape, dtype, p in kernels.plans()}
     assert rows.keys() == expected.keys()
     for key, p in expected.items():
         row = rows[key]
         assert tuple(row[name] for name in kernels.CHOICE) == kernels.choice(p), key
         numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
         assert not kernels.faults(p, numbers), (key, kernels.faults(p, numbers))
-        assert (row["predicted_us"], row["bound_us"]) == kernels.times(BY_ID[key[0]], p), key
+        assert (row["predicted_us"], row["bound_us"]) == kernels.times(BY_ID[key[1]], p), key
         assert float(row["predicted_us"]) >= float(row["bound_us"]) >= 0
 
 

@@ -1,0 +1,156 @@
+"""registry.py: a cell of a user's own is checked, known to every engine, and told wrong in words."""
+
+import sys
+
+import pytest
+import torch
+
+import fusedlstm
+import page
+from fusedlstm import cells, engines, equations
+from fusedlstm.cells import GRU, PEEPHOLE, Cell
+
+EQUATIONS = tuple(equations.EQUATIONS["gru"])
+KERNELS = "fusedlstm.kernels.cells.gru"
+PLAIN = Cell("mine", gates=("f", "g"), states=("h",))
+KEPT = GRU._replace(name="mine")
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    with page.forgotten():
+        yield
+
+
+class Mine(fusedlstm.Recurrent):
+    cell = "mine"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gru_under_another_name_is_a_gru(bias):
+    """With blocks of its own, biases in the step, and kernels named by their module."""
+    fusedlstm.register_cell(KEPT, EQUATIONS, KERNELS)
+    from fusedlstm.kernels.cells import STEPS
+
+    assert STEPS["mine"] == STEPS["gru"]
+    gru = fusedlstm.GRU(3, 6, bias=bias, bidirectional=True, dtype=torch.float64)
+    mine = Mine(3, 6, bias=bias, bidirectional=True, dtype=torch.float64, backend="torch")
+    mine.load_state_dict(gru.state_dict())
+    for sequence in page.SEQUENCES:
+        found, expected = (page.outcome(module, sequence, torch.float64) for module in (mine, gru))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_vectors_become_parameters():
+    fusedlstm.register_cell(PEEPHOLE._replace(name="mine"), tuple(equations.EQUATIONS["peephole"]))
+    assert [*Mine(3, 6)._parameters] == [*fusedlstm.PeepholeLSTM(3, 6)._parameters]
+
+
+def test_without_kernels_the_engine_says_so(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fusedlstm.register_cell(KEPT, EQUATIONS)
+    with pytest.raises(RuntimeError, match="cannot serve this call: the kernels have no cell 'mine', they have lstm, "):
+        Mine(3, 6, backend="triton")(torch.randn(4, 2, 3))
+
+
+def test_where_triton_is_missing_a_module_of_kernels_is_not_imported(monkeypatch):
+    monkeypatch.setattr(engines, "triton_is_installed", lambda: False)
+    fusedlstm.register_cell(KEPT, EQUATIONS, "a_module_that_is_not_there")
+    assert Mine(3, 6)(torch.randn(4, 2, 3))[0].shape == (4, 2, 6)
+
+
+def test_without_update_there_is_no_zoneout():
+    fusedlstm.register_cell(KEPT, EQUATIONS[:2])
+    with pytest.raises(ValueError, match="zoneout: expected 0 for the cell 'mine'"):
+        Mine(3, 6, zoneout=0.1)
+
+
+WRONG_CELLS = {
+    "name taken": (PLAIN._replace(name="gru"), ValueError, "cell.name: expected a new one, got 'gru', which is taken"),
+    "no name": (PLAIN._replace(name="my cell"), ValueError, "cell.name: expected a name of letters"),
+    "not a cell": (("mine", ("f",), ("h",)), TypeError, "cell: expected a Cell, got tuple"),
+    "a comma forgotten": (PLAIN._replace(states="h"), TypeError, "cell.states: expected a tuple of names, got 'h'"),
+    "no gates": (PLAIN._replace(gates=()), ValueError, "cell.gates: expected at least one, got none"),
+    "a gate twice": (
+        PLAIN._replace(gates=("f", "f")),
+        ValueError,
+        "cell.gates: expected every name once, got ('f', 'f')",
+    ),
+    "h not first": (PLAIN._replace(states=("c", "h")), ValueError, "cell.states: expected 'h' first"),
+    "too few kept": (
+        KEPT._replace(kept=("n", "r")),
+        ValueError,
+        "cell.kept: expected at least a block for each of the 3 gates",
+    ),
+    "x_blocks alone": (
+        PLAIN._replace(x_blocks=(1, 0)),
+        ValueError,
+        "cell.x_blocks: expected () without cell.kept, got (1, 0)",
+    ),
+    "x_blocks missing": (
+        KEPT._replace(x_blocks=()),
+        ValueError,
+        "cell.x_blocks: expected a place for every gate, each of 0 to 2",
+    ),
+    "x_blocks beyond": (KEPT._replace(x_blocks=(1, 2, 3)), ValueError, "each of 0 to 2 once, got (1, 2, 3)"),
+    "x_blocks twice": (KEPT._replace(x_blocks=(1, 1, 0)), ValueError, "each of 0 to 2 once, got (1, 1, 0)"),
+    "a parameter of torch's": (
+        PLAIN._replace(vectors=("bias_hh",)),
+        ValueError,
+        "cell.vectors: expected names that the parameters of torch.nn leave, got bias_hh",
+    ),
+}
+
+
+def raises(error, text, *arguments):
+    before = dict(cells.CELLS), dict(equations.EQUATIONS)
+    with pytest.raises(error) as raised:
+        fusedlstm.register_cell(*arguments)
+    assert text in str(raised.value)
+    assert before == (cells.CELLS, equations.EQUATIONS)
+    assert "mine" not in sys.modules["fusedlstm.kernels.cells"].STEPS
+
+
+@pytest.mark.parametrize(("cell", "error", "text"), WRONG_CELLS.values(), ids=WRONG_CELLS.keys())
+def test_wrong_cells(cell, error, text):
+    raises(error, text, cell, EQUATIONS)
+
+
+def test_a_name_is_taken_once():
+    fusedlstm.register_cell(PLAIN, EQUATIONS)
+    with pytest.raises(ValueError, match="cell.name: expected a new one, got 'mine', which is taken"):
+        fusedlstm.register_cell(PLAIN, EQUATIONS)
+
+
+def test_wrong_equations():
+    step, step_backward, update, _ = EQUATIONS
+    names = "step, step_backward, update, vectors_backward"
+    raises(TypeError, f"equations: expected a tuple of {names}, got <module", PLAIN, equations)
+    raises(TypeError, f"equations: expected a tuple of {names}, got ", PLAIN, (step,) * 5)
+    raises(TypeError, "equations: expected step_backward to be a function, got None", PLAIN, (step,))
+    raises(TypeError, "equations: expected update to be a function, got 1", PLAIN, (step, step_backward, 1))
+    own = PLAIN._replace(vectors=("p",))
+    raises(TypeError, "expected vectors_backward to be a function, got None", own, (step, step_backward, update))
+
+
+def test_wrong_kernels():
+    from fusedlstm.kernels.cells import STEPS
+
+    step_fwd, step_bwd, _ = STEPS["gru"]
+    raises(
+        TypeError,
+        "kernels: expected step_bwd to be a function under triton.jit, got None",
+        PLAIN,
+        EQUATIONS,
+        (step_fwd,),
+    )
+    raises(
+        TypeError, "expected update to be a function under triton.jit, got None", PLAIN, EQUATIONS, (step_fwd, step_bwd)
+    )
+    plain = (step_fwd, step_bwd, EQUATIONS[2])
+    raises(TypeError, "expected update to be a function under triton.jit, got <function", PLAIN, EQUATIONS, plain)
+    raises(
+        TypeError, "expected step_fwd to be a function under triton.jit, got None", PLAIN, EQUATIONS, "fusedlstm.heads"
+    )
+    raises(ModuleNotFoundError, "nowhere_at_all", PLAIN, EQUATIONS, "nowhere_at_all")
