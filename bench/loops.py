@@ -14,6 +14,7 @@ CASES = {
     "rnn_relu": [(512, 1, 64), (128, 32, 128), (32, 64, 512)],
     "peephole": [(128, 32, 128)],
     "coupled": [(128, 32, 128)],
+    "layernorm": [(128, 32, 128)],
     "lstm": [(128, 32, 128)],
 }
 
@@ -41,15 +42,30 @@ def rival(cell: str, parameters: list):
         c = c + torch.sigmoid(i) * (torch.tanh(g) - c)
         return torch.sigmoid(o) * torch.tanh(c), c
 
-    step = {"peephole": peephole, "coupled": coupled}[cell]
+    def layernorm(preact, h, c, gain_c, bias_c):
+        i, f, g, o = preact.chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(layer_norm(c, c.shape[1:], gain_c, bias_c)), c
+
+    step = {"peephole": peephole, "coupled": coupled, "layernorm": layernorm}[cell]
     weight_ih, weight_hh, bias_ih, bias_hh, *vectors = parameters
+    normalises = cell == "layernorm"
+    if normalises:
+        gain_ih, gain_hh, *vectors = vectors
+    layer_norm = torch.nn.functional.layer_norm
 
     def loop(x):
-        preact_x = torch.nn.functional.linear(x, weight_ih, bias_ih + bias_hh)
+        preact_x = torch.nn.functional.linear(x, weight_ih, None if normalises else bias_ih + bias_hh)
+        if normalises:
+            preact_x = layer_norm(preact_x, gain_ih.shape, gain_ih, bias_ih + bias_hh)
         h = c = x.new_zeros(x.size(1), weight_hh.size(1))
         hs, weight_t = [], weight_hh.t()
         for preact in preact_x.unbind():
-            h, c = step(torch.addmm(preact, h, weight_t), h, c, *vectors)
+            if normalises:
+                preact = preact + layer_norm(h @ weight_t, gain_hh.shape, gain_hh)
+            else:
+                preact = torch.addmm(preact, h, weight_t)
+            h, c = step(preact, h, c, *vectors)
             hs.append(h)
         return torch.stack(hs)
 
@@ -64,7 +80,8 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
 
     of, bound = cells.CELLS[cell], H**-0.5
     torch.manual_seed(0)
-    shapes = [(of.num_gates * H, H)] * 2 + [(of.num_gates * H,)] * 2 + [(H,)] * len(of.vectors)
+    shapes = [(of.num_gates * H, H)] * 2 + [(of.num_gates * H,)] * 2
+    shapes += [(blocks * H,) for blocks in of.vector_blocks.values()]
     parameters = [torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound)) for shape in shapes]
     x, grad = torch.randn(T, B, H, requires_grad=True), torch.randn(T, B, H)
     states = tuple(torch.zeros(1, B, H) for _ in of.states)

@@ -2,7 +2,8 @@
 
 Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a TFLOP/s 1e6 operations. One time step:
 
-    wait       = the exchange: barrier_us (counter), exchange_us (data), launch_us (a launch a step), or nothing
+    wait       = the exchange: barrier_us (counter), exchange_us (data), launch_us (a launch a step), or nothing; and a barrier_us
+                 for every norm
     operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps; at least L2_US for every
                  chunk of K, or so many chunks as stages let be under way at once
     product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the instruction;
@@ -131,7 +132,8 @@ def cost(p: "Plan", steps: int, batch: int, limits: DeviceLimits, *, saves: bool
         moved += weights * p.walked
     return Cost(
         fetch=limits.fetch_us,
-        wait=waits[p.protocol] / (walked if stepped else 1),  # once a launch
+        wait=waits[p.protocol] / (walked if stepped else 1)  # once a launch
+        + p.norms_per_step * limits.barrier_us,
         operand=operand,
         product=product,
         pointwise=pointwise,

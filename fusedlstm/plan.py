@@ -470,10 +470,12 @@ def _block_k(
     return min(widest, max(16, _power_of_2(reduction)))
 
 
-def _longest_chunk(cell: str, pass_: str, dtype: str, masked: bool, wide: bool) -> int:
+def _longest_chunk(cell: str, pass_: str, dtype: str, masked: bool, wide: bool, block_h: int) -> int:
     """Of a resident reduction of cells beside the LSTM, found where the compiler spilled; `wide`: transposed, many rows."""
+    if cells.CELLS[cell].norms and dtype == "fp32":
+        return 64 if pass_ == "fwd" else 128 if masked else 2048 // block_h
     if cells.CELLS[cell].norms:
-        return (128 if pass_ == "fwd" or masked else 256) // (2 if dtype == "fp32" else 1)
+        return 128 if pass_ == "fwd" or masked else 256
     if masked and dtype == "fp32":
         return 32
     return 64 if wide else 256 if cell == "slstm" and pass_ == "bwd" else 512
@@ -520,16 +522,18 @@ def _fit(
     transposed = limits.wide_mma and not ieee and block_b < 64 <= columns
     if schedule == "resident" and dtype == "fp32" and reduction * columns > 1 << 15:
         transposed = False  # spills, where the plain form does not
+    if cells.CELLS[cell].norms and schedule == "resident" and dtype == "fp32":
+        transposed = False  # the same
     by_gate = pass_ == "bwd" and (schedule == "single" or heads > 1)  # a head's columns are a part of every gate
     segment = hidden // heads if by_gate else reduction
     # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
     splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
     block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
     norms, masked = cells.CELLS[cell].norms, layout != "dense"
+    if norms and schedule == "resident" and _spills_with_norms(pass_, block_b, layout, transposed):
+        return None
     if cell != "lstm" and schedule == "resident":  # more lives through a step, and a shorter chunk leaves registers
-        if norms and ((transposed and block_b > 16) or (block_b == 64 and pass_ == "fwd")):
-            return None  # spills
-        block_k = min(block_k, _longest_chunk(cell, pass_, dtype, masked, transposed and block_b > 16))
+        block_k = min(block_k, _longest_chunk(cell, pass_, dtype, masked, transposed and block_b > 16, block_h))
     chunks = reduction // segment * math.ceil(segment / block_k)
     if norms and schedule == "resident" and dtype == "fp32" and chunks >= 32:
         return None  # spills
@@ -548,8 +552,10 @@ def _fit(
         num_warps = 8
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
-    if norms and (pass_ == "bwd" or splits):
-        num_warps = 8
+    if norms and not (transposed and pass_ == "fwd"):
+        # Where rows come and go on sm_80, eight warps spill what four do not.
+        narrow = splits and block_h == 8 and masked and not limits.wide_mma
+        num_warps = 4 if narrow and pass_ == "bwd" else 8
     if cell != "lstm" and not norms and (schedule != "streamed" or block_b * block_h >= 1024):
         num_warps = 8  # the same; the LSTM's tiles were tried one by one
     # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
@@ -724,6 +730,13 @@ def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:
             return True
         return (tile >= 1024 and chunks >= 16) or (p.pass_ == "bwd" and tile >= 512 and chunks >= 32)
     return p.schedule == "single" and p.pass_ == "bwd" and p.dtype == "fp32" and p.block_h >= 64
+
+
+def _spills_with_norms(pass_: str, block_b: int, layout: str, transposed: bool) -> bool:
+    """The same, of resident tiles of cells with norms: more lives through a step."""
+    if pass_ == "fwd":
+        return block_b == 64 or (transposed and block_b > 16)
+    return layout != "dense" and block_b == 32
 
 
 def _why(schedule: str, slice_bytes: int, group: int, limits: DeviceLimits) -> str:

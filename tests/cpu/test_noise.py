@@ -16,7 +16,7 @@ KINDS = {
     "weight": {"weight_dropout": 0.4},
     "all": {"zoneout": 0.2, "candidate_dropout": 0.3, "recurrent_dropout": 0.3, "weight_dropout": 0.3},
 }
-LAYERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM")
+LAYERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM")
 
 
 def test_philox_known_answers():
