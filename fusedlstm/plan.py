@@ -530,13 +530,11 @@ def _fit(
     splits = schedule == "resident" and not transposed and columns <= (32 if pass_ == "fwd" else 16) and block_b <= 32
     block_k = _block_k(schedule, block_b, block_h, dtype, ieee, segment, columns, pass_, layout, transposed, splits)
     norms, masked = cells.CELLS[cell].norms, layout != "dense"
-    if norms and schedule == "resident" and _spills_with_norms(pass_, block_b, layout, transposed):
+    if norms and _spills_with_norms(schedule, pass_, block_b, block_h, dtype, reduction, masked, transposed):
         return None
     if cell != "lstm" and schedule == "resident":  # more lives through a step, and a shorter chunk leaves registers
         block_k = min(block_k, _longest_chunk(cell, pass_, dtype, masked, transposed and block_b > 16, block_h))
     chunks = reduction // segment * math.ceil(segment / block_k)
-    if norms and schedule == "resident" and dtype == "fp32" and chunks >= 32:
-        return None  # spills
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
     stages = 1 if schedule != "streamed" else 2 if ieee else 3
@@ -732,11 +730,17 @@ def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:
     return p.schedule == "single" and p.pass_ == "bwd" and p.dtype == "fp32" and p.block_h >= 64
 
 
-def _spills_with_norms(pass_: str, block_b: int, layout: str, transposed: bool) -> bool:
-    """The same, of resident tiles of cells with norms: more lives through a step."""
+def _spills_with_norms(
+    schedule: str, pass_: str, block_b: int, block_h: int, dtype: str, reduction: int, masked: bool, transposed: bool
+) -> bool:
+    """The same, of cells with norms: more lives through a step."""
+    if schedule == "single":
+        return pass_ == "bwd" and dtype == "fp32" and block_h >= 64
+    if schedule == "streamed":
+        return False
     if pass_ == "fwd":
         return block_b == 64 or (transposed and block_b > 16)
-    return layout != "dense" and block_b == 32
+    return (masked and block_b == 32) or (dtype == "fp32" and reduction >= 4096)
 
 
 def _why(schedule: str, slice_bytes: int, group: int, limits: DeviceLimits) -> str:
