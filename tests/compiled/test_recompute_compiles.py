@@ -6,10 +6,12 @@ from fusedlstm import launch, offline
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.recompute import recompute_kernel
 
+MASKS = [(), ("RAGGED", "RESETS"), ("PACKED", "RESETS"), ("HOLDS", "DROPS_CANDIDATE", "TRAINING")]
 
-@pytest.mark.parametrize("layout", [(), ("RAGGED", "RESETS"), ("PACKED", "RESETS")], ids=str)
+
+@pytest.mark.parametrize("on", MASKS, ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_compiles(arch, layout):
+def test_compiles(arch, on):
     names = recompute_kernel.arg_names
     types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in names}
     types |= {
@@ -18,8 +20,12 @@ def test_compiles(arch, layout):
         "lengths_ptr": "*i32",
         "first_row_ptr": "*i64",
         "resets_ptr": "*i8",
+        "seed_ptr": "*i64",
+        "first_row_of_all": "i64",
+        **dict.fromkeys(("rate_h", "rate_c", "scale_candidate"), "fp32"),
     }
-    flags = {name: name in layout for name in ("PACKED", "RAGGED", "RESETS")}
-    constants = {"H": 1024, "G": 4, "S": 1, "STEP": STEPS["lstm"][0], "BLOCK_H": launch.RECOMPUTED_UNITS, **flags}
+    flags = {name: name in on for name in ("PACKED", "RAGGED", "RESETS", "HOLDS", "DROPS_CANDIDATE", "TRAINING")}
+    constants = {"H": 1024, "G": 4, "V": 0, "S": 1, "STEP": STEPS["lstm"][0], "BLOCK_H": launch.RECOMPUTED_UNITS}
+    constants |= flags
     compiled = offline.compile_kernel(recompute_kernel, types, constants, arch, num_warps=4, debug=True)
     assert compiled.spill_bytes == 0 and compiled.regs <= 64
