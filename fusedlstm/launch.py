@@ -537,22 +537,28 @@ def _sums(plan: Plan, unread: Tensor) -> Tensor:
 
 def _row_statistics(cell: str, gates: Tensor, c_seq: Tensor, D: int, H: int) -> Tensor:
     """Of every row and direction what the backward of both norms needs, [R, D, 4] float32 (`kernels.norms`)."""
-    of, R = cells.CELLS[cell], gates.numel() // gates.size(-1)
+    R = gates.numel() // gates.size(-1)
     found = torch.empty(R, D, 4, dtype=torch.float32, device=gates.device)
     if R:
         with _on(gates.device):
             row_statistics_kernel[(R, D)](
-                gates_ptr=gates,
-                c_seq_ptr=c_seq,
-                statistics_ptr=found,
-                D=D,
-                H=H,
-                G=of.num_gates,
-                KEPT=of.num_kept,
-                BLOCK_GH=triton.next_power_of_2(of.num_gates * H),
-                BLOCK_H=triton.next_power_of_2(H),
+                gates_ptr=gates, c_seq_ptr=c_seq, statistics_ptr=found, D=D, **row_statistics_constants(cell, H)
             )
     return found
+
+
+def row_statistics_constants(cell: str, H: int) -> dict:
+    """The compile-time arguments of `row_statistics_kernel`, and its warps: a thread has 32 numbers or less."""
+    of = cells.CELLS[cell]
+    block = triton.next_power_of_2(of.num_gates * H)
+    return {
+        "H": H,
+        "G": of.num_gates,
+        "KEPT": of.num_kept,
+        "BLOCK_GH": block,
+        "BLOCK_H": triton.next_power_of_2(H),
+        "num_warps": max(1, min(32, block // 1024)),
+    }
 
 
 def _rows_of(x: Tensor, width: int) -> bool:

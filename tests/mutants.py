@@ -35,6 +35,20 @@ MUTANTS = {
         "pass",
         "tests/kernels/test_exchange.py",
     ),
+    "norms: one slot": ("kernels/norms.py", "k % 2 *", "0 *", "tests/kernels/test_norms.py"),
+    "norms: an exchange too early": ("kernels/norms.py", "GROUP * (k + 1)", "GROUP * k", "tests/kernels/test_norms.py"),
+    "norms: squares about a program's mean only": (
+        "kernels/norms.py",
+        " + sizes[q] * (means[q] - mean) * (means[q] - mean)",
+        "",
+        "tests/kernels/test_norms.py",
+    ),
+    "norms: squares less the square": (
+        "kernels/norms.py",
+        "square = tl.sum(centred * centred, 1)[:, None]",
+        "square = tl.sum(tl.where(mask, x * x, 0.0), 1)[:, None] - own * mean * mean",
+        "tests/kernels/test_norms.py",
+    ),
     "exchange: takes what is there": (
         "kernels/exchange.py",
         "pending = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) * (1 - complete)",

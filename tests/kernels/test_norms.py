@@ -1,4 +1,4 @@
-"""kernels/norms.py and cells/layernorm.py: a cell whose statistics cross programs, every tensor against the specification."""
+"""kernels/norms.py: statistics that cross programs, in the cell that has them; its other combinations run in test_cells.py."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fusedlstm import cells, launch, reference
 from fusedlstm.kernels import barrier, norms
-from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
 FWD, BWD = ("output", "h_n", "c_n", "gates", "c_seq"), ("grad_preact", "grad_hx", "grad_cx")
@@ -67,34 +67,6 @@ def test_equals_specification(device, schedule, T, B, H):
     check(inputs_of(T, B, H, device=device), schedule=schedule)
 
 
-@pytest.mark.parametrize("schedule", ["single", "resident"])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision(device, dtype, schedule):
-    check(inputs_of(3, 3, 40, dtype=dtype, device=device), schedule=schedule, protocol="data")
-
-
-LAYOUTS = {
-    "packed": {"packed": LENGTHS["ragged"]},
-    "packed, two tiles": {"packed": LENGTHS["two tiles"]},
-    "ragged": {"T": RAGGED["one tile"][0], "lengths": RAGGED["one tile"][1], "resets": 0.3},
-    "ragged, two tiles": {"T": RAGGED["two tiles"][0], "lengths": RAGGED["two tiles"][1]},
-    "resets": {"T": 4, "B": 5, "resets": 0.3},
-}
-TILES = {
-    "single": {"schedule": "single"},
-    "counter": {"protocol": "counter"},
-    "data, tiles walked": {"protocol": "data", "groups": 1},
-}
-
-
-@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(device, layout, tiles):
-    """Both directions, and no gradient of a state above the clip."""
-    options = {"T": 0, "B": 0, **layout}
-    check(inputs_of(**options, H=19, D=2, device=device), clip=0.3, **tiles)
-
-
 def test_a_mean_far_from_zero(device):
     """Preactivations of 1000 and a cell state of 1000, both nearly equal in all units: squares less the square would be noise."""
     inputs = inputs_of(2, 3, 33, device=device)
@@ -112,7 +84,7 @@ def test_under_seeded_schedules_to_the_last_bit(seed, protocol):
     """Whoever comes first: the baton moves at every load and store."""
     from fusedlstm import interpreter
 
-    inputs = inputs_of(3, 0, 40, lengths=[2, 3, 0, 1], resets=0.2)
+    inputs = inputs_of(3, 0, 20, lengths=[2, 3, 0, 1], resets=0.2)
     expected = run(inputs, protocol=protocol)
     with interpreter.side_by_side(seed, yield_on_memory=True):
         found = run(inputs, protocol=protocol)

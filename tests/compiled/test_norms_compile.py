@@ -1,0 +1,46 @@
+"""The kernels of a cell with norms, compiled for sm_80 and sm_90 without a GPU, with the tiles of their plans."""
+
+import pytest
+
+from bench import kernels
+from fusedlstm import launch, offline
+from fusedlstm.devices import DEVICES
+from fusedlstm.kernels.norms import row_statistics_kernel
+from fusedlstm.plan import plan
+
+
+@pytest.mark.parametrize("pass_", ["fwd", "bwd"])
+@pytest.mark.parametrize(
+    ("arch", "dtype", "hidden", "layout"),
+    [
+        ("sm_80", "bf16", 1024, "dense"),
+        ("sm_80", "fp32", 512, "dense"),
+        ("sm_90", "bf16", 64, "ragged"),
+        ("sm_90", "bf16", 1024, "dense"),
+        ("sm_90", "fp32", 1024, "dense"),
+    ],
+)
+def test_compiles_within_the_limits(arch, dtype, hidden, layout, pass_):
+    p = plan("layernorm", 100, 64, hidden, dtype, 1, DEVICES[arch], pass_, layout=layout)
+    numbers = kernels.compile_numbers(p)
+    assert not kernels.faults(p, numbers), kernels.faults(p, numbers)
+    assert numbers[2] <= p.smem_bytes
+
+
+@pytest.mark.parametrize("protocol", ["counter", "data"])
+@pytest.mark.parametrize("pass_", ["fwd", "bwd"])
+def test_exchanges_of_a_step(pass_, protocol):
+    """Two of norms, each by release and acquire, and h by its protocol; every sum of the group is read past L1."""
+    p = plan("layernorm", 100, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
+    ptx = offline.compile_plan(p).asm["ptx"]
+    assert p.barriers_per_step == 3
+    for instruction in ("atom.global.gpu.release.add", "ld.global.gpu.acquire"):
+        assert ptx.count(instruction) == 2 + (protocol == "counter")
+
+
+@pytest.mark.parametrize("hidden", [7, 1024, 8192])
+def test_row_statistics(hidden):
+    constants = launch.row_statistics_constants("layernorm", hidden)
+    options = {"num_warps": constants.pop("num_warps")}
+    types = {"gates_ptr": "*bf16", "c_seq_ptr": "*fp32", "statistics_ptr": "*fp32", "D": "i32"}
+    assert offline.compile_kernel(row_statistics_kernel, types, constants, "sm_90", **options).spill_bytes == 0
