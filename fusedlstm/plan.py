@@ -471,14 +471,17 @@ def _block_k(
 
 
 def _longest_chunk(cell: str, pass_: str, dtype: str, masked: bool, wide: bool, block_h: int) -> int:
-    """Of a resident reduction of cells beside the LSTM, found where the compiler spilled; `wide`: transposed, many rows."""
+    """Of a resident reduction of cells beside the LSTM, found where the compiler spilled; `wide`: a transposed product
+    of a large tile."""
     if cells.CELLS[cell].norms and dtype == "fp32":
-        return 64 if pass_ == "fwd" else 128 if masked else 2048 // block_h
+        return min(64, 4 * block_h) if pass_ == "fwd" else 128 if masked else 2048 // block_h
     if cells.CELLS[cell].norms:
-        return 128 if pass_ == "fwd" or masked else 256
-    if masked and dtype == "fp32":
-        return 32
-    return 64 if wide else 256 if cell == "slstm" and pass_ == "bwd" else 512
+        return (64 if masked and pass_ == "bwd" and block_h == 8 else 128) if pass_ == "fwd" or masked else 256
+    if dtype == "fp32":
+        return 32 if masked else 128 if cell == "gru" and pass_ == "bwd" and block_h > 8 else 256
+    if pass_ == "fwd":
+        return 64 if wide else 512
+    return 256 // (2 if cell == "slstm" and masked else 1) if cell == "slstm" or masked else 512
 
 
 def _fit(
@@ -533,7 +536,9 @@ def _fit(
     if norms and _spills_with_norms(schedule, pass_, block_b, block_h, dtype, reduction, masked, transposed):
         return None
     if cell != "lstm" and schedule == "resident":  # more lives through a step, and a shorter chunk leaves registers
-        block_k = min(block_k, _longest_chunk(cell, pass_, dtype, masked, transposed and block_b > 16, block_h))
+        block_k = min(
+            block_k, _longest_chunk(cell, pass_, dtype, masked, transposed and block_b * block_h >= 512, block_h)
+        )
     chunks = reduction // segment * math.ceil(segment / block_k)
     slice_bytes = chunks * block_k * columns * itemsize * (2 if stack else 1)
     exchange_bytes = block_b * block_k * itemsize
@@ -551,8 +556,8 @@ def _fit(
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
     if norms and not (transposed and pass_ == "fwd"):
-        # Where rows come and go on sm_80, eight warps spill what four do not.
-        narrow = splits and block_h == 8 and masked and not limits.wide_mma
+        # On sm_80, and where no rows come and go, eight warps spill what four do not.
+        narrow = splits and block_h == 8 and not (masked and limits.wide_mma)
         num_warps = 4 if narrow and pass_ == "bwd" else 8
     if cell != "lstm" and not norms and (schedule != "streamed" or block_b * block_h >= 1024):
         num_warps = 8  # the same; the LSTM's tiles were tried one by one
@@ -700,6 +705,11 @@ def _spills_some(p: Plan, limits: DeviceLimits) -> bool:
     """The same, of a few bytes: better that than no plan."""
     ieee = p.dtype == "fp32" and p.precision == "ieee"
     tile = p.block_b * p.block_h
+    largest = 512 if p.dtype == "fp32" else 2048
+    if p.cell != "lstm" and p.pass_ == "fwd" and p.schedule == "resident" and (p.block_b == 64 or tile >= largest):
+        return True
+    if p.cell == "slstm" and p.schedule == "single" and p.pass_ == "bwd" and p.dtype == "fp32" and p.block_h >= 64:
+        return True
     if p.schedule == "resident":
         if p.pass_ == "bwd" and tile >= (512 if p.cell == "slstm" else 1024):
             return True
@@ -718,6 +728,10 @@ def _spills_with_masks(p: Plan, limits: DeviceLimits) -> bool:
     """The same, of the plans that are clean without rows that come and go."""
     ieee = p.dtype == "fp32" and p.precision == "ieee"
     chunks, tile = math.ceil(p.reduction / p.block_k), p.block_b * p.block_h
+    if p.cell != "lstm" and p.schedule == "streamed" and p.pass_ == "bwd" and tile >= 1024:
+        return True
+    if p.cell in ("peephole", "slstm") and p.schedule == "resident" and p.pass_ == "bwd" and tile >= 256:
+        return True
     if not limits.wide_mma and ((ieee and tile >= 2048) or (p.block_b == 64 and chunks > 8)):
         return True
     largest = 1024 if p.hidden * ITEMSIZE[p.dtype] % 16 else 2048 if p.dtype == "fp32" else math.inf
