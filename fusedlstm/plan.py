@@ -473,7 +473,7 @@ def _block_k(
 def _longest_chunk(cell: str, pass_: str, dtype: str, masked: bool, wide: bool, block_h: int) -> int:
     """Of a resident reduction of cells beside the LSTM, found where the compiler spilled; `wide`: transposed, many rows."""
     if cells.CELLS[cell].norms and dtype == "fp32":
-        return 64 if pass_ == "fwd" else 128 if masked else 2048 // block_h
+        return (32 if masked else 64) if pass_ == "fwd" else 128 if masked else 2048 // block_h
     if cells.CELLS[cell].norms:
         return 128 if pass_ == "fwd" or masked else 256
     if masked and dtype == "fp32":
