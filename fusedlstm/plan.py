@@ -474,7 +474,9 @@ def _longest_chunk(cell: str, pass_: str, dtype: str, masked: bool, wide: bool, 
     """Of a resident reduction of cells beside the LSTM, found where the compiler spilled; `wide`: a transposed product
     of a large tile."""
     if cells.CELLS[cell].norms and dtype == "fp32":
-        return min(64, 4 * block_h) if pass_ == "fwd" else 128 if masked else 2048 // block_h
+        if pass_ == "fwd":
+            return 32 if masked or block_h <= 16 else 64
+        return 128 if masked else 2048 // block_h
     if cells.CELLS[cell].norms:
         return (64 if masked and pass_ == "bwd" and block_h == 8 else 128) if pass_ == "fwd" or masked else 256
     if dtype == "fp32":
@@ -556,10 +558,11 @@ def _fit(
     if layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
         num_warps = 8  # rows that come and go need registers, which long unrolled loops do not leave
     if norms and not (transposed and pass_ == "fwd"):
-        # On sm_80, and where no rows come and go, eight warps spill what four do not.
-        narrow = splits and block_h == 8 and not (masked and limits.wide_mma)
+        # On sm_80 eight warps spill what four do not.
+        narrow = splits and block_h == 8 and not limits.wide_mma
         num_warps = 4 if narrow and pass_ == "bwd" else 8
-    if cell != "lstm" and not norms and (schedule != "streamed" or block_b * block_h >= 1024):
+    largest = 256 if cell == "slstm" and pass_ == "bwd" else 1024  # of a streamed tile with four
+    if cell != "lstm" and not norms and (schedule != "streamed" or block_b * block_h >= largest):
         num_warps = 8  # the same; the LSTM's tiles were tried one by one
     # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
     # (How often: not less than any plan of the table was found to take.)
@@ -754,7 +757,7 @@ def _spills_with_norms(
         return False
     if pass_ == "fwd":
         return block_b == 64 or (transposed and block_b > 16)
-    return (masked and block_b == 32) or (dtype == "fp32" and reduction >= 4096)
+    return (masked and max(block_b, block_h) == 32) or (dtype == "fp32" and reduction >= 4096)
 
 
 def _why(schedule: str, slice_bytes: int, group: int, limits: DeviceLimits) -> str:
