@@ -179,7 +179,7 @@ def takes(argument: str) -> bool:
     """Whether `fusedlstm.LSTM` has an argument of this name."""
     import fusedlstm
 
-    return argument in inspect.signature(fusedlstm.LSTM.__init__).parameters
+    return argument in inspect.signature(fusedlstm.Recurrent.__init__).parameters
 
 
 def _serves_ours(shape, dtype, device):
