@@ -31,7 +31,7 @@ NOISES = ("HOLDS", "DROPS_CANDIDATE", "DROPS_H", "TRAINING")
 # Compile-time switches beyond what a plan says.
 FLAGS = {
     "fwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "SAVE_GATES", "SAVE_STATES"),
-    "bwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "CLIP", "HAS_GRAD_OUTPUT", "HAS_GRAD_C_SEQ"),
+    "bwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "CLIP", "HAS_GRAD_C_SEQ"),
 }
 
 if triton.knobs.runtime.interpret:
@@ -299,8 +299,9 @@ def recurrence_bwd(
         return grad_preact, grad_hx, grad_cx
     plan = plan or plan_for(cell, gates, weight_hh, hx, "bwd", layout.name, stack is not None)
     grad_c_seq = grad_c_seq if cx.size(0) else None
-    has_grad_output = grad_output is not None
-    if has_grad_output and not _rows_of(grad_output, width):
+    if grad_output is None:  # one row of zeros stands for all
+        grad_output = output.new_zeros(width).expand(*rows, width)
+    elif not _rows_of(grad_output, width):
         grad_output = grad_output.contiguous()
     if plan.schedule == "stepped":
         _only_dense(layout, stack, noise)
@@ -310,7 +311,7 @@ def recurrence_bwd(
     counters = _counters(plan, output.device)
     _launch(
         plan,
-        grad_output_ptr=grad_output if has_grad_output else output,
+        grad_output_ptr=grad_output,
         grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
         grad_h_n_ptr=grad_h_n.contiguous(),
         grad_c_n_ptr=grad_c_n.contiguous(),
@@ -333,15 +334,14 @@ def recurrence_bwd(
         B=B,
         D=D,
         R=math.prod(rows),
-        rows_grad_output_t=grad_output.stride(0) // width if has_grad_output and not packed else 0,
-        rows_grad_output_b=grad_output.stride(-2) // width if has_grad_output else 0,
+        rows_grad_output_t=0 if packed else grad_output.stride(0) // width,
+        rows_grad_output_b=grad_output.stride(-2) // width,
         clip=0.0 if clip is None else clip,
         **constants(
             plan,
             **_flags(layout),
             **_noises(noise),
             CLIP=clip is not None,
-            HAS_GRAD_OUTPUT=has_grad_output,
             HAS_GRAD_C_SEQ=grad_c_seq is not None,
         ),
     )

@@ -71,7 +71,7 @@ def compile_plan(plan: Plan, **flags: bool) -> Compiled:
     if plan.schedule == "stepped":
         return compile_step(plan, **flags)
     kernel = launch.KERNELS[plan.pass_]
-    training = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else {"HAS_GRAD_OUTPUT"}
+    training = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else set()
     # With masks, the most that a kernel can be asked for.
     masks = {"dense": set(), "packed": {"PACKED", "RESETS"}, "ragged": {"RAGGED", "RESETS"}}[plan.layout]
     more = {"CLIP", "HAS_GRAD_C_SEQ"} if masks and plan.pass_ == "bwd" else set()
@@ -85,7 +85,7 @@ def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
     if input_size:
         on = {"HAS_INPUT", "HAS_BIAS"}
     else:
-        on = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else {"HAS_GRAD_OUTPUT"}
+        on = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else set()
     constants = stepping.constants(plan, input_size, **dict.fromkeys(on, True) | flags)
     signature = stepping.signature(plan, input_size > 0)
     return compile_kernel(stepping.KERNELS[plan.pass_], signature, constants, plan.arch, **stepping.options(plan))

@@ -20,7 +20,7 @@ from fusedlstm.plan import Plan
 KERNELS = {"fwd": step_fwd_kernel, "bwd": step_bwd_kernel}
 FLAGS = {
     "fwd": ("HAS_INPUT", "HAS_BIAS", "HAS_BIAS_HH", "SAVE_GATES", "SAVE_STATES"),
-    "bwd": ("CLIP", "HAS_GRAD_OUTPUT", "HAS_GRAD_C_SEQ"),
+    "bwd": ("CLIP", "HAS_GRAD_C_SEQ"),
 }
 
 
@@ -112,7 +112,7 @@ def recurrence_fwd(
 
 def recurrence_bwd(
     plan: Plan,
-    grad_output: Tensor | None,  # [T, B, D*H]; rows of D*H contiguous
+    grad_output: Tensor,  # [T, B, D*H]; rows of D*H contiguous, and a stride of 0 is one row for all
     grad_c_seq: Tensor | None,  # [S, T, B, D*H]
     grad_h_n: Tensor,  # [D, B, H]
     grad_c_n: Tensor,  # [S, D, B, H]
@@ -132,10 +132,10 @@ def recurrence_bwd(
     (T, B, DH), D = output.shape, hx.size(0)
     dstate = torch.empty(2, 1 + cx.size(0), *hx.shape, dtype=torch.float32, device=hx.device)
     dstate[0, 0], dstate[0, 1:] = grad_h_n, grad_c_n
-    weight_hh, has_grad_output = [w.contiguous() for w in weight_hh], grad_output is not None
+    weight_hh = [w.contiguous() for w in weight_hh]
     launch = functools.partial(
         KERNELS["bwd"][plan.grid],
-        grad_output_ptr=grad_output if has_grad_output else output,
+        grad_output_ptr=grad_output,
         grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
         weight_hh_ptr=weight_hh[0],
         weight_hh_reverse_ptr=weight_hh[-1],
@@ -151,11 +151,9 @@ def recurrence_bwd(
         B=B,
         D=D,
         clip=0.0 if clip is None else clip,
-        rows_grad_output_t=grad_output.stride(0) // DH if has_grad_output else 0,
-        rows_grad_output_b=grad_output.stride(1) // DH if has_grad_output else 0,
-        **constants(
-            plan, CLIP=clip is not None, HAS_GRAD_OUTPUT=has_grad_output, HAS_GRAD_C_SEQ=grad_c_seq is not None
-        ),
+        rows_grad_output_t=grad_output.stride(0) // DH,
+        rows_grad_output_b=grad_output.stride(1) // DH,
+        **constants(plan, CLIP=clip is not None, HAS_GRAD_C_SEQ=grad_c_seq is not None),
         **options(plan),
     )
     with _on(output.device):

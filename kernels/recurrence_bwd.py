@@ -62,7 +62,7 @@ from fusedlstm.kernels.tiles import (
 )
 def recurrence_bwd_kernel(
     # inputs
-    grad_output_ptr,  # [R, D*H]; [R, H] if STACK: of the last layer; read if HAS_GRAD_OUTPUT
+    grad_output_ptr,  # [R, D*H]; [R, H] if STACK: of the last layer
     grad_c_seq_ptr,  # [S, R, D*H]  float32; [S, R, H] if STACK; read if HAS_GRAD_C_SEQ
     grad_h_n_ptr,  # [D, B, H]
     grad_c_n_ptr,  # [S, D, B, H]
@@ -99,7 +99,7 @@ def recurrence_bwd_kernel(
     V: tl.constexpr,
     S: tl.constexpr,
     NORMS: tl.constexpr,  # whether a step needs sums over the units of all programs (`norms`)
-    # strides of grad_output, in rows
+    # strides of grad_output, in rows; 0: one row stands for all
     rows_grad_output_t,  # not used if PACKED
     rows_grad_output_b,
     # noise: the number of the first recurrence and of the first row; what words are below, and the rates in the mean
@@ -133,7 +133,6 @@ def recurrence_bwd_kernel(
     DROPS_H: tl.constexpr,
     TRAINING: tl.constexpr,  # masks, and not their mean
     CLIP: tl.constexpr,
-    HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_GRAD_C_SEQ: tl.constexpr,
     SPIN_LIMIT: tl.constexpr,
 ):
@@ -274,18 +273,17 @@ def recurrence_bwd_kernel(
                 c_ptr = tl.where(begins, cx_ptr + row_state * H, c_seq_ptr + row_prev * H)
                 offs_prev = offs_b[:, None] * tl.where(begins, H, side_by_side * H) + offs_h[None, :]
                 before = fetch_state(h_ptr, c_ptr, offs_prev, mask, tl.where(begins, stride_state, stride_seq), S)
-            if HAS_GRAD_OUTPUT:
-                mask_grad = mask
-                if PACKED:
-                    grad_row = (first_row + row) * rows_grad_output_b
-                else:
-                    grad_row = t * rows_grad_output_t + row * rows_grad_output_b
-                grad_ptr = grad_output_ptr + grad_row * (side_by_side * H)
-                if STACK:
-                    mask_grad = mask & ~below
-                else:
-                    grad_ptr += pid_d * H
-                grad_output = fetch_tuple(grad_ptr, offs_grad_output, mask_grad, 0, 1)
+            mask_grad = mask
+            if PACKED:
+                grad_row = (first_row + row) * rows_grad_output_b
+            else:
+                grad_row = t * rows_grad_output_t + row * rows_grad_output_b
+            grad_ptr = grad_output_ptr + grad_row * (side_by_side * H)
+            if STACK:
+                mask_grad = mask & ~below
+            else:
+                grad_ptr += pid_d * H
+            grad_output = fetch_tuple(grad_ptr, offs_grad_output, mask_grad, 0, 1)
             if HAS_GRAD_C_SEQ:
                 mask_grad = mask
                 grad_c_ptr = grad_c_seq_ptr + row_seq * H
@@ -324,8 +322,7 @@ def recurrence_bwd_kernel(
 
             dh = dstate[0]
             dcell = dstate[1:]
-            if HAS_GRAD_OUTPUT:
-                dh = dh + grad_output[0].to(tl.float32)
+            dh = dh + grad_output[0].to(tl.float32)
             if HAS_GRAD_C_SEQ:
                 dcell = add_tuple(dcell, grad_c, S)
             if STACK:

@@ -23,7 +23,7 @@ from fusedlstm.kernels.tiles import add_tuple, clamp_tuple, load_state, load_tup
 @triton.jit(do_not_specialize=["step", "T", "B", "D", "clip", "rows_grad_output_t", "rows_grad_output_b"])
 def step_bwd_kernel(
     # inputs
-    grad_output_ptr,  # [T, B, D*H]; read if HAS_GRAD_OUTPUT
+    grad_output_ptr,  # [T, B, D*H]
     grad_c_seq_ptr,  # [S, T, B, D*H]  float32; read if HAS_GRAD_C_SEQ
     weight_hh_ptr,  # [G*H, DH]  direction 0
     weight_hh_reverse_ptr,  # [G*H, DH]  direction 1
@@ -48,7 +48,7 @@ def step_bwd_kernel(
     KEPT: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
-    # strides of grad_output, in rows of D*H elements
+    # strides of grad_output, in rows of D*H elements; 0: one row stands for all
     rows_grad_output_t,
     rows_grad_output_b,
     # cell, tiling and flags
@@ -60,7 +60,6 @@ def step_bwd_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     CLIP: tl.constexpr,
-    HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_GRAD_C_SEQ: tl.constexpr,
 ):
     KEPT_H: tl.constexpr = KEPT * H
@@ -111,11 +110,10 @@ def step_bwd_kernel(
     if step == T:
         store_tuple(out_ptr, offs_state, mask, stride_state, dstate, 0, 1 + S)
     else:
-        if HAS_GRAD_OUTPUT:
-            grad_row = t * rows_grad_output_t + row * rows_grad_output_b
-            offs_grad = offs_b.to(tl.int64)[:, None] * rows_grad_output_b * (D * H) + offs_h[None, :]
-            dh = load_tuple(grad_output_ptr + (grad_row * D + pid_d) * H, offs_grad, mask, 0, 1)
-            dstate = (dstate[0] + dh[0],) + dstate[1:]
+        grad_row = t * rows_grad_output_t + row * rows_grad_output_b
+        offs_grad = offs_b.to(tl.int64)[:, None] * rows_grad_output_b * (D * H) + offs_h[None, :]
+        dh = load_tuple(grad_output_ptr + (grad_row * D + pid_d) * H, offs_grad, mask, 0, 1)
+        dstate = (dstate[0] + dh[0],) + dstate[1:]
         if HAS_GRAD_C_SEQ:
             dc = load_tuple(grad_c_seq_ptr + row_seq * H, offs_seq, mask, stride_seq, S)
             dstate = (dstate[0],) + add_tuple(dstate[1:], dc, S)

@@ -99,10 +99,8 @@ def test_matrix_instruction_in_the_loop():
     assert offline.loop_operations(forward.asm["sass"])["HGMMA"] >= 4
 
 
-def test_inference_and_missing_gradient_compile():
+def test_inference_compiles():
     assert offline.compile_plan(sm_90("fwd", None), SAVE_GATES=False, SAVE_STATES=False).spill_bytes == 0
-    # Not how layers train: found were 8 bytes (Triton 3.7.1, by data) and 0 (3.6.0).
-    assert offline.compile_plan(sm_90("bwd", None), HAS_GRAD_OUTPUT=False).spill_bytes <= 8
 
 
 def test_a_clipped_gradient_that_is_nan_stays_nan():
