@@ -23,6 +23,7 @@ from fusedlstm.plan import LAYOUTS, Plan, plan, wave
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
 MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
 SOME_BYTES = 64  # a thread may spill on a target that nobody here tunes for
+TRITON = "3.7.1"  # of the table
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
 FAMILY_SHAPES = ("S2", "M1", "F1", "L1")  # of the cells beside the LSTM: one a schedule and more
@@ -95,6 +96,11 @@ def rows_of(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
         return {tuple(row[name] for name in COLUMNS[:6]): row for row in csv.DictReader(file)}
 
 
+def numbers_of(row: dict[str, str]) -> tuple:
+    """What `compile_numbers` found."""
+    return int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"]
+
+
 def layout(p: Plan) -> str:
     """How the recurrences of the launch lie."""
     return "wave" if p.stack else p.layout
@@ -140,8 +146,7 @@ def known_numbers(path: Path, rows: list[tuple[str, str, Plan]]) -> dict[tuple, 
     for shape_id, dtype, p in rows:
         row = table.get(row_key(shape_id, dtype, p))
         if row and tuple(row[name] for name in CHOICE) == choice(p):
-            numbers = (int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"])
-            found[compile_key(p)] = numbers
+            found[compile_key(p)] = numbers_of(row)
     return found
 
 

@@ -1,5 +1,7 @@
 """The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward, against ATen's
-(GRU, RNN, LSTM), or against a loop of torch operations that autograd differentiates, its input product taken before it.
+(GRU, RNN, LSTM), or against two loops of torch operations that autograd differentiates, both with the input product taken before:
+"indexed" as it is written down, step t is `preact_x[t] + linear(h, weight_hh)`; "unbound" by one who knows what the gradient of
+indexing costs, and that the sum fits into the product.
 
 Weights and input are the same, all gradients are taken and compared first, rounds take turns (`bench.timing`). LSTM is not ours to
 win there, oneDNN has it whole: its row shows what a loop costs beside the best there is.
@@ -7,6 +9,9 @@ win there, oneDNN has it whole: its row shows what a loop costs beside the best 
 
 import argparse
 import os
+
+from rich.console import Console
+from rich.table import Table
 
 CASES = {
     "gru": [(512, 1, 64), (128, 32, 128), (32, 64, 512)],
@@ -19,8 +24,8 @@ CASES = {
 }
 
 
-def rival(cell: str, parameters: list):
-    """A function of x [T, B, I] that gives h of every step: torch.nn's layer, else a loop as users write it."""
+def rivals(cell: str, parameters: list) -> dict:
+    """Functions of x [T, B, I] that give h of every step: torch.nn's layer, else loops as users write them."""
     import torch
 
     of_aten = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN, "rnn_relu": torch.nn.RNN}
@@ -30,7 +35,13 @@ def rival(cell: str, parameters: list):
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
         for name, p in zip(names, parameters, strict=True):
             setattr(module, name, p)
-        return lambda x: module(x)[0]
+        return {"ATen": lambda x: module(x)[0]}
+    return {name: _loop(cell, parameters, indexed=name == "indexed") for name in ("unbound", "indexed")}
+
+
+def _loop(cell: str, parameters: list, indexed: bool):
+    import torch
+    from torch.nn.functional import layer_norm, linear
 
     def peephole(preact, h, c, p_i, p_f, p_o):
         i, f, g, o = preact.chunk(4, -1)
@@ -49,23 +60,25 @@ def rival(cell: str, parameters: list):
 
     step = {"peephole": peephole, "coupled": coupled, "layernorm": layernorm}[cell]
     weight_ih, weight_hh, bias_ih, bias_hh, *vectors = parameters
-    normalises = cell == "layernorm"
+    weight_t, normalises = weight_hh.t(), cell == "layernorm"
     if normalises:
         gain_ih, gain_hh, *vectors = vectors
-    layer_norm = torch.nn.functional.layer_norm
+
+    def recurrent(preact_x, h):
+        if normalises:
+            return preact_x + layer_norm(h @ weight_t, gain_hh.shape, gain_hh)
+        return preact_x + linear(h, weight_hh) if indexed else torch.addmm(preact_x, h, weight_t)
 
     def loop(x):
-        preact_x = torch.nn.functional.linear(x, weight_ih, None if normalises else bias_ih + bias_hh)
-        if normalises:
-            preact_x = layer_norm(preact_x, gain_ih.shape, gain_ih, bias_ih + bias_hh)
+        bias = bias_ih + bias_hh
+        preact_x = (
+            layer_norm(x @ weight_ih.t(), gain_ih.shape, gain_ih, bias) if normalises else linear(x, weight_ih, bias)
+        )
         h = c = x.new_zeros(x.size(1), weight_hh.size(1))
-        hs, weight_t = [], weight_hh.t()
-        for preact in preact_x.unbind():
-            if normalises:
-                preact = preact + layer_norm(h @ weight_t, gain_hh.shape, gain_hh)
-            else:
-                preact = torch.addmm(preact, h, weight_t)
-            h, c = step(preact, h, c, *vectors)
+        by_step = preact_x if indexed else preact_x.unbind()
+        hs = []
+        for t in range(len(x)):
+            h, c = step(recurrent(by_step[t], h), h, c, *vectors)
             hs.append(h)
         return torch.stack(hs)
 
@@ -73,7 +86,7 @@ def rival(cell: str, parameters: list):
 
 
 def calls_of(cell: str, T: int, B: int, H: int) -> dict:
-    """Both sides, forward and backward; each gives all gradients."""
+    """All sides, forward and backward; each gives all gradients."""
     import torch
 
     from fusedlstm import cells, recurrence
@@ -89,10 +102,8 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
     def both(forward):
         return lambda: torch.autograd.grad(forward(x), [x, *parameters], grad)
 
-    return {
-        "rival": both(rival(cell, parameters)),
-        "loop": both(lambda x: recurrence.layer(cell, x, states, [parameters], "torch")[0]),
-    }
+    calls = {name: both(rival) for name, rival in rivals(cell, parameters).items()}
+    return calls | {"ours": both(lambda x: recurrence.layer(cell, x, states, [parameters], "torch")[0])}
 
 
 def main(arguments=None) -> None:
@@ -107,16 +118,20 @@ def main(arguments=None) -> None:
     from bench import registry, timing
 
     torch.set_num_threads(options.threads)
-    print(f"{'cell':10}{'T':>6}{'B':>6}{'H':>6}{'rival ms':>11}{'loop ms':>11}{'ratio p50':>11}{'p20':>7}{'p80':>7}")
+    table = Table("cell", "T", "B", "H", "rival", "rival ms", "ours ms", "ratio p50", "p20", "p80")
     for cell in options.cell or CASES:
         for T, B, H in CASES[cell]:
             calls = calls_of(cell, T, B, H)
-            for ours, exact in zip(calls["loop"](), calls["rival"](), strict=True):
-                assert registry.relative_error(ours, exact) < 1e-3, (cell, T, B, H)
+            *rivals, _ = calls
+            for name in rivals:
+                for ours, exact in zip(calls["ours"](), calls[name](), strict=True):
+                    assert registry.relative_error(ours, exact) < 1e-3, (cell, T, B, H, name)
             samples = timing.time_cpu(calls, options.seconds)
-            p50, p20, p80 = timing.percentiles(timing.ratios(samples, "rival", "loop"))
-            rival_ms, loop_ms = (timing.percentiles(samples.ms[name])[0] for name in ("rival", "loop"))
-            print(f"{cell:10}{T:6}{B:6}{H:6}{rival_ms:11.2f}{loop_ms:11.2f}{p50:11.2f}{p20:7.2f}{p80:7.2f}", flush=True)
+            for name in rivals:
+                times = [timing.percentiles(samples.ms[side])[0] for side in (name, "ours")]
+                ratios = timing.percentiles(timing.ratios(samples, name, "ours"))
+                table.add_row(cell, *map(str, (T, B, H)), name, *(f"{x:.2f}" for x in (*times, *ratios)))
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedlstm.layout import Layout
+
 OF_ROWS, OF_SEQUENCES, OF_WEIGHTS = range(3)  # what a counter counts
 RESOLUTION = 24  # bits of a probability
 
@@ -154,3 +156,16 @@ def _stream(recurrence: int, kind: int) -> int:
 
 def _below(word: Tensor, rate: float) -> Tensor:
     return word >> (32 - RESOLUTION) < threshold(rate)
+
+
+def entering(
+    output: Tensor,  # [T, B, H] or [R, H]
+    hx: Tensor,  # [B, H]
+    factor: Tensor,  # [B, H]
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """The h that enters a dropped recurrent product in place of every h."""
+    if layout.first_row is None:
+        return output * factor, hx * factor
+    _, sequence = layout.positions(len(output))
+    return output * factor[sequence], hx * factor

@@ -55,3 +55,8 @@ def _vectors(of: cells.Cell, bias: bool, parameters: list[Tensor]) -> Tensor:
         bias_hh = parameters[3] if bias else weight_hh.new_zeros(len(weight_hh))
         own = [*bias_hh.chunk(of.num_gates), *own]
     return torch.stack(own)
+
+
+def joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """One tensor of several; of one, itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fusedlstm import cells, reference
 from fusedlstm.layout import Layout
+from fusedlstm.parameter_gradients import ParameterGradients
 from fusedlstm.parameters import has_bias, input_bias, vectors
-from fusedlstm.recurrence import ParameterGradients, _input_product, _stacked, _state_dtype
+from fusedlstm.recurrence import _input_product, _stacked, _state_dtype
 
 
 @torch.library.custom_op("fusedlstm::wave_fwd", mutates_args=())

@@ -132,9 +132,9 @@ MUTANTS = {
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "grad_weight_hh forgets hx": (
-        "fusedlstm/recurrence.py",
-        "_of_first_steps(grad_preact, direction, layout), hx,",
-        "_of_first_steps(grad_preact, direction, layout), 0 * hx,",
+        "fusedlstm/parameter_gradients.py",
+        "of_first_steps(grad_preact, direction, layout), hx,",
+        "of_first_steps(grad_preact, direction, layout), 0 * hx,",
         "tests/kernels/test_recurrence.py",
     ),
     "packed: an ended sequence steps on": (
@@ -186,7 +186,7 @@ MUTANTS = {
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "packed: grad_weight_hh takes one direction for the other": (
-        "fusedlstm/recurrence.py",
+        "fusedlstm/parameter_gradients.py",
         "layout.states_before(output, hx, direction)",
         "layout.states_before(output, hx, 0)",
         "tests/kernels/test_recurrence.py",

@@ -1,4 +1,4 @@
-"""plan.py: a plan covers the problem, fits the device, and can never wait for a program that is not there."""
+"""plan: a plan covers the problem, fits the device, and can never wait for a program that is not there."""
 
 import itertools
 import math

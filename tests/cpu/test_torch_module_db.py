@@ -23,6 +23,7 @@ from torch._subclasses.meta_utils import assert_metadata_eq
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import fusedlstm
+from grids import WHOLE
 from support import assert_accurate
 
 # A warning of stock's about itself.
@@ -110,7 +111,7 @@ class Subject(NamedTuple):
     def inputs(
         self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu", whole=False
     ) -> list[ModuleInput]:
-        """Of GRU and RNN every fifth, unless `whole`: so each option has each value, and what is around is LSTM's."""
+        """Of many every third, of GRU and RNN every fifth, so each option has each value; all if `whole` or with whole grids."""
         found = [
             m
             for m in self.info.module_inputs_func(
@@ -119,7 +120,9 @@ class Subject(NamedTuple):
             if (m.constructor_input.kwargs.get("proj_size", 0) > 0) == self.projected
         ]
         assert found and all(m.forward_input is not None for m in found)
-        return found if whole or self.info.module_cls not in (nn.GRU, nn.RNN) else found[::5]
+        if whole or WHOLE or len(found) < 16:
+            return found
+        return found[::5] if self.info.module_cls in (nn.GRU, nn.RNN) else found[::3]
 
 
 def subjects(*backends, projections=True):

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import launch
+from grids import grid
 from support import DTYPES, assert_accurate, tiled
 
 
@@ -161,9 +162,7 @@ MASKED = {
 }
 
 
-@pytest.mark.parametrize("given", ["lengths", "resets", "both"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", MASKED.values(), ids=MASKED.keys())
+@grid({"options": MASKED, "dtype": list(DTYPES), "given": ["lengths", "resets", "both"]})
 def test_lengths_and_resets(device, options, dtype, given):
     """Every result, all cell states and every gradient, against the specification in the same dtype and in float64."""
     T, B, I, H = 5, 6, 5, 19

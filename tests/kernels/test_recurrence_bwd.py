@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
+from grids import grid
 from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")
@@ -52,9 +53,7 @@ def check(T, B, H, D, dtype, device, fwd_plan, bwd_plan, change=lambda grads: gr
         assert_accurate(name, a, b, c)
 
 
-@pytest.mark.parametrize(("T", "B", "H"), SIZES, ids=lambda n: str(n))
-@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@grid({"dtype": list(DTYPES), ("schedule", "transposed"): FORMS, ("T", "B", "H"): SIZES})
 def test_equals_specification(device, dtype, schedule, transposed, T, B, H):
     fwd = tiled("fwd", B, H, dtype, schedule="single", precision="ieee")
     bwd = tiled("bwd", B, H, dtype, schedule=schedule, transposed=transposed, block_k=32, precision="ieee")
@@ -82,9 +81,7 @@ def test_parts_of_the_reduction(device, block_b, block_k, split):
     )
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+@grid({("schedule", "transposed"): FORMS, "directions": [1, 2], "lengths": LENGTHS})
 def test_packed(device, schedule, transposed, directions, lengths):
     options = {"schedule": schedule, "transposed": transposed, "directions": directions, "precision": "ieee"}
     plans = [tiled(pass_, len(lengths), 20, "fp32", **options) for pass_ in ("fwd", "bwd")]
@@ -98,24 +95,25 @@ def test_packed_in_half_precision(device, dtype):
     check(0, 0, 40, 2, dtype, device, *plans, packed=[3] * 9 + [2] * 20 + [1] * 8)
 
 
-@pytest.mark.parametrize("resets", [0.0, 0.3])
-@pytest.mark.parametrize(("T", "lengths"), RAGGED.values(), ids=RAGGED.keys())
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+@grid({("schedule", "transposed"): FORMS, "directions": [1, 2], ("T", "lengths"): RAGGED, "resets": [0.0, 0.3]})
 def test_ragged(device, schedule, transposed, directions, T, lengths, resets):
     options = {"schedule": schedule, "transposed": transposed, "directions": directions, "precision": "ieee"}
     plans = [tiled(pass_, len(lengths), 20, "fp32", **options) for pass_ in ("fwd", "bwd")]
     check(T, 0, 20, directions, "fp32", device, *plans, lengths=lengths, resets=resets)
 
 
-@pytest.mark.parametrize("packed", [None, LENGTHS["two tiles"]], ids=["dense", "packed"])
-@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
-def test_resets(device, schedule, transposed, packed):
+@grid(
+    {
+        ("schedule", "transposed"): FORMS,
+        "packed": {"dense": None, "packed": LENGTHS["two tiles"]},
+        "clip": [None, 0.3],
+    }
+)
+def test_resets(device, schedule, transposed, packed, clip):
     """No gradient crosses a cut; and none that enters a step is larger than the clip."""
     options = {"schedule": schedule, "transposed": transposed, "directions": 2, "precision": "ieee"}
     plans = [tiled(pass_, 19, 20, "fp32", **options) for pass_ in ("fwd", "bwd")]
-    for clip in (None, 0.3):
-        check(4, 19, 20, 2, "fp32", device, *plans, packed=packed, resets=0.3, clip=clip)
+    check(4, 19, 20, 2, "fp32", device, *plans, packed=packed, resets=0.3, clip=clip)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

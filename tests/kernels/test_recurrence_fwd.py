@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
+from grids import grid
 from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
 NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
@@ -30,9 +31,7 @@ def check(inputs, plan):
     return ours
 
 
-@pytest.mark.parametrize(("T", "B", "H"), SIZES, ids=lambda n: str(n))
-@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@grid({"dtype": list(DTYPES), ("schedule", "transposed"): FORMS, ("T", "B", "H"): SIZES})
 def test_equals_specification(device, dtype, schedule, transposed, T, B, H):
     inputs = recurrence_inputs(T, B, H, 1, DTYPES[dtype], device)
     check(inputs, tiled("fwd", B, H, dtype, schedule=schedule, transposed=transposed, precision="ieee"))
@@ -44,9 +43,7 @@ def test_two_directions(device, schedule):
     check(inputs, tiled("fwd", 5, 20, "fp32", schedule=schedule, directions=2, precision="ieee"))
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+@grid({("schedule", "transposed"): FORMS, "directions": [1, 2], "lengths": LENGTHS})
 def test_packed(device, schedule, transposed, directions, lengths):
     """Rows of a step lie together; the reverse direction starts at each sequence's own last step."""
     inputs = recurrence_inputs(0, 0, 20, directions, torch.float32, device, packed=lengths)
@@ -61,10 +58,7 @@ def test_packed_in_half_precision(device, dtype):
     check(inputs, tiled("fwd", 37, 40, dtype, directions=2, groups=1, block_k=64))
 
 
-@pytest.mark.parametrize("resets", [0.0, 0.3])
-@pytest.mark.parametrize(("T", "lengths"), RAGGED.values(), ids=RAGGED.keys())
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize(("schedule", "transposed"), FORMS)
+@grid({("schedule", "transposed"): FORMS, "directions": [1, 2], ("T", "lengths"): RAGGED, "resets": [0.0, 0.3]})
 def test_ragged(device, schedule, transposed, directions, T, lengths, resets):
     """Padding is zero, whatever was there; the reverse direction starts at each sequence's own last step."""
     inputs = recurrence_inputs(T, 0, 20, directions, torch.float32, device, lengths=lengths, resets=resets)
