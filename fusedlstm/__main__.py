@@ -8,6 +8,16 @@ from pathlib import Path
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 PLAN_DTYPES = ("fp32", "fp16", "bf16")
+LAYERS = {  # by the name of the cell
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "peephole": ("PeepholeLSTM", {}),
+    "coupled": ("CoupledLSTM", {}),
+    "layernorm": ("LayerNormLSTM", {}),
+    "slstm": ("SLSTM", {}),
+}
 
 
 def positive(text: str) -> int:
@@ -44,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     info.set_defaults(run=run_info)
 
     plan = commands.add_parser("plan", help="how the kernels would run a recurrence, and why; needs no GPU")
+    plan.add_argument("--cell", choices=LAYERS, default="lstm")
     plan.add_argument("--hidden", type=positive, required=True)
     plan.add_argument("--batch", type=positive, default=32)
     plan.add_argument("--steps", type=positive, default=100)
@@ -54,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=run_plan)
 
     tune = commands.add_parser("tune", help="measure the best plans and cuDNN on this GPU, and keep the choice")
+    tune.add_argument("--cell", choices=LAYERS, default="lstm")
     tune.add_argument("--hidden", type=positive, help="units; needed but for --show and --clear")
     tune.add_argument("--batch", type=positive, default=32)
     tune.add_argument("--steps", type=positive, default=100)
@@ -134,6 +146,7 @@ def run_plan(args: argparse.Namespace) -> None:
             arch=args.arch,
             directions=args.directions,
             heads=args.heads,
+            cell=args.cell,
         )
     except (ValueError, NotImplementedError, plan.PlanError) as error:
         fail(error)
@@ -171,9 +184,9 @@ def run_tune(args: argparse.Namespace) -> None:
     where = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     features = args.input or args.hidden
-    module = fusedlstm.LSTM(
-        features, args.hidden, args.layers, bidirectional=args.directions == 2, device=where, dtype=dtype
-    )
+    name, options = LAYERS[args.cell]
+    options = {"bidirectional": args.directions == 2, "device": where, "dtype": dtype, **options}
+    module = getattr(fusedlstm, name)(features, args.hidden, args.layers, **options)
     input = torch.randn(args.steps, args.batch, features, device=where, dtype=dtype)
     try:
         found = fusedlstm.tune(module, input, seconds=args.seconds)

@@ -79,14 +79,15 @@ def stack(
     if (
         engine == "triton"
         and input.is_cuda
-        and cell == "lstm"  # of which `tuned` and the prediction know
+        and torch_engine.has(cell)  # else there is no rival
         and engines.requested(backend) == "auto"
         and save == "gates"  # else memory is asked for, and not time
         and torch.backends.cudnn.enabled
         and not (dropout * training and num_layers > 1)  # cuDNN draws its own masks
         and not (masked or in_steps or cell_states or grad_clip is not None or torch.compiler.is_compiling())
     ):
-        call = tuned_call(input, states, weights, dtype, batch_sizes, masked, num_layers, directions, proj_size)
+        sizes = (batch_sizes, masked, num_layers, directions, proj_size)
+        call = tuned_call(cell, input, states, weights, dtype, *sizes)
         steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
         if call is not None and 1 < steps <= torch_engine.CUDNN_STEPS:
             engine, _ = engines.fastest(call, input.device.index)
@@ -182,8 +183,9 @@ def stack(
 
 
 def tuned_call(
+    cell: str,
     input: Tensor,
-    hx: tuple[Tensor, Tensor],
+    states: tuple[Tensor, ...],  # h first, each [L * D, B, H]
     weights: list[Tensor],
     dtype: torch.dtype,
     batch_sizes: Tensor | None,
@@ -193,13 +195,13 @@ def tuned_call(
     proj_size: int,
 ) -> tuned.Call | None:
     """What an engine is chosen for, of arguments of `stack` and the dtype of its results; None if ATen does not serve it."""
-    hidden, batch = hx[1].size(-1), hx[1].size(1)
-    if batch == 0 or (not proj_size and weights[1].size(1) < hidden):  # heads
+    _, batch, hidden = states[-1].shape
+    if batch == 0 or not torch_engine.has(cell) or (not proj_size and weights[1].size(1) < hidden):  # heads
         return None
     from fusedlstm import launch
 
     return tuned.Call(
-        cell="lstm",
+        cell=cell,
         batch=batch,
         input_size=input.size(-1),
         hidden=hidden,
@@ -209,7 +211,7 @@ def tuned_call(
         dtype=launch.DTYPES[dtype],
         precision=launch.precision_of(dtype),
         layout="packed" if batch_sizes is not None else "ragged" if masked else "dense",
-        training=torch.is_grad_enabled() and any(x.requires_grad for x in (input, *hx, *weights)),
+        training=torch.is_grad_enabled() and any(x.requires_grad for x in (input, *states, *weights)),
     )
 
 

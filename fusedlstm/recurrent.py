@@ -201,7 +201,7 @@ class Recurrent(nn.RNNBase):
             if hx is None:
                 hx = self._zeros(input, input.size(batch_dim))
             elif not batched:
-                hx = tuple(s.unsqueeze(1) for s in _states(hx))
+                hx = tuple(s.unsqueeze(1) for s in as_states(hx))
             output, states, c_seq = self._run(input, hx, lengths=lengths, resets=resets, **options)
             if not batched:
                 output, c_seq = output.squeeze(batch_dim), [c.squeeze(batch_dim) for c in c_seq]
@@ -220,7 +220,7 @@ class Recurrent(nn.RNNBase):
         output, states, c_seq = functional.stack(
             self.cell,
             input,
-            _states(hx),
+            as_states(hx),
             self._flat_weights,
             bias=self.bias,
             num_layers=self.num_layers,
@@ -314,7 +314,7 @@ class RecurrentCell(nn.RNNCellBase):
             zeros = torch.zeros(input.size(0), self.hidden_size, dtype=input.dtype, device=input.device)
             states = (zeros,) * len(of.states)
         else:
-            states = _states(hx) if batched else tuple(s.unsqueeze(0) for s in _states(hx))
+            states = as_states(hx) if batched else tuple(s.unsqueeze(0) for s in as_states(hx))
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *of.vectors)
         weights = [w for name in names if (w := getattr(self, name)) is not None]
         states = functional.step(self.cell, input, states, weights, backend=self.backend)
@@ -333,7 +333,7 @@ def _shapes(
     return shapes | {name: (blocks * hidden_size,) for name, blocks in of.vector_blocks.items()}
 
 
-def _states(hx: State) -> tuple[Tensor, ...]:
+def as_states(hx: State) -> tuple[Tensor, ...]:
     return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
 

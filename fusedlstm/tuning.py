@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import checks, engines, functional, tuned
-from fusedlstm.modules import LSTM
 from fusedlstm.plan import PlanError
+from fusedlstm.recurrent import Recurrent, State, as_states
 from fusedlstm.tuned import Call, Problem
 
 Timer = Callable[[dict[str, Callable[[], None]], float], dict[str, float]]
@@ -33,9 +33,9 @@ class Measured(NamedTuple):
 
 
 def tune(
-    module: LSTM,
+    module: Recurrent,
     input: Tensor | PackedSequence,  # as for the module's forward
-    hx: tuple[Tensor, Tensor] | None = None,
+    hx: State | None = None,
     *,
     lengths: Tensor | None = None,  # [B]
     resets: Tensor | None = None,  # [T, B], [B, T] or [T]
@@ -49,9 +49,9 @@ def tune(
     The module, its gradients and the random state stay as they are. Hooks do not run.
 
     Args:
-        module: in the mode in which it will run; training is measured too if a parameter requires a gradient. In
+        module: any layer of the family, in the mode in which it will run; training is measured too if a parameter requires a gradient. In
             training mode the forward's plans are timed with what a training step saves.
-        input, hx, lengths, resets: of one call, as of `LSTM.forward`, on the GPU.
+        input, hx, lengths, resets: of one call, as of its forward, on the GPU.
         seconds: to measure for, in all; compiling the plans comes on top.
         timer: from functions and a number of seconds to the milliseconds of each; device events in interleaved rounds if
             not given, and the host's clock where the kernels are interpreted.
@@ -62,16 +62,17 @@ def tune(
     Raises:
         RuntimeError: there is no GPU, the input is not on it, the kernels cannot serve the call, or the file of choices is
             another version's.
-        TypeError, ValueError: an argument is not what it should be; of the input as `LSTM.forward`.
+        TypeError, ValueError: an argument is not what it should be; of the input as the module's forward.
     """
-    checks.instance("module", module, LSTM)
+    checks.instance("module", module, Recurrent)
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds: expected a positive number, got {seconds}")
     data = input.data if isinstance(input, PackedSequence) else input
     checks.instance("input", data, Tensor)
     masked = lengths is not None or resets is not None
     dtype = functional._result_dtype(data)
-    if reason := engines.why_not_triton(data.device, dtype, "lstm", module.hidden_size, 1 + bool(module.bidirectional)):
+    sizes = (module.cell, module.hidden_size, 1 + bool(module.bidirectional))
+    if reason := engines.why_not_triton(data.device, dtype, *sizes, heads=module.num_heads):
         raise RuntimeError(f"tune measures the kernels where they run, and cannot here: {reason}")
     from fusedlstm import launch
 
@@ -119,7 +120,7 @@ class _Run:
         with torch.inference_mode(False):
             self.batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
             self.input, self.data = input, (input if self.batch_sizes is None else input.data).detach().clone()
-            self.hx = None if hx is None else tuple(x.detach().clone() for x in hx)
+            self.hx = None if hx is None else tuple(x.detach().clone() for x in as_states(hx))
         self.grads = None
 
     def __call__(self, backend: str, training: bool) -> None:
@@ -129,20 +130,22 @@ class _Run:
             with torch.set_grad_enabled(training), torch.inference_mode(False):
                 data = self.data.detach().requires_grad_(training)  # as of every layer above another
                 input = data if self.batch_sizes is None else self.input._replace(data=data)
+                hx = self.hx if self.hx is None or len(self.hx) > 1 else self.hx[0]
                 # forward, and not a call: hooks are the user's.
-                output, states = module.forward(input, self.hx, lengths=self.lengths, resets=self.resets)
+                output, states = module.forward(input, hx, lengths=self.lengths, resets=self.resets)
                 if training:
-                    self._backward(data, [output if self.batch_sizes is None else output.data, *states])
+                    self._backward(data, [output if self.batch_sizes is None else output.data, *as_states(states)])
         finally:
             module.backend = before
 
     def call(self, dtype: torch.dtype, masked: bool, training: bool) -> Call | None:
         """What an engine is chosen for; None if there is no choice, or one that would pass for that of other calls.
 
-        Lengths, resets and clipped gradients ATen has not, `save="states"` asks for memory, and one step is another kernel.
+        Lengths, resets, clipped gradients and dropouts inside of steps ATen has not, `save="states"` asks for memory, and one
+        step is another kernel.
         """
         module, data = self.module, self.data
-        if masked or module.save != "gates" or (training and module.grad_clip is not None):
+        if masked or any(module.rates) or module.save != "gates" or (training and module.grad_clip is not None):
             return None
         if self.batch_sizes is not None:
             steps, batch = len(self.batch_sizes), int(self.batch_sizes[0])
@@ -152,10 +155,10 @@ class _Run:
             batch, steps = data.shape[:2] if module.batch_first else data.shape[1::-1]
         if steps == 1:
             return None
-        state = data.new_empty(module.num_layers, batch, module.hidden_size)  # of which only the shape is asked
+        states = (data.new_empty(module.num_layers, batch, module.hidden_size),)  # of which only the shape is asked
         sizes = (self.batch_sizes, masked, module.num_layers, 1 + bool(module.bidirectional), module.proj_size)
         with torch.set_grad_enabled(training):
-            return functional.tuned_call(data, (state, state), module._flat_weights, dtype, *sizes)
+            return functional.tuned_call(module.cell, data, states, module._flat_weights, dtype, *sizes)
 
     def _backward(self, data, results) -> None:
         wanted = [data, *(p for p in self.module.parameters() if p.requires_grad)]

@@ -20,7 +20,7 @@ a choice measured by `fusedlstm.tune` overrides it.
 
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, plan, step_plan, step_plans, wave
 from fusedlstm.plan.explain import explain
-from fusedlstm.plan.one_launch import ATTEMPT_LIMIT, COUNTER_STRIDE, LAYOUTS, SPIN_LIMIT, Plan, PlanError, Problem
+from fusedlstm.plan.one_launch import ATTEMPT_LIMIT, COUNTER_STRIDE, LAYOUTS, SPIN_LIMIT, Plan, PlanError
 
 __all__ = [
     "ATTEMPT_LIMIT",
@@ -30,7 +30,6 @@ __all__ = [
     "SPIN_LIMIT",
     "Plan",
     "PlanError",
-    "Problem",
     "beside_cudnn",
     "candidates",
     "explain",

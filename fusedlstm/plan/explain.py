@@ -1,7 +1,7 @@
 """A plan in words."""
 
 from fusedlstm import cost as costs
-from fusedlstm import tables
+from fusedlstm import tables, torch_engine
 from fusedlstm.devices import DEVICES
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates
 
@@ -15,16 +15,17 @@ def explain(
     directions: int = 1,
     heads: int = 1,
     runners_up: int = 4,
+    cell: str = "lstm",
 ) -> str:
-    """Both plans of an LSTM layer in words, as `python -m fusedlstm plan` prints them."""
+    """Both plans of a layer in words, as `python -m fusedlstm plan` prints them."""
     limits = DEVICES[arch]
-    text = [f"LSTM layer: T={steps} B={batch} H={hidden} {dtype}, {directions} direction(s), {arch} ({limits.name})"]
+    text = [f"{cell} layer: T={steps} B={batch} H={hidden} {dtype}, {directions} direction(s), {arch} ({limits.name})"]
     if heads > 1:
         text[0] += f", {heads} heads"
     for pass_, title in (("fwd", "forward"), ("bwd", "backward")):
-        found = candidates("lstm", steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
+        found = candidates(cell, steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
         p, c = found[0], costs.cost(found[0], steps, batch, limits)
-        bound = costs.bound("lstm", steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
+        bound = costs.bound(cell, steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
         text += [
             f"\n{title}: {p.schedule} - {p.why}",
             f"  tile           {p.block_b} batch rows x {p.block_h} hidden units, reduction in chunks of {p.block_k}"
@@ -55,10 +56,10 @@ def explain(
             for k, q in enumerate(found[: 1 + runners_up], 1)
         ]
         text.append(tables.text(["", "schedule", "tiles", "warps", "grid", "walked", "smem KiB", "us a step"], rows))
-    if heads == 1:
+    if heads == 1 and torch_engine.has(cell):
         text.append("")
         for training, title in ((True, "training"), (False, "inference")):
-            ours, cudnn = beside_cudnn("lstm", batch, hidden, dtype, directions, limits, training=training)
+            ours, cudnn = beside_cudnn(cell, batch, hidden, dtype, directions, limits, training=training)
             engine = "torch" if ours > CLEARLY * cudnn else "triton"
             text.append(
                 f"auto, {title}: {engine} - predicted {ours:.2f} us a step, cuDNN {cudnn:.2f} (a product and a pointwise "

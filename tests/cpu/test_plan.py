@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+import fusedlstm
 from fusedlstm import __main__ as command_line
+from fusedlstm import cells, torch_engine
 from fusedlstm.devices import DEVICES
 from fusedlstm.plan import LAYOUTS, Plan, PlanError, candidates, plan, step_plan
 
@@ -162,3 +164,15 @@ def test_command_line_prints_the_plan(capsys):
     p = plan("lstm", 100, 64, 1024, "bf16", 1, DEVICES["sm_90"], "fwd")
     assert f"forward: {p.schedule}" in printed and f"{p.block_b} batch rows x {p.block_h} hidden units" in printed
     assert "backward:" in printed and "programs a group" in printed
+    assert "lstm layer: " in printed and "auto, training: " in printed
+
+
+def test_command_line_knows_every_cell(capsys):
+    assert list(command_line.LAYERS) == list(cells.CELLS)
+    for cell, (name, options) in command_line.LAYERS.items():
+        assert getattr(fusedlstm, name)(2, 3, **options).cell == cell
+        command_line.main(["plan", "--cell", cell, "--hidden", "512"])
+        printed = capsys.readouterr().out
+        p = plan(cell, 100, 32, 512, "fp32", 1, DEVICES["sm_90"], "bwd")
+        assert f"{cell} layer: " in printed and f"backward: {p.schedule}" in printed
+        assert ("auto, training: " in printed) == torch_engine.has(cell), "ATen is a rival where it has the cell"

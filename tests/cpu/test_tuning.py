@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import __main__ as command_line
-from fusedlstm import engines, functional, launch, tuned, tuning
+from fusedlstm import cells, engines, functional, launch, tuned, tuning
 from fusedlstm.devices import DEVICES
 from fusedlstm.tuned import Call, Problem
 
@@ -292,19 +292,27 @@ def test_auto_asks_for_the_fastest_engine_where_cudnn_serves(monkeypatch, option
     monkeypatch.setattr(engines, "choose", lambda *args, **kwargs: "triton")
     monkeypatch.setattr(engines, "fastest", fastest)
     monkeypatch.setattr(functional, "_layout", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    module = fusedlstm.LSTM(5, 7, 2)
+    assert_asked(calls, fusedlstm.LSTM(5, 7, 2), options, asked)
+    if not options.get("cell_states"):
+        assert_asked(calls, fusedlstm.GRU(5, 7, 2), options, asked)
+        assert_asked(calls, fusedlstm.RNN(5, 7, 2, "relu"), options, asked)
+    assert_asked(calls, fusedlstm.PeepholeLSTM(5, 7, 2), options, False)
+
+
+def assert_asked(calls, module, options, asked):
+    calls.clear()
     input = torch.randn(3, 2, 5).as_subclass(OnGPU)
-    state = torch.zeros(2, 2, 7)
+    states = tuple(torch.zeros(2, 2, 7) for _ in cells.CELLS[module.cell].states)
     with pytest.raises(KeyboardInterrupt):
-        functional.stack("lstm", input, (state, state), module._flat_weights, num_layers=2, **options)
-    expected = Call("lstm", 2, 5, 7, 0, 2, 1, "fp32", launch.precision_of(torch.float32), "dense", True)
+        functional.stack(module.cell, input, states, module._flat_weights, num_layers=2, **options)
+    expected = Call(module.cell, 2, 5, 7, 0, 2, 1, "fp32", launch.precision_of(torch.float32), "dense", True)
     assert calls == ([expected] if asked else [])
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((torch.nn.LSTM(3, 4), torch.zeros(2, 2, 3)), TypeError, "module: expected a LSTM, got LSTM|module: expected"),
+        ((torch.nn.LSTM(3, 4), torch.zeros(2, 2, 3)), TypeError, "module: expected a Recurrent, got LSTM"),
         ((fusedlstm.LSTM(3, 4), [1.0]), TypeError, "input: expected a Tensor, got list"),
         (
             (fusedlstm.LSTM(3, 4), torch.zeros(2, 2, 3)),

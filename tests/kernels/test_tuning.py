@@ -88,6 +88,18 @@ def test_layouts_and_frozen_parameters(device, layout):
     assert all(min(m.ms.values()) > 0 for m in found)
 
 
+@pytest.mark.parametrize(("layer", "engines"), [("GRU", 2), ("PeepholeLSTM", 0)])
+def test_other_cells(device, layer, engines):
+    """With a rival where ATen has the cell."""
+    module = getattr(fusedlstm, layer)(3, 5).to(device)
+    found = fusedlstm.tune(module, torch.randn(2, 2, 3, device=device), timer=favouring_the_second, seconds=0.01)
+    plans = [m for m in found if isinstance(m.what, tuned.Problem)]
+    assert [(m.what.cell, m.what.pass_) for m in plans] == [(module.cell, "fwd"), (module.cell, "bwd")]
+    assert [m.chosen for m in plans] == [list(m.ms)[1] for m in plans]
+    calls = [m.what for m in found if isinstance(m.what, tuned.Call)]
+    assert [c.cell for c in calls] == [module.cell] * engines
+
+
 def test_a_failure_leaves_nothing_behind(device, folder):
     module = fusedlstm.LSTM(3, 5).to(device)
 
