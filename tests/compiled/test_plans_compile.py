@@ -1,6 +1,6 @@
 """Plans compiled for every target without a GPU.
 
-`make kernels` compiles all shapes of the field, which takes most of an hour, and commits the table. Here the table is held against
+`make kernels` compiles all shapes of the field, which takes 20 minutes, and commits the table. Here the table is held against
 the plans, and of each (target, layout, pass, dtype, schedule) the kernel that has the most registers in the table is compiled again:
 the next to spill if kernels change. Its numbers must be those of the table, or the table is of other kernels.
 """
