@@ -111,8 +111,9 @@ def main(arguments=None) -> None:
     parser.add_argument("--cell", choices=CASES, action="append")
     parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--wait", choices=("passive", "active"), default="passive", help="what idle threads do")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+    os.environ["OMP_WAIT_POLICY"] = options.wait  # read when torch is imported
     import torch
 
     from bench import registry, timing

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads, loops
+from fusedlstm import cells, heads, loops, threads
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.reference import steps_of
 
@@ -60,7 +60,9 @@ def recurrence_fwd(
             weight_hh=weight,
             add_recurrent=_recurrent_product(weight, H),
         )
-        _run(loops.of(cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
+        step = loops.of(cell).forward(at)
+        with threads.of_steps(2 * max(sizes, default=0) * (GH if weight is None else weight.numel())):
+            _run(step, sizes, d, (h_n[d], *c_n[:, d]))
     return (
         output.view(*leading, D * H),
         h_n,
@@ -167,17 +169,19 @@ def recurrence_bwd(
             dpreact=grad_preact[:, d],
         )
         through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
-        _run_backward(
-            loops.of(cell).backward(at),
-            at,
-            d,
-            at.by_step(through),
-            [at.by_step(g[:, d]) for g in dc_seq],
-            grad_hx[d],
-            tuple(grad_cx[:, d]),
-            _recurrent_backward(weight_hh[d], H, clip),
-            clip,
-        )
+        step = loops.of(cell).backward(at)
+        with threads.of_steps(2 * max(sizes, default=0) * weight_hh[d].numel()):
+            _run_backward(
+                step,
+                at,
+                d,
+                at.by_step(through),
+                [at.by_step(g[:, d]) for g in dc_seq],
+                grad_hx[d],
+                tuple(grad_cx[:, d]),
+                _recurrent_backward(weight_hh[d], H, clip),
+                clip,
+            )
     return grad_preact.view(*leading, D * K * H), grad_hx, grad_cx
 
 
