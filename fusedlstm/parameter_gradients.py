@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads, norms
+from fusedlstm import cells, cpu, heads, norms
 from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import Layout
 from fusedlstm.noise import NO_NOISE, Noise, entering
@@ -83,11 +83,17 @@ class ParameterGradients:
         if layout.lengths is not None and layout.first_row is None:  # gates of padding have no meaning
             steps = torch.arange(len(gates), device=gates.device).unsqueeze(1)
             gates = gates.masked_fill((steps >= layout.lengths).unsqueeze(-1), 0)
-        dpreact, kept = (x.flatten(0, -2).chunk(self.cell.num_kept, -1) for x in (grad_preact, gates))
+        dpreact, kept = grad_preact.flatten(0, -2), gates.flatten(0, -2)
         if noise.holds:  # the state that the step itself made is in no memory
-            after = self.equations.update(kept, before, noise.of_rows(len(after[0]), direction, self.H, initial[0])[2])
-        parts = self.equations.vectors_backward(dpreact, kept, before, after)
-        return torch.stack([part.sum(0) for part in parts])
+            drop = noise.of_rows(len(kept), direction, self.H, initial[0])[2]
+            after = self.equations.update(kept.chunk(self.cell.num_kept, -1), before, drop)
+        total = None
+        with cpu.alone_if_small():
+            for rows in cpu.row_blocks(len(kept), kept.device):
+                by_block = (x[rows].chunk(self.cell.num_kept, -1) for x in (dpreact, kept))
+                parts = self.equations.vectors_backward(*by_block, [s[rows] for s in before], [s[rows] for s in after])
+                total = _added(total, torch.stack([part.sum(0) for part in parts]))
+        return total
 
     def flat(self) -> list[Tensor | None]:
         """In the order of the parameters; None where none is needed."""
@@ -112,11 +118,13 @@ class ParameterGradients:
     def _through_input_norms(self, of_x: list[Tensor], x: Tensor) -> None:
         """Make the gradients [R, G*H] of normalised input products those of the products, in place."""
         for d, (g, parameters) in enumerate(zip(of_x, self.per_direction, strict=True)):
-            products = product(x.flatten(0, -2), parameters[0].t())
-            gain = parameters[-len(self.cell.vectors)]
-            of_product, of_gain = norms.of_input_product_backward(g, products, gain)
-            g.copy_(of_product)
-            self.of_gain_ih[d] = _added(self.of_gain_ih[d], of_gain)
+            gain, all_x = parameters[-len(self.cell.vectors)], x.flatten(0, -2)
+            products = product(all_x, parameters[0].t())
+            with cpu.alone_if_small():
+                for rows in cpu.row_blocks(len(g), g.device):
+                    of_product, of_gain = norms.of_input_product_backward(g[rows], products[rows], gain)
+                    g[rows].copy_(of_product)
+                    self.of_gain_ih[d] = _added(self.of_gain_ih[d], of_gain)
 
     def _of_x(self, grad_preact: Tensor) -> list[Tensor]:
         """The gradients of the input's preactivations: [R, D*G*H], or D times [R, G*H], in the order of the blocks."""

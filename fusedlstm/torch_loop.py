@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads, loops, threads
+from fusedlstm import cells, cpu, heads, loops
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.reference import steps_of
 
@@ -61,7 +61,7 @@ def recurrence_fwd(
             add_recurrent=_recurrent_product(weight, H),
         )
         step = loops.of(cell).forward(at)
-        with threads.of_steps(2 * max(sizes, default=0) * (GH if weight is None else weight.numel())):
+        with cpu.alone_if_small(2 * max(sizes, default=0) * (GH if weight is None else weight.numel())):
             _run(step, sizes, d, (h_n[d], *c_n[:, d]))
     return (
         output.view(*leading, D * H),
@@ -170,7 +170,7 @@ def recurrence_bwd(
         )
         through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
         step = loops.of(cell).backward(at)
-        with threads.of_steps(2 * max(sizes, default=0) * weight_hh[d].numel()):
+        with cpu.alone_if_small(2 * max(sizes, default=0) * weight_hh[d].numel()):
             _run_backward(
                 step,
                 at,

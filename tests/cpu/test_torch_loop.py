@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import bench.loops
-from fusedlstm import cells, heads, loops, recurrence, reference, threads, torch_engine, torch_loop
+from fusedlstm import cells, cpu, heads, loops, recurrence, reference, torch_engine, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from support import assert_accurate, cast, recurrence_inputs
 
@@ -94,15 +94,15 @@ def test_no_steps(cell):
 def test_small_steps_wake_no_thread_that_sleeps(monkeypatch, sleep, largest, expected):
     """And what was set before is set again, also after an error."""
     before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(threads, "THREADS_SLEEP", sleep)
-    monkeypatch.setattr(threads, "LARGEST_STEP", largest)
+    monkeypatch.setattr(cpu, "THREADS_SLEEP", sleep)
+    monkeypatch.setattr(cpu, "LARGEST_STEP", largest)
     monkeypatch.setattr(torch_loop, "_run", lambda *arguments: seen.append(torch.get_num_threads()))
     inputs = recurrence_inputs(T, B, H, 1, torch.float64, cell="gru")
     try:
         torch.set_num_threads(3)
         torch_loop.recurrence_fwd("gru", **inputs, save_gates=False, save_states=False)
         assert seen == [expected] and torch.get_num_threads() == 3
-        with pytest.raises(KeyError), threads.of_steps(1):
+        with pytest.raises(KeyError), cpu.alone_if_small(1):
             raise KeyError
         assert torch.get_num_threads() == 3
     finally:
