@@ -131,6 +131,12 @@ MUTANTS = {
         "t = step + reverse * 0",
         "tests/kernels/test_recurrence_fwd.py",
     ),
+    "vectors have the gradient of the last block of rows": (
+        "fusedlstm/parameter_gradients.py",
+        "total = _added(total, torch.stack",
+        "total = _added(None, torch.stack",
+        "tests/cpu/test_torch_loop.py",
+    ),
     "grad_weight_hh forgets hx": (
         "fusedlstm/parameter_gradients.py",
         "of_first_steps(grad_preact, direction, layout), hx,",

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import bench.loops
+import fusedlstm
 from fusedlstm import cells, cpu, heads, loops, recurrence, reference, torch_engine, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from support import assert_accurate, cast, recurrence_inputs
@@ -107,6 +108,20 @@ def test_small_steps_wake_no_thread_that_sleeps(monkeypatch, sleep, largest, exp
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layer", [fusedlstm.PeepholeLSTM, fusedlstm.LayerNormLSTM])
+def test_passes_in_blocks_of_rows(monkeypatch, layer):
+    """Fourteen rows in blocks of four: every gradient is that of the specification."""
+    monkeypatch.setattr(cpu, "ROWS", 4)
+    assert [s.stop for s in cpu.row_blocks(14, torch.device("cpu"))] == [4, 8, 12, 16]
+    assert cpu.row_blocks(14, torch.device("cuda")) == [slice(0, 14)]
+    module, x = layer(3, 5, bidirectional=True).double(), torch.randn(7, 2, 3, dtype=torch.float64)
+    found = []
+    for module.backend in ("torch", "reference"):
+        output, _ = module(x)
+        found.append(torch.autograd.grad(output.sin().sum(), [*module.parameters()]))
+    torch.testing.assert_close(*found, **EXACT)
 
 
 @pytest.mark.parametrize("cell", [name for name, cell in cells.CELLS.items() if cell.adds])
