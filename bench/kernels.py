@@ -16,9 +16,9 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.shapes import BY_ID, SHAPES, Shape
-from fusedlstm import cells, cost
+from fusedlstm import cells
 from fusedlstm.devices import DEVICES
-from fusedlstm.plan import LAYOUTS, Plan, plan, wave
+from fusedlstm.plan import LAYOUTS, Plan, cost, plan, wave
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
 MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`

@@ -13,7 +13,7 @@ direction form a group and exchange h (forward) or the gradients of the preactiv
 Every other group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
 most as many programs as the device holds, and walks the remaining batch tiles one after another.
 
-The choice is the candidate with the least predicted time (`fusedlstm.cost`), of those that fit and compile well. The
+The choice is the candidate with the least predicted time (`fusedlstm.plan.cost`), of those that fit and compile well. The
 prediction's constants are not fitted to measurements (`fusedlstm.devices`), so that it orders candidates and promises nothing;
 a choice measured by `fusedlstm.tune` overrides it.
 """

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from fusedlstm import cost as costs
 from fusedlstm.devices import DeviceLimits
+from fusedlstm.plan import cost as costs
 from fusedlstm.plan import one_step, time_loop
 from fusedlstm.plan.one_launch import Plan, PlanError, Problem
 

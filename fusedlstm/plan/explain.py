@@ -1,8 +1,8 @@
 """A plan in words."""
 
-from fusedlstm import cost as costs
 from fusedlstm import tables, torch_engine
 from fusedlstm.devices import DEVICES
+from fusedlstm.plan import cost as costs
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates
 
 

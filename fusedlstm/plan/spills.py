@@ -5,9 +5,8 @@ They are of Triton 3.7.1, and of nothing else: a new compiler wants a new table,
 
 import math
 
-from fusedlstm.cost import ITEMSIZE
 from fusedlstm.devices import DeviceLimits
-from fusedlstm.plan.one_launch import Plan, Problem
+from fusedlstm.plan.one_launch import ITEMSIZE, Plan, Problem
 
 
 def transposed(of: Problem, columns: int, reduction: int) -> bool:

@@ -1,4 +1,4 @@
-"""cost.py and devices.py: nothing is predicted below its bound, more work never costs less, and every constant has a source."""
+"""plan/cost.py and devices.py: nothing is predicted below its bound, more work never costs less, and every constant has a source."""
 
 import dataclasses
 import itertools
@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from fusedlstm import cost, devices, plan
+from fusedlstm import devices, plan
 from fusedlstm.devices import DEVICES, DeviceLimits
+from fusedlstm.plan import cost
 
 PROBLEMS = list(
     itertools.product(

@@ -22,15 +22,12 @@ conflicts, the clock.
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fusedlstm import cells
 from fusedlstm.devices import DeviceLimits
+from fusedlstm.plan.one_launch import ITEMSIZE, Plan
 
-if TYPE_CHECKING:
-    from fusedlstm.plan import Plan
-
-ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 STATE_ITEMSIZE = 4  # states beside h are saved in float32
 POINTWISE_US, POINTWISE_ELEMENT_US = 0.3, 0.002  # assumed: the latency of a cell, and an element's share, by warp
 L2_US = 0.25  # assumed: from a load to its data, from the L2
@@ -94,7 +91,7 @@ class Bound(NamedTuple):
         return self._fields[self.index(max(self))]
 
 
-def cost(p: "Plan", steps: int, batch: int, limits: DeviceLimits, *, saves: bool = True) -> Cost:
+def cost(p: Plan, steps: int, batch: int, limits: DeviceLimits, *, saves: bool = True) -> Cost:
     """Predict a plan's time.
 
     Args:
@@ -239,7 +236,7 @@ def _matrix_rate(dtype: str, precision: str, limits: DeviceLimits) -> float:
     return limits.fp32_tflops if precision == "ieee" else limits.tf32_tflops
 
 
-def _rate(p: "Plan", limits: DeviceLimits) -> float:
+def _rate(p: Plan, limits: DeviceLimits) -> float:
     """TFLOP/s of the whole device with the instruction that the plan's tile gets."""
     rate = _matrix_rate(p.dtype, p.precision, limits)
     matrix_rows = p.columns if p.transposed else p.block_b
