@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-triton36 test-thirdparty lint fmt kernels bench gpu rehearse mutants wheel clean
+.PHONY: demo test test-whole test-triton36 test-thirdparty lint fmt kernels bench gpu rehearse mutants wheel clean
 
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
 	$(BIN)/python -m fusedlstm train
@@ -13,6 +13,9 @@ test: .venv/ready  ## every test that this machine can run, in three processes
 	$(BIN)/pytest tests/cpu -n $(WORKERS)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
 	$(BIN)/pytest tests/compiled -n $(WORKERS)
+
+test-whole:  ## the same with every grid whole (tests/grids.py): half an hour
+	FUSEDLSTM_WHOLE_GRIDS=1 $(MAKE) test
 
 test-triton36: .venv-triton36/ready  ## kernel tests in bfloat16, the exchange, and the LSTM's kernels for sm_90, with Triton 3.6.0
 	TRITON_INTERPRET=1 .venv-triton36/bin/pytest tests/kernels -n $(WORKERS) -k "(bf16 or bfloat16 or seeded or agree or nan_passes) and not norms"
