@@ -3,8 +3,8 @@
 A step of a loop is short, and has a product and some operations, each of which may wake other threads. Threads that wait actively
 are there at once; those that sleep (`OMP_WAIT_POLICY=passive`, as on machines that are shared) come after a hundred
 microseconds or so. Then small work is done sooner by the calling thread alone. Two threads, T 128, B 32, H 128, forward and
-backward: 1.7 times as fast for the peephole LSTM, 2.7 for the vanilla RNN; at 32 million operations a step there is nothing
-to gain.
+backward, sketches: 1.7 times as fast for the peephole LSTM, 2.7 for the vanilla RNN; at 32 million operations a step there is
+nothing to gain. What the loops are beside others: `python -m bench.loops`.
 
 The number of threads changes no result but by rounding, and the choice is one of shapes and environment: the same every time.
 """

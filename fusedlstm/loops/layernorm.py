@@ -58,7 +58,7 @@ def backward(at):
 
 
 class _Norm:
-    """The backward of a norm with a gain. Its statistics cost less while a step is in the cache than those of all steps at once."""
+    """The backward of a norm with a gain. Statistics are taken step by step: of all at once they need two buffers of all rows."""
 
     def __init__(self, at, x, gain):
         self.gain, self.shape, self.by_step = gain, x.shape[1:], at.by_step(x)

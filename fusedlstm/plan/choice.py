@@ -8,24 +8,9 @@ from fusedlstm.plan import one_step, time_loop
 from fusedlstm.plan.one_launch import Plan, PlanError, Problem
 
 
-def plan(
-    cell: str,
-    steps: int,
-    batch: int,
-    hidden: int,
-    dtype: str,
-    directions: int,
-    limits: DeviceLimits,
-    pass_: str,
-    precision: str = "tf32",
-    layout: str = "dense",
-    heads: int = 1,
-    stack: bool = False,
-    protocol: str | None = None,
-) -> Plan:
+def plan(*arguments, **more) -> Plan:
     """Choose how one layer runs: the first of `candidates`, whose arguments these are."""
-    problem = (cell, steps, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
-    return candidates(*problem)[0]
+    return candidates(*arguments, **more)[0]
 
 
 def candidates(

@@ -63,6 +63,22 @@ class Problem(NamedTuple):
         """N and K of the product of a program with `block_h` units."""
         return product_sizes(self.cell, self.head, block_h, self.pass_)
 
+    def planned(self, **how) -> "Plan":
+        """With all that is known of a launch beforehand; the cost model has yet to say how long it takes."""
+        return Plan(
+            cell=self.cell,
+            pass_=self.pass_,
+            arch=self.limits.arch,
+            dtype=self.dtype,
+            hidden=self.hidden,
+            heads=self.heads,
+            stack=self.stack,
+            layout=self.layout,
+            precision=self.precision if self.dtype == "fp32" else "tf32",
+            step_us=math.nan,
+            **how,
+        )
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -65,15 +65,7 @@ def _fit(of: Problem, block_b: int, block_h: int) -> Plan | None:
     if smem_bytes > limits.smem_bytes:
         return None
     group, tiles_b = math.ceil(of.head / block_h) * of.heads, math.ceil(of.batch / block_b)
-    return Plan(
-        cell=of.cell,
-        pass_=of.pass_,
-        arch=limits.arch,
-        dtype=of.dtype,
-        hidden=of.hidden,
-        heads=of.heads,
-        stack=False,
-        layout="dense",
+    return of.planned(
         schedule="stepped",
         block_b=block_b,
         block_h=block_h,
@@ -81,13 +73,11 @@ def _fit(of: Problem, block_b: int, block_h: int) -> Plan | None:
         protocol="none",
         transposed=transposed,
         split=1,
-        precision=of.precision if of.dtype == "fp32" else "tf32",
         num_warps=num_warps,
         stages=stages,
         grid=(group, tiles_b, of.directions),
         tiles_b=tiles_b,
         smem_bytes=smem_bytes,
         regs=regs,
-        step_us=math.nan,  # that is for the cost model to say
         why="one launch a step: weights pass by once, h goes through memory, nobody waits",
     )

@@ -79,15 +79,7 @@ def _fit(of: Problem, schedule: str, block_b: int, block_h: int) -> Plan | None:
         return None
     tiles_b = math.ceil(of.batch / block_b)
     groups = tiles_b if protocol == "none" else min(tiles_b, limits.num_sms // (group_of_heads * of.directions))
-    return Plan(
-        cell=of.cell,
-        pass_=of.pass_,
-        arch=limits.arch,
-        dtype=of.dtype,
-        hidden=of.hidden,
-        heads=of.heads,
-        stack=of.stack,
-        layout=of.layout,
+    return of.planned(
         schedule=schedule,
         block_b=block_b,
         block_h=block_h,
@@ -95,14 +87,12 @@ def _fit(of: Problem, schedule: str, block_b: int, block_h: int) -> Plan | None:
         protocol=protocol,
         transposed=transposed,
         split=split,
-        precision=of.precision if of.dtype == "fp32" else "tf32",
         num_warps=num_warps,
         stages=stages,
         grid=(group_of_heads, groups, of.directions),
         tiles_b=tiles_b,
         smem_bytes=smem_bytes,
         regs=regs,
-        step_us=math.nan,  # that is for the cost model to say
         why=_why(schedule, slice_bytes, group, limits),
     )
 
