@@ -31,8 +31,9 @@ def of_input_product(
     biases: list[Tensor | None],  # D times [G*H]
 ) -> Tensor:
     """gain n + bias of every direction, [..., D, G*H]."""
-    by_direction = zip(x.unbind(-2), gains, biases, strict=True)
-    return torch.stack([layer_norm(own, own.shape[-1:], gain, bias, EPS) for own, gain, bias in by_direction], -2)
+    by_direction = zip(x.split(1, -2), gains, biases, strict=True)
+    found = [layer_norm(own, own.shape[-1:], gain, bias, EPS) for own, gain, bias in by_direction]
+    return found[0] if len(found) == 1 else torch.cat(found, -2)
 
 
 def of_input_product_backward(

@@ -47,6 +47,7 @@ class ParameterGradients:
         cx: Tensor,  # [S, D, B, H]
         layout: Layout,
         noise: Noise = NO_NOISE,
+        products: Tensor | None = None,  # W x [T, B, D, G*H] or [R, D, G*H]; with norms, None: not kept
     ) -> None:
         """The part of some steps. With norms the gradients of the input's preactivations become those of their products."""
         factor = noise.of_sequences(*hx.shape, hx)
@@ -69,7 +70,7 @@ class ParameterGradients:
                 part = self._of_vectors(g, kept, states, initial, d, layout, noise)
                 self.of_vectors[d] = _added(self.of_vectors[d], part)
         if self.cell.norms:
-            self._through_input_norms(of_x, x)
+            self._through_input_norms(of_x, x, products)
         if any(n[0] for n in self.needs):
             totals = self.of_weight_ih or [None] * len(of_x)
             self.of_weight_ih = [
@@ -115,14 +116,17 @@ class ParameterGradients:
                 found += none if own is None else vectors_gradients(self.cell.name, own.to(parameters[1].dtype))
         return found
 
-    def _through_input_norms(self, of_x: list[Tensor], x: Tensor) -> None:
+    def _through_input_norms(self, of_x: list[Tensor], x: Tensor, products: Tensor | None) -> None:
         """Make the gradients [R, G*H] of normalised input products those of the products, in place."""
         for d, (g, parameters) in enumerate(zip(of_x, self.per_direction, strict=True)):
-            gain, all_x = parameters[-len(self.cell.vectors)], x.flatten(0, -2)
-            products = product(all_x, parameters[0].t())
+            gain = parameters[-len(self.cell.vectors)]
+            if products is None:
+                own = product(x.flatten(0, -2), parameters[0].t())
+            else:
+                own = products.select(-2, d).flatten(0, -2)
             with cpu.alone_if_small():
                 for rows in cpu.row_blocks(len(g), g.device):
-                    of_product, of_gain = norms.of_input_product_backward(g[rows], products[rows], gain)
+                    of_product, of_gain = norms.of_input_product_backward(g[rows], own[rows], gain)
                     g[rows].copy_(of_product)
                     self.of_gain_ih[d] = _added(self.of_gain_ih[d], of_gain)
 

@@ -210,7 +210,7 @@ class RecurrenceFunction(torch.autograd.Function):
     ):
         """input [T, B, I] or [R, I], hx [D, B, H], cx [S, D, B, H]; returns what `recurrence_fwd` does.
 
-        And c of all steps that begin a block but the first, [blocks - 1, S, D, B, H].
+        And c of all steps that begin a block but the first, [blocks - 1, S, D, B, H], and the products of `_block_fwd`.
         """
         layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
         per_direction = _per_direction(parameters, directions)
@@ -221,7 +221,7 @@ class RecurrenceFunction(torch.autograd.Function):
         for k, steps in enumerate(blocks):
             x, (own, drawn) = input[steps], _of_block(layout, noise, steps, h.size(1))
             first = preact_0 if k == 0 else None
-            part, h, c, gates, c_part = _block_fwd(
+            part, h, c, gates, c_part, products = _block_fwd(
                 cell, engine, x, per_direction, h, c, first, own, drawn, keeps_gates, saves_states
             )
             output = _placed(output, part, steps, len(input))
@@ -229,23 +229,23 @@ class RecurrenceFunction(torch.autograd.Function):
             borders.append(c)
             del part, c_part  # or they would live beside those of the next block
         borders = torch.stack(borders[:-1]) if len(blocks) > 1 else c.new_empty(0)
-        return output, h, c.to(cx.dtype), gates, c_seq, borders
+        return output, h, c.to(cx.dtype), gates, c_seq, borders, products
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.cell, ctx.engine, ctx.directions, ctx.clip, ctx.save, wants_c_seq = inputs[:6]
         *layout, seed, ctx.rates, ctx.place, input, hx, cx, preact_0 = inputs[6:16]
-        h, _, _, gates, c_seq, borders = output
+        h, _, _, gates, c_seq, borders, products = output
         ctx.wants_c_seq = wants_c_seq
-        ctx.mark_non_differentiable(*([gates, borders] if wants_c_seq else [gates, c_seq, borders]))
+        ctx.mark_non_differentiable(gates, borders, products, *(() if wants_c_seq else (c_seq,)))
         ctx.set_materialize_grads(False)
-        kept = (gates, c_seq) if ctx.save == "gates" else (borders, None)
+        kept = (gates, c_seq, products) if ctx.save == "gates" else (borders, None, None)
         ctx.save_for_backward(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[16:])
 
     @staticmethod
-    def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, _grad_borders):
-        *tables, seed, input, hx, cx, preact_0, output, kept, c_kept = ctx.saved_tensors[:11]
-        parameters, layout, noise = ctx.saved_tensors[11:], Layout(*tables), Noise(seed, ctx.rates, ctx.place)
+    def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
+        *tables, seed, input, hx, cx, preact_0, output, kept, c_kept, products = ctx.saved_tensors[:12]
+        parameters, layout, noise = ctx.saved_tensors[12:], Layout(*tables), Noise(seed, ctx.rates, ctx.place)
         needs = ctx.needs_input_grad[12:]
         if not ctx.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
@@ -289,7 +289,7 @@ class RecurrenceFunction(torch.autograd.Function):
                 *drawn,
                 ctx.clip,
             )
-            gradients.add(grad_preact, x, y, gates, c_seq, h, c, own, drawn)
+            gradients.add(grad_preact, x, y, gates, c_seq, h, c, own, drawn, products)
             del gates, c_seq  # what a block needs does not live beside the next one's
             if needs[0]:
                 grad_input = _placed(grad_input, gradients.of_input(grad_preact, x), steps, len(input))
@@ -332,11 +332,11 @@ def layer(
     flat = [p for direction in parameters for p in direction]
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        output, h_n, c_n, _, c_seq, _ = RecurrenceFunction.apply(
+        output, h_n, c_n, _, c_seq, *_ = RecurrenceFunction.apply(
             cell, engine, len(parameters), clip, save, wants_c_seq, *layout, *noise, input, hx, cx, preact_0, *flat
         )
     else:
-        output, h_n, c_n, _, c_seq = _block_fwd(
+        output, h_n, c_n, _, c_seq, _ = _block_fwd(
             cell, engine, input, parameters, hx, cx, preact_0, layout, noise, False, wants_c_seq
         )
     return output, (h_n, *c_n.unbind(0)), c_seq.to(output.dtype) if wants_c_seq else None
@@ -376,29 +376,43 @@ def _batch_major(input: Tensor) -> bool:
 
 def _input_product(cell: str, input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
     """preact_x [D, T, B, G*H] or [D, R, G*H] of all steps and directions: one product, in the order of `input` in memory."""
-    D, GH = len(parameters), parameters[0][0].size(0)
+    return _preact_x(cell, input, _products(cell, input, parameters), parameters, preact_0, layout)
+
+
+def _products(cell: str, input: Tensor, parameters: list) -> Tensor:
+    """W x of all directions, [T, B, D, G*H] or [R, D, G*H], in the order of `input` in memory; with biases unless norms follow."""
     batch_major = _batch_major(input)
     ordered = input.transpose(0, 1) if batch_major else input
     weight_ih = joined([p[0] for p in parameters])  # [D*G*H, I]
-    normalises = cells.CELLS[cell].norms
-    adds_bias = has_bias(cell, parameters[0]) and not normalises
+    adds_bias = has_bias(cell, parameters[0]) and not cells.CELLS[cell].norms
     bias = joined([input_bias(cell, p) for p in parameters]) if adds_bias else None
-    preact = product(ordered.flatten(0, -2), weight_ih.t(), bias).view(*ordered.shape[:-1], D, GH)
-    preact = (normed(cell, preact, parameters) if normalises else preact).movedim(-2, 0)
-    preact = preact.transpose(1, 2) if batch_major else preact
-    if preact_0 is not None:
-        for d in range(D):
-            added, dropped = preact_0[d], layout.drops_hx(input.shape[:-1], d)
-            if dropped is not None:
-                added = added.masked_fill(dropped.unsqueeze(1), 0)
-            if layout.lengths is None:
-                preact[d, -d] += added  # step 0, and in reverse the last one
+    products = product(ordered.flatten(0, -2), weight_ih.t(), bias)
+    products = products.view(*ordered.shape[:-1], len(parameters), parameters[0][0].size(0))
+    return products.transpose(0, 1) if batch_major else products
+
+
+def _preact_x(
+    cell: str, input: Tensor, products: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout
+) -> Tensor:
+    """Of products, with their norms where a cell has them, else in their memory."""
+    preact = products
+    if cells.CELLS[cell].norms:
+        batch_major = _batch_major(input)
+        preact = normed(cell, products.transpose(0, 1) if batch_major else products, parameters)
+        preact = preact.transpose(0, 1) if batch_major else preact
+    preact = preact.movedim(-2, 0)
+    for d in range(0 if preact_0 is None else len(parameters)):
+        added, dropped = preact_0[d], layout.drops_hx(input.shape[:-1], d)
+        if dropped is not None:
+            added = added.masked_fill(dropped.unsqueeze(1), 0)
+        if layout.lengths is None:
+            preact[d, -d] += added  # step 0, and in reverse the last one
+        else:
+            begin = layout.begin_rows(input.shape[:-1], d, input.device)
+            if layout.first_row is None:
+                preact[d, begin // input.size(1), begin % input.size(1)] += added
             else:
-                begin = layout.begin_rows(input.shape[:-1], d, input.device)
-                if layout.first_row is None:
-                    preact[d, begin // input.size(1), begin % input.size(1)] += added
-                else:
-                    preact[d].index_add_(0, begin, added)
+                preact[d].index_add_(0, begin, added)
     return preact
 
 
@@ -414,18 +428,24 @@ def _block_fwd(
     noise: Noise,
     save_gates: bool,
     save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Input product and time loop, in one kernel if there is a single step; returns what `recurrence_fwd` does."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Input product and time loop, in one kernel if there is a single step; returns what `recurrence_fwd` does.
+
+    And the products [T, B, D, G*H] or [R, D, G*H] that the backward of input norms takes; empty unless gates are saved.
+    """
     if preact_0 is None and not noise.rates and is_one_step(cell, engine, input, layout):
         flat = [p for direction in parameters for p in direction]
         output, h_n, c_n, gates, c_seq = step_fwd(
             cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states
         )
         gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
-        return output.unsqueeze(0), h_n, c_n, gates, c_seq
-    preact_x = _input_product(cell, input, parameters, preact_0, layout)
-    weight_hh, taken = [p[1] for p in parameters], vectors(cell, parameters)
-    return recurrence_fwd(cell, engine, preact_x, weight_hh, taken, hx, cx, *layout, *noise, save_gates, save_states)
+        return output.unsqueeze(0), h_n, c_n, gates, c_seq, input.new_empty(0)
+    products = _products(cell, input, parameters)
+    preact_x = _preact_x(cell, input, products, parameters, preact_0, layout)
+    if not (cells.CELLS[cell].norms and save_gates):
+        products = input.new_empty(0)
+    own = ([p[1] for p in parameters], vectors(cell, parameters), hx, cx, *layout, *noise)
+    return *recurrence_fwd(cell, engine, preact_x, *own, save_gates, save_states), products
 
 
 def _blocks(save: str, directions: int, input: Tensor, layout: Layout) -> list[slice]:
