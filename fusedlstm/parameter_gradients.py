@@ -89,7 +89,7 @@ class ParameterGradients:
             drop = noise.of_rows(len(kept), direction, self.H, initial[0])[2]
             after = self.equations.update(kept.chunk(self.cell.num_kept, -1), before, drop)
         total = None
-        with cpu.alone_if_small():
+        with cpu.alone_if_small(cpu.ROWS * kept.size(1)):
             for rows in cpu.row_blocks(len(kept), kept.device):
                 by_block = (x[rows].chunk(self.cell.num_kept, -1) for x in (dpreact, kept))
                 parts = self.equations.vectors_backward(*by_block, [s[rows] for s in before], [s[rows] for s in after])
@@ -124,7 +124,7 @@ class ParameterGradients:
                 own = product(x.flatten(0, -2), parameters[0].t())
             else:
                 own = products.select(-2, d).flatten(0, -2)
-            with cpu.alone_if_small():
+            with cpu.alone_if_small(cpu.ROWS * g.size(1)):
                 for rows in cpu.row_blocks(len(g), g.device):
                     of_product, of_gain = norms.of_input_product_backward(g[rows], own[rows], gain)
                     g[rows].copy_(of_product)

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from fusedlstm import cpu
 from fusedlstm.layout import Layout
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
@@ -106,7 +107,27 @@ def stack(
     batch_first: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A stack by ATen, output and final states; `schedule` is one of its own."""
-    options = (bias, num_layers, dropout if training else 0.0)
+    options, S = (bias, num_layers, dropout if training else 0.0, training, bidirectional, batch_first), len(states)
+
+    def call(input, *rest):
+        output, states = _stack(cell, schedule, input, batch_sizes, rest[:S], list(rest[S:]), *options)
+        return output, *states
+
+    steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
+    operations = _operations(states[0].size(1), *weights[:2])
+    output, *states = cpu.run(steps, operations, call, input, *states, *weights)
+    return output, tuple(states)
+
+
+def _operations(batch: int, weight_ih: Tensor, weight_hh: Tensor) -> int:
+    """Multiplications and additions of a step's products, with its input and with h, the mean of both."""
+    return batch * len(weight_ih) * (weight_ih.size(1) + weight_hh.size(1))
+
+
+def _stack(
+    cell, schedule, input, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As `stack`; the threads are those of the caller."""
     if input.is_cuda:
         states = tuple(s.contiguous() for s in states)
         training = training or torch.is_grad_enabled()  # cuDNN keeps what backward needs only in training mode
@@ -114,11 +135,11 @@ def stack(
         warns = input.is_cuda and not torch.compiler.is_compiling()
         order = (bidirectional,) if batch_sizes is not None else (bidirectional, batch_first)
         with _weights_as_they_lie() if warns else contextlib.nullcontext():
-            return _layers(cell, input, batch_sizes, states, weights, *options, training, *order)
+            return _layers(cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, *order)
+    options = (num_layers, dropout, bidirectional)
     if schedule == "step":
-        output, states = _step(cell, input.squeeze(1 if batch_first else 0), states, weights, *options, bidirectional)
+        output, states = _step(cell, input.squeeze(1 if batch_first else 0), states, weights, bias, *options)
         return output.unsqueeze(1 if batch_first else 0), states
-    options = (num_layers, options[2], bidirectional)
     if schedule == "stretches":
         return _by_direction(_by_stretches(batch_sizes, training), input, states, weights, *options)
     if batch_sizes is not None:
@@ -142,9 +163,19 @@ def cell(
     bias_hh: Tensor | None = None,  # [G*H]
 ) -> tuple[Tensor, ...]:
     """One step."""
-    step = getattr(torch._VF, f"{cell}_cell")
-    states = step(input, _given(cell, states), weight_ih, weight_hh, bias_ih, bias_hh)
-    return states if cell == "lstm" else (states,)
+    S, biases = len(states), () if bias_ih is None else (bias_ih, bias_hh)
+
+    def call(input, *rest):
+        return _cell(cell, input, rest[:S], *rest[S:])
+
+    tensors = (input, *states, weight_ih, weight_hh, *biases)
+    return cpu.run(1, _operations(len(input), weight_ih, weight_hh), call, *tensors)
+
+
+def _cell(cell: str, input: Tensor, states: tuple[Tensor, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    """As `cell`; the threads are those of the caller."""
+    found = getattr(torch._VF, f"{cell}_cell")(input, _given(cell, states), *weights)
+    return found if cell == "lstm" else (found,)
 
 
 def _given(cell: str, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
@@ -178,7 +209,7 @@ def _step(
             x = _output(found, directions)
             x = torch.nn.functional.dropout(x, dropout) if dropout > 0 else x
         own = weights[k * count : (k + 1) * count]
-        found.append(cell(name, x, tuple(s[k] for s in states), *own))
+        found.append(_cell(name, x, tuple(s[k] for s in states), *own))
     return _output(found, directions), tuple(torch.stack(s) for s in zip(*found, strict=True))
 
 

@@ -312,6 +312,30 @@ MUTANTS = {
         "num_tiles_b, 2 * tl.num_programs(1)):",
         "tests/kernels/test_recurrence_bwd.py",
     ),
+    "alone: the backward with all threads": (
+        "fusedlstm/cpu.py",
+        "with alone_if_small(ctx.operations):",
+        "with contextlib.nullcontext():",
+        "tests/cpu/test_cpu.py",
+    ),
+    "alone: new masks in a second backward": (
+        "fusedlstm/cpu.py",
+        "torch.set_rng_state(ctx.random)",
+        "torch.manual_seed(3)",
+        "tests/cpu/test_cpu.py",
+    ),
+    "alone: one who calls again from the backward sees another path": (
+        "fusedlstm/cpu.py",
+        "_inside.threads = threads",
+        "_inside.threads = None",
+        "tests/cpu/test_cpu.py",
+    ),
+    "norms: the product of the other direction": (
+        "fusedlstm/parameter_gradients.py",
+        "products.select(-2, d)",
+        "products.select(-2, -1 - d)",
+        "tests/cpu/test_family.py",
+    ),
 }
 
 
