@@ -108,6 +108,8 @@ def stack(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A stack by ATen, output and final states; `schedule` is one of its own."""
     options, S = (bias, num_layers, dropout if training else 0.0, training, bidirectional, batch_first), len(states)
+    if not cpu.THREADS_SLEEP:
+        return _stack(cell, schedule, input, batch_sizes, states, weights, *options)
 
     def call(input, *rest):
         output, states = _stack(cell, schedule, input, batch_sizes, rest[:S], list(rest[S:]), *options)
@@ -164,6 +166,8 @@ def cell(
 ) -> tuple[Tensor, ...]:
     """One step."""
     S, biases = len(states), () if bias_ih is None else (bias_ih, bias_hh)
+    if not cpu.THREADS_SLEEP:
+        return _cell(cell, input, states, weight_ih, weight_hh, *biases)
 
     def call(input, *rest):
         return _cell(cell, input, rest[:S], *rest[S:])
