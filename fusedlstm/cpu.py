@@ -57,9 +57,8 @@ def alone_if_small(operations: int) -> Iterator[None]:
 
 def run(steps: int, operations: int, call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """call(*tensors), differentiable operations of ATen, in the calling thread alone if its steps are small; its backward too."""
-    threads = (
-        _inside.threads or torch.get_num_threads()
-    )  # a checkpoint calls again from the backward, and must see the same
+    # A checkpoint calls again from inside of our backward, and must go the way of the first time.
+    threads = _inside.threads or torch.get_num_threads()
     gains = threads > 1 and is_small(operations) and steps * operations >= LEAST_CALL
     if not gains or tensors[0].device.type != "cpu" or _is_transformed(tensors):
         return call(*tensors)
@@ -106,15 +105,9 @@ class Alone(torch.autograd.Function):
             inputs, results = recorded
             pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
             needs = ctx.needs_input_grad[2:]
-            found = iter(
-                torch.autograd.grad(
-                    [y for y, _ in pairs],
-                    [x for x, need in zip(inputs, needs, strict=True) if need],
-                    [g for _, g in pairs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
+            wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+            of_results = ([y for y, _ in pairs], wanted, [g for _, g in pairs])
+            found = iter(torch.autograd.grad(*of_results, create_graph=create_graph, allow_unused=True))
         return None, None, *(next(found) if need else None for need in needs)
 
 

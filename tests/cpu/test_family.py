@@ -57,14 +57,6 @@ def tree(states):
     return states[0] if len(states) == 1 else tuple(states)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # The equations as the docstrings have them, for one sequence; where torch has the cell, torch's.
 
 

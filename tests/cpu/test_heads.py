@@ -17,14 +17,6 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 CASES = pairwise(engine=("torch", "traced", "reference"), dtype=(torch.float32, torch.float16, torch.bfloat16))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def module(monkeypatch):
     """The module of a case in float64, with the case's engine. "traced" is the way of a compiled graph."""

@@ -59,15 +59,6 @@ def covering(product: list[dict], strength: int) -> list[dict]:
     return chosen
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The threads of oneDNN wait for each other: on a busy machine two take a hundred times as long as one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def name(value):
     if not isinstance(value, dict):
         return value

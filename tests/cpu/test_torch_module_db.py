@@ -144,15 +144,6 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 on_a_gpu = pytest.mark.parametrize("subject", subjects("auto", "torch"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The threads of oneDNN wait for each other: on a busy machine two take a hundred times as long as one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[False, True], ids=["set data", "swap"])
 def swap(request):
     """Whether `Module.to` exchanges the parameters or sets their data."""
