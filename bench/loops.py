@@ -126,7 +126,7 @@ def main(arguments=None) -> None:
     from bench import registry, timing
 
     torch.set_num_threads(options.threads)
-    torch.empty(FREED_BEFORE, dtype=torch.uint8)
+    torch.empty(FREED_BEFORE, dtype=torch.uint8)  # and freed
     table = Table("cell", "T", "B", "H", "rival", "rival ms", "ours ms", "ratio p50", "p20", "p80")
     for cell in options.cell or CASES:
         for T, B, H in CASES[cell]:

@@ -14,19 +14,23 @@ time of one, T 64, forward and backward (sketches, two AVX2 cores):
 | 64, 128 | 2^23 | 1.5 | 0.64 |
 | 64, 256 | 2^25 | 0.8 | 0.61 |
 
-Where threads spin nothing is changed: what could be won there torch spends on the change, which forgets oneDNN's primitives.
+Where threads spin nothing is changed: there is little to be won.
 The number of threads changes no result but by rounding, and the choice is one of shapes and environment: the same every time.
 """
 
 import contextlib
+import ctypes
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fusedlstm import differentiable
 
 THREADS_SLEEP = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"  # OpenMP reads it when torch is imported
 LARGEST_STEP = 1 << 24  # operations of its product
@@ -36,7 +40,7 @@ ROWS = 512  # of a block
 
 def is_small(operations: int) -> bool:
     """Whether work of steps of so many operations is done sooner by one thread."""
-    return THREADS_SLEEP and operations <= LARGEST_STEP and not torch.compiler.is_compiling() and _is_openmp()
+    return THREADS_SLEEP and operations <= LARGEST_STEP and not torch.compiler.is_compiling() and _pools() is not None
 
 
 @contextlib.contextmanager
@@ -46,21 +50,44 @@ def alone_if_small(operations: int) -> Iterator[None]:
     if threads == 1:
         yield
         return
-    torch.set_num_threads(1)  # with OpenMP of this thread, and of those that use torch for the first time meanwhile
-    _inside.threads = threads
+    openmp, mkl = _pools()
+    openmp(1)
+    of_mkl = mkl(1)
     try:
         yield
     finally:
-        _inside.threads = None
-        torch.set_num_threads(threads)
+        openmp(threads)
+        mkl(of_mkl)
+
+
+class Pools(NamedTuple):
+    """Functions that set how many threads OpenMP and MKL take for the calling thread; MKL's returns how many it was, 0 for all.
+
+    `torch.set_num_threads` calls both, but notes the number for the whole process as well: a thread that uses torch for the first time
+    meanwhile would keep it for good. And it forgets oneDNN's primitives.
+    """
+
+    openmp: Callable[[int], None]
+    mkl: Callable[[int], int]
+
+
+@functools.cache
+def _pools() -> Pools | None:
+    """Those of the libraries that torch has loaded; None where it has another OpenMP, or none."""
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = [*folder.glob("libgomp*.so*")]
+    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info() or len(libraries) != 1:
+        return None
+    openmp = ctypes.CDLL(str(libraries[0])).omp_set_num_threads
+    mkl = getattr(ctypes.CDLL(str(folder / "libtorch_cpu.so")), "MKL_Set_Num_Threads_Local", None)
+    if mkl is None and torch.backends.mkl.is_available():
+        return None
+    return Pools(openmp, mkl or (lambda threads: 0))
 
 
 def run(steps: int, operations: int, call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """call(*tensors), differentiable operations of ATen, in the calling thread alone if its steps are small; its backward too."""
-    # A checkpoint calls again from inside of our backward, and must go the way of the first time.
-    threads = _inside.threads or torch.get_num_threads()
-    gains = threads > 1 and is_small(operations) and steps * operations >= LEAST_CALL
-    if not gains or tensors[0].device.type != "cpu" or _is_transformed(tensors):
+    if not is_small(operations) or steps * operations < LEAST_CALL or torch.get_num_threads() == 1 or _is_seen(tensors):
         return call(*tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return Alone.apply(operations, call, *tensors)
@@ -68,20 +95,11 @@ def run(steps: int, operations: int, call: Callable[..., tuple[Tensor, ...]], *t
         return call(*tensors)
 
 
-class _Inside(threading.local):
-    """Of a thread that works alone: how many there are outside."""
-
-    threads: int | None = None
-
-
-_inside = _Inside()
-
-
 class Alone(torch.autograd.Function):
     """The forward records a graph of its own, which the backward runs: neither is a matter of the threads outside.
 
-    The first backward frees that graph, as autograd does. A second one, and one whose gradients are to be differentiable,
-    call again, with the same random numbers.
+    The graph lives as long as one of autograd's would. Where gradients are to be differentiable, the backward calls again,
+    with the same random numbers.
     """
 
     @staticmethod
@@ -89,49 +107,38 @@ class Alone(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.operations, ctx.call, ctx.random = operations, call, torch.get_rng_state()
-        with alone_if_small(operations):
-            ctx.recorded = _recorded(call, tensors)
+        with alone_if_small(operations), torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors)
+            ctx.recorded = leaves, call(*leaves)
         return tuple(y.detach() for y in ctx.recorded[1])
 
     @staticmethod
     def backward(ctx, *grads):
-        create_graph, recorded, ctx.recorded = torch.is_grad_enabled(), ctx.recorded, None
+        needs, tensors = ctx.needs_input_grad[2:], ctx.saved_tensors  # an error if it is used twice unannounced
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.random.fork_rng([]), torch.autocast("cpu", enabled=False), alone_if_small(ctx.operations):
+                torch.set_rng_state(ctx.random)
+                return None, None, *differentiable.gradients(ctx.call, tensors, needs, grads)
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        (leaves, results), ctx.recorded = ctx.recorded, ctx.recorded if keeps else None
+        pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
+        wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+        of_results = ([y for y, _ in pairs], wanted, [g for _, g in pairs])
         with alone_if_small(ctx.operations):
-            if create_graph or recorded is None:
-                with torch.random.fork_rng([]), torch.autocast("cpu", enabled=False):
-                    torch.set_rng_state(ctx.random)
-                    tensors = ctx.saved_tensors
-                    recorded = (tensors, ctx.call(*tensors)) if create_graph else _recorded(ctx.call, tensors)
-            inputs, results = recorded
-            pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
-            needs = ctx.needs_input_grad[2:]
-            wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-            of_results = ([y for y, _ in pairs], wanted, [g for _, g in pairs])
-            found = iter(torch.autograd.grad(*of_results, create_graph=create_graph, allow_unused=True))
+            found = iter(torch.autograd.grad(*of_results, retain_graph=keeps, allow_unused=True))
         return None, None, *(next(found) if need else None for need in needs)
 
 
-def _recorded(call, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Leaves in place of the tensors, and the results: a graph of its own."""
-    with torch.enable_grad():
-        leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors)
-        return leaves, call(*leaves)
-
-
-def _is_transformed(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether something looks on that must see ATen's operations themselves."""
+def _is_seen(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether something must see ATen's operations themselves, or what each of them keeps, or keeps nothing."""
     return (
-        torch.jit.is_tracing()
+        tensors[0].device.type != "cpu"
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # checkpoints, among others
+        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+        or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors)
         or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     )
-
-
-@functools.cache
-def _is_openmp() -> bool:
-    """Other pools of threads keep their size."""
-    return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
 def row_blocks(rows: int, device: torch.device) -> list[slice]:

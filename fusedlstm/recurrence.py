@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads, memory, norms, reference, torch_loop
+from fusedlstm import cells, differentiable, heads, memory, norms, reference, torch_loop
 from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.noise import NO_NOISE, Noise, entering
@@ -244,8 +244,9 @@ class RecurrenceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
-        *tables, seed, input, hx, cx, preact_0, output, kept, c_kept, products = ctx.saved_tensors[:12]
-        parameters, layout, noise = ctx.saved_tensors[12:], Layout(*tables), Noise(seed, ctx.rates, ctx.place)
+        saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        *tables, seed, input, hx, cx, preact_0, output, kept, c_kept, products = saved[:12]
+        parameters, layout, noise = saved[12:], Layout(*tables), Noise(seed, ctx.rates, ctx.place)
         needs = ctx.needs_input_grad[12:]
         if not ctx.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
@@ -394,7 +395,7 @@ def _products(cell: str, input: Tensor, parameters: list) -> Tensor:
 def _preact_x(
     cell: str, input: Tensor, products: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout
 ) -> Tensor:
-    """Of products, with their norms where a cell has them, else in their memory."""
+    """preact_x from the products: normed where the cell has norms, else the products themselves, of which the first steps' change."""
     preact = products
     if cells.CELLS[cell].norms:
         batch_major = _batch_major(input)
@@ -568,20 +569,14 @@ def _any_batched(grads) -> bool:
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout, noise):
     """The gradients through the specification, in operations that autograd can differentiate again."""
-    with torch.enable_grad():
-        input, hx, cx, preact_0, *parameters = tensors
+
+    def call(input, hx, cx, preact_0, *parameters):
         per_direction = _per_direction(parameters, ctx.directions)
         preact_x = _input_product(ctx.cell, input, per_direction, preact_0, layout)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         output, h_n, c_n, _, c_seq = reference.recurrence_fwd(
             ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=ctx.clip, vectors=taken, noise=noise
         )
-        results = (output, h_n, c_n, c_seq.to(_state_dtype(c_seq.dtype)))
-        pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
-        wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need else None for need in needs]
+        return output, h_n, c_n, c_seq.to(_state_dtype(c_seq.dtype))
+
+    return differentiable.gradients(call, tensors, needs, grads)

@@ -116,7 +116,8 @@ def stack(
         return output, *states
 
     steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
-    operations = _operations(states[0].size(1), *weights[:2])
+    count = len(weights) // len(states[0])  # of a layer and direction
+    operations = max(_operations(states[0].size(1), *weights[k : k + 2]) for k in range(0, len(weights), count))
     output, *states = cpu.run(steps, operations, call, input, *states, *weights)
     return output, tuple(states)
 

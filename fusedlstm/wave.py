@@ -8,7 +8,7 @@ is not rounded in between. Kernels only; one direction, and nothing between the 
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, reference
+from fusedlstm import cells, differentiable, reference
 from fusedlstm.layout import Layout
 from fusedlstm.parameter_gradients import ParameterGradients
 from fusedlstm.parameters import has_bias, input_bias, vectors
@@ -105,8 +105,9 @@ class WaveFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq):
-        *tables, input, hx, cx, output, gates, c_seq = ctx.saved_tensors[:9]
-        layout, parameters = Layout(*tables), _per_layer(ctx.saved_tensors[9:], ctx.layers)
+        saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        *tables, input, hx, cx, output, gates, c_seq = saved[:9]
+        layout, parameters = Layout(*tables), _per_layer(saved[9:], ctx.layers)
         needs = ctx.needs_input_grad[7:]
         # Of every layer but the last nothing is returned.
         grad_output, grad_c_seq = (
@@ -115,7 +116,7 @@ class WaveFunction(torch.autograd.Function):
         )
         if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
             grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-            return *[None] * 7, *_differentiable_gradients(ctx, (input, hx, cx), parameters, needs, grads, layout)
+            return *[None] * 7, *_differentiable_gradients(ctx, (input, hx, cx, *saved[9:]), needs, grads, layout)
         layers = [
             ParameterGradients(ctx.cell, [p], [n])
             for p, n in zip(parameters, _per_layer(needs[3:], ctx.layers), strict=True)
@@ -211,22 +212,15 @@ def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Ten
     return weight_ih, torch.stack([input_bias(cell, p) for p in parameters[1:]])
 
 
-def _differentiable_gradients(ctx, tensors, parameters, needs, grads, layout):
+def _differentiable_gradients(ctx, tensors, needs, grads, layout):
     """The gradients through the specification, in operations that autograd can differentiate again."""
-    with torch.enable_grad():
-        x, hx, cx = tensors
+
+    def call(x, hx, cx, *flat):
         h_n, c_n = [], []
-        for k, own in enumerate(parameters):
+        for k, own in enumerate(_per_layer(flat, ctx.layers)):
             x, h, c, c_seq = reference.layer(ctx.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], layout, clip=ctx.clip)
             h_n.append(h)
             c_n.append(c)
-        results = (x, torch.cat(h_n), torch.cat(c_n, 1), c_seq.to(_state_dtype(c_seq.dtype)))
-        pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
-        flat = (*tensors, *(p for own in parameters for p in own))
-        wanted = [t for t, need in zip(flat, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need else None for need in needs]
+        return x, torch.cat(h_n), torch.cat(c_n, 1), c_seq.to(_state_dtype(c_seq.dtype))
+
+    return differentiable.gradients(call, tensors, needs, grads)

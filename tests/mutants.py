@@ -314,21 +314,27 @@ MUTANTS = {
     ),
     "alone: the backward with all threads": (
         "fusedlstm/cpu.py",
-        "with alone_if_small(ctx.operations):",
-        "with contextlib.nullcontext():",
+        "        with alone_if_small(ctx.operations):",
+        "        with contextlib.nullcontext():",
         "tests/cpu/test_cpu.py",
     ),
-    "alone: new masks in a second backward": (
+    "alone: new masks in a differentiable backward": (
         "fusedlstm/cpu.py",
         "torch.set_rng_state(ctx.random)",
         "torch.manual_seed(3)",
         "tests/cpu/test_cpu.py",
     ),
-    "alone: one who calls again from the backward sees another path": (
+    "alone: the graph is kept for good": (
         "fusedlstm/cpu.py",
-        "_inside.threads = threads",
-        "_inside.threads = None",
+        "ctx.recorded if keeps else None",
+        "ctx.recorded",
         "tests/cpu/test_cpu.py",
+    ),
+    "differentiable gradients pass what a tensor was made from": (
+        "fusedlstm/differentiable.py",
+        "x if x is None else x.view_as(x)",
+        "x",
+        "tests/cpu/test_modules.py",
     ),
     "norms: the product of the other direction": (
         "fusedlstm/parameter_gradients.py",

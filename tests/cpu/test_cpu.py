@@ -1,7 +1,7 @@
 """Work in the calling thread alone (`fusedlstm.cpu`), as where threads sleep: nothing but the threads may be another."""
 
 import copy
-import functools
+import threading
 import weakref
 
 import pytest
@@ -198,13 +198,18 @@ def test_checkpoint(reentrant):
     torch.testing.assert_close([x.grad, *(p.grad for p in ours.parameters())], [*expected])
 
 
-def test_saved_tensors_on_disk():
-    """Hooks see what is kept inside too."""
-    packed, x = [], torch.randn(3, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda s: packed.append(s) or len(packed) - 1, packed.__getitem__):
-        (y,) = cpu.run(1, 1, square, x)
-    assert packed
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * x.detach())
+def test_hooks_see_what_is_kept_once():
+    """As of torch.nn's."""
+    counts, x = [], torch.randn(T, B, I, requires_grad=True)
+    for module in pair("lstm"):
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda s, p=packed: p.append(s) or len(p) - 1, packed.__getitem__
+        ):
+            y = module(x)[0].sin().sum()
+        torch.autograd.grad(y, x)
+        counts.append(len(packed))
+    assert counts[0] == counts[1] > 0
 
 
 def test_transforms_see_the_operations():
@@ -241,10 +246,38 @@ def test_cells():
 
 
 def test_copies():
-    """A module that has run can be copied, and its results detached and kept."""
+    """A module that has run can be copied."""
     (ours, _), x = pair("lstm"), torch.randn(T, B, I)
     ours(x)
     torch.testing.assert_close(copy.deepcopy(ours)(x)[0], ours(x)[0])
-    outputs = [ours(x)[0].detach() for _ in range(2)]
-    torch.testing.assert_close(*outputs)
-    assert functools.reduce(torch.add, outputs).grad_fn is None
+
+
+def test_threads_of_others():
+    """A thread that uses torch for the first time meanwhile gets all threads, and so does the process."""
+    seen = []
+
+    def call(x):
+        other = threading.Thread(target=lambda: seen.append((torch.get_num_threads(), torch.ones(9).sum().item())))
+        other.start()
+        other.join()
+        seen.append(torch.get_num_threads())
+        return (x.square(),)
+
+    cpu.run(1, 1, call, torch.randn(3))
+    assert seen == [(2, 9.0), 1] and torch.get_num_threads() == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compilers_see_the_operations():
+    lstm, x = fusedlstm.LSTM(8, 8), torch.randn(5, 2, 8)
+    with torch.no_grad():
+        compiled = torch.compile(lstm, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x)[0], lstm(x)[0])
+
+
+def test_upper_layers_count(monkeypatch):
+    """A wide second layer is not small because the first is."""
+    seen = []
+    monkeypatch.setattr(cpu, "run", lambda steps, operations, call, *tensors: seen.append(operations) or call(*tensors))
+    fusedlstm.LSTM(1, 8, 2, bidirectional=True)(torch.randn(3, 5, 1))
+    assert seen == [5 * 32 * (16 + 8)]

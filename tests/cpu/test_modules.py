@@ -298,3 +298,41 @@ def test_functional_is_the_module():
     )
     expected, (h, c) = ours(x)
     assert torch.equal(output, expected) and torch.equal(h_n, h) and torch.equal(c_n, c)
+
+
+def twice(module, x):
+    """The same module on its own output, from a state that is made of its input."""
+    output, state = module(x, x.mean(0, keepdim=True))
+    return module(output, state)[0]
+
+
+@pytest.mark.parametrize("T", [3, 40])  # ATen's loop, and ours
+@pytest.mark.parametrize("batched", [False, True])
+def test_differentiable_gradients_count_each_path_once(T, batched):
+    """Inputs that are made of one another, and hooks of parameters, which are called once."""
+    ours, stock = fusedlstm.GRU(3, 3).double(), nn.GRU(3, 3).double()
+    stock.load_state_dict(ours.state_dict())
+    x, found, calls = torch.randn(T, 2, 3, dtype=torch.float64, requires_grad=True), [], []
+    for module in (ours, stock):
+        count = []
+        module.weight_hh_l0.register_hook(lambda grad, count=count: count.append(1))
+        y, inputs = twice(module, x).sin().sum(), [x, *module.parameters()]
+        if batched and module is ours:
+            firsts = torch.autograd.grad(y, inputs, torch.ones(1, dtype=torch.float64), is_grads_batched=True)
+            found.append([g[0] for g in firsts])
+            continue
+        firsts = torch.autograd.grad(y, inputs, create_graph=True)
+        calls.append(len(count))
+        found.append([*firsts, *(() if batched else torch.autograd.grad(sum(g.sin().sum() for g in firsts), inputs))])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert len(set(calls)) == 1
+
+
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("layer", [fusedlstm.GRU, fusedlstm.LayerNormLSTM])
+def test_checkpoints_of_our_loops(layer, save):
+    module, x = layer(3, 4, save=save), torch.randn(40, 2, 3, requires_grad=True)
+    output = torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=False)
+    found = torch.autograd.grad(output.sin().sum(), [x, *module.parameters()])
+    expected = torch.autograd.grad(module(x)[0].sin().sum(), [x, *module.parameters()])
+    torch.testing.assert_close(found, expected)
