@@ -120,13 +120,9 @@ class Alone(torch.autograd.Function):
                 torch.set_rng_state(ctx.random)
                 return None, None, *differentiable.gradients(ctx.call, tensors, needs, grads)
         keeps = torch._C._autograd._get_current_graph_task_keep_graph()
-        (leaves, results), ctx.recorded = ctx.recorded, ctx.recorded if keeps else None
-        pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
-        wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
-        of_results = ([y for y, _ in pairs], wanted, [g for _, g in pairs])
+        recorded, ctx.recorded = ctx.recorded, ctx.recorded if keeps else None
         with alone_if_small(ctx.operations):
-            found = iter(torch.autograd.grad(*of_results, retain_graph=keeps, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needs)
+            return None, None, *differentiable.of_graph(*recorded, needs, grads, retain_graph=keeps)
 
 
 def _is_seen(tensors: tuple[Tensor, ...]) -> bool:
