@@ -47,12 +47,12 @@ MEASURED_AS = {  # field of a row in the planner's table of devices -> (metric, 
 
 
 @triton.jit
-def barrier_kernel(arrived_ptr, STEPS, SPIN_LIMIT: tl.constexpr):
+def barrier_kernel(arrived_ptr, STEPS, EXCHANGE: tl.constexpr):
     """STEPS barriers among all programs of the launch."""
     programs = tl.num_programs(0)
     for s in range(STEPS):
         barrier.arrive(arrived_ptr)
-        barrier.wait(arrived_ptr, programs * (s + 1), SPIN_LIMIT)
+        barrier.wait(arrived_ptr, programs * (s + 1), EXCHANGE)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def exchange_kernel(
     UNITS: tl.constexpr,
     BY_DATA: tl.constexpr,
     ABSENT: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
 ):
     """At each step every program stores its units of the step's tile and loads the whole of it."""
     pid = tl.program_id(0)
@@ -81,14 +81,14 @@ def exchange_kernel(
             tile = tl.load(p_tile + whole, cache_modifier=".cg")
             absent = tl.max(tl.max((tile == ABSENT).to(tl.int32), 1), 0)
             attempts = 0
-            while (absent > 0) & (attempts < SPIN_LIMIT):
+            while (absent > 0) & (attempts < EXCHANGE.LIMIT):
                 tile = tl.load(p_tile + whole, cache_modifier=".cg")
                 absent = tl.max(tl.max((tile == ABSENT).to(tl.int32), 1), 0)
                 attempts += 1
-            tl.device_assert(attempts < SPIN_LIMIT, "a program never stored its units")
+            barrier.end_unless(absent == 0, EXCHANGE)
         else:
             barrier.arrive(arrived_ptr)
-            barrier.wait(arrived_ptr, P * (s + 1), SPIN_LIMIT)
+            barrier.wait(arrived_ptr, P * (s + 1), EXCHANGE)
             tile = tl.load(p_tile + whole, cache_modifier=".cg")
         seen += tile
     tl.store(seen_ptr + pid * (ROWS * P * UNITS) + whole, seen)

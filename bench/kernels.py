@@ -1,15 +1,19 @@
 """What the compiler makes of every plan for the field's shapes, on every target, without a GPU.
 
-`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. With `--refresh` only the
-plans that are not in the file yet are compiled: for a change of the cost model or of the device table, not of the kernels.
+`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. A kernel that spills is
+named in `fusedlstm/plan/spills.json`, the plan takes its next variant, and that is compiled, until none spills. With
+`--refresh` only the plans that are not in the table yet are compiled: for a change of the cost model or of the device
+table, not of the kernels. With `--spills` nothing but the list of spills is written: for a second version of Triton.
 """
 
 import argparse
 import csv
 import itertools
+import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import track
@@ -18,7 +22,7 @@ from rich.table import Table
 from bench.shapes import BY_ID, SHAPES, Shape
 from fusedlstm import cells
 from fusedlstm.devices import DEVICES
-from fusedlstm.plan import LAYOUTS, Plan, cost, plan, wave
+from fusedlstm.plan import LAYOUTS, Plan, cost, plan, spills, wave
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
 MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
@@ -27,7 +31,7 @@ TRITON = "3.7.1"  # of the table
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
 FAMILY_SHAPES = ("S2", "M1", "F1", "L1")  # of the cells beside the LSTM: one a schedule and more
-CHOICE = ("schedule", "tiles", "warps", "split", "protocol")
+CHOICE = ("schedule", "tiles", "warps", "split", "ahead", "protocol")
 COLUMNS = [
     "cell",
     "shape",
@@ -40,10 +44,27 @@ COLUMNS = [
     "spill_bytes",
     "smem_bytes",
     "mma",
+    "instructions",
+    "bar_sync",
+    "wgmma_waits",
+    "load_rounds",
     "barriers_per_step",
     "predicted_us",
     "bound_us",
 ]
+
+
+class Numbers(NamedTuple):
+    """What the compiler made of a plan; the last four are of an iteration of the time loop (`offline.Loop`), none on AMD."""
+
+    regs: int
+    spill_bytes: int
+    smem_bytes: int
+    mma: str  # or why it does not compile, and regs is -1
+    instructions: int | None = None
+    bar_sync: int | None = None
+    wgmma_waits: int | None = None
+    load_rounds: int | None = None
 
 
 def shapes() -> list[Shape]:
@@ -96,9 +117,10 @@ def rows_of(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
         return {tuple(row[name] for name in COLUMNS[:6]): row for row in csv.DictReader(file)}
 
 
-def numbers_of(row: dict[str, str]) -> tuple:
+def numbers_of(row: dict[str, str]) -> Numbers:
     """What `compile_numbers` found."""
-    return int(row["regs"]), int(row["spill_bytes"]), int(row["smem_bytes"]), row["mma"]
+    found = {name: row[name] for name in Numbers._fields}
+    return Numbers(**{name: x if name == "mma" else int(x) if x else None for name, x in found.items()})
 
 
 def layout(p: Plan) -> str:
@@ -106,24 +128,19 @@ def layout(p: Plan) -> str:
     return "wave" if p.stack else p.layout
 
 
-def compile_key(p: Plan) -> tuple:
-    """What the machine code depends on: plans that share it share a compilation."""
-    tiles = (p.schedule, p.block_b, p.block_h, p.block_k, p.transposed, p.split, p.precision, p.num_warps, p.stages)
-    return (p.arch, p.pass_, p.cell, p.dtype, p.hidden, p.heads, layout(p), p.protocol, *tiles)
-
-
-def compile_numbers(p: Plan) -> tuple:
-    """(regs, spill_bytes, smem_bytes, mma) of one plan, or the error in words."""
+def compile_numbers(p: Plan) -> Numbers:
+    """Of one plan, or the error in words."""
     from fusedlstm import offline
 
     try:
         c = offline.compile_plan(p)
     except Exception as error:
-        return (-1, -1, -1, f"{type(error).__name__}: {str(error)[:200]}")
-    return c.regs, c.spill_bytes, c.smem_bytes, c.mma
+        return Numbers(-1, -1, -1, f"{type(error).__name__}: {str(error)[:200]}")
+    loop = offline.loop(c.asm["sass"]) if "sass" in c.asm else ()
+    return Numbers(c.regs, c.spill_bytes, c.smem_bytes, c.mma, *loop)
 
 
-def compile_all(distinct: dict[tuple, Plan]) -> dict[tuple, tuple]:
+def compile_all(distinct: dict[str, Plan]) -> dict[str, Numbers]:
     """Compile each once, on all cores; shows a bar."""
     # Spawned, not forked: torch has started threads by now.
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -137,16 +154,16 @@ def tiles(p: Plan) -> str:
 
 def choice(p: Plan) -> tuple[str, ...]:
     """What the table tells of a plan: schedule, tiles, warps, split, protocol."""
-    return p.schedule, tiles(p), str(p.num_warps), str(p.split), p.protocol
+    return p.schedule, tiles(p), str(p.num_warps), str(p.split), str(p.ahead), p.protocol
 
 
-def known_numbers(path: Path, rows: list[tuple[str, str, Plan]]) -> dict[tuple, tuple]:
-    """What was compiled of the plans that are still those of the table, by `compile_key`."""
+def known_numbers(path: Path, rows: list[tuple[str, str, Plan]]) -> dict[str, Numbers]:
+    """What was compiled of the plans that are still those of the table, by `Plan.code`."""
     table, found = rows_of(path), {}
     for shape_id, dtype, p in rows:
         row = table.get(row_key(shape_id, dtype, p))
         if row and tuple(row[name] for name in CHOICE) == choice(p):
-            found[compile_key(p)] = numbers_of(row)
+            found[p.code] = numbers_of(row)
     return found
 
 
@@ -158,16 +175,21 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
     return f"{predicted:.4g}", f"{cost.bound(p.cell, *sizes).step:.4g}"
 
 
-def faults(p: Plan, numbers: tuple) -> list[str]:
+def does_spill(p: Plan, numbers: Numbers) -> bool:
+    """More than the target allows, which is nothing where plans are tuned; or it does not compile at all."""
+    return numbers.regs < 0 or numbers.spill_bytes > (0 if p.arch in OTHER_LAYOUTS else SOME_BYTES)
+
+
+def faults(p: Plan, numbers: Numbers) -> list[str]:
     """What is wrong with a compiled plan: a spill, too much shared memory, a lost matrix instruction."""
-    regs, spill_bytes, smem_bytes, mma = numbers
+    regs, spill_bytes, smem_bytes, mma = numbers[:4]
     if regs < 0:
         return [f"does not compile: {mma}"]
     found = []
-    if spill_bytes > (0 if p.arch in OTHER_LAYOUTS else SOME_BYTES):
+    if does_spill(p, numbers):
         found.append(f"spills {spill_bytes} bytes a thread")
-    if smem_bytes > DEVICES[p.arch].smem_bytes:
-        found.append(f"{smem_bytes} bytes of shared memory, {DEVICES[p.arch].smem_bytes} at most")
+    if smem_bytes > p.smem_bytes:
+        found.append(f"{smem_bytes} bytes of shared memory, {p.smem_bytes} expected at most")
     if mma == "none" and p.block_b > 1 and not (p.dtype == "fp32" and p.precision == "ieee"):
         found.append("no matrix instruction")
     rows = p.columns if p.transposed else p.block_b
@@ -176,38 +198,55 @@ def faults(p: Plan, numbers: tuple) -> list[str]:
     return found
 
 
+def settle(numbers: dict[str, Numbers], target: str | None) -> tuple[list[tuple[str, str, Plan]], dict[str, Numbers]]:
+    """Compile what is not in `numbers` until no plan spills that has a variant left; writes the list of spills.
+
+    Returns the plans, with the shapes and dtypes of `plans`, and what the compiler made of them by `Plan.code`.
+    """
+    while True:
+        rows = [(s, d, p) for s, d, p in plans() if target in (None, p.arch)]
+        distinct = {p.code: p for _, _, p in rows}
+        numbers |= compile_all({code: p for code, p in distinct.items() if code not in numbers})
+        found = {code for code, p in distinct.items() if does_spill(p, numbers[code])} - spills.known()
+        if not found:
+            return rows, numbers
+        spills.FILE.write_text(json.dumps(sorted(spills.known() | found), indent=0) + "\n")
+        spills.known.cache_clear()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--target", choices=DEVICES, help="this one only (the table is then not written)")
     parser.add_argument("--refresh", action="store_true", help="compile only what the table does not have")
+    parser.add_argument("--spills", action="store_true", help="write the list of spills, and no table")
     args = parser.parse_args()
-    rows = [(s, d, p) for s, d, p in plans() if args.target in (None, p.arch)]
-    distinct = {compile_key(p): p for _, _, p in rows}
-    numbers = known_numbers(args.out, rows) if args.refresh and args.out.exists() else {}
-    numbers |= compile_all({key: p for key, p in distinct.items() if key not in numbers})
+    known = known_numbers(args.out, plans()) if args.refresh and args.out.exists() else {}
+    rows, numbers = settle(known, args.target)
+    distinct = {p.code: p for _, _, p in rows}
 
     bad = [(p, faults(p, numbers[key])) for key, p in distinct.items()]
     table = Table(
-        *("cell", "H", "heads", "dtype", "pass", "target", "layout", *CHOICE, "regs", "spill", "smem KiB", "mma")
+        *("cell", "H", "heads", "dtype", "pass", "target", "layout", *CHOICE, "regs", "spill", "smem KiB", "mma", *Numbers._fields[4:])
     )
     for key, p in distinct.items():
-        regs, spill_bytes, smem_bytes, mma = numbers[key]
+        regs, spill_bytes, smem_bytes, mma, *loop = numbers[key]
         dtype = "fp32-ieee" if p.dtype == "fp32" and p.precision == "ieee" else p.dtype
         words = (p.cell, p.hidden, p.heads, dtype, p.pass_, p.arch, layout(p), *choice(p), regs, spill_bytes)
         table.add_row(
             *map(str, words),
             f"{smem_bytes / 1024:.0f}",
             mma,
+            *("" if x is None else str(x) for x in loop),
         )
-    console = Console(width=150)
+    console = Console(width=180)
     console.print(table)
-    if not args.target:
+    if not (args.target or args.spills):
         with args.out.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             for shape_id, dtype, p in rows:
-                compiled, key = numbers[compile_key(p)], row_key(shape_id, dtype, p)
+                compiled, key = numbers[p.code], row_key(shape_id, dtype, p)
                 writer.writerow([*key, *choice(p), *compiled, p.barriers_per_step, *times(BY_ID[shape_id], p)])
         console.print(f"{len(rows)} rows, {len(distinct)} kernels -> {args.out.name}")
     for p, found in bad:

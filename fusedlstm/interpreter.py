@@ -133,7 +133,8 @@ def _poll(name: str, args, result) -> tuple[bool, bool]:
         pointers, polls = args[1], not (args[2].data != 0).any()  # adding zero
     elif name == "create_masked_load" and args[3] == ir.CACHE_MODIFIER.CG:
         bits = np.ascontiguousarray(result.data).view(f"i{result.data.itemsize}")
-        pointers, polls = args[0], bool((bits == -1).any())  # what `kernels.exchange` calls absent
+        # What `kernels.exchange` calls absent; or words with tags, of which only the kernel knows whether they have come.
+        pointers, polls = args[0], bits.itemsize == 8 or bool((bits == -1).any())
     else:
         return False, True
     if not polls:

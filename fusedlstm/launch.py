@@ -14,7 +14,9 @@ from fusedlstm import cells, devices, precision, stepping, tuned
 from fusedlstm import plan as planning
 from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
+from fusedlstm.kernels.exchange import Exchange
 from fusedlstm.kernels.norms import row_statistics_kernel
+from fusedlstm.kernels.product import Dot
 from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
@@ -25,7 +27,7 @@ from fusedlstm.tuned import Problem
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
-FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr", "sums_ptr", "statistics_ptr")
+FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr", "statistics_ptr")
 RECOMPUTED_UNITS = 128  # a program of `recompute`; a thread has one: the loop waits for memory, and wants many programs
 NOISES = ("HOLDS", "DROPS_CANDIDATE", "DROPS_H", "TRAINING")
 # Compile-time switches beyond what a plan says.
@@ -51,8 +53,10 @@ def constants(plan: Plan, **flags: bool) -> dict:
     """The compile-time arguments of the plan's kernel; `flags` are those of `FLAGS` that are on."""
     assert flags.keys() <= set(FLAGS[plan.pass_]), f"flags: expected some of {FLAGS[plan.pass_]}, got {[*flags]}"
     cell = cells.CELLS[plan.cell]
+    dot = dot_of(plan)
     return {
         "H": plan.hidden,
+        "HP": plan.aligned_hidden,
         "DH": plan.hidden // plan.heads,
         "G": cell.num_gates,
         "KEPT": cell.num_kept,
@@ -61,20 +65,51 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "NORMS": cell.norms,
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
         **({"UPDATE": STEPS[plan.cell][2]} if plan.pass_ == "bwd" else {}),
-        "GROUP": plan.group,
         "BLOCK_B": plan.block_b,
         "BLOCK_H": plan.block_h,
-        "BLOCK_K": plan.block_k,
-        "PROTOCOL": plan.protocol,
-        "RESIDENT": plan.resident,
-        "TRANSPOSED": plan.transposed,
-        "SPLIT": plan.split,
-        "PRECISION": plan.precision,
-        "STAGES": plan.stages,
+        "DOT": dot,
+        "DOT_X": dot,  # with layers as recurrences there are no heads, and both products are of one form
+        "EXCHANGE": exchange_of(plan),
         "STACK": plan.stack,
-        "SPIN_LIMIT": planning.ATTEMPT_LIMIT if plan.protocol == "data" else planning.SPIN_LIMIT,
         **{name: flags.get(name, False) for name in FLAGS[plan.pass_]},
     }
+
+
+def dot_of(plan: Plan) -> Dot:
+    """The recurrent product of the plan's kernel."""
+    padded = plan.aligned_hidden // plan.heads
+    forward = plan.pass_ == "fwd"
+    K = plan.reduction
+    # A head's columns are a part of every gate's, and a program that has all units has them gate by gate.
+    segment = plan.hidden // plan.heads if not forward and (plan.local or plan.heads > 1) else K
+    return Dot(
+        N=plan.columns,
+        K=K,
+        SEGMENT=segment,
+        SEGMENT_STRIDE=plan.aligned_hidden,
+        STRIDE_K=1 if forward else padded,
+        BLOCK_B=plan.block_b,
+        BLOCK_K=plan.block_k,
+        RESIDENT=plan.resident,
+        TRANSPOSED=plan.transposed,
+        SPLIT=plan.split,
+        AHEAD=plan.ahead,
+        PRECISION=plan.precision,
+        STAGES=plan.stages,
+    )
+
+
+def exchange_of(plan: Plan) -> Exchange:
+    """How the programs of a group exchange; on AMD, and interpreted, an assertion ends a wait, and nothing is prefetched."""
+    by_instruction = not (triton.knobs.runtime.interpret or plan.arch.startswith("gfx"))
+    by_data = plan.protocol == "data"
+    return Exchange(
+        GROUP=plan.group,
+        PROTOCOL=plan.protocol,
+        LIMIT=planning.ATTEMPT_LIMIT if by_data else planning.SPIN_LIMIT,
+        TRAP="trap; mov.b32 $0, $1;" if by_instruction else "",
+        PREFETCH="prefetch.global.L2 [$1]; mov.b32 $0, 0;" if by_instruction and by_data else "",
+    )
 
 
 def signature(plan: Plan) -> dict[str, str]:
@@ -84,6 +119,7 @@ def signature(plan: Plan) -> dict[str, str]:
     types |= {name: "*fp32" for name in FLOAT32_POINTERS if name in types}
     types |= {
         "arrived_ptr": "*i32",
+        "sums_ptr": "*i64",
         "lengths_ptr": "*i32",
         "first_row_ptr": "*i64",
         "resets_ptr": "*i8",
@@ -98,12 +134,12 @@ def signature(plan: Plan) -> dict[str, str]:
 
 
 def options(plan: Plan) -> dict:
-    """What the compiler is told beside the arguments. `debug` is what keeps the assertion of a bounded wait."""
+    """What the compiler is told beside the arguments. `debug` is what keeps the assertion of a bounded wait on AMD."""
     told = {
         "num_warps": plan.num_warps,
         "num_stages": 1,
         "launch_cooperative_grid": not plan.local,
-        "debug": True,
+        "debug": plan.arch.startswith("gfx"),
         "sanitize_overflow": False,
     }
     # One program has the multiprocessor to itself; left alone, ptxas spills to make room for a second.
@@ -238,25 +274,28 @@ def recurrence_fwd(
         return output, h_n, c_n, gates, c_seq
     counters = _counters(plan, output.device)
     factor = noise.of_sequences(D, B, H, cx.float())
+    aligned = plan.aligned_hidden
+    # Whether the group reads something else of a step than its output: rows that are dropped, or aligned.
+    apart = factor is not None or aligned > H
     _launch(
         plan,
         preact_x_ptr=preact_x,
-        **_weights(weight_hh, stack),
+        **_weights(weight_hh, stack, plan),
         vectors_ptr=preact_x if vectors is None else vectors.contiguous(),
         bias_ptr=stack.bias.contiguous() if stack else preact_x,
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
         **_noise(noise, hx, counters),
-        hx_entering_ptr=hx if factor is None else (hx * factor).to(hx.dtype),
-        entering_ptr=output if factor is None else _exchanged(torch.empty_like(output), plan),
-        output_ptr=output if factor is not None else _exchanged(output, plan),
+        hx_entering_ptr=_padded(hx if factor is None else (hx * factor).to(hx.dtype), aligned),
+        entering_ptr=_exchanged(new(sequence(aligned)), plan) if apart else output,
+        output_ptr=output if apart else _exchanged(output, plan),
         h_n_ptr=h_n,
         c_n_ptr=c_n,
         gates_ptr=gates,
         c_seq_ptr=c_seq,
         arrived_ptr=counters,
-        sums_ptr=_sums(plan, c_seq),
+        sums_ptr=_sums(plan, counters),
         T=T,
         B=B,
         D=D,
@@ -309,13 +348,14 @@ def recurrence_bwd(
         stepping.recurrence_bwd(plan, *given, grad_preact, grad_hx, grad_cx)
         return grad_preact, grad_hx, grad_cx
     counters = _counters(plan, output.device)
+    aligned = plan.aligned_hidden
     _launch(
         plan,
         grad_output_ptr=grad_output,
         grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
         grad_h_n_ptr=grad_h_n.contiguous(),
         grad_c_n_ptr=grad_c_n.contiguous(),
-        **_weights(weight_hh, stack),
+        **_weights(weight_hh, stack, plan),
         vectors_ptr=gates if vectors is None else vectors.contiguous(),
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
@@ -325,11 +365,14 @@ def recurrence_bwd(
         gates_ptr=gates,
         c_seq_ptr=c_seq,
         statistics_ptr=_row_statistics(cell, gates, c_seq, D, H) if cells.CELLS[cell].norms else c_seq,
-        grad_preact_ptr=_exchanged(grad_preact, plan),
+        grad_preact_ptr=grad_preact if aligned > H else _exchanged(grad_preact, plan),
+        exchanged_ptr=_exchanged(gates.new_empty(*gates.shape[:-1], gates.size(-1) // H * aligned), plan)
+        if aligned > H
+        else grad_preact,
         grad_hx_ptr=grad_hx,
         grad_cx_ptr=grad_cx,
         arrived_ptr=counters,
-        sums_ptr=_sums(plan, c_seq),
+        sums_ptr=_sums(plan, counters),
         T=T,
         B=B,
         D=D,
@@ -449,10 +492,21 @@ def recompute(
     return gates, c_seq
 
 
-def _weights(weight_hh: list[Tensor], stack: Stack | None) -> dict[str, Tensor]:
-    """The weights of all recurrences in one tensor each; a single one is taken as it lies."""
+def _weights(weight_hh: list[Tensor], stack: Stack | None, plan: Plan) -> dict[str, Tensor]:
+    """The weights of all recurrences in one tensor each, with aligned rows; a single one is taken as it lies if it has these."""
     weight_hh = weight_hh[0].contiguous() if len(weight_hh) == 1 else torch.stack(weight_hh)
-    return {"weight_hh_ptr": weight_hh, "weight_ih_ptr": stack.weight_ih.contiguous() if stack else weight_hh}
+    weight_ih = stack.weight_ih.contiguous() if stack else weight_hh
+    H, aligned = plan.hidden, plan.aligned_hidden
+    if aligned == H:
+        return {"weight_hh_ptr": weight_hh, "weight_ih_ptr": weight_ih}
+    weights = (_padded(w.unflatten(-2, (-1, H)), aligned, rows=True) for w in (weight_hh, weight_ih))
+    return dict(zip(("weight_hh_ptr", "weight_ih_ptr"), weights, strict=True))
+
+
+def _padded(x: Tensor, width: int, *, rows: bool = False) -> Tensor:
+    """`x` with zeros up to a width of its last axis, and of the one before with `rows`; contiguous."""
+    more = width - x.size(-1)
+    return torch.nn.functional.pad(x, (0, more, 0, more * rows)) if more else x.contiguous()
 
 
 def _exchanged(x: Tensor, plan: Plan) -> Tensor:
@@ -520,19 +574,19 @@ def _on(device: torch.device):
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
-    """One counter a recurrence, head and batch tile, at zero, and of norms a second beside it; else something that is not read."""
-    counts = plan.protocol == "counter" or cells.CELLS[plan.cell].norms
+    """One counter a recurrence, head and batch tile, at zero; else something that is not read."""
+    counts = plan.protocol == "counter"
     shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if counts else 2
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
 
 def _sums(plan: Plan, unread: Tensor) -> Tensor:
-    """Two slots of two numbers a row and program, for the norms of a cell in which programs wait for each other."""
+    """Two slots of two numbers a row and program, for the norms of a cell in which programs wait for each other; zeros."""
     if plan.local or not cells.CELLS[plan.cell].norms:
-        return unread
+        return unread.view(torch.int64)
     sums = triton.cdiv(plan.group, plan.block_h) * plan.block_h
-    shape = (plan.grid[2], plan.heads, plan.tiles_b, 4, plan.block_b, sums)
-    return torch.empty(shape, dtype=torch.float32, device=unread.device)
+    shape = (plan.grid[2], plan.tiles_b, 4, plan.block_b, sums)
+    return torch.zeros(shape, dtype=torch.int64, device=unread.device)
 
 
 def _row_statistics(cell: str, gates: Tensor, c_seq: Tensor, D: int, H: int) -> Tensor:

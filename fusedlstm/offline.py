@@ -91,37 +91,133 @@ def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
     return compile_kernel(stepping.KERNELS[plan.pass_], signature, constants, plan.arch, **stepping.options(plan))
 
 
-def loop_operations(sass: str) -> collections.Counter:
-    """Machine instructions of the longest loop: the one over time."""
-    return collections.Counter(_sass_operations(_longest_loop(sass)))
-
-
 # What the order of a step is told by: an event, and the beginning of its instruction.
 EVENTS = {
     "poll": r"CCTL\.IVALL",  # the end of an acquire
-    "exchange": r"LDG\.\S*\.128\.STRONG",  # past the first-level cache
+    "exchange": r"LDG\.E\.(64|128)\.STRONG\.GPU",  # past the first-level cache
     "fetch": r"LDG\.(?!\S*STRONG)",
     "product": r"\w*MMA",
     "store": r"STG",
     "arrive": r"(RED|ATOM)G?\S*\.ADD",
+    "prefetch": r"CCTL\.\S*PF",
 }
+
+
+class Instruction(NamedTuple):
+    """A line of machine code."""
+
+    operation: str  # with its suffixes, such as "LDG.E.128.STRONG.GPU"
+    operands: str
+
+    @property
+    def event(self) -> str | None:
+        """Its name in `EVENTS`."""
+        return next((name for name, pattern in EVENTS.items() if re.match(pattern, self.operation)), None)
+
+    @property
+    def loaded(self) -> set[int]:
+        """The registers that a load from global memory writes."""
+        first = re.match(r"R(\d+)", self.operands)
+        width = re.search(r"\.(64|128)\b", self.operation)
+        return {int(first[1]) + k for k in range(int(width[1]) // 32 if width else 1)} if first else set()
+
+    @property
+    def read(self) -> set[int]:
+        """The registers that it reads, but for the upper ones of wide operands: no first one of a load is among these."""
+        written, _, rest = self.operands.partition(",")
+        if self.operation.startswith(("ST", "RED", "BAR", "BRA")):  # these write no register
+            rest = self.operands
+        return {int(k) for k in re.findall(r"\bR(\d+)", rest)} | {int(k) for k in re.findall(r"\[R(\d+)", written)}
+
+
+class Loop(NamedTuple):
+    """The loop over time in numbers, an iteration; a loop that polls is counted once."""
+
+    instructions: int
+    bar_sync: int  # barriers of all threads of a program
+    wgmma_waits: int  # for matrix instructions that run on their own
+    load_rounds: int  # of loads of what the group exchanges, of which each round waits for one before
+
+
+def loop(sass: str) -> Loop:
+    """What an iteration of the loop over time does."""
+    found = loop_instructions(sass)
+    operations = [i.operation for i in found]
+    return Loop(
+        len(found),
+        sum(o.startswith("BAR.SYNC") for o in operations),
+        sum(o.startswith("WARPGROUP.DEPBAR") for o in operations),
+        _rounds(found, "exchange"),
+    )
+
+
+def fetched_before(sass: str, waits: str) -> list[Instruction]:
+    """The instructions of the loop over time that read what was fetched from memory before the first event `waits`."""
+    pending, found = set(), []
+    for i in loop_instructions(sass):
+        if i.event == waits:
+            break
+        if pending & i.read:
+            found.append(i)
+        pending -= i.read
+        if i.event == "fetch":
+            pending |= i.loaded
+    return found
+
+
+def _rounds(instructions: list[Instruction], event: str) -> int:
+    """How many loads of that kind wait for each other, one after another."""
+    pending, waited, rounds = {}, 0, 0
+    for i in instructions:
+        for register in i.read & pending.keys():
+            waited = max(waited, pending.pop(register))
+        if i.event == event:
+            pending |= dict.fromkeys(i.loaded, waited + 1)
+            rounds = max(rounds, waited + 1)
+    return rounds
+
+
+def loop_operations(sass: str) -> collections.Counter:
+    """Machine instructions of the loop over time, without their suffixes."""
+    return collections.Counter(i.operation.partition(".")[0] for i in loop_instructions(sass))
 
 
 def loop_events(sass: str) -> list[str]:
     """The names of `EVENTS`, one for every such instruction of the loop over time, in the order of the machine code."""
-    instructions = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)", _longest_loop(sass), re.M)
-    return [name for i in instructions for name, pattern in EVENTS.items() if re.match(pattern, i)]
+    return [i.event for i in loop_instructions(sass) if i.event]
 
 
-def _longest_loop(sass: str) -> str:
+def loop_instructions(sass: str) -> list[Instruction]:
+    """The loop over time, in the order of the machine code: the shortest loop that stores and has a barrier.
+
+    Loops inside of it poll, or go through chunks of a reduction; the loop around it walks over batch tiles. What is done only
+    now and then is left out: where a wait takes long, the look for values that are absent (`kernels.exchange`).
+    """
     lines = sass.splitlines()
     labels = {m[1]: k for k, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    start, end = 0, 0
-    for k, line in enumerate(lines):
-        m = re.search(r"BRA.*?(\.L_x_\d+)", line)
-        if m and labels.get(m[1], k) < k and k - labels[m[1]] > end - start:
-            start, end = labels[m[1]], k
-    return "\n".join(lines[start : end + 1])
+    backward = [
+        (begin, k)
+        for k, line in enumerate(lines)
+        if (m := re.search(r"BRA.*?(\.L_x_\d+)", line)) and (begin := labels.get(m[1], k)) < k
+    ]
+    for begin, end in sorted(backward, key=lambda span: span[1] - span[0]):
+        if {"STG", "BAR"} <= {i.operation.partition(".")[0] for i in _instructions(lines[begin : end + 1])}:
+            skipped = set()
+            for k in range(begin, end):
+                m = re.search(r"@!?U?P\w+ BRA.*?(\.L_x_\d+)", lines[k])
+                if m and k < (target := labels.get(m[1], k)) <= end:
+                    events = {i.event for i in _instructions(lines[k + 1 : target])}
+                    if "exchange" in events and not events & {"product", "store"}:
+                        skipped |= {*range(k + 1, target)}
+            return _instructions([lines[k] for k in range(begin, end + 1) if k not in skipped])
+    return []
+
+
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)")
+
+
+def _instructions(lines: list[str]) -> list[Instruction]:
+    return [Instruction(m[1], m[2]) for line in lines if (m := _INSTRUCTION.match(line))]
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:

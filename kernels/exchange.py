@@ -6,20 +6,38 @@
 | "data" | the very values that it needs | the store; the load |
 
 By "data", the buffer is filled before the launch with a pattern that no program ever stores: all bits one, a NaN in every
-type, and a NaN of that very pattern is stored as another one. A reader forms its product at once; what had not arrived
-makes the result NaN, and then it forms it again. A NaN of the user's own would look the same, so every few
-attempts the reader looks at the patterns themselves, and once they are complete takes the product as it is.
+type, and a NaN of that very pattern is stored as another one. A reader loads all of x into registers and looks for a NaN,
+which costs an instruction a register, and as long as there is one it loads again. A NaN of the user's own would be waited for,
+so every few attempts the reader looks for the pattern itself; once that is gone it takes what it loads next as it is. This
+suits an x that fits into registers: the plan decides.
 """
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
 from fusedlstm.kernels import barrier
-from fusedlstm.kernels.product import exchanged_product, exchanged_tile
+from fusedlstm.kernels.product import exchanged_product, exchanged_tile, exchanged_tiles, no_tiles, product_of_tiles
 from fusedlstm.kernels.tiles import store_tuple
 
 ABSENT = tl.constexpr(-1)  # all bits one, as a signed integer
 LOOK_EVERY = tl.constexpr(4)  # attempts
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Who exchanges, and how: one compile-time value of a kernel."""
+
+    GROUP: int  # programs that need each other's tiles
+    PROTOCOL: str  # "counter" or "data"; "none": a group of one, which keeps its tile in registers
+    LIMIT: int  # polls before a wait is an error
+    TRAP: str  # the instruction that ends a launch, or "" where the kernel is interpreted
+    PREFETCH: str  # the instruction that brings a line into the L2, or "" for none
+
+    @property
+    def LOCAL(self) -> bool:
+        return self.PROTOCOL == "none"
 
 
 @triton.jit
@@ -41,10 +59,10 @@ def publish(
     tiles,
     COUNT: tl.constexpr,
     counter_ptr,
-    PROTOCOL: tl.constexpr,
+    EXCHANGE: tl.constexpr,
 ):
     """Store the first COUNT tiles for the group to read."""
-    if PROTOCOL == "data":
+    if EXCHANGE.PROTOCOL == "data":
         bits_ptr = _bits(ptr)
         for k in tl.static_range(COUNT):
             bits = tiles[k].to(ptr.dtype.element_ty).to(bits_ptr.dtype.element_ty, bitcast=True)
@@ -52,26 +70,48 @@ def publish(
             tl.store(bits_ptr + k * stride + offs, bits, mask=mask)
     else:
         store_tuple(ptr, offs, mask, stride, tiles, 0, COUNT)
-        if PROTOCOL == "counter":
+        if EXCHANGE.PROTOCOL == "counter":
             barrier.arrive(counter_ptr)
 
 
 @triton.jit
-def _is_complete(
-    p_x,  # [BLOCK_B]
-    mask_b,  # [BLOCK_B]
-    K: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SEGMENT_STRIDE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+def prefetch_rows(
+    p,  # pointers, of any shape
+    EXCHANGE: tl.constexpr,
 ):
-    """1 if every value of the rows of x has arrived, else 0."""
+    """Bring lines that will be polled into the L2, and wait for nothing."""
+    PREFETCH: tl.constexpr = EXCHANGE.PREFETCH
+    tl.inline_asm_elementwise(PREFETCH, "=r,l", [p.to(tl.uint64, bitcast=True)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _has_nan(x, COUNT: tl.constexpr):
+    """1 if a value of the tiles is NaN, else 0."""
+    largest = x[0].to(tl.float32)
+    for q in tl.static_range(1, COUNT):
+        largest = _larger_or_nan(largest, x[q])
+    # in whatever order it lies with the threads
+    largest = tl.reduce(tl.reshape(largest, (largest.numel,), can_reorder=True), 0, _larger_or_nan)
+    return (largest != largest).to(tl.int32)
+
+
+@triton.jit
+def _is_complete(
+    p_x,  # [BLOCK_B] pointers to the rows of x
+    published,  # [BLOCK_B] rows that the group stores in this launch
+    DOT: tl.constexpr,
+):
+    """1 if every value of these rows has arrived, else 0."""
     p_bits = _bits(p_x)
-    absent = tl.zeros((), tl.int32)
-    for q in range(K // SEGMENT * ((SEGMENT + BLOCK_K - 1) // BLOCK_K)):
-        bits = exchanged_tile(p_bits, mask_b, q, SEGMENT, SEGMENT_STRIDE, BLOCK_K, False, 1)
-        absent += tl.sum(tl.sum((bits == ABSENT).to(tl.int32), 1), 0)
-    return (absent == 0).to(tl.int32)
+    absent = (exchanged_tile(p_bits, published, 0, DOT) == ABSENT).to(tl.int32)
+    for q in range(1, DOT.CHUNKS):
+        absent = absent | (exchanged_tile(p_bits, published, q, DOT) == ABSENT).to(tl.int32)
+    return 1 - tl.max(tl.reshape(absent, (absent.numel,), can_reorder=True), 0)
 
 
 @triton.jit
@@ -81,77 +121,26 @@ def awaited_product(
     p_x,  # [BLOCK_B] pointers to the rows of x
     mask_b,  # [BLOCK_B]
     published,  # [BLOCK_B] which of these rows the group stores in this launch
-    w,  # tuple of tiles, if RESIDENT
-    weight_ptr,
-    offs_n,  # [N]
-    mask_n,  # [N]
-    STRIDE_K: tl.constexpr,
-    K: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SEGMENT_STRIDE: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
+    w,  # Weight
+    DOT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
 ):
-    """`exchanged_product` of rows that the whole group has stored. Returns [BLOCK_B, N] float32."""
-    if PROTOCOL == "counter":
-        barrier.wait(counter_ptr, target, SPIN_LIMIT)
-        acc = exchanged_product(
-            p_x,
-            mask_b,
-            w,
-            weight_ptr,
-            offs_n,
-            mask_n,
-            STRIDE_K,
-            K,
-            SEGMENT,
-            SEGMENT_STRIDE,
-            N,
-            BLOCK_B,
-            BLOCK_K,
-            RESIDENT,
-            TRANSPOSED,
-            SPLIT,
-            PRECISION,
-            STAGES,
-        )
+    """Wait until the group has stored x, then multiply. Returns [BLOCK_B, N] float32."""
+    if EXCHANGE.PROTOCOL == "counter":
+        barrier.wait(counter_ptr, target, EXCHANGE)
+        acc = exchanged_product(p_x, mask_b, w, DOT)
     else:
-        acc = tl.zeros((BLOCK_B, N), tl.float32)
-        complete = 0
+        CHUNKS: tl.constexpr = DOT.CHUNKS
+        x = no_tiles(p_x.dtype.element_ty, DOT)
         pending = 1
+        complete = 0
         attempts = 0
-        while (pending != 0) & (attempts < SPIN_LIMIT):
-            if attempts % LOOK_EVERY == LOOK_EVERY - 1:
-                complete = _is_complete(p_x, mask_b & published, K, SEGMENT, SEGMENT_STRIDE, BLOCK_K)
-            acc = exchanged_product(
-                p_x,
-                mask_b,
-                w,
-                weight_ptr,
-                offs_n,
-                mask_n,
-                STRIDE_K,
-                K,
-                SEGMENT,
-                SEGMENT_STRIDE,
-                N,
-                BLOCK_B,
-                BLOCK_K,
-                RESIDENT,
-                TRANSPOSED,
-                SPLIT,
-                PRECISION,
-                STAGES,
-            )
-            pending = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) * (1 - complete)
+        while (pending != 0) & (attempts < EXCHANGE.LIMIT):
+            x = exchanged_tiles(p_x, mask_b, 0, CHUNKS, DOT)
+            pending = _has_nan(x, CHUNKS) * (1 - complete)
             attempts += 1
-        tl.device_assert(pending == 0, "fusedlstm: a program of the group never arrived")
+            if (pending != 0) & (attempts % LOOK_EVERY == 0):  # a NaN of the user's own, perhaps
+                complete = _is_complete(p_x, mask_b & published, DOT)
+        barrier.end_unless(pending == 0, EXCHANGE)
+        acc = product_of_tiles(x, w, DOT)
     return acc

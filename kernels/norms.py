@@ -9,12 +9,13 @@ that, which are put together as Chan, Golub & LeVeque (1983) do it, so that noth
 backward both sums. All programs then add the same numbers in the same order, so that all have the same result to the
 last bit, the same from run to run. A group of one hands nothing.
 
-The numbers lie in two slots that take turns. Exchange k of a launch's batch tile goes through slot k % 2, and is complete when
-the group's second counter is at GROUP (k + 1) (`barrier`). Nobody can write a slot that is still read: exchange k + 2
-follows exchange k + 1, for which every program arrived after it had read those of exchange k.
+The numbers lie in two slots that take turns: exchange k of a launch's batch tile goes through slot k % 2. A number is stored
+with its tag, k + 1, in one word of 64 bits, so that a reader sees from the word itself whether it has come: one trip
+through the L2. A tag is never met twice in a slot, which begins with zeros. Nobody can write a slot that is still read:
+exchange k + 2 follows exchange k + 1, whose words every program stored after it had read those of exchange k.
 
-`rows`, as the functions of a cell take it, is a tuple: the group's slots, its counter, k of the next exchange, this program's
-number in the group, which units it has [1, BLOCK_H]; then mean and 1 / s, each [BLOCK_B, 1], of the recurrent product of
+`rows`, as the functions of a cell take it, is a tuple: the group's slots, k of the next exchange, this program's number in the
+group, which units it has [1, BLOCK_H]; then mean and 1 / s, each [BLOCK_B, 1], of the recurrent product of
 this step and, backward, of its c. (Forward those of the product are taken from it whole: the tiles of single gates lie with the
 threads in such a way that sums of them would fill all registers.)
 """
@@ -37,39 +38,87 @@ def _row_sum(tiles, mask, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _tagged(
+    x,  # float32
+    tag,
+):
+    """x and its tag in a word of 64 bits."""
+    return (tag.to(tl.int64) << 32) | x.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _number(word):
+    """What `_tagged` took, float32."""
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _of_group(
     a,  # [BLOCK_B, 1]
     b,  # [BLOCK_B, 1]
     rows,
     k,  # of this exchange
-    GROUP: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
 ):
     """a and b of every program, two tuples of tiles [BLOCK_B, BLOCK_H], with zeros where there is no program.
 
     Tiles of the same form as those of the cell: others would draw the whole step into a layout of their own.
     """
-    slots_ptr, counter_ptr, _, pid, mask_h = rows[:5]
+    slots_ptr, _, pid, mask_h = rows[:4]
     BLOCK_B: tl.constexpr = a.shape[0]
     BLOCK_H: tl.constexpr = mask_h.shape[1]
+    GROUP: tl.constexpr = EXCHANGE.GROUP
     TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     SECOND: tl.constexpr = BLOCK_B * TILES * BLOCK_H
     slot_ptr = slots_ptr + k % 2 * (2 * SECOND)
+    tag = tl.zeros((BLOCK_B, 1), tl.int32) + (k + 1)
     offs_b = tl.arange(0, BLOCK_B)[:, None] * (TILES * BLOCK_H)
-    tl.store(slot_ptr + offs_b + pid, a)
-    tl.store(slot_ptr + SECOND + offs_b + pid, b)
-    barrier.arrive(counter_ptr)
-    barrier.wait(counter_ptr, GROUP * (k + 1), SPIN_LIMIT)
+    tl.store(slot_ptr + offs_b + pid, _tagged(a, tag))
+    tl.store(slot_ptr + SECOND + offs_b + pid, _tagged(b, tag))
+    words_a = _words(slot_ptr, offs_b, GROUP, BLOCK_H, TILES)
+    words_b = _words(slot_ptr + SECOND, offs_b, GROUP, BLOCK_H, TILES)
+    polls = 0
+    while (_late(words_a + words_b, k + 1, GROUP) != 0) & (polls < EXCHANGE.LIMIT):
+        words_a = _words(slot_ptr, offs_b, GROUP, BLOCK_H, TILES)
+        words_b = _words(slot_ptr + SECOND, offs_b, GROUP, BLOCK_H, TILES)
+        polls += 1
+    barrier.end_unless(polls < EXCHANGE.LIMIT, EXCHANGE)
     all_a = ()
     all_b = ()
+    for q in tl.static_range(TILES):
+        all_a = all_a + (_number(words_a[q]),)
+        all_b = all_b + (_number(words_b[q]),)
+    return all_a, all_b
+
+
+@triton.jit
+def _words(
+    slot_ptr,
+    offs_b,  # [BLOCK_B, 1]
+    GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The words of all programs, a tuple of tiles [BLOCK_B, BLOCK_H]."""
+    words = ()
     for q in tl.static_range(TILES):
         program = q * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
         mask = (program < GROUP) & (offs_b >= 0)
         # .cg: other programs wrote them, and the first-level cache is not coherent.
-        p = slot_ptr + offs_b + program
-        all_a = all_a + (tl.load(p, mask=mask, other=0.0, cache_modifier=".cg"),)
-        all_b = all_b + (tl.load(p + SECOND, mask=mask, other=0.0, cache_modifier=".cg"),)
-    return all_a, all_b
+        words = words + (tl.load(slot_ptr + offs_b + program, mask=mask, other=0, cache_modifier=".cg"),)
+    return words
+
+
+@triton.jit
+def _late(words, tag, GROUP: tl.constexpr):
+    """1 if a word has not come, else 0."""
+    BLOCK_H: tl.constexpr = words[0].shape[1]
+    TILES: tl.constexpr = len(words) // 2
+    late = tl.zeros(words[0].shape, tl.int32)
+    for q in tl.static_range(len(words)):
+        program = q % TILES * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+        late = late | (((words[q] >> 32).to(tl.int32) != tag) & (program < GROUP)).to(tl.int32)
+    return tl.max(tl.reshape(late, (late.numel,), can_reorder=True), 0)
 
 
 @triton.jit
@@ -89,17 +138,16 @@ def statistics(
     rows,
     AT: tl.constexpr,  # exchanges of this step before this one
     H: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
 ):
     """mean and 1 / s of every row over all units, each [BLOCK_B, 1]."""
-    BLOCK_H: tl.constexpr = rows[4].shape[1]
-    own = COUNT * tl.minimum(H - rows[3] * BLOCK_H, BLOCK_H).to(tl.float32)
+    BLOCK_H: tl.constexpr = rows[3].shape[1]
+    own = COUNT * tl.minimum(H - rows[2] * BLOCK_H, BLOCK_H).to(tl.float32)
     mean = tl.sum(tl.where(mask, x, 0.0), 1)[:, None] / own
     centred = tl.where(mask, x - mean, 0.0)
     square = tl.sum(centred * centred, 1)[:, None]
-    if GROUP > 1:
-        means, squares = _of_group(mean, square, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
+    if EXCHANGE.GROUP > 1:
+        means, squares = _of_group(mean, square, rows, rows[1] + AT, EXCHANGE)
         weighted = ()
         sizes = ()
         for q in tl.static_range(len(means)):
@@ -123,18 +171,17 @@ def normalised_bwd(
     rows,
     AT: tl.constexpr,
     H: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
 ):
     """dx, a tuple of COUNT tiles; zero where there is no unit."""
-    mask = rows[4]
+    mask = rows[3]
     products = ()
     for k in tl.static_range(COUNT):
         products = products + (dn[k] * n[k],)
     a = _row_sum(dn, mask, COUNT)
     b = _row_sum(products, mask, COUNT)
-    if GROUP > 1:
-        all_a, all_b = _of_group(a, b, rows, rows[2] + AT, GROUP, SPIN_LIMIT)
+    if EXCHANGE.GROUP > 1:
+        all_a, all_b = _of_group(a, b, rows, rows[1] + AT, EXCHANGE)
         a = _all_rows_sum(all_a)
         b = _all_rows_sum(all_b)
     a = a / (COUNT * H)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fusedlstm.kernels.noise import hold_tuple, step_words
+from fusedlstm.kernels.rows import load_lengths
 from fusedlstm.kernels.tiles import load_state, load_tuple, select_tuple, store_tuple, zero_tuple
 
 
@@ -88,8 +89,7 @@ def recompute_kernel(
     pid_d = tl.program_id(2).to(tl.int64)
     steps = T
     if PACKED or RAGGED:
-        steps = tl.load(lengths_ptr + b).to(tl.int32)
-        tl.device_assert((steps >= 0) & (steps <= T), "lengths: expected 0 to T")
+        steps = load_lengths(lengths_ptr, b, True, T)
     row_state = pid_d * B + b
     stride_state = D.to(tl.int64) * B * H
     stride_seq = R.to(tl.int64) * D * H

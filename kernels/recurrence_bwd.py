@@ -21,17 +21,18 @@ brings the gradients of the initial states; there, and before the first step, ma
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels.exchange import awaited_product, publish
+from fusedlstm.kernels.exchange import awaited_product, prefetch_rows, publish
 from fusedlstm.kernels.noise import hold_tuple_backward, step_words
 from fusedlstm.kernels.norms import statistics
 from fusedlstm.kernels.product import local_product, resident_weight
-from fusedlstm.kernels.rows import load_resets, packed_rows
+from fusedlstm.kernels.rows import load_lengths, load_resets, packed_rows
 from fusedlstm.kernels.tiles import (
     add_tuple,
     as_float32,
     clamp_tuple,
     fetch_state,
     fetch_tuple,
+    keep_units,
     load_state,
     load_tuple,
     round_tuple,
@@ -66,8 +67,8 @@ def recurrence_bwd_kernel(
     grad_c_seq_ptr,  # [S, R, D*H]  float32; [S, R, H] if STACK; read if HAS_GRAD_C_SEQ
     grad_h_n_ptr,  # [D, B, H]
     grad_c_n_ptr,  # [S, D, B, H]
-    weight_ih_ptr,  # [D-1, G*H, H]  read if STACK: of the layers above the first, gates in the order of their gradients
-    weight_hh_ptr,  # [D, G*H, DH]
+    weight_ih_ptr,  # [D-1, G*HP, HP]  read if STACK: of the layers above the first, gates in the order of their gradients
+    weight_hh_ptr,  # [D, G*HP, DHP]
     vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
@@ -84,8 +85,9 @@ def recurrence_bwd_kernel(
     grad_preact_ptr,  # [R, D*KEPT*H]; [D, R, KEPT*H] if STACK
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
-    sums_ptr,  # [D, heads, batch tiles, 4, BLOCK_B, SUMS]  float32: what a step's norms exchange; used if NORMS
+    exchanged_ptr,  # [R, D*KEPT*HP]  grad_preact with aligned rows, for the group; used if HP > H
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart; used by "counter"
+    sums_ptr,  # [D, batch tiles, 4, BLOCK_B, SUMS]  int64, zero: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
@@ -93,6 +95,7 @@ def recurrence_bwd_kernel(
     R,
     clip,  # float32; used if CLIP
     H: tl.constexpr,
+    HP: tl.constexpr,  # H with what aligns the rows of weights, and of what is exchanged, to 16 bytes; H if there are heads
     DH: tl.constexpr,  # hidden units of a head
     G: tl.constexpr,
     KEPT: tl.constexpr,
@@ -114,16 +117,11 @@ def recurrence_bwd_kernel(
     # cell, tiling and flags
     STEP: tl.constexpr,
     UPDATE: tl.constexpr,  # read if HOLDS
-    GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PROTOCOL: tl.constexpr,  # "counter" or "data"; "none": a group of one, which keeps dpreact in registers
-    RESIDENT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    DOT: tl.constexpr,  # `product.Dot` of dpreact
+    DOT_X: tl.constexpr,  # of that of the layer above, if STACK
+    EXCHANGE: tl.constexpr,  # `exchange.Exchange`
     STACK: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -134,18 +132,18 @@ def recurrence_bwd_kernel(
     TRAINING: tl.constexpr,  # masks, and not their mean
     CLIP: tl.constexpr,
     HAS_GRAD_C_SEQ: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
 ):
-    LOCAL: tl.constexpr = PROTOCOL == "none"
-    SUMS: tl.constexpr = (
-        (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
-    )  # of a row: one a program, in tiles of the cell's form
-    GH: tl.constexpr = G * H
+    GROUP: tl.constexpr = EXCHANGE.GROUP
+    LOCAL: tl.constexpr = EXCHANGE.LOCAL
+    DHP: tl.constexpr = DH + HP - H
+    # Of a row, one a program, in tiles of the cell's form.
+    SUMS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
+    G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     KEPT_H: tl.constexpr = KEPT * H
-    FIRST_H: tl.constexpr = KEPT - G  # the first block that goes through U
-    K: tl.constexpr = G * DH
-    # A head's rows of weight_hh are a part of every gate's.
-    SEGMENT: tl.constexpr = DH if LOCAL or DH < H else K
+    KEPT_HP: tl.constexpr = KEPT * HP
+    FIRST: tl.constexpr = KEPT - G  # the first block that goes through U
+    # Whether the group reads something else than grad_preact: its rows, aligned.
+    APART: tl.constexpr = HP != H
 
     head = tl.program_id(0) // GROUP
     pid_h = tl.program_id(0) % GROUP
@@ -164,14 +162,15 @@ def recurrence_bwd_kernel(
     offs_gates = offs_b[:, None] * (side_by_side * KEPT_H) + offs_h[None, :]
     offs_grad_output = offs_b.to(tl.int64)[:, None] * rows_grad_output_b * (side_by_side * H) + offs_h[None, :]
 
-    weight_ptr = weight_hh_ptr + pid_d * (GH * DH) + head * (DH * DH)
-    weight_x_ptr = weight_ih_ptr + pid_d * (GH * H)  # of the layer above
-    w = ()
-    w_x = ()
-    if RESIDENT:
-        w = resident_weight(weight_ptr, unit, mask_h, DH, K, SEGMENT, H, BLOCK_K, TRANSPOSED, SPLIT)
-        if STACK:
-            w_x = resident_weight(weight_x_ptr, unit, mask_h & below, H, GH, SEGMENT, H, BLOCK_K, TRANSPOSED, SPLIT)
+    weight_ptr = weight_hh_ptr + pid_d * (G * HP * DHP) + head * (DH * DHP)
+    w = resident_weight(weight_ptr, unit, mask_h, DOT)
+    if STACK:  # of the layer above
+        w_x = resident_weight(weight_ih_ptr + pid_d * (G * HP * HP), unit, mask_h & below, DOT_X)
+    # what the group reads of each other
+    group_ptr = grad_preact_ptr
+    if APART:
+        group_ptr = exchanged_ptr
+    offs_group = offs_b[:, None] * (side_by_side * KEPT_HP) + offs_h[None, :]
 
     vectors = ()
     if V > 0:
@@ -193,7 +192,7 @@ def recurrence_bwd_kernel(
         if PACKED:
             steps = tl.load(lengths_ptr + row)  # the longest sequence of the tile
         elif RAGGED:
-            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0).to(tl.int32)  # [BLOCK_B]
+            length = load_lengths(lengths_ptr, row + offs_b, mask_b, T)  # [BLOCK_B]
             steps = tl.max(length)
         else:
             steps = T
@@ -220,7 +219,7 @@ def recurrence_bwd_kernel(
         )
         if DROPS_H:
             factor = tl.load(factor_ptr + row_state * H + offs_state, mask=mask, other=0.0)
-        dpreact_ptr = grad_preact_ptr
+        later_ptr = group_ptr  # dpreact of the iteration before
         if LOCAL:
             dpreact = round_tuple(zero_tuple(G, BLOCK_B, BLOCK_H), weight_ptr, G)
         mask_later = offs_b < 0  # [BLOCK_B]
@@ -294,15 +293,20 @@ def recurrence_bwd_kernel(
                     stride_grad_c = R.to(tl.int64) * H
                 grad_c = fetch_tuple(grad_c_ptr, offs_seq, mask_grad, stride_grad_c, S)
 
+            if EXCHANGE.PREFETCH != "":
+                # The row after the next: what filled it may have pushed it out of the L2 by now.
+                ahead = tl.minimum(tl.maximum(first_row + row + offs_b - (2 - 4 * reverse) * B, 0), R - 1)
+                ahead = ahead * side_by_side + pid_d * stride_d
+                gate = tl.minimum(tl.arange(0, G_PADDED), G - 1)
+                p_ahead = group_ptr + ahead[:, None] * KEPT_HP + ((FIRST + gate) * HP)[None, :] + head * DH + pid_h * BLOCK_H
+                prefetch_rows(p_ahead, EXCHANGE)
+
             # what the iteration before left
             if LOCAL:
-                dh_recurrent = local_product(dpreact, w, G, BLOCK_H, BLOCK_B, TRANSPOSED, PRECISION)
+                dh_recurrent = local_product(dpreact, w, DOT)
             else:
-                p_x = dpreact_ptr + FIRST_H * H + head * DH + offs_b * (side_by_side * KEPT_H)
-                dh_recurrent = awaited_product(
-                    counter_ptr, GROUP * step, p_x, mask_x, mask_x, w, weight_ptr, unit, mask_h, DH, K, SEGMENT, H,
-                    BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
-                )  # fmt: skip
+                p_x = later_ptr + FIRST * HP + head * DH + offs_b * (side_by_side * KEPT_HP)
+                dh_recurrent = awaited_product(counter_ptr, GROUP * step, p_x, mask_x, mask_x, w, DOT, EXCHANGE)
             if DROPS_H:
                 dh_recurrent = dh_recurrent * factor
             stepped = (dstate[0] + dh_recurrent,) + dstate[1:]
@@ -327,12 +331,10 @@ def recurrence_bwd_kernel(
                 dcell = add_tuple(dcell, grad_c, S)
             if STACK:
                 if below:  # what the layer above hands down
-                    p_above = grad_preact_ptr + (row_seq + stride_d) * KEPT_H + offs_b * KEPT_H
-                    dh += awaited_product(
-                        counter_ptr + num_tiles_b * 32, GROUP * tl.minimum(step + 1, steps), p_above, mask_t, mask_t,
-                        w_x, weight_x_ptr, unit, mask_h, H, GH, SEGMENT, H, BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT,
-                        TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
-                    )  # fmt: skip
+                    p_above = group_ptr + (row_seq + stride_d) * KEPT_HP + offs_b * KEPT_HP
+                    above_ptr = counter_ptr + num_tiles_b * 32
+                    target = GROUP * tl.minimum(step + 1, steps)
+                    dh += awaited_product(above_ptr, target, p_above, mask_t, mask_t, w_x, DOT_X, EXCHANGE)
 
             state_prev = as_float32(before, 1 + S)
             if PACKED or RAGGED:
@@ -356,12 +358,10 @@ def recurrence_bwd_kernel(
                     dstepped, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S
                 )
             if NORMS:
-                rows = (slots_ptr, counter_ptr + 16, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
+                rows = (slots_ptr, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
                 if HOLDS:
-                    norm = norm[:2] + statistics(state[1], rows[4], 1, rows, -1, H, GROUP, SPIN_LIMIT)
-                dpreact_all, dprev = STEP(
-                    kept, entered, state, dstepped, vectors, drop, rows + norm, H, GROUP, SPIN_LIMIT
-                )
+                    norm = norm[:2] + statistics(state[1], mask_h[None, :], 1, rows, -1, H, EXCHANGE)
+                dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop, rows + norm, H, EXCHANGE)
             else:
                 dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop)
             if HOLDS:
@@ -369,13 +369,21 @@ def recurrence_bwd_kernel(
             state = state_prev
 
             dpreact_ptr = grad_preact_ptr + row_seq * KEPT_H
-            mask_store = mask_t[:, None] & mask_h[None, :]
+            later_ptr = group_ptr + row_seq * KEPT_HP
+            rows_store = mask_t
             if RAGGED:
-                mask_store = (mask_b & (step < steps))[:, None] & mask_h[None, :]
+                rows_store = mask_b & (step < steps)
                 dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(KEPT, BLOCK_B, BLOCK_H), KEPT)
-            publish(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, KEPT, counter_ptr, PROTOCOL)
+            mask_store = rows_store[:, None] & mask_h[None, :]
+            if APART:
+                aligned = keep_units(dpreact_all, mask_h, KEPT)
+                mask_group = rows_store[:, None] & (unit < DHP)[None, :]
+                publish(later_ptr, offs_group, mask_group, HP, aligned, KEPT, counter_ptr, EXCHANGE)
+                store_tuple(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, 0, KEPT)
+            else:
+                publish(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, KEPT, counter_ptr, EXCHANGE)
             if LOCAL:
-                dpreact = round_tuple(dpreact_all[FIRST_H:], weight_ptr, G)
+                dpreact = round_tuple(dpreact_all[FIRST:], weight_ptr, G)
             mask_later = mask_t
             first_row = prev_row
             sequences = sequences_prev

@@ -29,15 +29,16 @@ l + 1 doing step t - 1, and what a layer adds to preact_x above the bias is its 
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels.exchange import awaited_product, publish
+from fusedlstm.kernels.exchange import awaited_product, prefetch_rows, publish
 from fusedlstm.kernels.noise import hold_tuple, step_words
 from fusedlstm.kernels.norms import statistics
 from fusedlstm.kernels.product import local_product, resident_weight
-from fusedlstm.kernels.rows import load_resets, packed_rows
+from fusedlstm.kernels.rows import load_lengths, load_resets, packed_rows
 from fusedlstm.kernels.tiles import (
     add_tuple,
     as_float32,
     fetch_tuple,
+    keep_units,
     load_state,
     load_tuple,
     select_tuple,
@@ -70,8 +71,8 @@ def recurrence_fwd_kernel(
     # inputs
     preact_x_ptr,  # [D, R, G*H]  x_t @ weight_ih^T + biases; [1, R, G*H] if STACK: of layer 0
     bias_ptr,  # [D-1, G*H]  read if STACK: of the layers above the first
-    weight_ih_ptr,  # [D-1, G*H, H]  the same
-    weight_hh_ptr,  # [D, G*H, DH]
+    weight_ih_ptr,  # [D-1, G*HP, HP]  the same
+    weight_hh_ptr,  # [D, G*HP, DHP]
     vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]
     cx_ptr,  # [S, D, B, H]  float32
@@ -80,22 +81,23 @@ def recurrence_fwd_kernel(
     resets_ptr,  # [R]  bool; read if RESETS
     seed_ptr,  # [1]  int64; read if TRAINING
     factor_ptr,  # [D, B, H]  float32: of the h that enters the product; read if DROPS_H
-    hx_entering_ptr,  # [D, B, H]  hx times its factor; read if DROPS_H
+    hx_entering_ptr,  # [D, B, HP]  hx times its factor; read if APART
     # outputs
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     h_n_ptr,  # [D, B, H]
     c_n_ptr,  # [S, D, B, H]
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
-    entering_ptr,  # [R, D*H]  h of every step times its factor, for the group; used if DROPS_H
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and if NORMS a second
-    sums_ptr,  # [D, heads, batch tiles, 4, BLOCK_B, SUMS]  float32: what a step's norms exchange; used if NORMS
+    entering_ptr,  # [R, D*HP]  h of every step times its factor, for the group; used if APART
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart; used by "counter"
+    sums_ptr,  # [D, batch tiles, 4, BLOCK_B, SUMS]  int64, zero: what a step's norms exchange; used if NORMS
     # sizes
     T,
     B,
     D,
     R,
     H: tl.constexpr,
+    HP: tl.constexpr,  # H with what aligns the rows of weights, and of what is exchanged, to 16 bytes; H if there are heads
     DH: tl.constexpr,  # hidden units of a head
     G: tl.constexpr,
     KEPT: tl.constexpr,
@@ -117,16 +119,11 @@ def recurrence_fwd_kernel(
     scale_candidate,
     # cell, tiling and flags
     STEP: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PROTOCOL: tl.constexpr,  # "counter" or "data"; "none": a group of one, which keeps h in registers
-    RESIDENT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    DOT: tl.constexpr,  # `product.Dot` of h
+    DOT_X: tl.constexpr,  # of the h of the layer below, if STACK
+    EXCHANGE: tl.constexpr,  # `exchange.Exchange`
     STACK: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -137,12 +134,14 @@ def recurrence_fwd_kernel(
     TRAINING: tl.constexpr,  # masks, and not their mean
     SAVE_GATES: tl.constexpr,
     SAVE_STATES: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
 ):
-    LOCAL: tl.constexpr = PROTOCOL == "none"
-    SUMS: tl.constexpr = (
-        (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
-    )  # of a row: one a program, in tiles of the cell's form
+    GROUP: tl.constexpr = EXCHANGE.GROUP
+    LOCAL: tl.constexpr = EXCHANGE.LOCAL
+    # Whether the group reads something else of a step than its output: rows that are dropped, or aligned.
+    APART: tl.constexpr = DROPS_H or HP != H
+    DHP: tl.constexpr = DH + HP - H
+    # Of a row, one a program, in tiles of the cell's form.
+    SUMS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     N: tl.constexpr = G_PADDED * BLOCK_H
     GH: tl.constexpr = G * H
@@ -177,20 +176,16 @@ def recurrence_fwd_kernel(
     column = tl.arange(0, N)
     unit_n = pid_h * BLOCK_H + column % BLOCK_H
     mask_n = (unit_n < DH) & (column // BLOCK_H < G)
-    offs_n = (column // BLOCK_H * H + head * DH + unit_n) * DH
-    weight_ptr = weight_hh_ptr + pid_d * (GH * DH)
-    weight_x_ptr = weight_ih_ptr + (pid_d - 1) * (GH * H)
-    w = ()
-    w_x = ()
-    if RESIDENT:
-        w = resident_weight(weight_ptr, offs_n, mask_n, 1, DH, DH, 0, BLOCK_K, TRANSPOSED, SPLIT)
-        if STACK:
-            w_x = resident_weight(weight_x_ptr, offs_n, mask_n & above, 1, H, H, 0, BLOCK_K, TRANSPOSED, SPLIT)
+    offs_n = (column // BLOCK_H * HP + head * DH + unit_n) * DHP
+    w = resident_weight(weight_hh_ptr + pid_d * (G * HP * DHP), offs_n, mask_n, DOT)
+    if STACK:
+        w_x = resident_weight(weight_ih_ptr + (pid_d - 1) * (G * HP * HP), offs_n, mask_n & above, DOT_X)
 
     # what the group reads of each other
     exchanged_ptr = output_ptr
     exchanged_hx_ptr = hx_ptr
-    if DROPS_H:
+    offs_exchanged = offs_b[:, None] * (side_by_side * HP) + offs_h[None, :]
+    if APART:
         exchanged_ptr = entering_ptr
         exchanged_hx_ptr = hx_entering_ptr
     vectors = ()
@@ -213,8 +208,7 @@ def recurrence_fwd_kernel(
         if PACKED:
             steps = tl.load(lengths_ptr + row)  # the longest sequence of the tile
         elif RAGGED:
-            length = tl.load(lengths_ptr + row + offs_b, mask=mask_b, other=0).to(tl.int32)  # [BLOCK_B]
-            tl.device_assert((length >= 0) & (length <= T), "lengths: expected 0 to T")
+            length = load_lengths(lengths_ptr, row + offs_b, mask_b, T)  # [BLOCK_B]
             steps = tl.max(length)
         else:
             steps = T
@@ -222,8 +216,8 @@ def recurrence_fwd_kernel(
         state = load_state(hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, mask, stride_state, S)
         if DROPS_H:
             factor = tl.load(factor_ptr + row_state * H + offs_state, mask=mask, other=0.0)
-        h_ptr = exchanged_hx_ptr + row_state * H  # h of the previous step
-        stride_h = H
+        h_ptr = exchanged_hx_ptr + row_state * HP  # h of the previous step
+        stride_h = HP
         sequences = tl.full((), 0, tl.int64)  # that had it
         first_row = tl.full((), 0, tl.int64)
 
@@ -248,7 +242,7 @@ def recurrence_fwd_kernel(
                     begins = begins | ((t + 1 == length) & (reverse == 1))
                 preact_row = t * rows_t + row * rows_b
             if PACKED or RAGGED:
-                p_h = tl.where(begins, exchanged_hx_ptr + row_state * H + head * DH + offs_b * H, p_h)
+                p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + head * DH + offs_b * HP, p_h)
             mask = mask_t[:, None] & mask_h[None, :]
             row_seq = (first_row + row) * side_by_side + pid_d * stride_d
 
@@ -260,21 +254,24 @@ def recurrence_fwd_kernel(
                     PACKED, RAGGED,
                 )  # fmt: skip
 
+            if EXCHANGE.PREFETCH != "":
+                # The row after the next: what filled it may have pushed it out of the L2 by now.
+                later = tl.minimum(tl.maximum(first_row + row + offs_b + (2 - 4 * reverse) * B, 0), R - 1)
+                later = later * side_by_side + pid_d * stride_d
+                prefetch_rows(exchanged_ptr + later * HP + head * DH + pid_h * BLOCK_H, EXCHANGE)
+
             if LOCAL:
                 if RESETS:
                     state = select_tuple(reset[:, None] == 0, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
                 entering = state
                 if DROPS_H:
                     entering = (state[0] * factor,)
-                acc = local_product(entering, w, 1, N, BLOCK_B, TRANSPOSED, PRECISION)
+                acc = local_product(entering, w, DOT)
             else:
-                acc = awaited_product(
-                    counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, weight_ptr, offs_n, mask_n, 1, DH, DH, 0,
-                    N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES, PROTOCOL, SPIN_LIMIT,
-                )  # fmt: skip
+                acc = awaited_product(counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, DOT, EXCHANGE)
             if NORMS:
-                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :])
-                norm = statistics(acc, mask_n[None, :], G, rows, 0, H, GROUP, SPIN_LIMIT)
+                rows = (slots_ptr, 2 * step, pid_h, mask_h[None, :])
+                norm = statistics(acc, mask_n[None, :], G, rows, 0, H, EXCHANGE)
             preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
             if RESETS and not LOCAL:  # what was exchanged is not cut; a mask there would cost more registers
                 keep = reset[:, None] == 0
@@ -286,12 +283,11 @@ def recurrence_fwd_kernel(
             if STACK:
                 acc = tl.zeros((BLOCK_B, N), tl.float32)
                 if above:
-                    p_x = output_ptr + (row_seq - stride_d) * H + offs_b * H
+                    p_x = exchanged_ptr + (row_seq - stride_d) * HP + offs_b * HP
+                    below_ptr = counter_ptr - num_tiles_b * 32
                     acc = awaited_product(
-                        counter_ptr - num_tiles_b * 32, GROUP * (step + 1), p_x, mask_x, mask_x, w_x, weight_x_ptr,
-                        offs_n, mask_n, 1, H, H, 0, N, BLOCK_B, BLOCK_K, RESIDENT, TRANSPOSED, SPLIT, PRECISION, STAGES,
-                        PROTOCOL, SPIN_LIMIT,
-                    )  # fmt: skip
+                        below_ptr, GROUP * (step + 1), p_x, mask_x, mask_x, w_x, DOT_X, EXCHANGE
+                    )
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)
 
             drop = 1.0
@@ -302,28 +298,32 @@ def recurrence_fwd_kernel(
                 if DROPS_CANDIDATE:
                     drop = tl.where(words[2] < below_candidate, 0.0, scale_candidate)
             if NORMS:
-                gates, stepped = STEP(preact_x, preact_h, state, vectors, drop, rows + norm, H, GROUP, SPIN_LIMIT)
+                gates, stepped = STEP(preact_x, preact_h, state, vectors, drop, rows + norm, H, EXCHANGE)
             else:
                 gates, stepped = STEP(preact_x, preact_h, state, vectors, drop)
             if HOLDS:
                 stepped = hold_tuple(stepped, state, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S)
-            mask_store = mask
+            rows_store = mask_t
             if PACKED or RAGGED:
                 lives = mask_t[:, None]
                 state = select_tuple(lives, stepped, state, 1 + S)
             else:
                 state = stepped
             if RAGGED:
-                mask_store = mask_b[:, None] & mask_h[None, :]
+                rows_store = mask_b
                 stepped = select_tuple(lives, stepped, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
 
-            h_ptr = exchanged_ptr + row_seq * H
-            stride_h = side_by_side * H
+            h_ptr = exchanged_ptr + row_seq * HP
+            stride_h = side_by_side * HP
+            mask_store = rows_store[:, None] & mask_h[None, :]
+            mask_publish = rows_store[:, None] & (unit < DHP)[None, :]
             published = stepped
             if DROPS_H:
                 published = (stepped[0] * factor,)
-            publish(h_ptr, offs_seq, mask_store, 0, published, 1, counter_ptr, PROTOCOL)
-            if DROPS_H:
+            if HP > H:
+                published = keep_units(published, mask_h, 1)
+            publish(h_ptr, offs_exchanged, mask_publish, 0, published, 1, counter_ptr, EXCHANGE)
+            if APART:
                 store_tuple(output_ptr + row_seq * H, offs_seq, mask_store, 0, stepped, 0, 1)
             # nobody waits for these
             if SAVE_GATES:

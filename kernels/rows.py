@@ -16,6 +16,18 @@ def packed_rows(
 
 
 @triton.jit
+def load_lengths(
+    lengths_ptr,  # [B]
+    offs,
+    mask,
+    T,
+):
+    """Steps of the sequences at `offs`, int32, none without `mask`. What is out of range is taken for 0 or T."""
+    length = tl.load(lengths_ptr + offs, mask=mask, other=0)
+    return tl.minimum(tl.maximum(length, 0), T).to(tl.int32)
+
+
+@triton.jit
 def load_resets(
     resets_ptr,  # [R]
     t,

@@ -12,7 +12,7 @@ ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 LAYOUTS = ("dense", "packed", "ragged")
 COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
 SPIN_LIMIT = 1 << 26  # polls of a counter before a wait is an error; tens of seconds
-ATTEMPT_LIMIT = 1 << 22  # the same by data, whose poll is a whole product
+ATTEMPT_LIMIT = 1 << 24  # the same by data, whose poll is a load of all that is awaited
 
 
 class PlanError(RuntimeError):
@@ -60,8 +60,9 @@ class Problem(NamedTuple):
         return self.layout != "dense"
 
     def product(self, block_h: int) -> tuple[int, int]:
-        """N and K of the product of a program with `block_h` units."""
-        return product_sizes(self.cell, self.head, block_h, self.pass_)
+        """N and K of the product of a program with `block_h` units; of a group, with rows that are aligned."""
+        head = self.head if self.heads > 1 or block_h >= self.head else aligned(self.head, self.dtype)
+        return product_sizes(self.cell, head, block_h, self.pass_)
 
     def planned(self, **how) -> "Plan":
         """With all that is known of a launch beforehand; the cost model has yet to say how long it takes."""
@@ -99,6 +100,7 @@ class Plan:
     protocol: str  # of the exchange: "counter", "data" or "none"
     transposed: bool
     split: int  # parts of a chunk, a warp each
+    ahead: int  # chunks of what is exchanged that are under way at once, of a resident weight
     precision: str  # of float32 products: "tf32" or "ieee"
     num_warps: int
     stages: int  # of the streamed loop
@@ -110,6 +112,11 @@ class Plan:
     why: str
 
     @property
+    def aligned_hidden(self) -> int:
+        """H with what aligns the rows of weights, and of what is exchanged, to 16 bytes."""
+        return aligned(self.hidden, self.dtype) if self.protocol != "none" and self.heads == 1 else self.hidden
+
+    @property
     def group(self) -> int:
         """Programs that exchange data."""
         return self.grid[0] // self.heads
@@ -117,12 +124,24 @@ class Plan:
     @property
     def columns(self) -> int:
         """N of the program's product: gates and units forward, units backward."""
-        return product_sizes(self.cell, self.hidden // self.heads, self.block_h, self.pass_)[0]
+        return product_sizes(self.cell, self.aligned_hidden // self.heads, self.block_h, self.pass_)[0]
 
     @property
     def reduction(self) -> int:
         """K of the program's product: units forward, gates and units backward."""
-        return product_sizes(self.cell, self.hidden // self.heads, self.block_h, self.pass_)[1]
+        return product_sizes(self.cell, self.aligned_hidden // self.heads, self.block_h, self.pass_)[1]
+
+    @property
+    def code(self) -> str:
+        """In words, all that the machine code depends on: plans that share it share a kernel."""
+        tiles = f"{self.block_b}x{self.block_h}x{self.block_k}"
+        form = f"{'T' if self.transposed else ''} split {self.split} ahead {self.ahead} stages {self.stages}"
+        precision = "ieee" if self.dtype == "fp32" and self.precision == "ieee" else self.dtype
+        layout = "wave" if self.stack else self.layout
+        return (
+            f"{self.arch} {self.cell} {self.pass_} {precision} H {self.hidden}/{self.heads} {layout} {self.schedule} "
+            f"{self.protocol} {tiles}{form} warps {self.num_warps}"
+        )
 
     @property
     def chunks(self) -> int:
@@ -164,6 +183,12 @@ def product_sizes(cell: str, hidden: int, block_h: int, pass_: str) -> tuple[int
     """N and K of a program's product: gates of its units by all units forward, its units by all gates backward."""
     gates = cells.CELLS[cell].num_gates
     return (block_h * power_of_2(gates), hidden) if pass_ == "fwd" else (block_h, gates * hidden)
+
+
+def aligned(hidden: int, dtype: str) -> int:
+    """`hidden` with what aligns rows of so many elements to 16 bytes."""
+    elements = 16 // ITEMSIZE[dtype]
+    return math.ceil(hidden / elements) * elements
 
 
 def power_of_2(n: int) -> int:

@@ -73,6 +73,7 @@ def _fit(of: Problem, block_b: int, block_h: int) -> Plan | None:
         protocol="none",
         transposed=transposed,
         split=1,
+        ahead=1,
         num_warps=num_warps,
         stages=stages,
         grid=(group, tiles_b, of.directions),

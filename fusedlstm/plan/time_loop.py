@@ -1,189 +1,224 @@
-"""Plans of the kernels that do all steps: tiles worth a look, and what a program with these tiles takes."""
+"""Plans of the kernels that do all steps: tiles worth a look, and what a program with these tiles takes.
+
+For every choice of schedule, tiles and protocol there are variants, which differ in how the compiler is to do it: warps, chunks of the
+reduction, chunks loaded at once. They stand in an order of preference, and the first that is not known to spill
+(`fusedlstm.plan.spills`) is the plan.
+"""
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from fusedlstm.devices import DeviceLimits
-from fusedlstm.plan import spills
 from fusedlstm.plan.one_launch import Plan, Problem, power_of_2
+from fusedlstm.plan.spills import spills
+
+DATA_REGISTERS = 96  # of a thread, at most, for what is awaited by data: all of it is loaded at once
+AHEAD_REGISTERS = 64  # the same for chunks that are loaded at once after a wait by counter
+PADDING = 1 / 8  # of a reduction, at most, if shorter chunks have less
+
+
+class Tiling(NamedTuple):
+    """What the cost model chooses from."""
+
+    schedule: str
+    block_b: int
+    block_h: int
+    protocol: str
+
+
+class Variant(NamedTuple):
+    """What the compiler is to make of a tiling."""
+
+    transposed: bool
+    split: bool
+    num_warps: int
+    block_k: int
+    ahead: int
 
 
 def fitting(of: Problem) -> list[Plan]:
-    """All that fit and compile, in no order."""
-    found = [p for tiling in _tilings(of) if (p := _fit(of, *tiling)) and not spills.much(p, of.limits)]
-    return [p for p in found if not spills.some(p, of.limits)] or found
+    """All that fit and compile, in no order: of every tiling the first variant that does not spill."""
+    by_tiling = [plans for t in _tilings(of) if (plans := [p for v in _variants(of, t) if (p := _fit(of, t, v))])]
+    clean = [p for plans in by_tiling if (p := next((p for p in plans if not spills(p)), None))]
+    return clean or [plans[0] for plans in by_tiling]
 
 
-def _tilings(of: Problem) -> Iterator[tuple[str, int, int]]:
-    """Schedules and tiles worth a look: (schedule, block_b, block_h). What spills is left out (see `docs/design.md`)."""
+def variants(of: Problem, p: Plan) -> list[Plan]:
+    """All with the tiles of a plan, in the order of preference."""
+    protocol = p.protocol if p.protocol != "none" else "none"
+    tiling = Tiling(p.schedule, p.block_b, p.block_h, protocol)
+    return [q for v in _variants(of, tiling) if (q := _fit(of, tiling, v))]
+
+
+def _tilings(of: Problem) -> Iterator[Tiling]:
     for block_b in (16, 32, 64):
         if block_b > 16 and block_b >= 2 * of.batch:
             continue
-        if of.head <= 128 and not of.ieee:
-            yield "single", block_b, max(16, power_of_2(of.head))
+        if of.head <= 128 and not of.ieee and not of.stack:  # layers exchange h
+            yield Tiling("single", block_b, max(16, power_of_2(of.head)), "none")
         # A resident loop is unrolled over its chunks, and spills with IEEE products or with many rows.
         most_rows = 0 if of.ieee else 16 if of.dtype == "fp32" else 64 if of.pass_ == "fwd" else 32
         for block_h in (8, 16, 32, 64):
             if block_h < of.head or block_h == 8:
                 if block_b <= most_rows:
-                    yield "resident", block_b, block_h
-                yield "streamed", block_b, block_h
+                    for protocol in _protocols(of):
+                        yield Tiling("resident", block_b, block_h, protocol)
+                # Pipelined loads of x may be kept in the first-level cache, where what is new is never seen.
+                if of.protocol != "data":
+                    yield Tiling("streamed", block_b, block_h, "counter")
 
 
-def _fit(of: Problem, schedule: str, block_b: int, block_h: int) -> Plan | None:
+def _protocols(of: Problem) -> tuple[str, ...]:
+    """Of a resident exchange. Triton 3.7.1 fails to compile data for sm_100; and on AMD a program's loads see only the L2 of
+    its own die, which nothing but an acquire makes them look behind."""
+    possible = ("counter",) if of.limits.arch == "sm_100" or of.limits.arch.startswith("gfx") else ("data", "counter")
+    return possible if of.protocol is None else tuple(p for p in possible if p == of.protocol)
+
+
+def _variants(of: Problem, t: Tiling) -> Iterator[Variant]:
+    """In the order of preference."""
+    columns, _ = of.product(t.block_h)
+    can_transpose = of.limits.wide_mma and not of.ieee and t.block_b < 64 <= columns
+    for transposed in (True, False) if can_transpose else (False,):
+        # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
+        most = 32 if of.pass_ == "fwd" else 16
+        split = t.schedule == "resident" and not transposed and columns <= most and t.block_b <= 32
+        for num_warps in _warps(of, t, columns, split):
+            for block_k in _chunks(of, t, columns, transposed, split, num_warps):
+                for ahead in _aheads(of, t, num_warps, block_k):
+                    yield Variant(transposed, split, num_warps, block_k, ahead)
+
+
+def _warps(of: Problem, t: Tiling, columns: int, split: bool) -> tuple[int, int]:
+    """Eight where the tile of the dot or of the cell is large, or a chunk is split; and the other number next."""
+    if of.ieee and of.pass_ == "bwd":
+        large = t.block_h > 8
+    elif of.cell != "lstm" and t.schedule != "streamed":
+        large = True  # more lives through their steps
+    else:
+        narrow = of.ieee or not of.limits.wide_mma
+        large = columns >= 128 or t.block_b * max(columns, 4 * t.block_h) >= 8192 or (narrow and t.block_b >= 64)
+        large = large or (t.schedule == "single" and of.dtype == "fp32" and t.block_h >= 64)
+    return (8, 4) if split or large else (4, 8)
+
+
+def _chunks(of: Problem, t: Tiling, columns: int, transposed: bool, split: bool, num_warps: int) -> list[int]:
+    """Chunks of the reduction, the longest first that do not pad it much: an unrolled loop should have few."""
+    if t.schedule == "single":
+        return [t.block_h]
+    K, segment = of.product(t.block_h)[1], _segment(of)
+    shortest = 16 * num_warps if split else 16  # the reduction of one matrix instruction, for every part
+    if of.ieee:
+        longest = 16
+    elif t.schedule == "streamed":
+        longest = 64 if of.itemsize == 2 else 32
+    elif split:
+        longest = 256 if of.itemsize == 2 else 128
+    elif of.itemsize == 2:
+        longest = 256 if t.block_b < 64 else 64
+    else:
+        longest = 128
+    longest = max(shortest, min(longest, power_of_2(segment)))
+    sizes = [longest >> k for k in range(longest.bit_length()) if longest >> k >= shortest]
+    padded = {size: K // segment * math.ceil(segment / size) * size for size in sizes}
+    least = min(padded.values())
+    sizes = [size for size in sizes if padded[size] <= (1 + PADDING) * least]
+    return sizes[:1] if t.schedule == "streamed" else sizes[:3]
+
+
+def _segment(of: Problem) -> int:
+    """Elements of the reduction that lie together: with heads, a gate's backward."""
+    _, K = of.product(8)
+    return of.head if of.pass_ == "bwd" and of.heads > 1 else K
+
+
+def _aheads(of: Problem, t: Tiling, num_warps: int, block_k: int) -> list[int]:
+    """How many chunks are loaded at once after a wait by counter: as many as registers are to spare, or fewer."""
+    if t.schedule != "resident" or t.protocol == "data":
+        return [1]
+    threads = num_warps * of.limits.warp_size
+    most = AHEAD_REGISTERS * 4 * threads // (t.block_b * block_k * of.itemsize)
+    chunks = of.product(t.block_h)[1] // block_k + 1
+    return sorted({max(1, min(most, chunks) >> k) for k in range(3)}, reverse=True)
+
+
+def _fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
     """The plan with these tiles, or None if it does not fit."""
     limits, itemsize = of.limits, of.itemsize
-    columns, reduction = of.product(block_h)
-    group = 1 if schedule == "single" else math.ceil(of.head / block_h)
-    protocol = _protocol(of, schedule)
-    if protocol is None:
-        return None
+    local = t.schedule == "single"
+    columns, reduction = of.product(t.block_h)
+    group = 1 if local else math.ceil(of.head / t.block_h)
     group_of_heads = group * of.heads
-    if protocol != "none" and group_of_heads * of.directions > limits.num_sms:
+    if not local and group_of_heads * of.directions > limits.num_sms:
         return None
-
-    transposed = limits.wide_mma and not of.ieee and block_b < 64 <= columns
-    if schedule == "resident" and spills.transposed(of, columns, reduction):
-        transposed = False
-    by_gate = of.pass_ == "bwd" and (schedule == "single" or of.heads > 1)  # a head's columns are a part of every gate
-    segment = of.head if by_gate else reduction
-    # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
-    splits = (
-        schedule == "resident" and not transposed and columns <= (32 if of.pass_ == "fwd" else 16) and block_b <= 32
-    )
-    if of.norms and spills.with_norms(of, schedule, block_b, block_h, reduction, transposed):
+    segment = of.head if local and of.pass_ == "bwd" else _segment(of)
+    chunks = reduction // segment * math.ceil(segment / v.block_k)
+    threads = v.num_warps * limits.warp_size
+    chunk_bytes = t.block_b * v.block_k * itemsize
+    at_once = chunks if t.protocol == "data" or (local and of.pass_ == "bwd") else v.ahead
+    if t.protocol == "data" and chunks * chunk_bytes > DATA_REGISTERS * 4 * threads:
         return None
-    block_k = _block_k(of, schedule, block_b, block_h, segment, columns, transposed, splits)
-    chunks = reduction // segment * math.ceil(segment / block_k)
-    slice_bytes = chunks * block_k * columns * itemsize * (2 if of.stack else 1)
-    exchange_bytes = block_b * block_k * itemsize
-    stages = 1 if schedule != "streamed" else 2 if of.ieee else 3
-    if schedule == "streamed":
-        smem_bytes = stages * (block_k * columns * itemsize + exchange_bytes)
+    slice_bytes = chunks * v.block_k * columns * itemsize * (2 if of.stack else 1)
+    stages = 1 if t.schedule != "streamed" else 2 if of.ieee else 3
+    if t.schedule == "streamed":
+        smem_bytes = stages * (v.block_k * columns * itemsize + chunk_bytes)
     else:
-        if schedule == "single" and of.pass_ == "bwd":
-            exchange_bytes *= chunks  # the gradients of all gates are on their way at once
-        in_registers = limits.weights_in_registers and schedule == "resident"  # one chunk passes through all the same
-        smem_bytes = exchange_bytes + (block_k * columns * itemsize if in_registers else slice_bytes)
-    num_warps = _num_warps(of, schedule, block_b, block_h, columns, chunks, transposed, splits)
+        in_registers = limits.weights_in_registers and t.schedule == "resident"  # one chunk passes through all the same
+        smem_bytes = at_once * chunk_bytes + (v.block_k * columns * itemsize if in_registers else slice_bytes)
     # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
     # (How often: not less than any plan of the table was found to take.)
-    parts = max(block_b // 8, num_warps if of.cell != "lstm" else 0)
-    smem_bytes += 4 * block_b * columns * (parts if splits else 1)
-    if smem_bytes > limits.smem_bytes:
+    smem_bytes += 4 * t.block_b * columns * (max(t.block_b // 8, v.num_warps) if v.split else 1)
+    if smem_bytes > limits.smem_bytes or _unfit_for_amd(of, t, v, columns, slice_bytes):
         return None
-    split = min(num_warps, block_k // 16) if splits else 1
-    threads = num_warps * limits.warp_size
-    regs = _registers(block_b, block_h, block_k, columns, itemsize, threads, schedule, slice_bytes, limits)
+    regs = _registers(t, at_once * chunk_bytes, columns, threads, slice_bytes, limits.weights_in_registers)
     if regs > 255:
         return None
-    tiles_b = math.ceil(of.batch / block_b)
-    groups = tiles_b if protocol == "none" else min(tiles_b, limits.num_sms // (group_of_heads * of.directions))
+    tiles_b = math.ceil(of.batch / t.block_b)
+    groups = tiles_b if local else min(tiles_b, limits.num_sms // (group_of_heads * of.directions))
     return of.planned(
-        schedule=schedule,
-        block_b=block_b,
-        block_h=block_h,
-        block_k=block_k,
-        protocol=protocol,
-        transposed=transposed,
-        split=split,
-        num_warps=num_warps,
+        schedule=t.schedule,
+        block_b=t.block_b,
+        block_h=t.block_h,
+        block_k=v.block_k,
+        protocol=t.protocol,
+        transposed=v.transposed,
+        split=v.num_warps if v.split else 1,
+        ahead=v.ahead,
+        num_warps=v.num_warps,
         stages=stages,
         grid=(group_of_heads, groups, of.directions),
         tiles_b=tiles_b,
         smem_bytes=smem_bytes,
         regs=regs,
-        why=_why(schedule, slice_bytes, group, limits),
+        why=_why(t.schedule, slice_bytes, group, limits.weights_in_registers),
     )
 
 
-def _protocol(of: Problem, schedule: str) -> str | None:
-    """Of the exchange; None if the schedule has not the one that is asked for."""
-    if schedule == "single":
-        return None if of.stack else "none"  # layers exchange h
-    if schedule == "streamed":
-        # Pipelined loads of x may be kept in the first-level cache, where what is new is never seen.
-        return None if of.protocol == "data" else "counter"
-    if of.protocol is not None:
-        return of.protocol
-    # By data it is one trip through the L2 and not three; and fewer registers, as `make kernels` finds. Triton 3.7.1 fails to
-    # compile it for sm_100.
-    return "counter" if of.limits.arch == "sm_100" else "data"
-
-
-def _block_k(
-    of: Problem, schedule: str, block_b: int, block_h: int, reduction: int, columns: int, transposed: bool, split: bool
-) -> int:
-    """Chunk of the reduction: long enough that an unrolled loop has few, short enough that one fits into registers."""
-    if schedule == "single":
-        return block_h
-    if of.ieee:
-        widest = 16
-    elif schedule == "streamed":
-        widest = 64 if of.dtype != "fp32" else 32
-    elif of.dtype == "fp32":
-        widest = 64 if transposed or (split and columns > 16) else 256 if split else 128
-    elif transposed:
-        widest = 256 if block_b == 16 else 128
-    elif split:
-        widest = 512 if block_b == 16 else 256 if columns <= 16 else 128
-    else:
-        widest = 64 if block_b == 64 else 256 if of.pass_ == "bwd" and block_b == 16 else 128
-    if schedule == "resident":
-        widest = min(widest, spills.longest_chunk(of, block_b, block_h, transposed) or widest)
-    return min(widest, max(16, power_of_2(reduction)))
-
-
-def _num_warps(
-    of: Problem,
-    schedule: str,
-    block_b: int,
-    block_h: int,
-    columns: int,
-    chunks: int,
-    transposed: bool,
-    splits: bool,
-) -> int:
-    """Four warps, or eight where the tile of the dot or of the cell is large, or four spill what eight do not."""
-    limits = of.limits
-    if of.cell != "lstm" and not of.norms:  # the LSTM's tiles were tried one by one
-        largest = 256 if of.cell == "slstm" and of.pass_ == "bwd" else 1024  # of a streamed tile with four
-        if schedule != "streamed" or block_b * block_h >= largest:
-            return 8
-    if of.norms and not (transposed and of.pass_ == "fwd"):
-        # On sm_80 eight warps spill what four do not.
-        narrow = splits and block_h == 8 and not limits.wide_mma
-        return 4 if narrow and of.pass_ == "bwd" else 8
-    if of.pass_ == "bwd" and of.ieee and block_h > 8 and not limits.weights_in_registers:
-        return 8
-    if of.layout == "packed" and schedule == "resident" and chunks > 3 and block_b < 64:
-        return 8  # rows that come and go need registers, which long unrolled loops do not leave
-    narrow = of.ieee or not limits.wide_mma
-    large = columns >= 128 or block_b * max(columns, 4 * block_h) >= 8192 or (narrow and block_b >= 64)
-    return 8 if large or (schedule == "single" and of.dtype == "fp32" and block_h >= 64) else 4
+def _unfit_for_amd(of: Problem, t: Tiling, v: Variant, columns: int, slice_bytes: int) -> bool:
+    """Where weights are kept in registers: 64 of a thread at most, and at least the columns of one matrix instruction."""
+    if not of.limits.weights_in_registers:
+        return False
+    if columns < 16 and not of.ieee:
+        return True
+    if of.pass_ == "bwd" and of.hidden > 2048 and t.block_b * t.block_h >= 2048:
+        return True
+    return t.schedule == "resident" and (
+        slice_bytes > 256 * v.num_warps * of.limits.warp_size or t.block_b == 64
+    )
 
 
 def _registers(
-    block_b: int,
-    block_h: int,
-    block_k: int,
-    columns: int,
-    itemsize: int,
-    threads: int,
-    schedule: str,
-    slice_bytes: int,
-    limits: DeviceLimits,
+    t: Tiling, exchanged_bytes: int, columns: int, threads: int, slice_bytes: int, weights_in_registers: bool
 ) -> int:
-    """A rough count of 32-bit registers a thread: accumulators, the tiles of the cell, one chunk on its way."""
-    accumulators = block_b * columns / threads
-    cell_tiles = 14 * block_b * block_h / threads
-    chunk = block_b * block_k * itemsize / 4 / threads
-    weights = slice_bytes / 4 / threads if limits.weights_in_registers and schedule != "streamed" else 0
-    return round(48 + accumulators + cell_tiles + chunk + weights)
+    """A rough count of 32-bit registers a thread: accumulators, the tiles of the cell, what is on its way."""
+    accumulators = t.block_b * columns / threads
+    cell_tiles = 14 * t.block_b * t.block_h / threads
+    weights = slice_bytes / 4 / threads if weights_in_registers and t.schedule != "streamed" else 0
+    return round(48 + accumulators + cell_tiles + exchanged_bytes / 4 / threads + weights)
 
 
-def _why(schedule: str, slice_bytes: int, group: int, limits: DeviceLimits) -> str:
-    place = "registers" if limits.weights_in_registers else "shared memory"
+def _why(schedule: str, slice_bytes: int, group: int, weights_in_registers: bool) -> str:
+    place = "registers" if weights_in_registers else "shared memory"
     if schedule == "single":
         return f"all of weight_hh ({slice_bytes >> 10} KiB) stays in the {place} of one program; nobody waits"
     if schedule == "resident":
