@@ -9,7 +9,7 @@ from torch.nn.functional import dropout as dropout_fn
 from fusedlstm import engines, noise, recurrence, reference, torch_engine, tuned, wave
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
-from fusedlstm.parameters import has_bias
+from fusedlstm.parameters import has_bias, joined, stacked
 from fusedlstm.precision import product
 
 
@@ -379,14 +379,14 @@ def _projected_layer(
     """
     weight_hr = [p[-1] for p in parameters]
     over_y = [[p[0], product(p[1], p[-1]), *p[2:-1]] for p in parameters]
-    preact_0 = torch.stack([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
+    preact_0 = stacked([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
     no_y = torch.zeros_like(state[1])
     y, (y_n, c_n), c_seq = recurrence.layer(
         "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, save=save, preact_0=preact_0
     )
     by_direction = zip(y.chunk(len(parameters), -1), weight_hr, strict=True)
-    output = torch.cat([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)
-    h_n = torch.stack([product(y_d, w.t()) for y_d, w in zip(y_n, weight_hr, strict=True)])
+    output = joined([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)
+    h_n = stacked([product(y_d, w.t()) for y_d, w in zip(y_n, weight_hr, strict=True)])
     if layout.name == "ragged" and layout.lengths is not None:
         h_n = torch.where((layout.lengths == 0).unsqueeze(1), state[0], h_n)
     return output.unflatten(0, y.shape[:-1]), (h_n, c_n), c_seq

@@ -44,7 +44,7 @@ class Stack(NamedTuple):
     """What the layers of a stack above the first make of the h of the layer below, in the launch of all of them."""
 
     weight_ih: Tensor  # [D - 1, G*H, H]
-    bias: Tensor  # [D - 1, G*H]
+    bias: Tensor | None = None  # [D - 1, G*H], of the forward
 
 
 def constants(plan: Plan, **flags: bool) -> dict:
@@ -237,7 +237,7 @@ def recurrence_fwd(
         stepping.recurrence_fwd(plan, preact_x, weight_hh, vectors, hx, cx, output, h_n, c_n, gates, c_seq)
         return output, h_n, c_n, gates, c_seq
     counters = _counters(plan, output.device)
-    factor = noise.of_sequences(D, B, H, cx.float())
+    factor = noise.of_sequences(D, B, H, torch.float32)
     _launch(
         plan,
         preact_x_ptr=preact_x,
@@ -247,8 +247,8 @@ def recurrence_fwd(
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
-        **_noise(noise, hx, counters),
-        hx_entering_ptr=hx if factor is None else (hx * factor).to(hx.dtype),
+        **_noise(noise, factor, hx, counters),
+        hx_entering_ptr=hx if factor is None else (hx * factor).to(hx.dtype).contiguous(),
         entering_ptr=output if factor is None else _exchanged(torch.empty_like(output), plan),
         output_ptr=output if factor is not None else _exchanged(output, plan),
         h_n_ptr=h_n,
@@ -320,7 +320,7 @@ def recurrence_bwd(
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
-        **_noise(noise, hx, counters),
+        **_noise(noise, noise.of_sequences(D, B, H, torch.float32), hx, counters),
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
@@ -417,7 +417,7 @@ def recompute(
     c_seq = torch.empty(S, *rows, D * H, dtype=torch.float32, device=preact.device)
     if B == 0:
         return gates, c_seq
-    unread = torch.zeros(2, dtype=torch.int32, device=preact.device)
+    unread = torch.empty(2, dtype=torch.int32, device=preact.device)
     with _on(preact.device):
         recompute_kernel[(B, triton.cdiv(H, RECOMPUTED_UNITS), D)](  # the first axis of a grid is the long one
             preact_ptr=preact,
@@ -425,7 +425,7 @@ def recompute(
             hx_ptr=hx.contiguous(),
             cx_ptr=cx.float().contiguous(),
             **_tables(layout, unread),
-            **{name: x for name, x in _noise(noise, hx, unread).items() if name != "factor_ptr"},
+            **{name: x for name, x in _noise(noise, None, hx, unread).items() if name != "factor_ptr"},
             gates_ptr=gates,
             c_seq_ptr=c_seq,
             T=rows[0] if layout.first_row is None else len(layout.first_row) - 1,
@@ -471,10 +471,9 @@ def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _noise(noise: Noise, hx: Tensor, unread: Tensor) -> dict:
-    """The arguments that tell a kernel what regularises the steps."""
+def _noise(noise: Noise, factor: Tensor | None, hx: Tensor, unread: Tensor) -> dict:
+    """The arguments that tell a kernel what regularises the steps; `factor` is that of the h that enters the product."""
     rate_h, rate_c, candidate = noise.rates[:3] or (0.0, 0.0, 0.0)
-    factor = noise.of_sequences(*hx.shape, hx.float())
     return {
         "seed_ptr": unread.view(torch.int64) if noise.seed is None else noise.seed,
         "factor_ptr": hx if factor is None else factor,
@@ -521,8 +520,9 @@ def _on(device: torch.device):
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
     """One counter a recurrence, head and batch tile, at zero, and of norms a second beside it; else something that is not read."""
-    counts = plan.protocol == "counter" or cells.CELLS[plan.cell].norms
-    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if counts else 2
+    if plan.protocol != "counter" and not cells.CELLS[plan.cell].norms:
+        return torch.empty(2, dtype=torch.int32, device=device)
+    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE)
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
 
