@@ -34,7 +34,8 @@ FLAGS = {
     "bwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "CLIP", "HAS_GRAD_C_SEQ"),
 }
 
-if triton.knobs.runtime.interpret:
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton has decided by now
+if INTERPRETED:
     from fusedlstm import interpreter
 
     interpreter.repair_bfloat16()
@@ -512,10 +513,10 @@ def _launch(plan: Plan, **arguments) -> None:
 
 
 def _on(device: torch.device):
-    """Where a launch must stand: on its GPU, or with the programs of the interpreter side by side."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
+    """Where a launch must stand: on its GPU, or with the programs of the interpreter side by side, wherever the tensors are."""
+    if INTERPRETED:
+        return contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
+    return torch.cuda.device(device)
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:

@@ -48,6 +48,7 @@ class Standing:
 
 def claim() -> None:
     """Make this process, for its life, one on a machine with GPUs that nothing can run on."""
+    os.environ.pop("TRITON_INTERPRET", None)
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
     # Before it does anything on a device torch asks for the guard of its type, and a build without CUDA has none. That of the CPU
     # does nothing, which is right for devices that are not there. (A build with CUDA sees no device now, and brings its own.)

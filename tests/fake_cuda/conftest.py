@@ -2,7 +2,7 @@ import pytest
 
 import fake_gpu
 
-fake_gpu.claim()
+fake_gpu.claim()  # before a test asks whether there is a GPU
 
 
 @pytest.fixture
