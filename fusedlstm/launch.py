@@ -166,6 +166,8 @@ def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) 
     return planning.wave(cell, layers, B, H, DTYPES[dtype], limits, precision, layout, training) if B else 1
 
 
+# For a compiler an answer and no code: it is a constant of a layer, and the way to it leads through caches and files.
+@torch.compiler.assume_constant_result
 def why_not(
     cell: str,
     hidden: int,

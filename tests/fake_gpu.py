@@ -58,6 +58,8 @@ def claim() -> None:
     torch.cuda.get_device_properties = get_device_properties
     torch.cuda.device = Standing
     torch.cuda.current_device = lambda: Standing.current
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
+    torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 
 
 def get_device_properties(device=None) -> Properties:
