@@ -68,7 +68,9 @@ def tensors(wanted: tuple, batch_first: bool, steps: int, training: bool, dtype)
 
 
 def check(module, training: bool, dtype, wanted: tuple = (), steps: int = T, autocast: bool = False) -> None:
-    given = tensors(wanted, getattr(module, "batch_first", False), steps, training, torch.float32 if autocast else dtype)
+    given = tensors(
+        wanted, getattr(module, "batch_first", False), steps, training, torch.float32 if autocast else dtype
+    )
     module.train(training)
 
     def call(x, lengths, resets):
