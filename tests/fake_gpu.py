@@ -169,10 +169,12 @@ def backward(outputs: list[Tensor], grads: list[Tensor]) -> dict[Tensor, Tensor]
     """The gradients of all leaves. In Python, since torch's own engine wants streams of a device."""
     order, seen, pending, leaves = [], set(), {}, {}
 
-    def add(node, k: int, grad: Tensor | None) -> None:
+    def add(node, k: int, grad: Tensor | None, is_ours: bool = True) -> None:
         if node is None or grad is None:
             return
         at = node._input_metadata[k]
+        if not is_ours:  # torch's own leave the sum over what was broadcast to the engine
+            grad = grad.sum_to_size(at.shape)
         expected, got = (at.dtype, at.device, tuple(at.shape)), (grad.dtype, grad.device, tuple(grad.shape))
         assert got == expected, f"{node.name()}: a gradient is {got}, expected {expected}"
         slots = pending.setdefault(node, [None] * len(node._input_metadata))
@@ -203,5 +205,5 @@ def backward(outputs: list[Tensor], grads: list[Tensor]) -> dict[Tensor, Tensor]
                 found = [x for x, needed in zip(found, node.needs_input_grad, strict=False) if needed]
                 following = [entry for entry in following if entry[0] is not None]
             for (other, k), grad in zip(following, found, strict=True):
-                add(other, k, grad)
+                add(other, k, grad, is_ours)
     return leaves
