@@ -31,6 +31,12 @@ def test_lengths_of_the_host_are_checked_there(gpu, monkeypatch, lengths, debug)
     assert not gpu.launches
 
 
+def test_lengths_of_the_host_are_sent_once(gpu):
+    run(torch.tensor([5, 0, 2]))
+    assert gpu.kernels == ["recurrence_fwd"] and gpu.operations.count("_to_copy") == 1
+    assert gpu.launches[0].arguments["lengths_ptr"].dtype == torch.int64
+
+
 @pytest.mark.parametrize("keywords", [{}, {"proj_size": 8}, {"bidirectional": True, "save": "states"}], ids=str)
 def test_lengths_on_the_device_are_not_looked_at(gpu, keywords):
     run(torch.empty(3, dtype=torch.int64, device=DEVICE), **keywords)

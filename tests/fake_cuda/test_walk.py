@@ -3,13 +3,16 @@
 What a launch is given is checked in `contract`, devices and the fakes of custom ops in `fake_gpu`.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+import contract
 import fusedlstm
 from fake_gpu import DEVICE, backward
-from fusedlstm import cells, memory
+from fusedlstm import cells, launch, memory, stepping
 from fusedlstm.equations import EQUATIONS
 from grids import grid
 
@@ -132,6 +135,9 @@ def test_what_is_launched(gpu, member, variant, layout, dtype, directions, train
     output, states, *c_seq = module(x, hx, **keywords)
     forward, after = kernels(cell, module, layout, steps, training)
     assert gpu.kernels == forward
+    if forward[0] == "step_fwd":  # without gradients a stack is one op, and its states one tensor
+        firsts = [k * directions * B * (not training) for k in range(module.num_layers)]
+        assert [given.arguments["first_state"] for given in gpu.launches] == firsts
     data = output.data if "packed" in layout else output
     expected = (x.data if "packed" in layout else x).shape[:-1]
     assert data.shape == (*expected, directions * (module.proj_size or H)) and data.dtype == dtype
@@ -151,6 +157,31 @@ def test_what_is_launched(gpu, member, variant, layout, dtype, directions, train
 
 def _tensors(of) -> list:
     return [of] if isinstance(of, (torch.Tensor, PackedSequence)) else list(of)
+
+
+@pytest.mark.parametrize("kernel", ["recurrence_fwd", "recurrence_bwd", "step_fwd", "step_bwd"])
+def test_what_is_launched_is_what_is_compiled_offline(kernel):
+    """The types that `offline` compiles with are those that launches are held to."""
+    names = {"f32": "*fp32", "i32": "*i32", "i64": "*i64", "bool": "*i8", "lengths": "*i32", "state": "*fp32"}
+    plan = SimpleNamespace(pass_=kernel[-3:], dtype="bf16")
+    told = launch.signature(plan) if kernel.startswith("recurrence") else stepping.signature(plan, has_input=False)
+    for name, (_, _, kind) in contract.KERNELS[kernel].items():
+        assert told[f"{name}_ptr"] == names.get(kind, "*bf16"), name
+    assert {told[f"{name}_ptr"] for name in contract.STRIDED[kernel]} == {"*bf16"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_autocast(gpu, member, dtype):
+    cell, module = made(member, {}, backend="triton")
+    x, hx, _ = arguments(module, "dense", T, True, torch.float32)
+    with torch.autocast("cuda", dtype):
+        output, states = module(x, hx)
+    assert {r.dtype for r in (output, *_tensors(states))} == {dtype}
+    assert gpu.launches[0].arguments["weight_hh_ptr"].dtype == dtype
+    found = backward([output], [torch.empty_like(output)])
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
+    assert len(gpu.kernels) == 2 + cell.norms
 
 
 @pytest.mark.parametrize("directions", [1, 2])
