@@ -9,16 +9,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
 	$(BIN)/python -m fusedlstm train
 
-test: .venv/ready  ## every test that this machine can run, in three processes
+test: .venv/ready  ## every test that this machine can run, in four processes
 	$(BIN)/pytest tests/cpu -n $(WORKERS)
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
+	$(BIN)/pytest tests/kernels -n $(WORKERS)
 	$(BIN)/pytest tests/compiled -n $(WORKERS)
+	$(BIN)/pytest tests/fake_cuda -n $(WORKERS)
 
 test-whole:  ## the same with every grid whole (tests/grids.py)
 	FUSEDLSTM_WHOLE_GRIDS=1 $(MAKE) test
 
 test-triton36: .venv-triton36/ready  ## kernel tests in bfloat16, the exchange, and the LSTM's kernels for sm_90, with Triton 3.6.0
-	TRITON_INTERPRET=1 .venv-triton36/bin/pytest tests/kernels -n $(WORKERS) -k "(bf16 or bfloat16 or seeded or agree or nan_passes) and not norms"
+	.venv-triton36/bin/pytest tests/kernels -n $(WORKERS) -k "(bf16 or bfloat16 or seeded or agree or nan_passes) and not norms"
 	.venv-triton36/bin/pytest tests/compiled -n $(WORKERS) -k "(sm_90 and dense and bf16 and not norms) or not (test_compiles or family or norms)"
 
 test-thirdparty: .venv-thirdparty/ready  ## other libraries' models train with ours (downloads 1.7 GB of libraries)

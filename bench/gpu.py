@@ -39,6 +39,10 @@ PYTEST_OPTIONS = ("-p", "no:cacheprovider", "--tb=short", "-vv", "--maxfail=25")
 PYTEST_WORKERS = 12  # nearly all of the time goes into compiling kernels
 BY_FILE = ("-m", "bench.by_file", "--at-once", str(PYTEST_WORKERS))
 PYTEST_PATHS = ("tests/kernels",)
+# Of the modules' tests those that want a GPU; torch's own list of modules needs expecttest.
+MODULE_TESTS = tuple(
+    f"tests/cpu/test_torch_module_db.py::{name}" for name in ("test_multiple_device_transfer", "test_cpu_gpu_parity")
+)
 REHEARSAL_PATHS = ("tests/kernels/test_recurrence_fwd.py", "tests/kernels/test_activations.py")
 REHEARSAL_PYTEST_OPTIONS = (*PYTEST_OPTIONS, "-k", "two_directions or saturation")
 TABLE_ARGS = "--set gpu --warm 0 --seconds-per-case 0.4 --case-limit 60"
@@ -193,13 +197,14 @@ def parts(out: Path, csv: Path, rehearse: bool) -> list[Part]:
     checker = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on this machine"
     compiled = "" if importlib.util.find_spec("triton") else "the package triton is not on this machine"
     smoke, table_args = ["-m", "bench.sanitize_target"], TABLE_ARGS
-    tests = [*BY_FILE, *PYTEST_PATHS, "--", *PYTEST_OPTIONS]
+    paths = (*PYTEST_PATHS, *(MODULE_TESTS if importlib.util.find_spec("expecttest") else ()))
+    tests = [*BY_FILE, *paths, "--", *PYTEST_OPTIONS]
     if rehearse:
         smoke += ["--device", "cpu", "--tiny"]
         tests, table_args = [*BY_FILE, *REHEARSAL_PATHS, "--", *REHEARSAL_PYTEST_OPTIONS], REHEARSAL_TABLE_ARGS
         checker = compiled = "rehearsal: needs a GPU"
     elif importlib.util.find_spec("xdist"):
-        tests = ["-m", "pytest", *PYTEST_PATHS, *PYTEST_OPTIONS, "-n", str(PYTEST_WORKERS)]
+        tests = ["-m", "pytest", *paths, *PYTEST_OPTIONS, "-n", str(PYTEST_WORKERS)]
     report_args = ["-m", "bench.report", str(csv), "--block", "gpu", "--overview", "--plot", str(out / "speedup.png")]
     # Reads past the end of a tensor would stay inside a cached block.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import numbers
+import os
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fusedlstm.equations import EQUATIONS
 from fusedlstm.noise import Rates
 
 PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+# Whether values on a device are looked at, which waits for it.
+DEBUG = os.environ.get("FUSEDLSTM_DEBUG") == "1"
 # Of the cells that torch has; other layers are called by the name of their class.
 TORCH_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
@@ -303,7 +306,8 @@ def lengths_and_resets(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check the `lengths` and `resets` of a sequence that was checked before; returns them as tensors.
 
-    Values are looked at on a CPU only: on a GPU that would wait for it, and the kernel itself asserts them.
+    Values are looked at on the host, and on a device only with `FUSEDLSTM_DEBUG=1`: that waits for it. Else lengths beyond 0 to T
+    count there as the nearer of these.
     """
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:
@@ -311,16 +315,12 @@ def lengths_and_resets(
     if packed and resets is not None:
         if not isinstance(resets, PackedSequence):
             raise TypeError(f"resets: expected a PackedSequence like input, got {type(resets).__name__}")
-        text = "resets: expected the lengths and the order of input, got others"
         orders = resets.sorted_indices, input.sorted_indices
-        if not torch.equal(resets.batch_sizes, input.batch_sizes) or (orders[0] is None) != (orders[1] is None):
-            raise ValueError(text)
-        if orders[0] is not orders[1]:
-            same = orders[0].to(orders[1].device) == orders[1]
-            if same.is_cuda:
-                torch._assert_async(same.all(), text)
-            elif not same.all():
-                raise ValueError(text)
+        same = torch.equal(resets.batch_sizes, input.batch_sizes) and (orders[0] is None) == (orders[1] is None)
+        if same and orders[0] is not orders[1] and all(map(_may_look, orders)):
+            same = torch.equal(orders[0].to(orders[1].device), orders[1])
+        if not same:
+            raise ValueError("resets: expected the lengths and the order of input, got others")
         resets = resets.data
     steps, *batch = leading = input.data.shape[:1] if packed else input.shape[:-1]
     if batch and batch_first:
@@ -336,14 +336,19 @@ def lengths_and_resets(
     return lengths, resets
 
 
+def _may_look(x: Tensor) -> bool:
+    """Whether the values of a tensor are there without waiting, or are worth it."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (DEBUG and not x.is_meta))
+
+
 def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bool = False) -> Tensor:
     """Check the lengths of a padded batch; returns them as a tensor [B].
 
-    `on_any_device`: look at their values wherever they are; else on a CPU only.
+    `on_any_device`: look at their values wherever they are; else where `_may_look` says.
     """
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")  # whatever the default is: they are on the host
             lengths = lengths if lengths.numel() else lengths.long()  # of an empty list
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"lengths: expected a Tensor of integers, got {type(lengths).__name__}") from None
@@ -351,8 +356,7 @@ def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bo
         raise ValueError(f"lengths: expected integers, got {lengths.dtype}")
     if list(lengths.shape) != batch and (batch or lengths.numel() != 1):
         raise ValueError(f"lengths: expected shape {batch}, got {list(lengths.shape)}")
-    look = (on_any_device or lengths.device.type == "cpu") and not torch.compiler.is_compiling()
-    if look and lengths.numel():
+    if (_may_look(lengths) or (on_any_device and not torch.compiler.is_compiling())) and lengths.numel():
         shortest, longest = (int(x) for x in lengths.aminmax())
         if shortest < 0 or longest > steps:
             raise ValueError(f"lengths: expected 0 to {steps}, got {shortest if shortest < 0 else longest}")

@@ -22,16 +22,13 @@ from fusedlstm import tuned
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDNN_WITH_BFLOAT16 = 91300
+# Looked up once: it takes longer than the rest of a choice, and a compiler cannot.
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
     """Whether Triton interprets the kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
-
-
-@functools.cache  # the look-up takes longer than the rest of a choice
-def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def requested(backend: str) -> str:
@@ -63,7 +60,7 @@ def why_not_triton(
         return f"the kernels serve float32, float16 and bfloat16, got {dtype}"
     if clipped_projection:
         return "the kernels do not clip the gradient of a projected h (grad_clip with proj_size)"
-    if not triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     from fusedlstm import launch
 

@@ -9,7 +9,7 @@ from torch.nn.functional import dropout as dropout_fn
 from fusedlstm import engines, noise, recurrence, reference, torch_engine, tuned, wave
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
-from fusedlstm.parameters import has_bias
+from fusedlstm.parameters import has_bias, joined, stacked
 from fusedlstm.precision import product
 
 
@@ -45,7 +45,8 @@ def stack(
             `Cell.gates`. A weight_hh [G*H, DH] with fewer columns than h has H / DH heads (`fusedlstm.heads`).
         batch_sizes: how many sequences have a step t, as in a PackedSequence; `input`, `states` and the results are then in
             its sorted order, and `batch_first` is ignored.
-        lengths: steps of every sequence, 0 to T; what follows is padding. Not with `batch_sizes`.
+        lengths: steps of every sequence, 0 to T, and a number beyond these counts as the nearer; what follows is padding. Not
+            with `batch_sizes`.
         resets: where a sequence is cut, see `fusedlstm.layout`.
         dropout: probability of zeroing an element of every layer's output but the last, if `training`.
         proj_size: P, the size of a projected h of an LSTM; 0 is none, and P is then H.
@@ -379,16 +380,16 @@ def _projected_layer(
     """
     weight_hr = [p[-1] for p in parameters]
     over_y = [[p[0], product(p[1], p[-1]), *p[2:-1]] for p in parameters]
-    preact_0 = torch.stack([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
+    preact_0 = stacked([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
     no_y = torch.zeros_like(state[1])
     y, (y_n, c_n), c_seq = recurrence.layer(
         "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, save=save, preact_0=preact_0
     )
     by_direction = zip(y.chunk(len(parameters), -1), weight_hr, strict=True)
-    output = torch.cat([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)
-    h_n = torch.stack([product(y_d, w.t()) for y_d, w in zip(y_n, weight_hr, strict=True)])
+    output = joined([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)
+    h_n = stacked([product(y_d, w.t()) for y_d, w in zip(y_n, weight_hr, strict=True)])
     if layout.name == "ragged" and layout.lengths is not None:
-        h_n = torch.where((layout.lengths == 0).unsqueeze(1), state[0], h_n)
+        h_n = torch.where((layout.lengths <= 0).unsqueeze(1), state[0], h_n)
     return output.unflatten(0, y.shape[:-1]), (h_n, c_n), c_seq
 
 
@@ -425,7 +426,7 @@ def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
     """Whether a sequence is known to have a step: a compiler may not ask."""
     if _traced(input):
         return False
-    return input.numel() > 0 and (lengths is None or bool(lengths.any()))
+    return input.numel() > 0 and (lengths is None or bool((lengths > 0).any()))
 
 
 def _traced(input: Tensor) -> bool:

@@ -36,7 +36,8 @@ FLAGS = {
     "bwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "CLIP", "HAS_GRAD_C_SEQ"),
 }
 
-if triton.knobs.runtime.interpret:
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton has decided by now
+if INTERPRETED:
     from fusedlstm import interpreter
 
     interpreter.repair_bfloat16()
@@ -46,7 +47,7 @@ class Stack(NamedTuple):
     """What the layers of a stack above the first make of the h of the layer below, in the launch of all of them."""
 
     weight_ih: Tensor  # [D - 1, G*H, H]
-    bias: Tensor  # [D - 1, G*H]
+    bias: Tensor | None = None  # [D - 1, G*H], of the forward
 
 
 def constants(plan: Plan, **flags: bool) -> dict:
@@ -201,6 +202,8 @@ def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) 
     return planning.wave(cell, layers, B, H, DTYPES[dtype], limits, precision, layout, training) if B else 1
 
 
+# For a compiler an answer and no code: it is a constant of a layer, and the way to it leads through caches and files.
+@torch.compiler.assume_constant_result
 def why_not(
     cell: str,
     hidden: int,
@@ -273,7 +276,7 @@ def recurrence_fwd(
         stepping.recurrence_fwd(plan, preact_x, weight_hh, vectors, hx, cx, output, h_n, c_n, gates, c_seq)
         return output, h_n, c_n, gates, c_seq
     counters = _counters(plan, output.device)
-    factor = noise.of_sequences(D, B, H, cx.float())
+    factor = noise.of_sequences(D, B, H, torch.float32)
     aligned = plan.aligned_hidden
     # Whether the group reads something else of a step than its output: rows that are dropped, or aligned.
     apart = factor is not None or aligned > H
@@ -286,7 +289,7 @@ def recurrence_fwd(
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
-        **_noise(noise, hx, counters),
+        **_noise(noise, factor, hx, counters),
         hx_entering_ptr=_padded(hx if factor is None else (hx * factor).to(hx.dtype), aligned),
         entering_ptr=_exchanged(new(sequence(aligned)), plan) if apart else output,
         output_ptr=output if apart else _exchanged(output, plan),
@@ -360,7 +363,7 @@ def recurrence_bwd(
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
-        **_noise(noise, hx, counters),
+        **_noise(noise, noise.of_sequences(D, B, H, torch.float32), hx, counters),
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
@@ -460,7 +463,7 @@ def recompute(
     c_seq = torch.empty(S, *rows, D * H, dtype=torch.float32, device=preact.device)
     if B == 0:
         return gates, c_seq
-    unread = torch.zeros(2, dtype=torch.int32, device=preact.device)
+    unread = torch.empty(2, dtype=torch.int32, device=preact.device)
     with _on(preact.device):
         recompute_kernel[(B, triton.cdiv(H, RECOMPUTED_UNITS), D)](  # the first axis of a grid is the long one
             preact_ptr=preact,
@@ -468,7 +471,7 @@ def recompute(
             hx_ptr=hx.contiguous(),
             cx_ptr=cx.float().contiguous(),
             **_tables(layout, unread),
-            **{name: x for name, x in _noise(noise, hx, unread).items() if name != "factor_ptr"},
+            **{name: x for name, x in _noise(noise, None, hx, unread).items() if name != "factor_ptr"},
             gates_ptr=gates,
             c_seq_ptr=c_seq,
             T=rows[0] if layout.first_row is None else len(layout.first_row) - 1,
@@ -525,10 +528,9 @@ def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _noise(noise: Noise, hx: Tensor, unread: Tensor) -> dict:
-    """The arguments that tell a kernel what regularises the steps."""
+def _noise(noise: Noise, factor: Tensor | None, hx: Tensor, unread: Tensor) -> dict:
+    """The arguments that tell a kernel what regularises the steps; `factor` is that of the h that enters the product."""
     rate_h, rate_c, candidate = noise.rates[:3] or (0.0, 0.0, 0.0)
-    factor = noise.of_sequences(*hx.shape, hx.float())
     return {
         "seed_ptr": unread.view(torch.int64) if noise.seed is None else noise.seed,
         "factor_ptr": hx if factor is None else factor,
@@ -567,16 +569,17 @@ def _launch(plan: Plan, **arguments) -> None:
 
 
 def _on(device: torch.device):
-    """Where a launch must stand: on its GPU, or with the programs of the interpreter side by side."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
+    """Where a launch must stand: on its GPU, or with the programs of the interpreter side by side, wherever the tensors are."""
+    if INTERPRETED:
+        return contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
+    return torch.cuda.device(device)
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
     """One counter a recurrence, head and batch tile, at zero; else something that is not read."""
-    counts = plan.protocol == "counter"
-    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE) if counts else 2
+    if plan.protocol != "counter":
+        return torch.empty(2, dtype=torch.int32, device=device)
+    shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE)
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
 

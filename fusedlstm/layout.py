@@ -5,7 +5,7 @@ A row is one step of one sequence. Sequence tensors are matrices of rows:
 | layout | row (t, b) | |
 |---|---|---|
 | dense | t * B + b | all sequences have T steps |
-| ragged | t * B + b | sequence b has `lengths[b]` steps, 0 to T; what follows is padding |
+| ragged | t * B + b | sequence b has `lengths[b]` steps, 0 to T, and a number beyond these counts as the nearer; what follows is padding |
 | packed | first_row[t] + b | as in `torch.nn.utils.rnn.PackedSequence`: longest first, no padding, R rows in all |
 
 In every one of them a reset at row (t, b) cuts sequence b between the steps t - 1 and t: the state that enters the later of
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
         sequence = torch.arange(B, device=device)
         if direction == 0:
             return sequence
-        last = T - 1 if self.lengths is None else (self.lengths.long() - 1).clamp_min(0)
+        last = T - 1 if self.lengths is None else (self.lengths.long() - 1).clamp(0, T - 1)
         return sequence + last * B
 
     def drops_hx(self, leading: tuple[int, ...], direction: int) -> Tensor | None:
@@ -147,7 +147,7 @@ class Pieces(NamedTuple):
         else:
             (T, B), resets = leading, layout.resets
             first_row = torch.arange(T, device=device) * B
-        lengths = torch.full((B,), T, device=device) if layout.lengths is None else layout.lengths.long()
+        lengths = torch.full((B,), T, device=device) if layout.lengths is None else layout.lengths.long().clamp(0, T)
         step = torch.arange(T, device=device).unsqueeze(1)
         begins = step == 0 if resets is None else resets | (step == 0)
         begins = begins & (step < lengths)  # [T, B]

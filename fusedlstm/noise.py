@@ -74,17 +74,17 @@ class Noise(NamedTuple):
         held_h, held_c, dropped = found
         return held_h, held_c, dropped.neg_().add_(1).mul_(scale(self.rates[2]))
 
-    def of_sequences(self, directions: int, batch: int, hidden: int, like: Tensor) -> Tensor | None:
+    def of_sequences(self, directions: int, batch: int, hidden: int, dtype: torch.dtype) -> Tensor | None:
         """The factor of the h that enters the recurrent product, [D, B, H]; None: 1."""
         if not self.drops_h:
             return None
-        sequence = torch.arange(batch, device=like.device).unsqueeze(1)
-        unit = torch.arange(hidden, device=like.device)
+        sequence = torch.arange(batch, device=self.seed.device).unsqueeze(1)
+        unit = torch.arange(hidden, device=self.seed.device)
         found = [
             ~_below(philox(self.seed, unit, sequence, 0, _stream(self.place[0] + d, OF_SEQUENCES))[0], self.rates[3])
             for d in range(directions)
         ]
-        return torch.stack(found).to(like.dtype) * scale(self.rates[3])
+        return torch.stack(found).to(dtype) * scale(self.rates[3])
 
 
 NO_NOISE = Noise()

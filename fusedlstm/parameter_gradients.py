@@ -50,10 +50,11 @@ class ParameterGradients:
         products: Tensor | None = None,  # W x [T, B, D, G*H] or [R, D, G*H]; with norms, None: not kept
     ) -> None:
         """The part of some steps. With norms the gradients of the input's preactivations become those of their products."""
-        factor = noise.of_sequences(*hx.shape, hx)
+        factor = noise.of_sequences(*hx.shape, hx.dtype)
         D, H, of_x = len(self.needs), self.H, self._of_x(grad_preact)
         if self.has_bias and any(n[2] or n[3] for n in self.needs):
-            self.of_bias_ih = _added(self.of_bias_ih, torch.cat([g.sum(0) for g in of_x]))  # [D*G*H]
+            totals = self.of_bias_ih or [None] * len(of_x)
+            self.of_bias_ih = [_added(total, g.sum(0)) for total, g in zip(totals, of_x, strict=True)]
         by_direction = enumerate(zip(grad_preact.chunk(D, -1), output.chunk(D, -1), gates.chunk(D, -1), strict=True))
         for d, (g, y, kept) in by_direction:
             of_h = g[..., self.cell.first_h_block * H :]  # [..., G*H]
@@ -98,9 +99,8 @@ class ParameterGradients:
 
     def flat(self) -> list[Tensor | None]:
         """In the order of the parameters; None where none is needed."""
-        D, found = len(self.needs), []
-        of_weight_ih = [None] * D if self.of_weight_ih is None else torch.cat(self.of_weight_ih).chunk(D)
-        of_bias_ih = [None] * D if self.of_bias_ih is None else self.of_bias_ih.chunk(D)
+        found = []
+        of_weight_ih, of_bias_ih = self._by_direction(self.of_weight_ih), self._by_direction(self.of_bias_ih)
         for d, parameters in enumerate(self.per_direction):
             found += [self._in_gates(of_weight_ih[d]), self.of_weight_hh[d]]
             if self.has_bias:
@@ -137,6 +137,12 @@ class ParameterGradients:
             return [rows]
         return [g[:, : self.cell.num_gates * self.H] for g in rows.chunk(len(self.needs), -1)]
 
+    def _by_direction(self, found: list[Tensor] | None) -> list[Tensor | None]:
+        """Gradients in the blocks of `_of_x`, one a direction."""
+        if found is None:
+            return [None] * len(self.needs)
+        return found[0].chunk(len(self.needs)) if self.merged else found
+
     def in_blocks(self, weight: Tensor) -> Tensor:
         """Rows [G*H, ...] by gates, in the order of the blocks."""
         order = [self.cell.x_blocks.index(block) for block in range(len(self.cell.x_blocks))]
@@ -149,7 +155,10 @@ class ParameterGradients:
 
 def _reordered(x: Tensor, order: list[int]) -> Tensor:
     """x [G*H, ...] by blocks of H rows; an empty order is the one that it has."""
-    return x.unflatten(0, (len(order), -1))[order].flatten(0, 1) if order else x
+    if order == [*range(len(order))]:
+        return x
+    blocks = x.chunk(len(order))  # and no index, which a device would have to wait for
+    return torch.cat([blocks[k] for k in order])
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
@@ -170,8 +179,10 @@ def _add_recurrent_weight_gradient(
     if layout.first_row is not None or layout.resets is not None:
         before = layout.states_before(output, hx, direction)
         return heads.weight_gradient(grad_preact.flatten(0, -2), before, num_heads, total)
-    later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
     total = heads.weight_gradient(of_first_steps(grad_preact, direction, layout), hx, num_heads, total)
+    if len(output) == 1:
+        return total
+    later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
     return heads.weight_gradient(grad_preact[later].flatten(0, 1), output[earlier].flatten(0, 1), num_heads, total)
 
 
@@ -180,8 +191,10 @@ def of_first_steps(seq: Tensor, direction: int, layout: Layout) -> Tensor:
 
     Zeros where a reset drops its hx.
     """
-    if layout.lengths is None:
-        found = seq[-direction]
+    if direction == 0:
+        found = seq[0] if layout.first_row is None else seq[: len(layout.lengths)]
+    elif layout.lengths is None:
+        found = seq[-1]
     else:
         found = seq.flatten(0, -2)[layout.begin_rows(seq.shape[:-1], direction, seq.device)]
     dropped = layout.drops_hx(seq.shape[:-1], direction)

@@ -42,21 +42,25 @@ def vectors(cell: str, per_direction: list[list[Tensor]]) -> Tensor | None:
     of = cells.CELLS[cell]
     if not of.num_vectors:
         return None
-    return torch.stack([_vectors(of, has_bias(cell, p), p) for p in per_direction])
+    return stacked([_vectors(of, has_bias(cell, p), p) for p in per_direction])
 
 
 def _vectors(of: cells.Cell, bias: bool, parameters: list[Tensor]) -> Tensor:
     """[V, H]"""
     weight_hh = parameters[1]
-    own = list(parameters[len(parameters) - len(of.vectors) :])
-    if of.norms:  # the first of them belongs to the input product
-        own = [*own[1].chunk(of.num_gates), *own[2:]]
+    own = list(parameters[len(parameters) - len(of.vectors) :])[
+        of.norms :
+    ]  # the first gain belongs to the input product
     if of.bias_in_step:
-        bias_hh = parameters[3] if bias else weight_hh.new_zeros(len(weight_hh))
-        own = [*bias_hh.chunk(of.num_gates), *own]
-    return torch.stack(own)
+        own = [parameters[3] if bias else weight_hh.new_zeros(len(weight_hh)), *own]
+    return joined(own).view(of.num_vectors, len(weight_hh) // of.num_gates)
 
 
 def joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
     """One tensor of several; of one, itself."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """The same along a new first axis; of one, a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)

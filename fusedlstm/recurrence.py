@@ -406,8 +406,10 @@ def _preact_x(
         added, dropped = preact_0[d], layout.drops_hx(input.shape[:-1], d)
         if dropped is not None:
             added = added.masked_fill(dropped.unsqueeze(1), 0)
-        if layout.lengths is None:
-            preact[d, -d] += added  # step 0, and in reverse the last one
+        if d == 0 and layout.first_row is not None:
+            preact[d, : len(added)].add_(added)
+        elif d == 0 or layout.lengths is None:
+            preact[d, -d].add_(added)  # step 0, and in reverse the last one
         else:
             begin = layout.begin_rows(input.shape[:-1], d, input.device)
             if layout.first_row is None:
@@ -483,7 +485,7 @@ def _recomputed(
     preact = _input_product(cell, input, parameters, preact_0, layout)
     if _batch_major(input):
         preact = preact.contiguous()
-    taken, factor = vectors(cell, parameters), noise.of_sequences(*hx.shape, hx)
+    taken, factor = vectors(cell, parameters), noise.of_sequences(*hx.shape, hx.dtype)
     by_direction = output.chunk(len(parameters), -1)
 
     def before(d: int) -> Tensor:
@@ -495,7 +497,7 @@ def _recomputed(
         return _recomputed_with_norms(engine, preact, parameters, taken, before, hx, cx, output, layout, noise)
     if not cells.CELLS[cell].adds:
         gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
-        return gates, output.new_empty(0, *output.shape)
+        return gates, output.new_empty(0, *output.shape, dtype=_c_seq_dtype(engine, output))
     for d, p in enumerate(parameters):
         heads.add_recurrent(preact[d].view(-1, preact.size(-1)), before(d), p[1])
     return recompute(cell, engine, preact, taken, hx, cx, *layout, *noise)

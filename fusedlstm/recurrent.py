@@ -166,7 +166,9 @@ class Recurrent(nn.RNNBase):
         Args:
             lengths: how many steps every sequence has, 0 to T, on any device. The rest is padding: output is zero there,
                 final states are those of the last step before it (hx, where there is none), and the reverse direction
-                begins before it. The same numbers as packing; what the padding holds should be finite.
+                begins before it. The same numbers as packing; what the padding holds should be finite. A number below 0 or
+                above T is an error where `lengths` are on the host. On a device they are not looked at, since that would wait for
+                it, unless `FUSEDLSTM_DEBUG=1` is set, nor inside of a compiled graph: there it counts as 0 or T.
             resets: a true at step t cuts the sequence between t - 1 and t: forward, the state that enters step t is zero
                 (at t = 0 hx is dropped); in the reverse direction, that which enters step t - 1. No gradient crosses.
             return_cell_states: return also the states beside h of every step of the last layer, each [T, B, D * H] or like

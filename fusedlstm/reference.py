@@ -117,7 +117,7 @@ def recurrence_fwd(
     D, *leading, _ = preact_x.shape
     steps = spans(layout.first_row, leading)
     preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]
-    factors = noise.of_sequences(*hx.shape, hx)
+    factors = noise.of_sequences(*hx.shape, hx.dtype)
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
         state, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
@@ -186,7 +186,7 @@ def recurrence_bwd(
         x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
     )  # [R, D, features]
     c_seq, grad_c_seq = (x.reshape(len(cx), len(output), D, H) for x in (c_seq, grad_c_seq))
-    factors = noise.of_sequences(*hx.shape, hx)
+    factors = noise.of_sequences(*hx.shape, hx.dtype)
     grad_preact, grad_hx, grad_cx = [], [], []
     for d in range(D):
         order = steps_of(len(steps), d)

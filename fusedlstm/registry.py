@@ -34,7 +34,7 @@ def register_cell(cell: cells.Cell, equations: tuple[Callable | None, ...], kern
     needed = {"step", "step_backward"} | ({"vectors_backward"} if cell.vectors else set())
     checks.functions("equations", equations, Equations._fields, needed)
     equations = Equations(*equations)
-    if kernels is not None and engines.triton_is_installed():
+    if kernels is not None and engines.TRITON_IS_INSTALLED:
         _register_kernels(cell.name, kernels, equations.update is not None)
     cells.CELLS[cell.name] = cell
     EQUATIONS[cell.name] = equations

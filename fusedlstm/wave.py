@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedlstm import cells, differentiable, reference
 from fusedlstm.layout import Layout
 from fusedlstm.parameter_gradients import ParameterGradients
-from fusedlstm.parameters import has_bias, input_bias, vectors
+from fusedlstm.parameters import has_bias, input_bias, stacked, vectors
 from fusedlstm.recurrence import _input_product, _stacked, _state_dtype
 
 
@@ -56,8 +56,7 @@ def wave_bwd(
     grad_c_seq: Tensor | None,  # [S, T, B, H] or [S, R, H]: the same
     grad_h_n: Tensor,  # [L, B, H]
     grad_c_n: Tensor,  # [S, L, B, H]
-    weight_ih: Tensor,  # [L-1, G*H, H], gates in the order of their gradients
-    bias: Tensor,  # [L-1, G*H]
+    weight_ih: Tensor,  # [L-1, G*H, H] of the layers above the first, gates in the order of their gradients
     weight_hh: list[Tensor],  # L times [G*H, H]
     vectors: Tensor | None,  # [L, V, H]
     hx: Tensor,  # [L, B, H]
@@ -76,14 +75,12 @@ def wave_bwd(
     layout = Layout(lengths, first_row, resets)
     return launch.recurrence_bwd(
         cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors,
-        stack=launch.Stack(weight_ih, bias),
+        stack=launch.Stack(weight_ih),
     )  # fmt: skip
 
 
 @wave_bwd.register_fake
-def _(
-    cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, bias, weight_hh, vectors, hx, cx, output, gates, *_
-):
+def _(cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, weight_hh, vectors, hx, cx, output, gates, *_):
     return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
@@ -121,16 +118,13 @@ class WaveFunction(torch.autograd.Function):
             ParameterGradients(ctx.cell, [p], [n])
             for p, n in zip(parameters, _per_layer(needs[3:], ctx.layers), strict=True)
         ]
-        weight_ih, bias = _above_first(ctx.cell, parameters, input)
-        weight_ih = torch.stack([layers[0].in_blocks(w) for w in weight_ih])
         grad_preact, grad_hx, grad_cx = wave_bwd(
             ctx.cell,
             grad_output,
             grad_c_seq,
             torch.zeros_like(hx) if grad_h_n is None else grad_h_n,
             torch.zeros_like(cx) if grad_c_n is None else grad_c_n,
-            weight_ih,
-            bias,
+            stacked([layers[0].in_blocks(p[0]) for p in parameters[1:]]),
             [p[1] for p in parameters],
             vectors(ctx.cell, parameters),
             hx,
@@ -206,10 +200,10 @@ def _per_layer(parameters, layers: int) -> list:
 
 def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
     """weight_ih [L-1, G*H, H] and what is added to its product [L-1, G*H] of the layers above the first."""
-    weight_ih = torch.stack([p[0] for p in parameters[1:]])
+    weight_ih = stacked([p[0] for p in parameters[1:]])
     if not has_bias(cell, parameters[0]):
         return weight_ih, like.new_zeros(weight_ih.shape[:2])
-    return weight_ih, torch.stack([input_bias(cell, p) for p in parameters[1:]])
+    return weight_ih, stacked([input_bias(cell, p) for p in parameters[1:]])
 
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout):

@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import math
+import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -579,3 +581,27 @@ def test_verdicts_of_checkers():
     assert gpu.exit_status([*parts, gpu.Outcome("bench", gpu.FAILED, "", 0.0, False)]) == 0
     assert gpu.exit_status([*parts, gpu.Outcome("racecheck", gpu.FAILED, "", 0.0, True)]) == 1
     assert gpu.exit_status(parts[1:]) == 1
+
+
+@pytest.mark.parametrize("has_a_gpu", [True, False])
+def test_kernels_are_interpreted_where_there_is_no_gpu(monkeypatch, has_a_gpu):
+    """Whatever the environment says: interpreted on a GPU, programs that wait for each other would never end."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_a_gpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if has_a_gpu else "0")
+    runpy.run_path(str(ROOT / "tests" / "kernels" / "conftest.py"))
+    assert os.environ.get("TRITON_INTERPRET") == (None if has_a_gpu else "1")
+
+
+def test_make_runs_every_folder_and_leaves_interpretation_to_the_tests():
+    told = subprocess.run(["make", "-n", "test", "test-triton36"], cwd=ROOT, capture_output=True, text=True, check=True)
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))} - {"thirdparty"}
+    assert {*re.findall(r"pytest tests/(\w+)", told.stdout)} == folders
+    assert "TRITON_INTERPRET" not in told.stdout
+
+
+def test_a_gpu_run_has_all_tests_that_want_a_gpu():
+    wanted = set()
+    for file in (ROOT / "tests" / "cpu").glob("test_*.py"):
+        for found in re.findall(r"^@needs_a_gpu\n(?:@.*\n)*def (\w+)", file.read_text(), re.M):
+            wanted.add(f"tests/cpu/{file.name}::{found}")
+    assert wanted == {*gpu.MODULE_TESTS} and wanted

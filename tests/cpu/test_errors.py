@@ -1,6 +1,9 @@
 """checks.py and engines.py: torch.nn's type and text where it has one, a clear one where not."""
 
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -293,6 +296,21 @@ GAPS = {
 def test_clear_errors_where_torch_has_none(arguments, kind, text):
     with pytest.raises(kind, match=re.escape(text)):
         fusedlstm.LSTM(3, 4)(*arguments)
+
+
+def test_a_list_of_lengths_is_on_the_host_whatever_the_default_device_is():
+    lstm, x = fusedlstm.LSTM(3, 4), X
+    with torch.device("meta"), pytest.raises(ValueError, match="lengths: expected 0 to 5, got 6"):
+        lstm(x, lengths=[1] * (x.size(1) - 1) + [6])
+
+
+@pytest.mark.parametrize("value", ["1", "0", ""])
+def test_the_switch_for_looking_at_values_on_a_device(value):
+    command = [sys.executable, "-c", "from fusedlstm import checks; print(checks.DEBUG)"]
+    told = subprocess.run(
+        command, env=os.environ | {"FUSEDLSTM_DEBUG": value}, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == str(value == "1")
 
 
 def test_dropout_warning_is_torchs():

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import recurrence, reference, torch_engine, torch_loop
-from fusedlstm.layout import DENSE, Layout, spans
+from fusedlstm.layout import DENSE, Layout, Pieces, spans
 from support import assert_accurate
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -210,3 +210,38 @@ def test_held_sequences_keep_their_state():
             _, (h, c) = ours(x[:n])
             torch.testing.assert_close(c_n[:, b], c[:, b])
             torch.testing.assert_close(h_n[:, b], h[:, b])
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_lengths_beyond_the_steps_count_as_the_nearest(resets):
+    """On a device nobody has looked at them: they may be no address."""
+    T, lengths = 4, torch.tensor([-3, 9, 2, 0, 4])
+    B = len(lengths)
+    cuts = torch.rand(T, B) < 0.5 if resets else None
+    given, clamped = (Layout(n, None, cuts) for n in (lengths, lengths.clamp(0, T)))
+    seq, initial = torch.randn(T, B, H), torch.randn(B, H)
+    has_step = (torch.arange(T).unsqueeze(1) < lengths).flatten()
+    for direction in (0, 1):
+        found, expected = (x.begin_rows((T, B), direction, seq.device) for x in (given, clamped))
+        assert torch.equal(found, expected)
+        found, expected = (x.states_before(seq, initial, direction)[has_step] for x in (given, clamped))
+        assert torch.equal(found, expected)
+    found, expected = (Pieces.of(x, (T, B), seq.device) for x in (given, clamped))
+    assert torch.equal(found.batch_sizes, expected.batch_sizes) and torch.equal(found.rows, expected.rows)
+    for k in (0, 1):
+        assert torch.equal(found.enters[k], expected.enters[k]) and torch.equal(found.leaves[k], expected.leaves[k])
+
+
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_layers_take_lengths_beyond_the_steps_as_the_nearest(backend, proj_size):
+    """Inside of a compiled graph nobody looks at lengths of the host either."""
+    torch.compiler.reset()
+    layer = fusedlstm.LSTM(I, H, bidirectional=True, proj_size=proj_size, backend=backend)
+    x, lengths = torch.randn(4, 5, I), torch.tensor([-3, 9, 2, 0, 4])
+    call = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        output, states = call(x, lengths=lengths)
+        expected, final = layer(x, lengths=lengths.clamp(0, 4))
+    for a, b in zip((output, *states), (expected, *final), strict=True):
+        torch.testing.assert_close(a, b)

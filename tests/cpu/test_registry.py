@@ -55,7 +55,7 @@ def test_without_kernels_the_engine_says_so(monkeypatch):
 
 
 def test_where_triton_is_missing_a_module_of_kernels_is_not_imported(monkeypatch):
-    monkeypatch.setattr(engines, "triton_is_installed", lambda: False)
+    monkeypatch.setattr(engines, "TRITON_IS_INSTALLED", False)
     fusedlstm.register_cell(KEPT, EQUATIONS, "a_module_that_is_not_there")
     assert Mine(3, 6)(torch.randn(4, 2, 3))[0].shape == (4, 2, 6)
 

@@ -3,8 +3,11 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+# The one place that decides, before the kernels are imported: they are interpreted where there is no GPU, and only there.
+if torch.cuda.is_available():
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 torch.set_num_threads(1)  # the interpreter runs one program at a time, and tests run side by side

@@ -28,6 +28,17 @@ def test_groups_under_the_default_schedule(device, protocol):
 
 
 @interpreted
+def test_an_interpreted_launch_runs_side_by_side_wherever_its_tensors_are():
+    """One program after another, a group would wait for ever."""
+    from fusedlstm import interpreter
+
+    for device in ("cpu", "cuda:0"):
+        assert not interpreter.active()
+        with launch._on(torch.device(device)):
+            assert interpreter.active()
+
+
+@interpreted
 @by_protocol
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_under_seeded_schedules(seed, protocol):

@@ -65,15 +65,16 @@ def test_layers_see_the_masks_of_the_specification(device, monkeypatch, layer, s
             assert_accurate(f"tensor {k}", a, b, c)
 
 
-def test_packed_and_the_mean(device):
+def test_packed_with_strided_states_and_the_mean(device):
     torch.manual_seed(0)
     module = fusedlstm.LSTM(3, 7, bidirectional=True, **RATES).to(device)
     x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 3, device=device), [5, 3, 2])
+    hx = tuple(torch.randn(3, 2, 7, device=device).transpose(0, 1) for _ in range(2))
     for training in (True, False):
         module.train(training)
         found = []
         for backend in ("triton", "reference"):
             module.backend = backend
             torch.manual_seed(1)
-            found.append(module(x)[0].data)
+            found.append(module(x, hx)[0].data)
         torch.testing.assert_close(*found)
