@@ -151,18 +151,20 @@ def loop(sass: str) -> Loop:
     )
 
 
-def fetched_before(sass: str, waits: str) -> list[Instruction]:
-    """The instructions of the loop over time that read what was fetched from memory before the first event `waits`."""
-    pending, found = set(), []
+def read_before(sass: str, wait: str) -> list[tuple[Instruction, Instruction]]:
+    """What an iteration fetches from memory and reads before its first event `wait`: loads and the instructions that read.
+
+    But for tables of rows, which are integers of 64 bits that addresses are made of.
+    """
+    pending, found = {}, []
     for i in loop_instructions(sass):
-        if i.event == waits:
+        if i.event == wait:
             break
-        if pending & i.read:
-            found.append(i)
-        pending -= i.read
+        found += [(pending.pop(register), i) for register in i.read & pending.keys()]
         if i.event == "fetch":
-            pending |= i.loaded
-    return found
+            pending |= dict.fromkeys(i.loaded, i)
+    is_number = re.compile(r"F|STS|\w*MMA|MUFU|H[A-Z]+2")
+    return [(load, i) for load, i in found if ".64" not in load.operation or is_number.match(i.operation)]
 
 
 def _rounds(instructions: list[Instruction], event: str) -> int:
@@ -188,7 +190,7 @@ def loop_events(sass: str) -> list[str]:
 
 
 def loop_instructions(sass: str) -> list[Instruction]:
-    """The loop over time, in the order of the machine code: the shortest loop that stores and has a barrier.
+    """The loop over time, in the order of the machine code: the shortest loop that multiplies, stores and has a barrier.
 
     Loops inside of it poll, or go through chunks of a reduction; the loop around it walks over batch tiles. What is done only
     now and then is left out: where a wait takes long, the look for values that are absent (`kernels.exchange`).
@@ -201,7 +203,8 @@ def loop_instructions(sass: str) -> list[Instruction]:
         if (m := re.search(r"BRA.*?(\.L_x_\d+)", line)) and (begin := labels.get(m[1], k)) < k
     ]
     for begin, end in sorted(backward, key=lambda span: span[1] - span[0]):
-        if {"STG", "BAR"} <= {i.operation.partition(".")[0] for i in _instructions(lines[begin : end + 1])}:
+        operations = {i.operation.partition(".")[0] for i in _instructions(lines[begin : end + 1])}
+        if {"STG", "BAR"} <= operations and operations & {"HMMA", "HGMMA", "FFMA"}:
             skipped = set()
             for k in range(begin, end):
                 m = re.search(r"@!?U?P\w+ BRA.*?(\.L_x_\d+)", lines[k])
