@@ -190,37 +190,97 @@ def loop_events(sass: str) -> list[str]:
 
 
 def loop_instructions(sass: str) -> list[Instruction]:
-    """The loop over time, in the order of the machine code: the shortest loop that multiplies, stores and has a barrier.
+    """What an iteration of the loop over time does, in an order in which it can happen.
 
-    Loops inside of it poll, or go through chunks of a reduction; the loop around it walks over batch tiles. What is done only
-    now and then is left out: where a wait takes long, the look for values that are absent (`kernels.exchange`).
+    That is the smallest loop that multiplies, stores and has a barrier: loops inside of it poll, or go through chunks of a
+    reduction, and the loop around it walks over batch tiles. What is done only now and then is left out: where a wait takes
+    long, the look for values that are absent (`kernels.exchange`).
     """
-    lines = sass.splitlines()
-    labels = {m[1]: k for k, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    backward = [
-        (begin, k)
-        for k, line in enumerate(lines)
-        if (m := re.search(r"BRA.*?(\.L_x_\d+)", line)) and (begin := labels.get(m[1], k)) < k
-    ]
-    for begin, end in sorted(backward, key=lambda span: span[1] - span[0]):
-        operations = {i.operation.partition(".")[0] for i in _instructions(lines[begin : end + 1])}
-        if {"STG", "BAR"} <= operations and operations & {"HMMA", "HGMMA", "FFMA"}:
-            skipped = set()
-            for k in range(begin, end):
-                m = re.search(r"@!?U?P\w+ BRA.*?(\.L_x_\d+)", lines[k])
-                if m and k < (target := labels.get(m[1], k)) <= end:
-                    events = {i.event for i in _instructions(lines[k + 1 : target])}
-                    if "exchange" in events and not events & {"product", "store"}:
-                        skipped |= {*range(k + 1, target)}
-            return _instructions([lines[k] for k in range(begin, end + 1) if k not in skipped])
+    blocks, after = _blocks(sass)
+    loops = sorted(_loops(after), key=lambda loop: sum(len(blocks[k]) for k in loop[1]))
+    for header, body in loops:
+        if _has(blocks, body, "STG", "BAR") and any(_has(blocks, body, name) for name in ("HMMA", "HGMMA", "FFMA")):
+            polls = [x for x in loops if x[1] < body and _has(blocks, x[1], "LDG") and not _has(blocks, x[1], "STG")]
+            polls = [x for x in polls if not any(_has(blocks, x[1], name) for name in ("HMMA", "HGMMA", "FFMA"))]
+            rare = {k for h, inner in polls for k in inner - {h} if _can_avoid(after, h, inner, k)}
+            rare = {k for k in rare if any(i.event == "exchange" for i in blocks[k])}
+            return [i for k in _in_order(after, header, body) if k not in rare for i in blocks[k]]
     return []
 
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)")
+def _blocks(sass: str) -> tuple[list[list[Instruction]], list[set[int]]]:
+    """The instructions between jumps and their targets, and which of these blocks can follow on each."""
+    blocks, labels, jumps, runs_on = [[]], {}, {}, {}
+    for line in sass.splitlines():
+        if m := re.match(r"\s*(\.L_x_\d+):", line):
+            if blocks[-1]:
+                blocks.append([])
+            labels[m[1]] = len(blocks) - 1
+        elif m := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)", line):
+            guard, operation, operands = m.groups()
+            blocks[-1].append(Instruction(operation, operands))
+            target = re.search(r"\.L_x_\d+", operands)
+            # A call of a label is a jump to what ptxas has laid elsewhere, which does not come back.
+            if operation.startswith(("BRA", "EXIT")) or (operation.startswith("CALL") and target):
+                if target:
+                    jumps[len(blocks) - 1] = target[0]
+                runs_on[len(blocks) - 1] = guard is not None or "," in operands
+                blocks.append([])
+    after = [{labels[jumps[k]]} if jumps.get(k) in labels else set() for k in range(len(blocks))]
+    for k in range(len(blocks) - 1):
+        if runs_on.get(k, True):
+            after[k].add(k + 1)
+    return blocks, after
 
 
-def _instructions(lines: list[str]) -> list[Instruction]:
-    return [Instruction(m[1], m[2]) for line in lines if (m := _INSTRUCTION.match(line))]
+def _loops(after: list[set[int]]) -> list[tuple[int, set[int]]]:
+    """The natural loops, each with its first block and all of its blocks."""
+    before = [{j for j, follow in enumerate(after) if k in follow} for k in range(len(after))]
+    order = _in_order(after, 0, {*range(len(after))})
+    place = {k: n for n, k in enumerate(order)}
+    loops = {}
+    for k in order:
+        for header in after[k]:
+            if place[header] <= place[k]:
+                body, left = loops.setdefault(header, {header}), [k]
+                while left:
+                    if (j := left.pop()) not in body:
+                        body.add(j)
+                        left += before[j]
+    return [*loops.items()]
+
+
+def _in_order(after: list[set[int]], first: int, among: set[int]) -> list[int]:
+    """Blocks that can be reached, each after all from which it is, but for jumps back."""
+    found, seen, path = [], {first}, [(first, iter(sorted(after[first] & among, reverse=True)))]
+    while path:
+        k, follow = path[-1]
+        if (new := next((j for j in follow if j not in seen), None)) is None:
+            found.append(k)
+            path.pop()
+        else:
+            seen.add(new)
+            path.append((new, iter(sorted(after[new] & among, reverse=True))))
+    return found[::-1]
+
+
+def _can_avoid(after: list[set[int]], header: int, body: set[int], block: int) -> bool:
+    """Whether an iteration can go without a block."""
+    seen, left = {block}, [header]
+    while left:
+        k = left.pop()
+        if header in after[k] and k != block:
+            return True
+        new = (after[k] & body) - seen
+        seen |= new
+        left += new
+    return False
+
+
+def _has(blocks: list[list[Instruction]], body: set[int], *names: str) -> bool:
+    """Whether every one of these operations is in the blocks."""
+    found = {i.operation.partition(".")[0] for k in body for i in blocks[k]}
+    return found.issuperset(names)
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:

@@ -75,20 +75,31 @@ def _of_group(
     offs_b = tl.arange(0, BLOCK_B)[:, None] * (TILES * BLOCK_H)
     tl.store(slot_ptr + offs_b + pid, _tagged(a, tag))
     tl.store(slot_ptr + SECOND + offs_b + pid, _tagged(b, tag))
-    words_a = _words(slot_ptr, offs_b, GROUP, BLOCK_H, TILES)
-    words_b = _words(slot_ptr + SECOND, offs_b, GROUP, BLOCK_H, TILES)
+    words_a = _no_words(BLOCK_B, BLOCK_H, TILES)
+    words_b = _no_words(BLOCK_B, BLOCK_H, TILES)
+    late = 1
     polls = 0
-    while (_late(words_a + words_b, k + 1, GROUP) != 0) & (polls < EXCHANGE.LIMIT):
+    while (late != 0) & (polls < EXCHANGE.LIMIT):
         words_a = _words(slot_ptr, offs_b, GROUP, BLOCK_H, TILES)
         words_b = _words(slot_ptr + SECOND, offs_b, GROUP, BLOCK_H, TILES)
+        late = _late(words_a + words_b, k + 1, GROUP)
         polls += 1
-    barrier.end_unless(polls < EXCHANGE.LIMIT, EXCHANGE)
+    barrier.end_unless(late == 0, EXCHANGE)
     all_a = ()
     all_b = ()
     for q in tl.static_range(TILES):
         all_a = all_a + (_number(words_a[q]),)
         all_b = all_b + (_number(words_b[q]),)
     return all_a, all_b
+
+
+@triton.jit
+def _no_words(BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr):
+    """Zeros in the form of `_words`."""
+    words = ()
+    for _ in tl.static_range(TILES):
+        words = words + (tl.zeros((BLOCK_B, BLOCK_H), tl.int64),)
+    return words
 
 
 @triton.jit
