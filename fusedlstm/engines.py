@@ -69,7 +69,7 @@ def why_not_triton(
 
     if cell not in launch.STEPS:
         return f"the kernels have no cell {cell!r}, they have {', '.join(launch.STEPS)}"
-    if device.type == "cuda" and hidden is not None:
+    if device.type == "cuda":
         return launch.why_not(cell, hidden, dtype, directions, device, layout, heads)
     return None
 
