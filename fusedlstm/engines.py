@@ -8,7 +8,8 @@
 
 `auto` is `triton` on a GPU for what the kernels serve, else `torch`; and `torch` where cuDNN serves the call too and is
 faster, measured (`fusedlstm.tune`) or clearly by prediction (`fastest`). An engine asked for by name serves the call or
-raises: nothing falls back in silence. `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
+raises: nothing falls back in silence. Where a launch of the kernels fails that `auto` chose, `torch` takes that layer from
+then on, with one warning (`fusedlstm.failures`). `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
 """
 
 import functools
@@ -17,7 +18,7 @@ import os
 
 import torch
 
-from fusedlstm import tuned
+from fusedlstm import failures, tuned
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,7 +94,9 @@ def choose(
     engine = requested(backend)
     call = (device, dtype, cell, hidden, directions, clipped_projection, layout, heads)
     if engine == "auto":
-        return "triton" if device.type == "cuda" and why_not_triton(*call) is None else "torch"
+        if device.type != "cuda" or why_not_triton(*call):
+            return "torch"
+        return "torch" if failures.reason(device, cell, hidden, dtype, directions, layout, heads) else "triton"
     if engine == "triton" and (reason := why_not_triton(*call)):
         raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
     return engine

@@ -47,37 +47,53 @@ class Where(NamedTuple):
     cell: str
     hidden: int
     dtype: torch.dtype
-    directions: int  # 0: the layers of a stack, in one launch
+    directions: int
     layout: str
     heads: int
 
     def __str__(self) -> str:
-        how = "layers in one launch" if self.directions == 0 else f"{self.directions} direction(s)"
-        return f"{self.cell} with hidden size {self.hidden} in {self.dtype}, {self.layout}, {how}, on {self.device}"
+        sizes = f"hidden size {self.hidden}, {self.heads} head(s), {self.directions} direction(s)"
+        return f"{self.cell}, {self.layout}, {sizes}, {self.dtype}, on {self.device}"
 
 
 _failed: dict[Where, str] = {}
 
 
-def where(
+def as_wave(cell: str) -> str:
+    """The name of layers that share a launch: what fails with them says nothing about one layer alone."""
+    return f"{cell}, layers in one launch"
+
+
+def where(device: torch.device, cell: str, dtype: torch.dtype, weight_hh: list, hx: torch.Tensor, layout) -> Where:
+    """Of the arguments of an op: weight_hh [G*H, DH] a direction, hx [.., B, H]."""
+    hidden = hx.size(-1)
+    heads = hidden // weight_hh[0].size(1) if weight_hh and hidden else 1
+    return Where(device, devices.sms(), cell, hidden, dtype, len(weight_hh), layout.name, heads)
+
+
+@torch.compiler.assume_constant_result
+def reason(
     device: torch.device, cell: str, hidden: int, dtype: torch.dtype, directions: int, layout: str, heads: int
-) -> Where:
-    return Where(device, devices.sms(), cell, hidden, dtype, directions, layout, heads)
+) -> str | None:
+    """Why a launch of such a layer failed before, or None."""
+    return (
+        _failed.get(Where(device, devices.sms(), cell, hidden, dtype, directions, layout, heads)) if _failed else None
+    )
 
 
-def reason(at: Where) -> str | None:
-    """Why a launch of that layer failed before, or None."""
-    return _failed.get(at)
-
-
-def attempt(at: Where, kernels: Callable[[], Results], loop: Callable[[], Results]) -> Results:
-    """What `kernels` return; what `loop` does where a launch fails, or has failed before."""
-    if at not in _failed:
+def attempt(
+    engine: str, where: Callable[[], Where], kernels: Callable[[], Results], loop: Callable[[], Results]
+) -> Results:
+    """By the engine "triton" what `kernels` return, by "torch" what `loop` does; by "auto" that of `kernels`, unless a launch of
+    theirs fails or has failed before."""
+    if engine == "triton":
+        return kernels()
+    if engine == "auto" and not (_failed and where() in _failed):
         try:
             return kernels()
         except LaunchError as error:
-            _failed[at] = str(error)
-            text = f"backend='auto': {error} From now on a loop of torch operations takes {at}."
+            _failed[where()] = str(error)
+            text = f"backend='auto': {error} From now on a loop of torch operations takes {where()}."
             warnings.warn(text, RuntimeWarning, stacklevel=2)
     return loop()
 

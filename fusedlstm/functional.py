@@ -120,6 +120,8 @@ def stack(
                 for k, w in enumerate(weights)
             ]
     batch_first = batch_first and batch_sizes is None
+    # The ops know that nobody asked for the kernels by name, and go on without them where a launch fails.
+    ops = "auto" if engine == "triton" and engines.requested(backend) == "auto" else engine
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
         if not (masked or in_steps or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
@@ -155,12 +157,14 @@ def stack(
                 proj_size or in_steps or cell_states or between or _wants_gradients(input, *states, *weights)
             ):
                 h, cx = states[0], recurrence._stacked(states)
-                output, h_n, c_n, _, _ = recurrence.step_fwd(cell, input[0], h, cx, weights, directions, False, False)
+                output, h_n, c_n, _, _ = recurrence.step_fwd(
+                    cell, input[0], h, cx, weights, directions, False, False, ops
+                )
                 output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
             else:
                 layer = _layer_of(
                     cell,
-                    engine,
+                    ops,
                     directions,
                     proj_size,
                     grad_clip,
@@ -336,7 +340,7 @@ def _layer_of(
         if proj_size:
             return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, save)
         if len(parameters) > directions:
-            return wave.stack(cell, x, states, parameters, layout, clip, wants_c_seq)
+            return wave.stack(cell, engine, x, states, parameters, layout, clip, wants_c_seq)
         drawn = regularised._replace(place=(first, 0))
         return recurrence.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save, noise=drawn)
 

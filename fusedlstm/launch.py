@@ -153,7 +153,7 @@ def layers_together(cell: str, like: Tensor, hx: Tensor, layers: int, layout: st
     """See `plan.wave`; for tensors of the dtype and on the device of `like`, and hx [L, B, H]."""
     index = like.device.index if like.device.type == "cuda" else None
     B, H = hx.shape[1:]
-    if failures.reason(failures.where(like.device, cell, H, like.dtype, 0, layout, 1)):
+    if failures.reason(like.device, failures.as_wave(cell), H, like.dtype, 1, layout, 1):
         return 1
     sizes = (cell, layers, B, H, like.dtype)
     return _cached_wave(*sizes, index, precision_of(like.dtype), layout, training, devices.sms())

@@ -132,27 +132,27 @@ def recurrence_bwd(
     dstate = torch.empty(2, 1 + cx.size(0), *hx.shape, dtype=torch.float32, device=hx.device)
     dstate[0, 0], dstate[0, 1:] = grad_h_n, grad_c_n
     weight_hh = [w.contiguous() for w in weight_hh]
-    arguments = dict(
-        grad_output_ptr=grad_output,
-        grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
-        weight_hh_ptr=weight_hh[0],
-        weight_hh_reverse_ptr=weight_hh[-1],
-        vectors_ptr=gates if vectors is None else vectors.contiguous(),
-        hx_ptr=hx.contiguous(),
-        cx_ptr=cx.float().contiguous(),
-        output_ptr=output.contiguous(),
-        gates_ptr=gates,
-        c_seq_ptr=c_seq,
-        grad_preact_ptr=grad_preact,
-        dstate_ptr=dstate,
-        T=T,
-        B=B,
-        D=D,
-        clip=0.0 if clip is None else clip,
-        rows_grad_output_t=grad_output.stride(0) // DH,
-        rows_grad_output_b=grad_output.stride(1) // DH,
-        step=0,
-    )
+    arguments = {
+        "grad_output_ptr": grad_output,
+        "grad_c_seq_ptr": c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
+        "weight_hh_ptr": weight_hh[0],
+        "weight_hh_reverse_ptr": weight_hh[-1],
+        "vectors_ptr": gates if vectors is None else vectors.contiguous(),
+        "hx_ptr": hx.contiguous(),
+        "cx_ptr": cx.float().contiguous(),
+        "output_ptr": output.contiguous(),
+        "gates_ptr": gates,
+        "c_seq_ptr": c_seq,
+        "grad_preact_ptr": grad_preact,
+        "dstate_ptr": dstate,
+        "T": T,
+        "B": B,
+        "D": D,
+        "clip": 0.0 if clip is None else clip,
+        "rows_grad_output_t": grad_output.stride(0) // DH,
+        "rows_grad_output_b": grad_output.stride(1) // DH,
+        "step": 0,
+    }
     with on(output.device, waits=False):
         bound = _bound(plan, 0, CLIP=clip is not None, HAS_GRAD_C_SEQ=grad_c_seq is not None)
         launch = bound.launcher(arguments, "step")

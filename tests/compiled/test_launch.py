@@ -28,7 +28,7 @@ def test_the_jit_takes_every_argument(claimed_gpu, hidden, directions):
         "lstm", preact_x, weight_hh, hx, cx, save_gates=True, save_states=True, plan=fwd
     )
     launch.recurrence_bwd("lstm", output, c_seq, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, plan=bwd)
-    for p, (metadata, *grid) in zip((fwd, bwd), (launch[:4] for launch in claimed_gpu), strict=True):
+    for p, (metadata, *grid) in zip((fwd, bwd), (launched[:4] for launched in claimed_gpu), strict=True):
         assert tuple(grid) == p.grid
         assert metadata.launch_cooperative_grid == (not p.local)
         assert metadata.num_warps == p.num_warps

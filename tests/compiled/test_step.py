@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import triton
 
 from bench import kernels
 from fusedlstm import launch, offline, stepping
