@@ -24,6 +24,8 @@ from fusedlstm.parameter_gradients import ParameterGradients, of_first_steps
 from fusedlstm.parameters import has_bias, input_bias, joined, normed, vectors
 from fusedlstm.precision import product
 
+KERNELS = ("triton", "auto")  # engines that run them, if they can
+
 
 @torch.library.custom_op("fusedlstm::recurrence_fwd", mutates_args=())
 def recurrence_fwd(
@@ -404,12 +406,12 @@ def _stacked(state: tuple[Tensor, ...]) -> Tensor:
 def is_one_step(cell: str, engine: str, input: Tensor, layout: Layout) -> bool:
     """Whether one kernel can take an input [T, B, I] whole: a single step, without masks, in which no program waits."""
     waits = cells.CELLS[cell].norms
-    return engine != "torch" and not waits and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
+    return engine in KERNELS and not waits and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
 
 
 def _c_seq_dtype(engine: str, like: Tensor) -> torch.dtype:
     """Of the states beside h of every step: the loop of torch operations keeps one dtype."""
-    return like.dtype if engine == "torch" else _state_dtype(like.dtype)
+    return _state_dtype(like.dtype) if engine in KERNELS else like.dtype
 
 
 def _widened(engine: str, tree):
