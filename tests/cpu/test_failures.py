@@ -194,6 +194,27 @@ def test_a_wave_that_fails_says_nothing_about_one_layer(kernels_chosen, tried, m
     assert wave.layers_together(module.cell, input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, recurrence.DENSE) == 1
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "slstm"])
+def test_ops_that_go_on_pass_opcheck(cell):
+    """Shapes and dtypes of the loops are those that a compiler was promised of the kernels."""
+    checks = ("test_schema", "test_faketensor")
+    of, T, B, H = cells.CELLS[cell], 3, 2, 6
+    G, K, S = of.num_gates, of.num_kept, of.num_cell_states
+    half = torch.bfloat16
+    given = recurrence_inputs(T, B, H, 2, half, cell=cell)  # both directions, or two layers
+    weight_hh, hx, cx = given["weight_hh"], given["hx"], given["cx"]
+    weight_ih, bias = torch.randn(1, G * H, H).to(half), torch.zeros(1, G * H, dtype=half)
+    parameters = [x for w in weight_hh for x in (weight_ih[0], w, bias[0], bias[0])]
+    arguments = (cell, torch.randn(B, H).to(half), hx, cx, parameters, 1, True, True, "auto")
+    torch.library.opcheck(recurrence.step_fwd, arguments, test_utils=checks)
+    own = (weight_ih, bias, weight_hh, None, hx, cx, None, None, None)
+    torch.library.opcheck(wave.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
+    output, gates = torch.randn(2, T, B, H).to(half), torch.rand(2, T, B, K * H).to(half)
+    grads = output[0], None, hx, cx
+    arguments = (cell, *grads, *own[:6], output, gates, torch.rand(S, 2, T, B, H) + 1, None, None, None, None, "auto")
+    torch.library.opcheck(wave.wave_bwd, arguments, test_utils=checks)
+
+
 def only_waves(tried):
     def launcher(self, arguments, varying=None):
         assert self.constants["STACK"], "no other launch is tried"
