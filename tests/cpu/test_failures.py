@@ -207,7 +207,7 @@ def test_ops_that_go_on_pass_opcheck(cell):
     parameters = [x for w in weight_hh for x in (weight_ih[0], w, bias[0], bias[0])]
     arguments = (cell, torch.randn(B, H).to(half), hx, cx, parameters, 1, True, True, "auto")
     torch.library.opcheck(recurrence.step_fwd, arguments, test_utils=checks)
-    own = (weight_ih, bias, weight_hh, None, hx, cx, None, None, None)
+    own = (weight_ih, bias, weight_hh, given["vectors"], hx, cx, None, None, None)
     torch.library.opcheck(wave.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
     output, gates = torch.randn(2, T, B, H).to(half), torch.rand(2, T, B, K * H).to(half)
     grads = output[0], None, hx, cx
