@@ -128,3 +128,16 @@ def predicted(call: tuned.Call, index: int | None) -> tuple[str, str]:
     ours, cudnn = plan.beside_cudnn(*sizes, call.precision, call.training)
     words = f"predicted: kernels {ours:.3g} us a step, cuDNN {cudnn:.3g}"
     return "torch" if ours > plan.CLEARLY * cudnn else "triton", words
+
+
+def not_captured(name: str, device: torch.device, came: str) -> None:
+    """That no CUDA graph is being captured, where the work on `device` needs what only the host can do.
+
+    Raises:
+        RuntimeError: one is; `came` says what needs the host.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch whose lengths and "
+            "resets are on the device can be captured with backend='triton'"
+        )

@@ -286,19 +286,23 @@ def _layout(
     resets: Tensor | None,  # [T, B] or [R]
 ) -> Layout:
     if resets is not None:
-        resets = _moved(resets, input.device, torch.bool)
+        resets = _moved("resets", resets, input.device, torch.bool)
     if batch_sizes is not None:
+        engines.not_captured(
+            "input", input.device, "a packed batch, whose tables are copied from the host at every call"
+        )
         return Layout.of_packed(batch_sizes, batch, input.device, resets)
     if lengths is not None:
         dtype = lengths.dtype if lengths.dtype == torch.int64 else torch.int32  # these two the kernels read
-        lengths = _moved(lengths, input.device, dtype)
+        lengths = _moved("lengths", lengths, input.device, dtype)
     return Layout(lengths, None, resets)
 
 
-def _moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`x` there, in that type. To a GPU without waiting for it, but for pinned memory: the caller may write that again."""
     if x.device == device:
         return x.to(dtype)
+    engines.not_captured(name, device, f"a tensor on {x.device}, which is copied at every call")
     unpinned = not torch.compiler.is_compiling() and not x.is_pinned()
     return x.to(device, dtype, non_blocking=device.type == "cuda" and unpinned)
 
@@ -429,6 +433,8 @@ def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
     """Whether a sequence is known to have a step: a compiler may not ask."""
     if _traced(input):
         return False
+    if lengths is not None:
+        engines.not_captured("lengths", lengths.device, "the engine 'torch', which looks at their values")
     return input.numel() > 0 and (lengths is None or bool(lengths.any()))
 
 

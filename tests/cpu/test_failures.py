@@ -51,7 +51,9 @@ def tried(monkeypatch):
 
 
 def falls_back():
-    return pytest.warns(RuntimeWarning, match=r"backend='auto': no room\. From now on a loop of torch operations takes ")
+    return pytest.warns(
+        RuntimeWarning, match=r"backend='auto': no room\. From now on a loop of torch operations takes "
+    )
 
 
 @pytest.mark.parametrize(tuple(AXES), pairwise(AXES))
@@ -191,7 +193,10 @@ def test_a_wave_that_fails_says_nothing_about_one_layer(kernels_chosen, tried, m
     assert_accurate("output", output, *expected)
     for ours, *grads in zip(module.parameters(), same.parameters(), exact.parameters(), strict=True):
         assert_accurate("gradient", *(p.grad for p in (ours, *grads)))
-    assert wave.layers_together(module.cell, input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, recurrence.DENSE) == 1
+    assert (
+        wave.layers_together(module.cell, input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, recurrence.DENSE)
+        == 1
+    )
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "slstm"])
@@ -281,4 +286,4 @@ def test_auto_on_a_gpu_takes_torch_after_a_failure(monkeypatch):
 def test_explain(text, known):
     found = failures.explain(RuntimeError(text))
     assert (found is not None) == known
-    assert not known or "FUSEDLSTM_SMS" in found and "docs/on_a_gpu.md" in found
+    assert not known or ("FUSEDLSTM_SMS" in found and "docs/on_a_gpu.md" in found)
