@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bench import overhead
 from bench.claimed import DRIVER
 from fusedlstm import failures, launch, stepping
 from fusedlstm.bound import Bound
@@ -154,3 +155,13 @@ def test_a_step_that_is_launched_anew_sees_another_step(claimed_gpu):
     )
     names = stepping.KERNELS["fwd"].arg_names
     assert [arguments[-len(names) :][names.index("step")] for arguments in claimed_gpu] == list(range(T))
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("pass_", ["fwd", "bwd"])
+def test_what_the_benchmark_times_is_the_same_launch(claimed_gpu, pass_, stepped):
+    for call in overhead.launches(pass_, stepped).values():
+        call()
+    (theirs, *_), (ours, *_) = claimed_gpu
+    assert ours.hash == theirs.hash
+    assert stepped == (ours.name in ("step_fwd_kernel", "step_bwd_kernel"))
