@@ -18,7 +18,7 @@ import os
 
 import torch
 
-from fusedlstm import failures, tuned
+from fusedlstm import devices, failures, tuned
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,11 +107,11 @@ def fastest(call: tuned.Call, index: int | None) -> tuple[str, str]:
 
     Measured where `fusedlstm.tune` has, else predicted (`plan.beside_cudnn`): torch only if it is clearly faster.
     """
-    return _fastest(call, index, tuned.generation())
+    return _fastest(call, index, tuned.generation(), devices.sms())
 
 
 @functools.lru_cache(maxsize=4096)
-def _fastest(call: tuned.Call, index: int | None, generation: int) -> tuple[str, str]:
+def _fastest(call: tuned.Call, index: int | None, generation: int, sms: int | None) -> tuple[str, str]:
     measured = tuned.engine(call, index) if generation else None
     return measured or predicted(call, index)
 

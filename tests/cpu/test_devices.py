@@ -156,6 +156,21 @@ def test_what_was_measured_on_all_is_not_for_a_part(monkeypatch):
     assert tuned.place(None).num_sms == 128, "the interpreter too"
 
 
+def test_a_cap_counts_in_the_choice_of_an_engine(monkeypatch):
+    """And in how many layers share a launch."""
+    call = tuned.Call("lstm", 64, 512, 512, 0, 1, 1, "fp32", "tf32", "dense", True)
+    like, hx = torch.zeros(4, 16, 512, dtype=torch.bfloat16), torch.zeros(4, 16, 512)
+    whole = engines.fastest(call, None)
+    together = launch.layers_together("lstm", like, hx, 4, "dense", True)
+    monkeypatch.setenv("FUSEDLSTM_SMS", "33")
+    assert engines.fastest(call, None)[1] != whole[1]
+    assert launch.layers_together("lstm", like, hx, 4, "dense", True) < together
+    plans = [launch.step_plan_for("lstm", torch.zeros(64, 512), 512, 1, 1, 512)]
+    monkeypatch.delenv("FUSEDLSTM_SMS")
+    plans.append(launch.step_plan_for("lstm", torch.zeros(64, 512), 512, 1, 1, 512))
+    assert plans[0].step_us > plans[1].step_us
+
+
 def test_the_command_line_says_what_may_be_used(monkeypatch, capsys):
     monkeypatch.setenv("FUSEDLSTM_SMS", "12")
     command_line.main(["plan", "--hidden", "512", "--dtype", "bf16"])
