@@ -10,9 +10,6 @@ import fusedlstm
 from fusedlstm import __main__ as command_line
 from fusedlstm import devices, engines, launch, tuned
 from fusedlstm.devices import DEVICES
-from fusedlstm.tuned import Problem
-
-PROBLEM = Problem("lstm", 64, 512, "bf16", 1, "fwd", "tf32", "dense")
 
 
 def told(name, major, minor, sms, clock, width, smem=99 << 10, l2=40 << 20, memory=24 << 30, gcn=""):
@@ -110,8 +107,9 @@ def fresh(monkeypatch):
         cached.cache_clear()
 
 
-def plan_now(**changes):
-    return launch._cached_plan(PROBLEM._replace(**changes), None, 0, devices.sms())
+def plan_now(batch=64, hidden=512, directions=1, pass_="fwd", layout="dense", stack=False):
+    like, weight_hh = torch.zeros(0, dtype=torch.bfloat16), [torch.empty(4 * hidden, hidden, device="meta")]
+    return launch.plan_for("lstm", like, weight_hh, torch.empty(directions, batch, hidden), pass_, layout, stack)
 
 
 def test_a_cap_is_kept_by_every_plan(monkeypatch):
