@@ -59,23 +59,17 @@ class Bound:
         """
         everything = {**self.constants, **arguments}
         run, smem_bytes = self._compiled(everything)
+        before = after = ()
         if run is None:
-            plain, options = (
-                self.kernel[self.grid],
-                self.options | {n: x for n, x in everything.items() if n != varying},
-            )
+            plain, given = self.kernel[self.grid], everything | self.options
 
-            def launch(*value):
-                try:
-                    plain(**options, **({varying: value[0]} if varying else {}))
-                except Exception as error:
-                    self._explain(error, arguments)
-                    raise
+            def run(*value):
+                plain(**given | dict(zip((varying,), value, strict=True)) if value else given)
 
-            return launch
-        values = self._in_order(everything)
-        k = len(values) if varying is None else self.kernel.arg_names.index(varying)
-        before, after = values[:k], values[k + 1 :]
+        else:
+            values = self._in_order(everything)
+            k = len(values) if varying is None else self.kernel.arg_names.index(varying)
+            before, after = values[:k], values[k + 1 :]
 
         def launch(*value):
             try:
@@ -93,6 +87,7 @@ class Bound:
         pointers, numbers = self._pointers(everything), [everything[name] for name in self._numbers]
         key = (pointers[0].device, *map(_DTYPE, pointers), *map(type, numbers))
         addresses = [*map(_ADDRESS, pointers)]
+        # Nearly always all are aligned and fit; sizes are not negative.
         if functools.reduce(operator.or_, addresses) % 16 or max(numbers, default=0) > INT32:
             key += (*[address % 16 == 0 for address in addresses], *[x > INT32 for x in numbers])
         found = self._runs.get(key)
