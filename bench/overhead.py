@@ -1,15 +1,24 @@
-"""What `fusedlstm.LSTM` costs over `torch.nn.LSTM` on a CPU, where both run ATen: `python -m bench.overhead`.
+"""What the host pays: `python -m bench.overhead`, on a CPU.
 
-The two take turns, and in turns go first; medians over all rounds.
+First `fusedlstm.LSTM` over `torch.nn.LSTM` where both run ATen. Then a launch of a kernel of ours, as `fusedlstm.bound` does it
+and as Triton's `kernel[grid](...)` does, down to a driver that launches nothing: what the driver itself takes comes on top of
+both. The two take turns, and in turns go first; medians over all rounds.
 """
 
+import contextlib
 import statistics
 import time
 
 import torch
+import triton
 from torch import nn
 
 import fusedlstm
+from bench.claimed import DRIVER
+from fusedlstm import launch
+from fusedlstm.bound import Bound
+from fusedlstm.devices import DEVICES
+from fusedlstm.tuned import Problem, candidates
 
 
 def rounds(calls: dict, count: int) -> dict[str, list[float]]:
@@ -31,6 +40,58 @@ def pair(size: int) -> dict[str, nn.Module]:
     return {"torch": stock, "fusedlstm": ours}
 
 
+def launches(pass_: str, stepped: bool) -> dict:
+    """A launch of a bfloat16 loop with H 512 and B 64, or of one of its steps, as Triton does it and as we do."""
+    plans = candidates(Problem("lstm", 64, 512, "bf16", 1, pass_, "tf32", "dense"), DEVICES["sm_90"])
+    plan = next(p for p in plans if (p.schedule == "stepped") == stepped)
+    seen = []
+
+    class Recorded(Bound):
+        def launcher(self, arguments, varying=None):
+            seen.append((self, arguments, varying))
+            return lambda *step: None
+
+    def zeros(*shape, dtype=torch.bfloat16):
+        return torch.zeros(*shape, dtype=dtype)
+
+    weight_hh, h, c = [zeros(2048, 512)], zeros(1, 64, 512), zeros(1, 1, 64, 512, dtype=torch.float32)
+    with patched(launch, Recorded), patched(launch.stepping, Recorded):
+        if pass_ == "fwd":
+            given = (zeros(1, 3, 64, 2048), weight_hh, h, c)
+            launch.recurrence_fwd("lstm", *given, save_gates=True, save_states=True, plan=plan)
+        else:
+            y, c_seq = zeros(3, 64, 512), zeros(1, 3, 64, 512, dtype=torch.float32)
+            given = (y, None, h, c, weight_hh, h, c, y, zeros(3, 64, 2048), c_seq)
+            launch.recurrence_bwd("lstm", *given, plan=plan)
+    (recorded, arguments, varying), *_ = seen
+    ours = Bound(recorded.kernel, recorded.grid, recorded.constants, recorded.options)
+    as_triton = recorded.constants | arguments | recorded.options
+    calls = {"triton": lambda: recorded.kernel[recorded.grid](**as_triton)}
+    if varying is None:
+        return calls | {"fusedlstm": lambda: ours(**arguments)}
+    step = ours.launcher(arguments, varying)
+    return calls | {"fusedlstm": lambda: step(1)}
+
+
+@contextlib.contextmanager
+def patched(module, bound):
+    """Launches of a module go to `bound`, and none is kept."""
+    caches = [
+        getattr(module, name)
+        for name in ("_bound", "_cached_bound")
+        if hasattr(getattr(module, name, None), "cache_clear")
+    ]
+    before, module.Bound = module.Bound, bound
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        module.Bound = before
+        for cache in caches:
+            cache.cache_clear()
+
+
 def main() -> None:
     torch.manual_seed(0)
     x = torch.randn(100, 32, 128, requires_grad=True)
@@ -49,6 +110,15 @@ def main() -> None:
         found = rounds({name: lambda m=m: m(few) for name, m in pair(32).items()}, 3000)
     torch_us, ours_us = (1e6 * statistics.median(found[name]) for name in ("torch", "fusedlstm"))
     print(f"T4 B1 H32 inference: {torch_us:.1f} us, ours {ours_us:.1f} us, {ours_us - torch_us:+.1f} us a call")
+
+    triton.runtime.driver.set_active(DRIVER)
+    for stepped, what in ((False, "launch of a loop"), (True, "launch of a step")):
+        for pass_ in ("fwd", "bwd"):
+            found = rounds(launches(pass_, stepped), 3000)
+            triton_us, ours_us = (1e6 * statistics.median(found[name]) for name in ("triton", "fusedlstm"))
+            print(
+                f"{what}, {pass_}, H512 B64 bf16: Triton {triton_us:.1f} us, ours {ours_us:.1f} us without the driver"
+            )
 
 
 if __name__ == "__main__":

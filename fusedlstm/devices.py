@@ -4,12 +4,15 @@ Rates are peaks of the data sheets, dense, until the same is measured on the dev
 what a GPU run found, by the name that torch gives the device, and overrides the table:
 
     {"NVIDIA H200": {"date": "2026-12-01", "commit": "0123abc", "values": {"barrier_us": 0.9, "l2_tbps": 5.1}}}
+
+Who shares a device caps the multiprocessors that a plan may use by `FUSEDLSTM_SMS` (`sms`).
 """
 
 import dataclasses
 import functools
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +43,7 @@ class DeviceLimits:
     exchange_us: float = 0.8  # the same with the data as its own flag: one trip, and half an attempt too early
     fetch_us: float = 0.6  # from a load to its data, from memory
     launch_us: float = 3.0  # from one kernel of a stream to the next
+    host_us: float = 5.0  # of the host, to launch one step after another of a sequence
     measured: str = ""  # date and commit of the fields that `measured.json` overrides, and their names
 
 
@@ -60,6 +64,7 @@ SOURCES = {
     "exchange_us": "assumed, two thirds of a barrier",
     "fetch_us": "assumed",
     "launch_us": "assumed",
+    "host_us": "python -m bench.overhead, less the driver's part, which is assumed",
 }
 # What a run on a GPU can find out.
 MEASURABLE = (
@@ -73,6 +78,7 @@ MEASURABLE = (
     "exchange_us",
     "fetch_us",
     "launch_us",
+    "host_us",
 )
 
 _SM_90 = DeviceLimits(
@@ -161,20 +167,88 @@ _TABLE = (
 )
 
 
-def named(name: str, arch: str, num_sms: int | None = None, **sizes: int) -> DeviceLimits:
+ARCHS = tuple(dict.fromkeys(row.arch for row in _TABLE))
+SERVED = "the kernels serve NVIDIA from compute capability 8.0 on and AMD gfx942 (MI300)"
+
+
+class UnsupportedDevice(RuntimeError):
+    """The kernels are not made for the device; the text names its architecture and what they serve."""
+
+
+def of_properties(properties, hip: bool) -> DeviceLimits:
+    """Of a device by what `torch.cuda.get_device_properties` says of it.
+
+    Raises:
+        UnsupportedDevice: the kernels do not serve it.
+    """
+    name = properties.name
+    if hip:
+        arch = properties.gcnArchName.split(":")[0]  # without the features that are on or off
+        if arch not in ARCHS:
+            raise UnsupportedDevice(f"{SERVED}, {name} is {arch}")
+    else:
+        major = properties.major
+        if major < 8:
+            raise UnsupportedDevice(f"{SERVED}, {name} has {major}.{properties.minor}")
+        arch = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+    # Older versions of torch do not tell all of them, and a driver may tell 0.
+    clock, width = (getattr(properties, field, 0) for field in ("memory_clock_rate", "memory_bus_width"))
+    told = {
+        "smem_bytes": getattr(properties, "shared_memory_per_block_optin", 0),
+        "l2_bytes": getattr(properties, "L2_cache_size", 0),
+        "memory_bytes": getattr(properties, "total_memory", 0),
+        "memory_tbps": 2 * clock * 1e3 * width / 8 / 1e12,  # kHz, two bits a cycle and line
+    }
+    sizes = {field: size for field, size in told.items() if size}
+    if _row(name):  # the data sheet's
+        sizes.pop("memory_tbps", None)
+    return named(name, arch, properties.multi_processor_count, **sizes)
+
+
+def named(name: str, arch: str, num_sms: int | None = None, **told: float) -> DeviceLimits:
     """The row of a device by torch's name for it; one that the table lacks is taken for a cut of the first of its arch.
 
     Args:
-        num_sms: multiprocessors that it has; matrix rates go with their number where the table lacks the device.
-        sizes: fields that the device itself tells, such as `smem_bytes`.
+        num_sms: multiprocessors that it has; rates of the matrix units and of the L2 go with their number where the table
+            lacks the device.
+        told: fields that the device itself tells, such as `smem_bytes`.
     """
-    known = next((row for row in _TABLE if row.name == name), None)
+    known = _row(name)
     if known is None:
-        known = next(row for row in _TABLE if row.arch == arch)
-        share = (num_sms or known.num_sms) / known.num_sms
-        rates = {field: getattr(known, field) * share for field in ("half_tflops", "tf32_tflops", "fp32_tflops")}
-        known = dataclasses.replace(known, name=name, **rates)
-    return with_measured(dataclasses.replace(known, num_sms=num_sms or known.num_sms, **sizes))
+        known = dataclasses.replace(_cut(next(row for row in _TABLE if row.arch == arch), num_sms), name=name)
+    return with_measured(dataclasses.replace(known, num_sms=num_sms or known.num_sms, **told))
+
+
+def _row(name: str) -> DeviceLimits | None:
+    return next((row for row in _TABLE if row.name == name), None)
+
+
+def _cut(limits: DeviceLimits, num_sms: int | None) -> DeviceLimits:
+    """A device like it with as many multiprocessors."""
+    share = (num_sms or limits.num_sms) / limits.num_sms
+    rates = {
+        field: getattr(limits, field) * share for field in ("half_tflops", "tf32_tflops", "fp32_tflops", "l2_tbps")
+    }
+    return dataclasses.replace(limits, num_sms=num_sms or limits.num_sms, **rates)
+
+
+def sms() -> int | None:
+    """`FUSEDLSTM_SMS`: the most multiprocessors that a plan may use; None where it is not set.
+
+    Raises:
+        ValueError: it is no whole number from 1.
+    """
+    text = os.environ.get("FUSEDLSTM_SMS")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError(f"FUSEDLSTM_SMS: expected a whole number of multiprocessors from 1, got {text!r}")
+    return int(text)
+
+
+def capped(limits: DeviceLimits, most: int | None) -> DeviceLimits:
+    """The part of a device that has at most so many multiprocessors."""
+    return limits if most is None or most >= limits.num_sms else _cut(limits, most)
 
 
 def with_measured(limits: DeviceLimits) -> DeviceLimits:

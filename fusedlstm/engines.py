@@ -8,7 +8,8 @@
 
 `auto` is `triton` on a GPU for what the kernels serve, else `torch`; and `torch` where cuDNN serves the call too and is
 faster, measured (`fusedlstm.tune`) or clearly by prediction (`fastest`). An engine asked for by name serves the call or
-raises: nothing falls back in silence. `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
+raises: nothing falls back in silence. Where a launch of the kernels fails that `auto` chose, `torch` takes that layer from
+then on, with one warning (`fusedlstm.failures`). `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
 """
 
 import functools
@@ -17,7 +18,7 @@ import os
 
 import torch
 
-from fusedlstm import tuned
+from fusedlstm import devices, failures, tuned
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,7 +67,7 @@ def why_not_triton(
 
     if cell not in launch.STEPS:
         return f"the kernels have no cell {cell!r}, they have {', '.join(launch.STEPS)}"
-    if device.type == "cuda" and hidden is not None:
+    if device.type == "cuda":
         return launch.why_not(cell, hidden, dtype, directions, device, layout, heads)
     return None
 
@@ -90,7 +91,9 @@ def choose(
     engine = requested(backend)
     call = (device, dtype, cell, hidden, directions, clipped_projection, layout, heads)
     if engine == "auto":
-        return "triton" if device.type == "cuda" and why_not_triton(*call) is None else "torch"
+        if device.type != "cuda" or why_not_triton(*call):
+            return "torch"
+        return "torch" if failures.reason(device, cell, hidden, dtype, directions, layout, heads) else "triton"
     if engine == "triton" and (reason := why_not_triton(*call)):
         raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
     return engine
@@ -101,11 +104,11 @@ def fastest(call: tuned.Call, index: int | None) -> tuple[str, str]:
 
     Measured where `fusedlstm.tune` has, else predicted (`plan.beside_cudnn`): torch only if it is clearly faster.
     """
-    return _fastest(call, index, tuned.generation())
+    return _fastest(call, index, tuned.generation(), devices.sms())
 
 
 @functools.lru_cache(maxsize=4096)
-def _fastest(call: tuned.Call, index: int | None, generation: int) -> tuple[str, str]:
+def _fastest(call: tuned.Call, index: int | None, generation: int, sms: int | None) -> tuple[str, str]:
     measured = tuned.engine(call, index) if generation else None
     return measured or predicted(call, index)
 
@@ -122,3 +125,16 @@ def predicted(call: tuned.Call, index: int | None) -> tuple[str, str]:
     ours, cudnn = plan.beside_cudnn(*sizes, call.precision, call.training)
     words = f"predicted: kernels {ours:.3g} us a step, cuDNN {cudnn:.3g}"
     return "torch" if ours > plan.CLEARLY * cudnn else "triton", words
+
+
+def not_captured(name: str, device: torch.device, came: str) -> None:
+    """That no CUDA graph is being captured, where the work on `device` needs what only the host can do.
+
+    Raises:
+        RuntimeError: one is; `came` says what needs the host.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch whose lengths and "
+            "resets are on the device can be captured with backend='triton'"
+        )

@@ -121,6 +121,8 @@ def stack(
                 for k, w in enumerate(weights)
             ]
     batch_first = batch_first and batch_sizes is None
+    # The ops know that nobody asked for the kernels by name, and go on without them where a launch fails.
+    ops = "auto" if engine == "triton" and engines.requested(backend) == "auto" else engine
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
         if not (masked or in_steps or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
@@ -156,12 +158,14 @@ def stack(
                 proj_size or in_steps or cell_states or between or _wants_gradients(input, *states, *weights)
             ):
                 h, cx = states[0], recurrence._stacked(states)
-                output, h_n, c_n, _, _ = recurrence.step_fwd(cell, input[0], h, cx, weights, directions, False, False)
+                output, h_n, c_n, _, _ = recurrence.step_fwd(
+                    cell, input[0], h, cx, weights, directions, False, False, ops
+                )
                 output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
             else:
                 layer = _layer_of(
                     cell,
-                    engine,
+                    ops,
                     directions,
                     proj_size,
                     grad_clip,
@@ -283,19 +287,23 @@ def _layout(
     resets: Tensor | None,  # [T, B] or [R]
 ) -> Layout:
     if resets is not None:
-        resets = _moved(resets, input.device, torch.bool)
+        resets = _moved("resets", resets, input.device, torch.bool)
     if batch_sizes is not None:
+        engines.not_captured(
+            "input", input.device, "a packed batch, whose tables are copied from the host at every call"
+        )
         return Layout.of_packed(batch_sizes, batch, input.device, resets)
     if lengths is not None:
         dtype = lengths.dtype if lengths.dtype == torch.int64 else torch.int32  # these two the kernels read
-        lengths = _moved(lengths, input.device, dtype)
+        lengths = _moved("lengths", lengths, input.device, dtype)
     return Layout(lengths, None, resets)
 
 
-def _moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`x` there, in that type. To a GPU without waiting for it, but for pinned memory: the caller may write that again."""
     if x.device == device:
         return x.to(dtype)
+    engines.not_captured(name, device, f"a tensor on {x.device}, which is copied at every call")
     unpinned = not torch.compiler.is_compiling() and not x.is_pinned()
     return x.to(device, dtype, non_blocking=device.type == "cuda" and unpinned)
 
@@ -337,7 +345,7 @@ def _layer_of(
         if proj_size:
             return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, save)
         if len(parameters) > directions:
-            return wave.stack(cell, x, states, parameters, layout, clip, wants_c_seq)
+            return wave.stack(cell, engine, x, states, parameters, layout, clip, wants_c_seq)
         drawn = regularised._replace(place=(first, 0))
         return recurrence.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save, noise=drawn)
 
@@ -426,6 +434,8 @@ def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
     """Whether a sequence is known to have a step: a compiler may not ask."""
     if _traced(input):
         return False
+    if lengths is not None:
+        engines.not_captured("lengths", lengths.device, "the engine 'torch', which looks at their values")
     return input.numel() > 0 and (lengths is None or bool((lengths > 0).any()))
 
 

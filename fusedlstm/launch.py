@@ -1,6 +1,5 @@
 """From a plan and tensors to a kernel launch: allocation, arguments, and what the compiler is told."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -10,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedlstm import cells, devices, precision, stepping, tuned
+from fusedlstm import cells, devices, failures, precision, stepping, tuned
 from fusedlstm import plan as planning
+from fusedlstm.bound import Bound, on, words
 from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.exchange import Exchange
@@ -147,25 +147,22 @@ def options(plan: Plan) -> dict:
     return told if plan.arch.startswith("gfx") else told | {"maxnreg": 255}
 
 
-@functools.cache
 def device_limits(index: int | None) -> devices.DeviceLimits:
-    """Limits of a device by its index; None is the interpreter, which plays an sm_90."""
+    """What a plan may use of a device by its index; None is the interpreter, which plays an sm_90.
+
+    Raises:
+        UnsupportedDevice: the kernels do not serve it.
+    """
+    return _device_limits(index, devices.sms())
+
+
+@functools.cache
+def _device_limits(index: int | None, sms: int | None) -> devices.DeviceLimits:
     if index is None:
-        return devices.DEVICES["sm_90"]
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        arch = "gfx942"
+        limits = devices.DEVICES["sm_90"]
     else:
-        arch = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(
-            properties.major, "sm_120" if properties.major > 11 else "sm_80"
-        )
-    told = {
-        "smem_bytes": getattr(properties, "shared_memory_per_block_optin", 0),
-        "l2_bytes": getattr(properties, "L2_cache_size", 0),
-        "memory_bytes": getattr(properties, "total_memory", 0),
-    }
-    sizes = {name: size for name, size in told.items() if size}
-    return devices.named(properties.name, arch, properties.multi_processor_count, **sizes)
+        limits = devices.of_properties(torch.cuda.get_device_properties(index), bool(torch.version.hip))
+    return devices.capped(limits, sms)
 
 
 # While `fusedlstm.tune` measures: from a problem to the plan that is to be tried for it, or None.
@@ -186,18 +183,21 @@ def plan_for(
     D, B, H = hx.shape
     heads = H // weight_hh[0].size(1)
     problem = Problem(cell, B, H, DTYPES[like.dtype], D, pass_, precision_of(like.dtype), layout, heads, stack)
-    return (trial and trial(problem)) or _cached_plan(problem, index, tuned.generation())
+    return (trial and trial(problem)) or _cached_plan(problem, index, tuned.generation(), devices.sms())
 
 
 def layers_together(cell: str, like: Tensor, hx: Tensor, layers: int, layout: str, training: bool) -> int:
     """See `plan.wave`; for tensors of the dtype and on the device of `like`, and hx [L, B, H]."""
     index = like.device.index if like.device.type == "cuda" else None
     B, H = hx.shape[1:]
-    return _cached_wave(cell, layers, B, H, like.dtype, index, precision_of(like.dtype), layout, training)
+    if failures.reason(like.device, failures.as_wave(cell), H, like.dtype, 1, layout, 1):
+        return 1
+    sizes = (cell, layers, B, H, like.dtype)
+    return _cached_wave(*sizes, index, precision_of(like.dtype), layout, training, devices.sms())
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) -> int:
+def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training, sms) -> int:
     limits = device_limits(index)
     return planning.wave(cell, layers, B, H, DTYPES[dtype], limits, precision, layout, training) if B else 1
 
@@ -206,22 +206,21 @@ def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training) 
 @torch.compiler.assume_constant_result
 def why_not(
     cell: str,
-    hidden: int,
+    hidden: int | None,
     dtype: torch.dtype,
     directions: int,
     device: torch.device,
     layout: str = "dense",
     heads: int = 1,
 ) -> str | None:
-    """Why a layer of this size and layout cannot run on this GPU, or None if it can."""
-    properties = torch.cuda.get_device_properties(device)
-    if not torch.version.hip and properties.major < 8:
-        return f"the kernels need compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"
+    """Why a layer of this size and layout cannot run on this GPU, or None if it can. `hidden` None: any size."""
+    index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        for pass_ in ("fwd", "bwd"):
+        device_limits(index)
+        for pass_ in ("fwd", "bwd") if hidden is not None else ():
             problem = Problem(cell, 1, hidden, DTYPES[dtype], directions, pass_, precision_of(dtype), layout, heads)
-            _cached_plan(problem, device.index, tuned.generation())
-    except planning.PlanError as error:
+            _cached_plan(problem, index, tuned.generation(), devices.sms())
+    except (devices.UnsupportedDevice, planning.PlanError) as error:
         return str(error)
     return None
 
@@ -232,7 +231,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_plan(problem: Problem, index: int | None, generation: int) -> Plan:
+def _cached_plan(problem: Problem, index: int | None, generation: int, sms: int | None) -> Plan:
     """What was measured on this device, else what is predicted. T has no part in the choice."""
     limits = device_limits(index)
     measured = tuned.plan(problem, index, limits) if generation else None
@@ -306,7 +305,7 @@ def recurrence_fwd(
         rows_preact_d=preact_x.stride(0) // GH,
         rows_preact_t=0 if packed else preact_x.stride(1) // GH,
         rows_preact_b=preact_x.stride(-2) // GH,
-        **constants(plan, **_flags(layout), **_noises(noise), SAVE_GATES=save_gates, SAVE_STATES=save_states),
+        flags={**_flags(layout), **_noises(noise), "SAVE_GATES": save_gates, "SAVE_STATES": save_states},
     )
     return output, h_n, c_n, gates, c_seq
 
@@ -383,13 +382,12 @@ def recurrence_bwd(
         rows_grad_output_t=0 if packed else grad_output.stride(0) // width,
         rows_grad_output_b=grad_output.stride(-2) // width,
         clip=0.0 if clip is None else clip,
-        **constants(
-            plan,
+        flags={
             **_flags(layout),
             **_noises(noise),
-            CLIP=clip is not None,
-            HAS_GRAD_C_SEQ=grad_c_seq is not None,
-        ),
+            "CLIP": clip is not None,
+            "HAS_GRAD_C_SEQ": grad_c_seq is not None,
+        },
     )
     return grad_preact, grad_hx, grad_cx
 
@@ -422,7 +420,8 @@ def step_fwd(
 def step_plan_for(cell: str, like: Tensor, H: int, D: int, heads: int, input_size: int) -> Plan:
     """The plan of a step for an input [B, ...] of the dtype and on the device of `like`."""
     index = like.device.index if like.device.type == "cuda" else None
-    return _cached_step_plan(cell, like.size(0), H, like.dtype, D, index, precision_of(like.dtype), heads, input_size)
+    sizes = (cell, like.size(0), H, like.dtype, D)
+    return _cached_step_plan(*sizes, index, precision_of(like.dtype), heads, input_size, devices.sms())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -436,6 +435,7 @@ def _cached_step_plan(
     precision: str,
     heads: int,
     input_size: int,
+    sms: int | None,
 ) -> Plan:
     limits = device_limits(index)
     return planning.step_plan(cell, B, H, DTYPES[dtype], D, limits, "fwd", precision, heads, input_size)
@@ -464,8 +464,16 @@ def recompute(
     if B == 0:
         return gates, c_seq
     unread = torch.empty(2, dtype=torch.int32, device=preact.device)
-    with _on(preact.device):
-        recompute_kernel[(B, triton.cdiv(H, RECOMPUTED_UNITS), D)](  # the first axis of a grid is the long one
+    sizes = {"H": H, "G": GH // H, "V": 0 if vectors is None else vectors.size(1), "S": S, "BLOCK_H": RECOMPUTED_UNITS}
+    noises = {name: is_on for name, is_on in _noises(noise).items() if name != "DROPS_H"}
+    launch = Bound(
+        recompute_kernel,
+        (B, triton.cdiv(H, RECOMPUTED_UNITS), D),  # the first axis of a grid is the long one
+        {**sizes, "STEP": STEPS[cell][0], **_flags(layout), **noises},
+        {"num_warps": RECOMPUTED_UNITS // 32, "sanitize_overflow": False},
+    )
+    with on(preact.device):
+        launch(
             preact_ptr=preact,
             vectors_ptr=preact if vectors is None else vectors.contiguous(),
             hx_ptr=hx.contiguous(),
@@ -478,19 +486,8 @@ def recompute(
             B=B,
             D=D,
             R=math.prod(rows),
-            H=H,
-            G=GH // H,
-            V=0 if vectors is None else vectors.size(1),
-            S=S,
             rows_preact_d=preact.stride(0) // GH,
             rows_preact=preact.stride(-2) // GH,
-            STEP=STEPS[cell][0],
-            BLOCK_H=RECOMPUTED_UNITS,
-            **_flags(layout),
-            **{name: on for name, on in _noises(noise).items() if name != "DROPS_H"},
-            num_warps=RECOMPUTED_UNITS // 32,
-            debug=True,
-            sanitize_overflow=False,
         )
     return gates, c_seq
 
@@ -563,16 +560,14 @@ def _flags(layout: Layout) -> dict[str, bool]:
     }
 
 
-def _launch(plan: Plan, **arguments) -> None:
-    with _on(arguments["hx_ptr"].device):
-        KERNELS[plan.pass_][plan.grid](**arguments, **options(plan))
+def _launch(plan: Plan, flags: dict[str, bool], **arguments) -> None:
+    with on(arguments["hx_ptr"].device):
+        _bound(KERNELS[plan.pass_], plan, tuple(flags.items())).launcher(arguments)()
 
 
-def _on(device: torch.device):
-    """Where a launch must stand: on its GPU, or with the programs of the interpreter side by side, wherever the tensors are."""
-    if INTERPRETED:
-        return contextlib.nullcontext() if interpreter.active() else interpreter.side_by_side()
-    return torch.cuda.device(device)
+@functools.lru_cache(maxsize=4096)
+def _bound(kernel, plan: Plan, flags: tuple[tuple[str, bool], ...]) -> Bound:
+    return Bound(kernel, plan.grid, constants(plan, **dict(flags)), options(plan), words(plan))
 
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
@@ -597,10 +592,11 @@ def _row_statistics(cell: str, gates: Tensor, c_seq: Tensor, D: int, H: int) -> 
     R = gates.numel() // gates.size(-1)
     found = torch.empty(R, D, 4, dtype=torch.float32, device=gates.device)
     if R:
-        with _on(gates.device):
-            row_statistics_kernel[(R, D)](
-                gates_ptr=gates, c_seq_ptr=c_seq, statistics_ptr=found, D=D, **row_statistics_constants(cell, H)
-            )
+        told = row_statistics_constants(cell, H)
+        options = {"num_warps": told.pop("num_warps")}
+        with on(gates.device):
+            launch = Bound(row_statistics_kernel, (R, D), told, options)
+            launch(gates_ptr=gates, c_seq_ptr=c_seq, statistics_ptr=found, D=D)
     return found
 
 

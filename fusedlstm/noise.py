@@ -141,7 +141,9 @@ _AT_ONCE = 1 << 14  # counters: what ten rounds need of them stays in a cache
 
 def philox(seed: Tensor, *counter) -> list[Tensor]:
     """Philox4x32-10: the four words of a counter of four, 32 bits each in int64 tensors; `seed` [1] int64 is the key."""
-    c = list(torch.broadcast_tensors(*(torch.as_tensor(x, device=seed.device) for x in counter)))
+    # A number is filled in on the device: a copy from the host waits, and no CUDA graph captures it.
+    words = (x if isinstance(x, Tensor) else torch.full((), x, device=seed.device) for x in counter)
+    c = list(torch.broadcast_tensors(*words))
     key = [seed & _MASK, (seed >> 32) & _MASK]
     for _ in range(_ROUNDS):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # wraps, and its bits are right

@@ -3,23 +3,28 @@
 Two custom ops hold what must be done step by step; around them an `autograd.Function` does the large products: the
 input product before the loop, and those of the weights, biases and input after it (`fusedlstm.parameter_gradients`). A third
 recomputes what the forward did not keep. G gates, K kept blocks, V vectors and S states beside h are those of the cell
-(`fusedlstm.cells`). Sequences have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one
+(`fusedlstm.cells`). An op runs on the engine "triton", the kernels; "torch", a loop of torch operations; or "auto", the kernels,
+and that loop where they cannot be launched (`fusedlstm.failures`): it then returns what the kernels would have, so that a
+backward may follow the forward of the other. Sequences have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one
 axis, so that both directions share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
 """
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, differentiable, heads, memory, norms, reference, torch_loop
+from fusedlstm import cells, differentiable, failures, heads, memory, norms, reference, torch_loop
 from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.noise import NO_NOISE, Noise, entering
 from fusedlstm.parameter_gradients import ParameterGradients, of_first_steps
 from fusedlstm.parameters import has_bias, input_bias, joined, normed, vectors
 from fusedlstm.precision import product
+
+KERNELS = ("triton", "auto")  # engines that run them, if they can
 
 
 @torch.library.custom_op("fusedlstm::recurrence_fwd", mutates_args=())
@@ -42,20 +47,31 @@ def recurrence_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """output [T, B, D*H], h_n [D, B, H], c_n [S, D, B, H], gates [T, B, D*K*H], c_seq [S, T, B, D*H]; [R, ...] if packed.
 
-    `engine` is "triton", the kernel, or "torch", a loop of torch operations. gates and c_seq are empty unless saved; of
-    padding, output and c_seq are zero, and gates have no meaning.
+    gates and c_seq are empty unless saved; of padding, output and c_seq are zero, and gates have no meaning.
     """
     layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
-    if engine == "triton":
+    given = (preact_x, weight_hh, hx, cx, layout, vectors, noise)
+
+    def kernels():
         from fusedlstm import launch
 
-        saves = {"save_gates": save_gates, "save_states": save_states}
-        return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, noise, **saves)
-    if rates:
+        return launch.recurrence_fwd(cell, *given, save_gates=save_gates, save_states=save_states)
+
+    at = partial(failures.where, hx.device, cell, preact_x.dtype, weight_hh, hx, layout)
+    return failures.attempt(engine, at, kernels, lambda: loop_fwd(cell, engine, *given, save_gates, save_states))
+
+
+def loop_fwd(cell, engine, preact_x, weight_hh, hx, cx, layout, vectors, noise, save_gates, save_states):
+    """`recurrence_fwd` by torch operations; in the place of kernels computed in float32, as they do."""
+    dtypes = (preact_x.dtype, hx.dtype, cx.dtype, preact_x.dtype, _c_seq_dtype(engine, preact_x))
+    preact_x, weight_hh, hx, cx, vectors = _widened(engine, (preact_x, weight_hh, hx, cx, vectors))
+    if noise.rates:
         found = reference.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors=vectors, noise=noise)
         *results, gates, c_seq = found
-        return *results, gates if save_gates else gates.new_empty(0), c_seq if save_states else c_seq.new_empty(0)
-    return torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, save_gates, save_states, vectors)
+        found = *results, gates if save_gates else gates.new_empty(0), c_seq if save_states else c_seq.new_empty(0)
+    else:
+        found = torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, save_gates, save_states, vectors)
+    return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
 
 
 @recurrence_fwd.register_fake
@@ -91,21 +107,35 @@ def recurrence_bwd(
     place: list[int],
     clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H]; `engine` as in `recurrence_fwd`.
+    """grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H].
 
     `clip`: the largest element of the gradient of a state that enters a step.
     """
     layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
-    states = (weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors)
-    grads = (grad_output, grad_c_seq, grad_h_n, grad_c_n)
-    if engine == "triton":
+    grads, states = (grad_output, grad_c_seq, grad_h_n, grad_c_n), (weight_hh, hx, cx, output, gates, c_seq)
+
+    def kernels():
         from fusedlstm import launch
 
-        return launch.recurrence_bwd(cell, *grads, *states, noise)
-    if rates:
-        none = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, (output, c_seq), strict=False))
-        return reference.recurrence_bwd(cell, *none, *grads[2:], *states, noise)
-    return torch_loop.recurrence_bwd(cell, *grads, *states)
+        return launch.recurrence_bwd(cell, *grads, *states, layout, clip, vectors, noise)
+
+    at = partial(failures.where, hx.device, cell, gates.dtype, weight_hh, hx, layout)
+    own = (cell, engine, grads, states, layout, clip, vectors, noise)
+    return failures.attempt(engine, at, kernels, lambda: loop_bwd(*own))
+
+
+def loop_bwd(cell, engine, grads, states, layout, clip, vectors, noise):
+    """`recurrence_bwd` by torch operations, from what either engine saved; as `loop_fwd`."""
+    _, hx, cx, _, gates, _ = states
+    dtypes = (gates.dtype, hx.dtype, cx.dtype)
+    grads, states, vectors = _widened(engine, (grads, states, vectors))
+    if noise.rates:
+        of = zip(grads, (states[3], states[5]), strict=False)
+        none = (torch.zeros_like(x) if g is None else g for g, x in of)
+        found = reference.recurrence_bwd(cell, *none, *grads[2:], *states, layout, clip, vectors, noise)
+    else:
+        found = torch_loop.recurrence_bwd(cell, *grads, *states, layout, clip, vectors)
+    return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
 
 
 @recurrence_bwd.register_fake
@@ -123,20 +153,39 @@ def step_fwd(
     directions: int,
     save_gates: bool,
     save_states: bool,
+    engine: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of a stack on the engine "triton", input products and all: one launch a layer.
+    """One step of a stack by kernels, input products and all: one launch a layer.
 
     output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*K*H] and c_seq
     [S, B, D*H], empty unless saved.
     """
-    from fusedlstm import launch
-
     parameters = _per_direction(parameters, len(hx))
-    return launch.step_fwd(cell, input, hx, cx, parameters, directions, save_gates=save_gates, save_states=save_states)
+
+    def kernels():
+        from fusedlstm import launch
+
+        saves = {"save_gates": save_gates, "save_states": save_states}
+        return launch.step_fwd(cell, input, hx, cx, parameters, directions, **saves)
+
+    def loop():
+        h_n, c_n, x = [], [], input.unsqueeze(0)
+        for k in range(0, len(hx), directions):
+            own, rows = parameters[k : k + directions], slice(k, k + directions)
+            preact_x = _input_product(cell, x, own, None, DENSE)
+            given = (preact_x, [p[1] for p in own], hx[rows], cx[:, rows], DENSE, vectors(cell, own), NO_NOISE)
+            x, h, c, gates, c_seq = loop_fwd(cell, engine, *given, save_gates, save_states)
+            h_n.append(h)
+            c_n.append(c)
+        gates, c_seq = gates.squeeze(0) if save_gates else gates, c_seq.squeeze(1) if save_states else c_seq
+        return x.squeeze(0), torch.cat(h_n), torch.cat(c_n, 1), gates, c_seq
+
+    at = partial(failures.where, hx.device, cell, input.dtype, [parameters[0][1]] * directions, hx, DENSE)
+    return failures.attempt(engine, at, kernels, loop)
 
 
 @step_fwd.register_fake
-def _(cell, input, hx, cx, parameters, directions, save_gates, save_states):
+def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engine="triton"):
     (_, B, H), D = hx.shape, directions
     gates = input.new_empty((B, D * cells.CELLS[cell].num_kept * hx.size(-1)) if save_gates else 0)
     c_seq = input.new_empty((cx.size(0), B, D * H) if save_states else 0, dtype=_state_dtype(input.dtype))
@@ -163,15 +212,19 @@ def recompute(
     Of cells that add both parts of a preactivation.
     """
     layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
-    if engine == "triton":
+
+    def kernels():
         from fusedlstm import launch
 
         return launch.recompute(cell, preact, hx, cx, layout, vectors, noise)
-    if rates:
-        of, H = cells.CELLS[cell], hx.size(-1)
-        nothing = [preact.new_zeros(of.num_gates * H, H)] * len(hx)
-        return reference.recurrence_fwd(cell, preact, nothing, hx, cx, layout, vectors=vectors, noise=noise)[3:]
-    return torch_loop.recurrence_fwd(cell, preact, [], hx, cx, layout, True, True, vectors)[3:]
+
+    def loop():
+        nothing = [preact.new_zeros(preact.size(-1), hx.size(-1))] * len(hx) if rates else []
+        return loop_fwd(cell, engine, preact, nothing, hx, cx, layout, vectors, noise, True, True)[3:]
+
+    # A launch of its own: nothing waits in it, and what fails here says nothing about the loops.
+    at = partial(failures.where, hx.device, f"{cell}, recomputed", preact.dtype, [], hx, layout)
+    return failures.attempt(engine, at, kernels, loop)
 
 
 @recompute.register_fake
@@ -318,7 +371,7 @@ def layer(
 
     Args:
         cell: a name of `fusedlstm.cells.CELLS`.
-        engine: "triton" (the kernels) or "torch" (a loop of torch operations).
+        engine: of the ops, see above.
         clip: the largest element of the gradient of a state that enters a step.
         wants_c_seq: whether the states beside h are wanted of every step.
         preact_0: added to the preactivations of every sequence's first step, unless a reset drops its initial state.
@@ -353,12 +406,21 @@ def _stacked(state: tuple[Tensor, ...]) -> Tensor:
 def is_one_step(cell: str, engine: str, input: Tensor, layout: Layout) -> bool:
     """Whether one kernel can take an input [T, B, I] whole: a single step, without masks, in which no program waits."""
     waits = cells.CELLS[cell].norms
-    return engine == "triton" and not waits and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
+    return engine in KERNELS and not waits and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
 
 
 def _c_seq_dtype(engine: str, like: Tensor) -> torch.dtype:
     """Of the states beside h of every step: the loop of torch operations keeps one dtype."""
-    return _state_dtype(like.dtype) if engine == "triton" else like.dtype
+    return _state_dtype(like.dtype) if engine in KERNELS else like.dtype
+
+
+def _widened(engine: str, tree):
+    """Tensors in nested tuples and lists; in float32 if they come from kernels, or go where these would."""
+    if engine != "auto" or tree is None:
+        return tree
+    if isinstance(tree, Tensor):
+        return tree.float()
+    return type(tree)(_widened(engine, x) for x in tree)
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -439,7 +501,7 @@ def _block_fwd(
     if preact_0 is None and not noise.rates and is_one_step(cell, engine, input, layout):
         flat = [p for direction in parameters for p in direction]
         output, h_n, c_n, gates, c_seq = step_fwd(
-            cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states
+            cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states, engine
         )
         gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
         return output.unsqueeze(0), h_n, c_n, gates, c_seq, input.new_empty(0)

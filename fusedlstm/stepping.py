@@ -1,10 +1,9 @@
 """Launches of the kernels of one step: a sequence as one launch a step (`stepped`), or a stack at a single step.
 
-Nothing here waits for the device, so a CUDA graph of the caller's captures it. Without a graph every launch costs the host
-about ten microseconds.
+Nothing here waits for the device, so a CUDA graph of the caller's captures it. What a launch costs the host without one, of a
+sequence and of a single step, `python -m bench.overhead` measures.
 """
 
-import contextlib
 import functools
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fusedlstm import cells
 from fusedlstm import parameters as of_layer
+from fusedlstm.bound import Bound, on, words
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.step_bwd import step_bwd_kernel
 from fusedlstm.kernels.step_fwd import step_fwd_kernel
@@ -79,8 +79,7 @@ def recurrence_fwd(
     if not save_states:
         c_seq = torch.empty(cx.size(0), 2, B, output.size(-1), dtype=torch.float32, device=cx.device)
     weight_hh, hx = [w.contiguous() for w in weight_hh], hx.contiguous()
-    launch = functools.partial(
-        KERNELS["fwd"][plan.grid],
+    arguments = dict(
         **dict.fromkeys(_OF_INPUT, preact_x),
         preact_x_ptr=preact_x,
         vectors_ptr=preact_x if vectors is None else vectors.contiguous(),
@@ -102,12 +101,12 @@ def recurrence_fwd(
         rows_preact_d=preact_x.stride(0) // GH,
         rows_preact_t=preact_x.stride(1) // GH,
         rows_preact_b=preact_x.stride(2) // GH,
-        **constants(plan, SAVE_GATES=save_gates, SAVE_STATES=save_states),
-        **options(plan),
+        step=0,
     )
-    with _on(output.device):
+    with on(output.device, waits=False):
+        launch = _bound(plan, 0, SAVE_GATES=save_gates, SAVE_STATES=save_states).launcher(arguments, "step")
         for step in range(T):
-            launch(step=step)
+            launch(step)
 
 
 def recurrence_bwd(
@@ -133,32 +132,32 @@ def recurrence_bwd(
     dstate = torch.empty(2, 1 + cx.size(0), *hx.shape, dtype=torch.float32, device=hx.device)
     dstate[0, 0], dstate[0, 1:] = grad_h_n, grad_c_n
     weight_hh = [w.contiguous() for w in weight_hh]
-    launch = functools.partial(
-        KERNELS["bwd"][plan.grid],
-        grad_output_ptr=grad_output,
-        grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
-        weight_hh_ptr=weight_hh[0],
-        weight_hh_reverse_ptr=weight_hh[-1],
-        vectors_ptr=gates if vectors is None else vectors.contiguous(),
-        hx_ptr=hx.contiguous(),
-        cx_ptr=cx.float().contiguous(),
-        output_ptr=output.contiguous(),
-        gates_ptr=gates,
-        c_seq_ptr=c_seq,
-        grad_preact_ptr=grad_preact,
-        dstate_ptr=dstate,
-        T=T,
-        B=B,
-        D=D,
-        clip=0.0 if clip is None else clip,
-        rows_grad_output_t=grad_output.stride(0) // DH,
-        rows_grad_output_b=grad_output.stride(1) // DH,
-        **constants(plan, CLIP=clip is not None, HAS_GRAD_C_SEQ=grad_c_seq is not None),
-        **options(plan),
-    )
-    with _on(output.device):
+    arguments = {
+        "grad_output_ptr": grad_output,
+        "grad_c_seq_ptr": c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
+        "weight_hh_ptr": weight_hh[0],
+        "weight_hh_reverse_ptr": weight_hh[-1],
+        "vectors_ptr": gates if vectors is None else vectors.contiguous(),
+        "hx_ptr": hx.contiguous(),
+        "cx_ptr": cx.float().contiguous(),
+        "output_ptr": output.contiguous(),
+        "gates_ptr": gates,
+        "c_seq_ptr": c_seq,
+        "grad_preact_ptr": grad_preact,
+        "dstate_ptr": dstate,
+        "T": T,
+        "B": B,
+        "D": D,
+        "clip": 0.0 if clip is None else clip,
+        "rows_grad_output_t": grad_output.stride(0) // DH,
+        "rows_grad_output_b": grad_output.stride(1) // DH,
+        "step": 0,
+    }
+    with on(output.device, waits=False):
+        bound = _bound(plan, 0, CLIP=clip is not None, HAS_GRAD_C_SEQ=grad_c_seq is not None)
+        launch = bound.launcher(arguments, "step")
         for step in range(T + 1):
-            launch(step=step)
+            launch(step)
     left = dstate[(T + 1) % 2]
     grad_hx.copy_(left[0])
     grad_cx.copy_(left[1:])
@@ -179,7 +178,7 @@ def single_step(
     """One step of a stack, one launch a layer."""
     B, D = input.size(0), len(parameters) // len(plans)
     hx, cx = hx.contiguous(), cx.contiguous()
-    with _on(input.device):
+    with on(input.device, waits=False):
         for layer, plan in enumerate(plans):
             if input.stride(1) != 1 or input.stride(0) % input.size(1):
                 input = input.contiguous()
@@ -189,7 +188,16 @@ def single_step(
             both = list(zip(*(p[: 4 if has_bias else 2] for p in own), strict=True))
             both = [tuple(p.contiguous() for p in pair) for pair in both]
             weight_ih, weight_hh, bias_ih, bias_hh = both if has_bias else (*both, both[0], both[0])
-            KERNELS["fwd"][plan.grid](
+            launch = _bound(
+                plan,
+                input.size(1),
+                HAS_INPUT=True,
+                HAS_BIAS=has_bias,
+                HAS_BIAS_HH=has_bias and not cells.CELLS[plan.cell].bias_in_step,
+                SAVE_GATES=gates.numel() > 0,
+                SAVE_STATES=c_seq.numel() > 0,
+            )
+            launch(
                 input_ptr=input,
                 weight_ih_ptr=weight_ih[0],
                 weight_ih_reverse_ptr=weight_ih[-1],
@@ -218,16 +226,6 @@ def single_step(
                 rows_preact_d=0,
                 rows_preact_t=0,
                 rows_preact_b=0,
-                **constants(
-                    plan,
-                    input.size(1),
-                    HAS_INPUT=True,
-                    HAS_BIAS=has_bias,
-                    HAS_BIAS_HH=has_bias and not cells.CELLS[plan.cell].bias_in_step,
-                    SAVE_GATES=gates.numel() > 0,
-                    SAVE_STATES=c_seq.numel() > 0,
-                ),
-                **options(plan),
             )
             input = output[layer]
 
@@ -244,5 +242,11 @@ _OF_INPUT = (
 )
 
 
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def _bound(plan: Plan, input_size: int, **flags: bool) -> Bound:
+    return _cached_bound(KERNELS[plan.pass_], plan, input_size, tuple(flags.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_bound(kernel, plan: Plan, input_size: int, flags: tuple[tuple[str, bool], ...]) -> Bound:
+    arguments = (constants(plan, input_size, **dict(flags)), options(plan), words(plan))
+    return Bound(kernel, plan.grid, *arguments)

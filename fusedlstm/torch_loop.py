@@ -153,7 +153,7 @@ def recurrence_bwd(
     gates, output, c_seq = gates.view(R, D, K * H), output.view(R, D, H), c_seq.view(S, R, D, H)
     dc_seq = () if grad_c_seq is None else grad_c_seq.reshape(S, R, D, H)
     if R:
-        ends = torch.tensor(_last_rows(steps, hx.size(1)), device=dh.device)  # [D, B]
+        ends = _last_rows(steps, hx.size(1), dh.device)
         for d in range(D):  # a final h is the output of a last step
             dh[:, d].index_add_(0, ends[d], grad_h_n[d])
     for d in range(D):
@@ -232,12 +232,16 @@ def _recurrent_backward(weight_hh: Tensor, H: int, clip: float | None):
     return add if clip is None else add_clipped
 
 
-def _last_rows(steps: list[tuple[int, int]], batch: int) -> list[list[int]]:
-    """The row of every sequence's last step, in both directions."""
+def _last_rows(steps: list[tuple[int, int]], batch: int, device: torch.device) -> list[Tensor]:
+    """The row of every sequence's last step, [B], in both directions; of a dense batch nothing comes from the host."""
+    sequence = torch.arange(batch, device=device)
+    first, n = steps[-1]
+    if n == batch:
+        return [sequence + first, sequence]
     forward: list[int] = []
     for first, n in reversed(steps):
         forward += range(first + len(forward), first + n)
-    return [forward, list(range(batch))]
+    return [torch.tensor(forward, device=device), sequence]
 
 
 def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int) -> Tensor:

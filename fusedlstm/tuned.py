@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from fusedlstm import devices
+
 FORMAT = 1
 
 
@@ -53,7 +55,7 @@ class Place(NamedTuple):
     """Where a choice was measured."""
 
     device: str
-    num_sms: int
+    num_sms: int  # that plans may use
     driver: str  # CUDA or HIP of torch, of the driver where torch tells it, and cuDNN
     torch: str
     triton: str
@@ -89,9 +91,13 @@ def path() -> Path:
         ) from error
 
 
-@functools.cache
 def place(index: int | None) -> Place:
     """Of a device by its index; None is the interpreter."""
+    return _place(index, devices.sms())
+
+
+@functools.cache
+def _place(index: int | None, sms: int | None) -> Place:
     import torch
 
     import fusedlstm
@@ -102,11 +108,12 @@ def place(index: int | None) -> Place:
         triton = None
     versions = (torch.__version__, getattr(triton, "__version__", "none"), fusedlstm.__version__)
     if index is None:
-        return Place("interpreter", 0, "none", *versions)
+        return Place("interpreter", sms or 0, "none", *versions)
     properties = torch.cuda.get_device_properties(index)
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
     words = f"{torch.version.cuda or torch.version.hip}, driver {driver}, cudnn {torch.backends.cudnn.version()}"
-    return Place(properties.name, properties.multi_processor_count, words, *versions)
+    num_sms = properties.multi_processor_count
+    return Place(properties.name, min(sms or num_sms, num_sms), words, *versions)
 
 
 def find(index: int | None, what: Problem | Call) -> dict | None:

@@ -5,14 +5,18 @@ So a stack of L layers waits T + L - 1 times for an exchange and not L * T times
 is not rounded in between. Kernels only; one direction, and nothing between the layers.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, differentiable, reference
+from fusedlstm import cells, differentiable, failures, reference
 from fusedlstm.layout import Layout
+from fusedlstm.noise import NO_NOISE
 from fusedlstm.parameter_gradients import ParameterGradients
 from fusedlstm.parameters import has_bias, input_bias, stacked, vectors
-from fusedlstm.recurrence import _input_product, _stacked, _state_dtype
+from fusedlstm.precision import product
+from fusedlstm.recurrence import _input_product, _stacked, _state_dtype, loop_bwd, loop_fwd
 
 
 @torch.library.custom_op("fusedlstm::wave_fwd", mutates_args=())
@@ -30,18 +34,40 @@ def wave_fwd(
     resets: Tensor | None,
     save_gates: bool,
     save_states: bool,
+    engine: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """output [L, T, B, H], h_n [L, B, H], c_n [S, L, B, H], gates [L, T, B, K*H], c_seq [S, L, T, B, H]; [R] if packed."""
-    from fusedlstm import launch
+    """output [L, T, B, H], h_n [L, B, H], c_n [S, L, B, H], gates [L, T, B, K*H], c_seq [S, L, T, B, H]; [R] if packed.
 
-    stack = launch.Stack(weight_ih, bias)
+    `engine` is "triton" or "auto", as in `recurrence`.
+    """
     layout = Layout(lengths, first_row, resets)
-    saves = {"save_gates": save_gates, "save_states": save_states}
-    return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves, stack=stack)
+
+    def kernels():
+        from fusedlstm import launch
+
+        stack, saves = launch.Stack(weight_ih, bias), {"save_gates": save_gates, "save_states": save_states}
+        return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves, stack=stack)
+
+    def loop():
+        found, x = [], preact_x
+        for k, w in enumerate(weight_hh):
+            own = slice(k, k + 1)
+            if k > 0:
+                x = product(found[-1][0].flatten(0, -2), weight_ih[k - 1].t(), bias[k - 1]).view(preact_x.shape)
+            given = (x, [w], hx[own], cx[:, own], layout, None if vectors is None else vectors[own], NO_NOISE)
+            found.append(loop_fwd(cell, engine, *given, save_gates, save_states))
+        output, h_n, c_n, gates, c_seq = zip(*found, strict=True)
+        gates = torch.stack(gates) if save_gates else gates[0]
+        c_seq = torch.stack(c_seq, 1) if save_states else c_seq[0]
+        return torch.stack(output), torch.cat(h_n), torch.cat(c_n, 1), gates, c_seq
+
+    at = partial(failures.where, hx.device, failures.as_wave(cell), preact_x.dtype, weight_hh[:1], hx, layout)
+    return failures.attempt(engine, at, kernels, loop)
 
 
 @wave_fwd.register_fake
-def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, first_row, resets, save_gates, save_states):
+def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, first_row, resets, *saves):
+    save_gates, save_states, *_ = saves
     _, *rows, _ = preact_x.shape
     L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
     gates = preact_x.new_empty((L, *rows, cells.CELLS[cell].num_kept * H) if save_gates else 0)
@@ -68,15 +94,34 @@ def wave_bwd(
     first_row: Tensor | None,
     resets: Tensor | None,
     clip: float | None,
+    engine: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_preact like gates, grad_hx [L, B, H], grad_cx [S, L, B, H]."""
-    from fusedlstm import launch
-
+    """grad_preact like gates, grad_hx [L, B, H], grad_cx [S, L, B, H]; `engine` as in `wave_fwd`."""
     layout = Layout(lengths, first_row, resets)
-    return launch.recurrence_bwd(
-        cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors,
-        stack=launch.Stack(weight_ih),
-    )  # fmt: skip
+
+    def kernels():
+        from fusedlstm import launch
+
+        return launch.recurrence_bwd(
+            cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors,
+            stack=launch.Stack(weight_ih),
+        )  # fmt: skip
+
+    def loop():
+        found, grads = [], (grad_output, grad_c_seq)
+        for k in reversed(range(len(weight_hh))):
+            own = slice(k, k + 1)
+            states = ([weight_hh[k]], hx[own], cx[:, own], output[k], gates[k], c_seq[:, k])
+            arguments = (layout, clip, None if vectors is None else vectors[own], NO_NOISE)
+            found.append(loop_bwd(cell, engine, (*grads, grad_h_n[own], grad_c_n[:, own]), states, *arguments))
+            if k > 0:  # the gradient of the input's preactivations comes first (`ParameterGradients`)
+                of_x = found[-1][0][..., : weight_ih.size(1)]
+                grads = product(of_x.flatten(0, -2), weight_ih[k - 1]).view(output[k].shape), None
+        grad_preact, grad_hx, grad_cx = zip(*reversed(found), strict=True)
+        return torch.stack(grad_preact), torch.cat(grad_hx), torch.cat(grad_cx, 1)
+
+    at = partial(failures.where, hx.device, failures.as_wave(cell), gates.dtype, weight_hh[:1], hx, layout)
+    return failures.attempt(engine, at, kernels, loop)
 
 
 @wave_bwd.register_fake
@@ -88,24 +133,25 @@ class WaveFunction(torch.autograd.Function):
     """A stack with its gradients. `parameters`: those of `fusedlstm.parameters`, per layer."""
 
     @staticmethod
-    def forward(cell, layers, clip, wants_c_seq, lengths, first_row, resets, input, hx, cx, *parameters):
+    def forward(cell, engine, layers, clip, wants_c_seq, lengths, first_row, resets, input, hx, cx, *parameters):
         """input [T, B, I] or [R, I], hx [L, B, H], cx [S, L, B, H]; returns what `wave_fwd` does."""
-        return _forward(cell, input, hx, cx, _per_layer(parameters, layers), Layout(lengths, first_row, resets), True)
+        layout = Layout(lengths, first_row, resets)
+        return _forward(cell, engine, input, hx, cx, _per_layer(parameters, layers), layout, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.cell, ctx.layers, ctx.clip, wants_c_seq, *layout, input, hx, cx = inputs[:10]
+        ctx.cell, ctx.engine, ctx.layers, ctx.clip, wants_c_seq, *layout, input, hx, cx = inputs[:11]
         h, _, _, gates, c_seq = output
         ctx.mark_non_differentiable(*([gates] if wants_c_seq else [gates, c_seq]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*layout, input, hx, cx, h, gates, c_seq, *inputs[10:])
+        ctx.save_for_backward(*layout, input, hx, cx, h, gates, c_seq, *inputs[11:])
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq):
         saved = ctx.saved_tensors  # once: a checkpoint gives them once
         *tables, input, hx, cx, output, gates, c_seq = saved[:9]
         layout, parameters = Layout(*tables), _per_layer(saved[9:], ctx.layers)
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         # Of every layer but the last nothing is returned.
         grad_output, grad_c_seq = (
             grad_output if grad_output is None else grad_output[-1],
@@ -113,7 +159,7 @@ class WaveFunction(torch.autograd.Function):
         )
         if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
             grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-            return *[None] * 7, *_differentiable_gradients(ctx, (input, hx, cx, *saved[9:]), needs, grads, layout)
+            return *[None] * 8, *_differentiable_gradients(ctx, (input, hx, cx, *saved[9:]), needs, grads, layout)
         layers = [
             ParameterGradients(ctx.cell, [p], [n])
             for p, n in zip(parameters, _per_layer(needs[3:], ctx.layers), strict=True)
@@ -134,6 +180,7 @@ class WaveFunction(torch.autograd.Function):
             c_seq,
             *layout,
             ctx.clip,
+            ctx.engine,
         )
         grad_input = None
         if needs[0]:
@@ -143,7 +190,7 @@ class WaveFunction(torch.autograd.Function):
             x = input if k == 0 else output[k - 1]
             layer.add(grad_preact[k], x, output[k], gates[k], c_seq[:, k], hx[k : k + 1], cx[:, k : k + 1], layout)
             gradients += layer.flat()
-        return *[None] * 7, grad_input, grad_hx, grad_cx, *gradients
+        return *[None] * 8, grad_input, grad_hx, grad_cx, *gradients
 
 
 def layers_together(
@@ -168,6 +215,7 @@ def layers_together(
 
 def stack(
     cell: str,
+    engine: str,  # "triton" or "auto"
     input: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, ...],  # h first, each [L, B, H]
     parameters: list[list[Tensor]],  # per layer, as in `fusedlstm.parameters`
@@ -180,17 +228,17 @@ def stack(
     flat = [p for layer in parameters for p in layer]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (input, hx, cx, *flat)):
         output, h_n, c_n, _, c_seq = WaveFunction.apply(
-            cell, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
+            cell, engine, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
         )
     else:
-        output, h_n, c_n, _, c_seq = _forward(cell, input, hx, cx, parameters, layout, False, wants_c_seq)
+        output, h_n, c_n, _, c_seq = _forward(cell, engine, input, hx, cx, parameters, layout, False, wants_c_seq)
     return output[-1], (h_n, *c_n.unbind(0)), c_seq[:, -1].to(output.dtype) if wants_c_seq else None
 
 
-def _forward(cell, input, hx, cx, parameters, layout, save_gates, save_states=True):
+def _forward(cell, engine, input, hx, cx, parameters, layout, save_gates, save_states=True):
     preact_x = _input_product(cell, input, parameters[:1], None, layout)
     weights = (*_above_first(cell, parameters, input), [p[1] for p in parameters], vectors(cell, parameters))
-    return wave_fwd(cell, preact_x, *weights, hx, cx, *layout, save_gates, save_states)
+    return wave_fwd(cell, preact_x, *weights, hx, cx, *layout, save_gates, save_states, engine)
 
 
 def _per_layer(parameters, layers: int) -> list:

@@ -1,7 +1,7 @@
 """A plan in words."""
 
 from fusedlstm import tables, torch_engine
-from fusedlstm.devices import DEVICES
+from fusedlstm.devices import DEVICES, capped, sms
 from fusedlstm.plan import cost as costs
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates
 
@@ -18,10 +18,12 @@ def explain(
     cell: str = "lstm",
 ) -> str:
     """Both plans of a layer in words, as `python -m fusedlstm plan` prints them."""
-    limits = DEVICES[arch]
+    limits = capped(DEVICES[arch], sms())
     text = [f"{cell} layer: T={steps} B={batch} H={hidden} {dtype}, {directions} direction(s), {arch} ({limits.name})"]
     if heads > 1:
         text[0] += f", {heads} heads"
+    if limits.num_sms < DEVICES[arch].num_sms:
+        text[0] += f", {limits.num_sms} of {DEVICES[arch].num_sms} multiprocessors (FUSEDLSTM_SMS)"
     for pass_, title in (("fwd", "forward"), ("bwd", "backward")):
         found = candidates(cell, steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
         p, c = found[0], costs.cost(found[0], steps, batch, limits)

@@ -1,26 +1,16 @@
 import pytest
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
-
-class ClaimedDriver:
-    """The few questions that compilation asks a driver."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
+from bench.claimed import DRIVER
 
 
 @pytest.fixture
 def claimed_gpu(monkeypatch):
-    """A driver that only claims to have a GPU: the just-in-time path goes as far as the launch."""
-    monkeypatch.setattr(triton.runtime.driver, "_active", ClaimedDriver())
+    """A driver that only claims to have a GPU: the just-in-time path goes on to launches that do nothing.
+
+    The metadata and the arguments of every launch, as Triton hands them to a driver.
+    """
+    launches = []
+    monkeypatch.setattr(triton.runtime.driver, "_active", DRIVER)
+    monkeypatch.setattr(DRIVER, "launched", lambda *launch: launches.append(launch))
+    return launches

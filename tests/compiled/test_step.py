@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import triton
 
 from bench import kernels
 from fusedlstm import launch, offline, stepping
@@ -51,19 +50,7 @@ def test_inference_stores_no_more_than_the_state():
     assert (lean, full) == (3, 3 + 4 + 1)
 
 
-@pytest.fixture
-def warmed(monkeypatch, claimed_gpu):
-    """Kernels that launches would have run, compiled by Triton's own just-in-time path."""
-    compiled = []
-
-    def launch_nothing(kernel, grid):
-        return lambda **arguments: compiled.append(kernel.warmup(**arguments, grid=grid))
-
-    monkeypatch.setattr(triton.JITFunction, "__getitem__", launch_nothing)
-    return compiled
-
-
-def test_the_jit_takes_every_argument(warmed):
+def test_the_jit_takes_every_argument(claimed_gpu):
     T, B, H, D = 2, 16, 64, 2
     fwd, bwd = (step_plan("lstm", B, H, "bf16", D, DEVICES["sm_90"], pass_) for pass_ in ("fwd", "bwd"))
 
@@ -76,13 +63,14 @@ def test_the_jit_takes_every_argument(warmed):
     )
     given = (output, c_seq, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq)
     launch.recurrence_bwd("lstm", *given, plan=bwd)
-    assert len(warmed) == T + T + 1 and len({kernel.hash for kernel in warmed}) == 2
-    assert not any(kernel.metadata.launch_cooperative_grid for kernel in warmed)
+    launched = [metadata for metadata, *_ in claimed_gpu]
+    assert len(launched) == T + T + 1 and len({kernel.hash for kernel in launched}) == 2
+    assert not any(kernel.launch_cooperative_grid for kernel in launched)
     shared = [offline.compile_step(fwd).smem_bytes, offline.compile_step(bwd, HAS_GRAD_C_SEQ=True).smem_bytes]
-    assert [warmed[0].metadata.shared, warmed[-1].metadata.shared] == shared
+    assert [launched[0].shared, launched[-1].shared] == shared
 
 
-def test_a_new_batch_or_layer_compiles_nothing(warmed, monkeypatch):
+def test_a_new_batch_or_layer_compiles_nothing(claimed_gpu, monkeypatch):
     """Neither the batch, nor the place of a layer in the stack, nor a step of a sequence is a constant."""
     p = step_plan("lstm", 16, 64, "bf16", 1, DEVICES["sm_90"], "fwd", input_size=64)
     monkeypatch.setattr(launch, "step_plan_for", lambda *_: p)
@@ -92,7 +80,7 @@ def test_a_new_batch_or_layer_compiles_nothing(warmed, monkeypatch):
             [torch.zeros(256, 64, dtype=torch.bfloat16)] * 2 + [torch.zeros(256, dtype=torch.bfloat16)] * 2
         ] * 3
         launch.step_fwd("lstm", zeros[0], zeros, zeros.unsqueeze(0), parameters, 1, save_gates=False, save_states=False)
-    assert len(warmed) == 12 and len({kernel.hash for kernel in warmed}) == 1
+    assert len(claimed_gpu) == 12 and len({metadata.hash for metadata, *_ in claimed_gpu}) == 1
 
 
 def test_nothing_is_specialised_on_sizes_that_vary():

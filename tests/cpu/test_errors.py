@@ -339,6 +339,11 @@ def test_triton_without_a_gpu(monkeypatch):
 
 
 def test_choice_of_engine(monkeypatch):
+    from fusedlstm import launch
+
+    known = SimpleNamespace(major=9, minor=0, name="H100", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    launch._device_limits.cache_clear()
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert engines.choose("auto", cpu, torch.float32) == "torch"
     assert engines.choose("auto", cuda, torch.bfloat16) == "triton"
@@ -347,10 +352,7 @@ def test_choice_of_engine(monkeypatch):
     with pytest.raises(RuntimeError, match="serve float32, float16 and bfloat16, got torch.float64"):
         engines.choose("triton", cuda, torch.float64)
 
-    from fusedlstm import launch
-
-    known = SimpleNamespace(major=9, minor=0, name="H100", multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    device_limits = launch.device_limits
     monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])
     assert engines.choose("auto", cuda, torch.bfloat16, "lstm", 1024) == "triton"
     large = (cuda, torch.bfloat16, "lstm", 16384)
@@ -358,8 +360,10 @@ def test_choice_of_engine(monkeypatch):
     assert engines.choose("auto", *large, layout="packed") == "torch"
     with pytest.raises(RuntimeError, match="hidden=16384 with 1 direction.*, ragged, does not fit NVIDIA H200"):
         engines.choose("triton", *large, layout="ragged")
+    monkeypatch.setattr(launch, "device_limits", device_limits)
+    launch._device_limits.cache_clear()
     known.major = 7
-    with pytest.raises(RuntimeError, match="need compute capability 8.0, H100 has 7.0"):
+    with pytest.raises(RuntimeError, match="from compute capability 8.0 on .*, H100 has 7.0"):
         engines.choose("triton", cuda, torch.float16, "lstm", 64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert engines.choose("triton", cpu, torch.float32) == "triton"

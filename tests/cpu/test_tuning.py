@@ -14,12 +14,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import __main__ as command_line
-from fusedlstm import cells, engines, functional, launch, tuned, tuning
+from fusedlstm import cells, devices, engines, functional, launch, tuned, tuning
 from fusedlstm.devices import DEVICES
 from fusedlstm.tuned import Call, Problem
 
 SM_90 = DEVICES["sm_90"]
-PLACE = tuned.place  # the fixture replaces it
+PLACE = tuned._place  # the fixture replaces it
 HERE = tuned.Place("gpu 0", 132, "13.0", "2.13.0", "3.7.1", "0.1.0")
 PROBLEM = Problem("lstm", 64, 512, "bf16", 1, "fwd", "tf32", "dense")
 CALL = Call("lstm", 64, 512, 512, 0, 1, 1, "bf16", "tf32", "dense", True)
@@ -48,7 +48,7 @@ def stored(p, **changes):
 
 
 def plan_of(problem=PROBLEM):
-    return launch._cached_plan(problem, 0, tuned.generation())
+    return launch._cached_plan(problem, 0, tuned.generation(), devices.sms())
 
 
 def test_a_stored_plan_overrides_the_prediction(monkeypatch):
@@ -175,9 +175,9 @@ def test_a_place_that_cannot_be_told_has_no_choices(monkeypatch):
 def test_a_place_needs_no_metadata_of_triton(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: 1 / 0)
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.7.1+own"))
-    assert PLACE.__wrapped__(None).triton == "3.7.1+own"
+    assert PLACE.__wrapped__(None, None).triton == "3.7.1+own"
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert PLACE.__wrapped__(None).triton == "none"
+    assert PLACE.__wrapped__(None, None).triton == "none"
 
 
 @pytest.mark.parametrize(

@@ -38,3 +38,12 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def fresh_launches():
+    """Tests change what a launch is made of, and launches are kept."""
+    from fusedlstm import launch, stepping
+
+    for kept in (launch._bound, stepping._cached_bound):
+        kept.cache_clear()

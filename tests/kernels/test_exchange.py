@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlstm import launch
+from fusedlstm import bound, launch
 from fusedlstm.kernels import exchange, recurrence_fwd
 from groups import B, D, H, assert_right, dense, is_caught, run_both, shared
 from support import DTYPES, recurrence_inputs, tiled
@@ -34,7 +34,7 @@ def test_an_interpreted_launch_runs_side_by_side_wherever_its_tensors_are():
 
     for device in ("cpu", "cuda:0"):
         assert not interpreter.active()
-        with launch._on(torch.device(device)):
+        with bound.on(torch.device(device)):
             assert interpreter.active()
 
 

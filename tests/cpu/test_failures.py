@@ -1,0 +1,289 @@
+"""failures.py: what `auto` does where a launch fails, for every cell; no kernel runs here, for every launch fails."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import fusedlstm
+from fusedlstm import bound, cells, devices, engines, failures, launch, recurrence, reference, wave
+from fusedlstm.equations import EQUATIONS
+from fusedlstm.noise import NO_NOISE, Noise
+from grids import pairwise
+from support import DTYPES, assert_accurate, cast, recurrence_inputs, without_padding
+
+NOISES = {
+    "none": NO_NOISE,
+    "mean": Noise(None, (0.3, 0.4, 0.5, 0.5)),
+    "drawn": Noise(torch.tensor([987654321]), (0.2, 0.3, 0.4, 0.5), (1, 7)),
+}
+LAYOUTS = {
+    "dense": {},
+    "resets": {"resets": 0.3},
+    "ragged with resets": {"lengths": [2, 0, 3, 1], "resets": 0.2},
+    "packed": {"packed": [3, 2, 2, 1]},
+}
+AXES = {
+    "cell": list(cells.CELLS),
+    "dtype": list(DTYPES),
+    "layout": list(LAYOUTS),
+    "directions": [1, 2],
+    "noise": list(NOISES),
+    "clip": [None, 0.1],
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def tried(monkeypatch):
+    """The names of the kernels whose launches failed."""
+    names = []
+
+    def launcher(self, arguments, varying=None):
+        names.append(self.kernel.__name__)
+        raise failures.LaunchError("no room.")
+
+    monkeypatch.setattr(bound.Bound, "launcher", launcher)
+    failures.forget()
+    yield names
+    failures.forget()
+
+
+def falls_back():
+    return pytest.warns(
+        RuntimeWarning, match=r"backend='auto': no room\. From now on a loop of torch operations takes "
+    )
+
+
+@pytest.mark.parametrize(tuple(AXES), pairwise(AXES))
+def test_the_loop_returns_what_the_kernels_would(cell, dtype, layout, directions, noise, clip):
+    """Forward, and backward from what a kernel saved, in its dtypes."""
+    dtype, noise = DTYPES[dtype], NOISES[noise]
+    if noise.rates and not EQUATIONS[cell].update:
+        noise = noise._replace(rates=(0.0, 0.0, *noise.rates[2:]))  # it has no zoneout
+    inputs = recurrence_inputs(3, 4, 7, directions, dtype, cell=cell, **LAYOUTS[layout])
+    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
+    same, exact = (reference.recurrence_fwd(cell, **cast(inputs, p), noise=noise) for p in (dtype, torch.float64))
+    saved = {"output": same[0], "gates": same[3], "c_seq": same[4].float()}
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(same[k].shape, generator=generator).to(dtype) for k in (0, 4, 1, 2)]
+    own = (inputs["vectors"], inputs["hx"], inputs["cx"], *inputs["layout"], *noise)
+    with falls_back():
+        ours = recurrence.recurrence_fwd(cell, "auto", inputs["preact_x"], inputs["weight_hh"], *own, True, True)
+    failures.forget()
+    with falls_back():
+        ours_bwd = recurrence.recurrence_bwd(
+            cell, "auto", *grads, inputs["weight_hh"], *own[:3], *saved.values(), *own[3:], clip
+        )
+    shapes = recurrence.recurrence_fwd(cell, "auto", inputs["preact_x"].to("meta"), *to_meta(inputs, own), True, True)
+    assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in shapes], "as of the kernels"
+    same_bwd, exact_bwd = (
+        reference.recurrence_bwd(cell, *cast(grads, p), **cast(states, p), **cast(saved, p), noise=noise, clip=clip)
+        for p in (dtype, torch.float64)
+    )
+    names = ("output", "h_n", "c_n", "gates", "c_seq", "grad_preact", "grad_hx", "grad_cx")
+    for name, *values in zip(names, (*ours, *ours_bwd), (*same, *same_bwd), (*exact, *exact_bwd), strict=True):
+        found = ((without_padding(x, inputs["layout"]) if name in ("gates", "grad_preact") else x) for x in values)
+        assert_accurate(name, *found)
+
+
+def to_meta(inputs, own):
+    move = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return [w.to("meta") for w in inputs["weight_hh"]], *map(move, own)
+
+
+KINDS = {
+    "lstm": (fusedlstm.LSTM, {}),
+    "gru": (fusedlstm.GRU, {}),
+    "rnn_tanh": (fusedlstm.RNN, {}),
+    "rnn_relu": (fusedlstm.RNN, {"nonlinearity": "relu"}),
+    "peephole": (fusedlstm.PeepholeLSTM, {}),
+    "coupled": (fusedlstm.CoupledLSTM, {}),
+    "slstm": (fusedlstm.SLSTM, {}),
+}
+MODULES = {
+    "lstm": (fusedlstm.LSTM, {}),
+    "gru": (fusedlstm.GRU, {"bidirectional": True}),
+    "projected": (fusedlstm.LSTM, {"proj_size": 3}),
+    "layernorm": (fusedlstm.LayerNormLSTM, {}),
+    "states": (fusedlstm.LSTM, {"save": "states"}),
+    "layernorm states": (fusedlstm.LayerNormLSTM, {"save": "states"}),
+    "heads": (fusedlstm.LSTM, {"num_heads": 2}),
+    "zoneout": (fusedlstm.GRU, {"zoneout": 0.3}),
+    "slstm": (fusedlstm.SLSTM, {}),
+}
+
+
+@pytest.fixture
+def kernels_chosen(monkeypatch):
+    """`auto` takes the kernels, as on a GPU, unless they failed before; asked for by name they pass for being there."""
+
+    def choose(backend, device, dtype, cell="lstm", hidden=None, directions=1, clips=False, layout="dense", heads=1):
+        engine = engines.requested(backend)
+        failed = failures.reason(device, cell, hidden, dtype, directions, layout, heads)
+        return ("torch" if failed else "triton") if engine == "auto" else engine
+
+    monkeypatch.setattr(engines, "choose", choose)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_goes_on_without_its_kernels(kernels_chosen, tried, name, steps):
+    """Forward and backward of a stack. After a wave one layer alone is tried; after that no launch is."""
+    kind, options = MODULES[name]
+    torch.manual_seed(0)
+    module = kind(5, 6, 2, **options).eval()
+    same = kind(5, 6, 2, **options, backend="reference").eval()
+    same.load_state_dict(module.state_dict())
+    exact = copy.deepcopy(same).double()
+    input = torch.randn(steps, 3, 5)
+
+    def results(module, input):
+        input = input.clone().requires_grad_()
+        output, _ = module(input)
+        module.zero_grad()
+        output.square().sum().backward()
+        return [output.detach(), input.grad, *(p.grad for p in module.parameters())]
+
+    found = []
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append(results(module, input))
+    assert tried
+    tried.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found.append(results(module, input))
+    assert not tried
+    for a, b, c, *expected in zip(*found, results(same, input), results(exact, input.double()), strict=True):
+        for ours in (a, b, c):
+            assert_accurate("result", ours, *expected)
+
+
+def test_inference_of_one_step_goes_on_too(kernels_chosen, tried):
+    module, twin = fusedlstm.LSTM(5, 6, 2), fusedlstm.LSTM(5, 6, 2, backend="reference")
+    twin.load_state_dict(module.state_dict())
+    x = torch.randn(1, 3, 5)
+    with torch.no_grad(), falls_back():
+        torch.testing.assert_close(module(x), twin(x))
+    assert tried == ["step_fwd_kernel"]
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("cell", KINDS)
+def test_a_wave_that_fails_says_nothing_about_one_layer(kernels_chosen, tried, monkeypatch, cell, options):
+    """Its loop gives the right numbers, forward and backward; the next call is one layer after another."""
+    kind, own = KINDS[cell]
+    torch.manual_seed(1)
+    module, same = kind(5, 6, 3, **own, **options), kind(5, 6, 3, **own, **options, backend="reference")
+    same.load_state_dict(module.state_dict())
+    exact = copy.deepcopy(same).double()
+    monkeypatch.setattr(launch, "_cached_wave", lambda *_: 3)
+    monkeypatch.setattr(bound.Bound, "launcher", only_waves(tried))
+    input = torch.randn(4, 3, 5)
+    with falls_back() as seen:
+        output, _ = module(input)
+        output.square().sum().backward()
+    assert len(seen) == 1 and "layers in one launch" in str(seen[0].message)
+    expected = same(input)[0], exact(input.double())[0]
+    for result in expected:
+        result.square().sum().backward()
+    assert_accurate("output", output, *expected)
+    for ours, *grads in zip(module.parameters(), same.parameters(), exact.parameters(), strict=True):
+        assert_accurate("gradient", *(p.grad for p in (ours, *grads)))
+    assert (
+        wave.layers_together(module.cell, input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, recurrence.DENSE)
+        == 1
+    )
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "slstm"])
+def test_ops_that_go_on_pass_opcheck(cell):
+    """Shapes and dtypes of the loops are those that a compiler was promised of the kernels."""
+    checks = ("test_schema", "test_faketensor")
+    of, T, B, H = cells.CELLS[cell], 3, 2, 6
+    G, K, S = of.num_gates, of.num_kept, of.num_cell_states
+    half = torch.bfloat16
+    given = recurrence_inputs(T, B, H, 2, half, cell=cell)  # both directions, or two layers
+    weight_hh, hx, cx = given["weight_hh"], given["hx"], given["cx"]
+    weight_ih, bias = torch.randn(1, G * H, H).to(half), torch.zeros(1, G * H, dtype=half)
+    parameters = [x for w in weight_hh for x in (weight_ih[0], w, bias[0], bias[0])]
+    arguments = (cell, torch.randn(B, H).to(half), hx, cx, parameters, 1, True, True, "auto")
+    torch.library.opcheck(recurrence.step_fwd, arguments, test_utils=checks)
+    own = (weight_ih, bias, weight_hh, given["vectors"], hx, cx, None, None, None)
+    torch.library.opcheck(wave.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
+    output, gates = torch.randn(2, T, B, H).to(half), torch.rand(2, T, B, K * H).to(half)
+    grads = output[0], None, hx, cx
+    arguments = (cell, *grads, *own[:6], output, gates, torch.rand(S, 2, T, B, H) + 1, None, None, None, None, "auto")
+    torch.library.opcheck(wave.wave_bwd, arguments, test_utils=checks)
+
+
+def only_waves(tried):
+    def launcher(self, arguments, varying=None):
+        assert self.constants["STACK"], "no other launch is tried"
+        raise failures.LaunchError("no room.")
+
+    return launcher
+
+
+def test_by_name_it_is_an_error_every_time(kernels_chosen, tried):
+    module = fusedlstm.LSTM(5, 6, backend="triton")
+    for times in (1, 2):
+        with pytest.raises(failures.LaunchError, match="no room"):
+            module(torch.randn(4, 3, 5))
+        assert len(tried) == times
+    assert not failures._failed
+
+
+def test_another_error_is_not_swallowed(kernels_chosen, monkeypatch):
+    def launcher(self, arguments, varying=None):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bound.Bound, "launcher", launcher)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fusedlstm.LSTM(5, 6)(torch.randn(4, 3, 5))
+
+
+def test_auto_on_a_gpu_takes_torch_after_a_failure(monkeypatch):
+    """For that layer, on that device, with so many multiprocessors; and by name the kernels again."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "device_limits", lambda index: devices.DEVICES["sm_90"])
+    weights, hx = [torch.zeros(4 * 64, 64)], torch.zeros(1, 3, 64)
+    here = (torch.bfloat16, "lstm", 64)
+    assert engines.choose("auto", gpu, *here) == "triton"
+
+    def where():
+        return failures.where(gpu, "lstm", torch.bfloat16, weights, hx, recurrence.DENSE)
+
+    def refused():
+        raise failures.LaunchError("no room.")
+
+    with falls_back():
+        assert failures.attempt("auto", where, refused, lambda: "loop") == "loop"
+    assert failures.attempt("auto", where, lambda: pytest.fail("tried again"), lambda: "loop") == "loop"
+    assert failures.attempt("triton", where, lambda: "kernels", lambda: "loop") == "kernels"
+    assert engines.choose("auto", gpu, *here) == "torch"
+    assert engines.choose("triton", gpu, *here) == "triton"
+    others = (("gru", gpu), ("lstm", torch.device("cuda", 1)))
+    assert all(engines.choose("auto", device, torch.bfloat16, cell, 64) == "triton" for cell, device in others)
+    assert engines.choose("auto", gpu, *here, directions=2) == "triton"
+    assert engines.choose("auto", gpu, *here, layout="packed") == "triton"
+    monkeypatch.setenv("FUSEDLSTM_SMS", "60")
+    assert engines.choose("auto", gpu, *here) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("CUDA error: unspecified launch failure", True),
+        ("CUDA error: an illegal instruction was encountered\nCompile with", True),
+        ("CUDA error: device-side assert triggered", True),
+        ("CUDA out of memory", False),
+    ],
+)
+def test_explain(text, known):
+    found = failures.explain(RuntimeError(text))
+    assert (found is not None) == known
+    assert not known or ("FUSEDLSTM_SMS" in found and "docs/on_a_gpu.md" in found)
