@@ -3,7 +3,8 @@
 `python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. A kernel that spills is
 named in `fusedlstm/plan/spills.json`, the plan takes its next variant, and that is compiled, until none spills. With
 `--refresh` only the plans that are not in the table yet are compiled: for a change of the cost model or of the device
-table, not of the kernels. With `--spills` nothing but the list of spills is written: for a second version of Triton.
+table, not of the kernels. With `--spills` nothing but the list of spills is written, and only for the
+targets that are tuned for: for a second version of Triton.
 """
 
 import argparse
@@ -198,13 +199,13 @@ def faults(p: Plan, numbers: Numbers) -> list[str]:
     return found
 
 
-def settle(numbers: dict[str, Numbers], target: str | None) -> tuple[list[tuple[str, str, Plan]], dict[str, Numbers]]:
+def settle(numbers: dict[str, Numbers], targets: set[str]) -> tuple[list[tuple[str, str, Plan]], dict[str, Numbers]]:
     """Compile what is not in `numbers` until no plan spills that has a variant left; writes the list of spills.
 
     Returns the plans, with the shapes and dtypes of `plans`, and what the compiler made of them by `Plan.code`.
     """
     while True:
-        rows = [(s, d, p) for s, d, p in plans() if target in (None, p.arch)]
+        rows = [(s, d, p) for s, d, p in plans() if p.arch in targets]
         distinct = {p.code: p for _, _, p in rows}
         numbers |= compile_all({code: p for code, p in distinct.items() if code not in numbers})
         found = {code for code, p in distinct.items() if does_spill(p, numbers[code])} - spills.known()
@@ -222,12 +223,26 @@ def main() -> int:
     parser.add_argument("--spills", action="store_true", help="write the list of spills, and no table")
     args = parser.parse_args()
     known = known_numbers(args.out, plans()) if args.refresh and args.out.exists() else {}
-    rows, numbers = settle(known, args.target)
+    rows, numbers = settle(known, {args.target} if args.target else {*(OTHER_LAYOUTS if args.spills else DEVICES)})
     distinct = {p.code: p for _, _, p in rows}
 
     bad = [(p, faults(p, numbers[key])) for key, p in distinct.items()]
     table = Table(
-        *("cell", "H", "heads", "dtype", "pass", "target", "layout", *CHOICE, "regs", "spill", "smem KiB", "mma", *Numbers._fields[4:])
+        *(
+            "cell",
+            "H",
+            "heads",
+            "dtype",
+            "pass",
+            "target",
+            "layout",
+            *CHOICE,
+            "regs",
+            "spill",
+            "smem KiB",
+            "mma",
+            *Numbers._fields[4:],
+        )
     )
     for key, p in distinct.items():
         regs, spill_bytes, smem_bytes, mma, *loop = numbers[key]

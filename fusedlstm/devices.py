@@ -40,7 +40,7 @@ class DeviceLimits:
     narrow_mma: float = 1.0  # share of the matrix rate that the instruction for fewer rows reaches
     weights_in_registers: bool = False  # Triton keeps a loop-invariant operand there, not in shared memory
     barrier_us: float = 1.2  # from a store of h to the first load of it, by counter: three trips through the L2
-    exchange_us: float = 0.8  # the same with the data as its own flag: one trip, and half an attempt too early
+    exchange_us: float = 0.6  # the same with the data as its own flag: one trip, of loads that begin in time
     fetch_us: float = 0.6  # from a load to its data, from memory
     launch_us: float = 3.0  # from one kernel of a stream to the next
     host_us: float = 5.0  # of the host, to launch one step after another of a sequence
@@ -61,7 +61,7 @@ SOURCES = {
     "memory_tbps": "data sheet",
     "narrow_mma": "assumed, of the order that public microbenchmarks of mma.sync beside wgmma find",
     "barrier_us": "assumed",
-    "exchange_us": "assumed, two thirds of a barrier",
+    "exchange_us": "assumed, half of a barrier",
     "fetch_us": "assumed",
     "launch_us": "assumed",
     "host_us": "python -m bench.overhead, less the driver's part, which is assumed",

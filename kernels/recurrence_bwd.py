@@ -162,7 +162,7 @@ def recurrence_bwd_kernel(
     offs_gates = offs_b[:, None] * (side_by_side * KEPT_H) + offs_h[None, :]
     offs_grad_output = offs_b.to(tl.int64)[:, None] * rows_grad_output_b * (side_by_side * H) + offs_h[None, :]
 
-    weight_ptr = weight_hh_ptr + pid_d * (G * HP * DHP) + head * (DH * DHP)
+    weight_ptr = weight_hh_ptr + pid_d * (G * HP * DHP) + head * (DHP * DHP)
     w = resident_weight(weight_ptr, unit, mask_h, DOT)
     if STACK:  # of the layer above
         w_x = resident_weight(weight_ih_ptr + pid_d * (G * HP * HP), unit, mask_h & below, DOT_X)
@@ -170,7 +170,7 @@ def recurrence_bwd_kernel(
     group_ptr = grad_preact_ptr
     if APART:
         group_ptr = exchanged_ptr
-    offs_group = offs_b[:, None] * (side_by_side * KEPT_HP) + offs_h[None, :]
+    offs_group = offs_b[:, None] * (side_by_side * KEPT_HP) + (head * DHP + unit)[None, :]
 
     vectors = ()
     if V > 0:
@@ -298,14 +298,16 @@ def recurrence_bwd_kernel(
                 ahead = tl.minimum(tl.maximum(first_row + row + offs_b - (2 - 4 * reverse) * B, 0), R - 1)
                 ahead = ahead * side_by_side + pid_d * stride_d
                 gate = tl.minimum(tl.arange(0, G_PADDED), G - 1)
-                p_ahead = group_ptr + ahead[:, None] * KEPT_HP + ((FIRST + gate) * HP)[None, :] + head * DH + pid_h * BLOCK_H
+                p_ahead = (
+                    group_ptr + ahead[:, None] * KEPT_HP + ((FIRST + gate) * HP)[None, :] + head * DHP + pid_h * BLOCK_H
+                )
                 prefetch_rows(p_ahead, EXCHANGE)
 
             # what the iteration before left
             if LOCAL:
                 dh_recurrent = local_product(dpreact, w, DOT)
             else:
-                p_x = later_ptr + FIRST * HP + head * DH + offs_b * (side_by_side * KEPT_HP)
+                p_x = later_ptr + FIRST * HP + head * DHP + offs_b * (side_by_side * KEPT_HP)
                 dh_recurrent = awaited_product(counter_ptr, GROUP * step, p_x, mask_x, mask_x, w, DOT, EXCHANGE)
             if DROPS_H:
                 dh_recurrent = dh_recurrent * factor

@@ -184,7 +184,7 @@ def recurrence_fwd_kernel(
     # what the group reads of each other
     exchanged_ptr = output_ptr
     exchanged_hx_ptr = hx_ptr
-    offs_exchanged = offs_b[:, None] * (side_by_side * HP) + offs_h[None, :]
+    offs_exchanged = offs_b[:, None] * (side_by_side * HP) + (head * DHP + unit)[None, :]
     if APART:
         exchanged_ptr = entering_ptr
         exchanged_hx_ptr = hx_entering_ptr
@@ -223,7 +223,7 @@ def recurrence_fwd_kernel(
 
         for step in range(steps):
             t = step + reverse * (steps - 1 - 2 * step)
-            p_h = h_ptr + head * DH + offs_b * stride_h  # [BLOCK_B]
+            p_h = h_ptr + head * DHP + offs_b * stride_h  # [BLOCK_B]
             prev_row = first_row
             sequences_prev = sequences
             mask_x = mask_b  # a product of rows that have ended is not looked at
@@ -242,7 +242,7 @@ def recurrence_fwd_kernel(
                     begins = begins | ((t + 1 == length) & (reverse == 1))
                 preact_row = t * rows_t + row * rows_b
             if PACKED or RAGGED:
-                p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + head * DH + offs_b * HP, p_h)
+                p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + head * DHP + offs_b * HP, p_h)
             mask = mask_t[:, None] & mask_h[None, :]
             row_seq = (first_row + row) * side_by_side + pid_d * stride_d
 
@@ -258,7 +258,7 @@ def recurrence_fwd_kernel(
                 # The row after the next: what filled it may have pushed it out of the L2 by now.
                 later = tl.minimum(tl.maximum(first_row + row + offs_b + (2 - 4 * reverse) * B, 0), R - 1)
                 later = later * side_by_side + pid_d * stride_d
-                prefetch_rows(exchanged_ptr + later * HP + head * DH + pid_h * BLOCK_H, EXCHANGE)
+                prefetch_rows(exchanged_ptr + later * HP + head * DHP + pid_h * BLOCK_H, EXCHANGE)
 
             if LOCAL:
                 if RESETS:
@@ -285,9 +285,7 @@ def recurrence_fwd_kernel(
                 if above:
                     p_x = exchanged_ptr + (row_seq - stride_d) * HP + offs_b * HP
                     below_ptr = counter_ptr - num_tiles_b * 32
-                    acc = awaited_product(
-                        below_ptr, GROUP * (step + 1), p_x, mask_x, mask_x, w_x, DOT_X, EXCHANGE
-                    )
+                    acc = awaited_product(below_ptr, GROUP * (step + 1), p_x, mask_x, mask_x, w_x, DOT_X, EXCHANGE)
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED), G)
 
             drop = 1.0

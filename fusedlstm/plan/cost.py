@@ -2,14 +2,14 @@
 
 Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a TFLOP/s 1e6 operations. One time step:
 
-    wait       = the exchange: barrier_us (counter), exchange_us (data), launch_us (a launch a step), or nothing; and a barrier_us
-                 for every norm
+    wait       = the exchange: barrier_us (counter), exchange_us and half an operand, loaded too early (data), launch_us or
+                 host_us (a launch a step), or nothing; and an exchange_us for every norm
     operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps; at least L2_US for every
-                 chunk of K, or so many chunks as stages let be under way at once
+                 round of loads (`plan.work`)
     product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the instruction;
                  at least LINK_US for every instruction along K, of which each waits for the sum of the one before
-    pointwise  = POINTWISE_US + POINTWISE_ELEMENT_US x block_b x block_h / warps
-    chain      = max(fetch_us, wait + operand + product) + pointwise     one after another; what a step needs from memory
+    issue      = instructions of a warp x warps / SCHEDULERS x ISSUE_US + barriers x SYNC_US + waits for wgmma x WGMMA_US
+    chain      = max(fetch_us, wait + operand + product) + issue         one after another; what a step needs from memory
                                                                            is asked for before the wait
     port       = operand + the program's part of traffic / its share of l2_tbps     what its multiprocessor has to move
     traffic    = (preactivations, gates, states, gradients; streamed weights that the L2 cannot hold) / memory_tbps
@@ -17,8 +17,7 @@ Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a 
     step       = max(walked x chain, walked x port, traffic)
     all        = launch_us + weights / memory_tbps + T x step           a wave over L layers has L - 1 steps more
 
-Nothing of this was fitted to a measurement. Not counted: instructions that are neither matrix nor pointwise work, bank
-conflicts, the clock.
+Nothing of this was fitted to a measurement of time. Not counted: bank conflicts, and instructions that wait for each other.
 """
 
 import math
@@ -27,9 +26,11 @@ from typing import NamedTuple
 from fusedlstm import cells
 from fusedlstm.devices import DeviceLimits
 from fusedlstm.plan.one_launch import ITEMSIZE, Plan
+from fusedlstm.plan.work import work
 
 STATE_ITEMSIZE = 4  # states beside h are saved in float32
-POINTWISE_US, POINTWISE_ELEMENT_US = 0.3, 0.002  # assumed: the latency of a cell, and an element's share, by warp
+SCHEDULERS = 4  # of a multiprocessor; each issues an instruction a cycle at most
+ISSUE_US, SYNC_US, WGMMA_US = 0.00057, 0.02, 0.03  # assumed: a cycle at 1.755 GHz; some 35 cycles; some 50
 L2_US = 0.25  # assumed: from a load to its data, from the L2
 LINK_US = 0.018  # assumed: from one matrix instruction to the next that adds to its result, some 32 cycles
 LINK_K = {"fp32": 8, "fp16": 16, "bf16": 16}  # of the reduction, an instruction
@@ -43,7 +44,7 @@ class Cost(NamedTuple):
     wait: float
     operand: float
     product: float
-    pointwise: float
+    issue: float
     port: float  # of one batch tile
     traffic: float  # of all batch tiles
     walked: int
@@ -52,12 +53,12 @@ class Cost(NamedTuple):
 
     @property
     def chain(self) -> float:
-        return max(self.fetch, self.wait + self.operand + self.product) + self.pointwise
+        return max(self.fetch, self.wait + self.operand + self.product) + self.issue
 
     @property
     def rank(self) -> tuple[float, float]:
         """The order of plans: by time, and of those that all wait for the same memory by their own work."""
-        own = self.wait + self.operand + self.product + self.pointwise
+        own = self.wait + self.operand + self.product + self.issue
         return self.step, self.walked * own
 
     @property
@@ -107,13 +108,18 @@ def cost(p: Plan, steps: int, batch: int, limits: DeviceLimits, *, saves: bool =
     operand_bytes = rows * p.reduction * item * products if exchanges else 0
     if not p.resident:
         operand_bytes += p.reduction * p.columns * item * products
-    trips = p.padded_reduction / p.block_k / max(1, p.stages - 1) * products if exchanges else 0.0
-    operand = max(operand_bytes / share, trips * L2_US)
+    done = work(p, limits.wide_mma)
+    operand = max(operand_bytes / share, done.load_rounds * L2_US if exchanges else 0.0)
     product = 2 * p.block_b * p.columns * p.padded_reduction * products / (_rate(p, limits) / limits.num_sms * 1e6)
     if not (p.dtype == "fp32" and p.precision == "ieee"):
         product = max(product, p.padded_reduction * products / p.split / LINK_K[p.dtype] * LINK_US)
-    pointwise = POINTWISE_US + POINTWISE_ELEMENT_US * p.block_b * p.block_h / p.num_warps
-    waits = {"counter": limits.barrier_us, "data": limits.exchange_us, "none": limits.launch_us if stepped else 0.0}
+    issue = done.instructions * p.num_warps / SCHEDULERS * ISSUE_US
+    issue += done.bar_sync * SYNC_US + done.wgmma_waits * WGMMA_US
+    waits = {
+        "counter": limits.barrier_us,
+        "data": limits.exchange_us + operand / 2,
+        "none": max(limits.launch_us, limits.host_us) if stepped else 0.0,
+    }
 
     unit_bytes = _unit_bytes(p.cell, item, p.pass_, saves)
     if p.protocol == "data":  # what is exchanged is filled before
@@ -130,10 +136,10 @@ def cost(p: Plan, steps: int, batch: int, limits: DeviceLimits, *, saves: bool =
     return Cost(
         fetch=limits.fetch_us,
         wait=waits[p.protocol] / (walked if stepped else 1)  # once a launch
-        + p.norms_per_step * limits.barrier_us,
+        + p.norms_per_step * limits.exchange_us,
         operand=operand,
         product=product,
-        pointwise=pointwise,
+        issue=issue,
         port=port,
         traffic=moved / (limits.memory_tbps * 1e6),
         walked=walked,

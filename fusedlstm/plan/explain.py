@@ -39,8 +39,8 @@ def explain(
             f"  synchronised   {p.barriers_per_step} barrier(s) a step, protocol {p.protocol}",
             f"  predicted      {c.step:.2f} us a step, set by {c.limit}; {c.total / 1000:.3f} ms in all "
             "(an ordering of candidates, not a measurement)",
-            f"                 wait {c.wait:.2f}, operand {c.operand:.2f}, product {c.product:.2f}, pointwise "
-            f"{c.pointwise:.2f}, x {c.walked} walked; memory {c.traffic:.2f}; launch and weights {c.launch:.1f}",
+            f"                 wait {c.wait:.2f}, operand {c.operand:.2f}, product {c.product:.2f}, issue "
+            f"{c.issue:.2f}, x {c.walked} walked; memory {c.traffic:.2f}; launch and weights {c.launch:.1f}",
             f"  bound          {bound.step:.2f} us a step, set by {bound.limit}: arithmetic {bound.arithmetic:.2f}, "
             f"memory {bound.memory:.2f}, latency {bound.latency:.2f}",
         ]

@@ -202,9 +202,7 @@ def _unfit_for_amd(of: Problem, t: Tiling, v: Variant, columns: int, slice_bytes
         return True
     if of.pass_ == "bwd" and of.hidden > 2048 and t.block_b * t.block_h >= 2048:
         return True
-    return t.schedule == "resident" and (
-        slice_bytes > 256 * v.num_warps * of.limits.warp_size or t.block_b == 64
-    )
+    return t.schedule == "resident" and (slice_bytes > 256 * v.num_warps * of.limits.warp_size or t.block_b == 64)
 
 
 def _registers(

@@ -20,9 +20,7 @@ from fusedlstm.kernels.norms import normalised_bwd, statistics
 
 
 @triton.jit
-def step_fwd(
-    preact_x, preact_h, state, vectors, drop, rows, H: tl.constexpr, EXCHANGE: tl.constexpr
-):
+def step_fwd(preact_x, preact_h, state, vectors, drop, rows, H: tl.constexpr, EXCHANGE: tl.constexpr):
     mean, rstd = rows[4:]
     i = sigmoid(preact_x[0] + vectors[0] * ((preact_h[0] - mean) * rstd))
     f = sigmoid(preact_x[1] + vectors[1] * ((preact_h[1] - mean) * rstd))
