@@ -106,7 +106,8 @@ def _chunks(of: Problem, t: Tiling, columns: int, transposed: bool, split: bool,
     """Chunks of the reduction, the longest first that do not pad it much: an unrolled loop should have few."""
     if t.schedule == "single":
         return [t.block_h]
-    K, segment = of.product(t.block_h)[1], _segment(of)
+    K = of.product(t.block_h)[1]
+    segment = _segment(of, t, K)
     shortest = 16 * num_warps if split else 16  # the reduction of one matrix instruction, for every part
     if of.ieee:
         longest = 16
@@ -126,10 +127,9 @@ def _chunks(of: Problem, t: Tiling, columns: int, transposed: bool, split: bool,
     return sizes[:1] if t.schedule == "streamed" else sizes[:3]
 
 
-def _segment(of: Problem) -> int:
-    """Elements of the reduction that lie together: with heads, a gate's backward."""
-    _, K = of.product(8)
-    return of.head if of.pass_ == "bwd" and of.heads > 1 else K
+def _segment(of: Problem, t: Tiling, reduction: int) -> int:
+    """Elements of the reduction that lie together: backward a gate's, with heads or where a program has all units."""
+    return of.head if of.pass_ == "bwd" and (of.heads > 1 or t.schedule == "single") else reduction
 
 
 def _aheads(of: Problem, t: Tiling, num_warps: int, block_k: int) -> list[int]:
@@ -151,7 +151,7 @@ def _fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
     group_of_heads = group * of.heads
     if not local and group_of_heads * of.directions > limits.num_sms:
         return None
-    segment = of.head if local and of.pass_ == "bwd" else _segment(of)
+    segment = _segment(of, t, reduction)
     chunks = reduction // segment * math.ceil(segment / v.block_k)
     threads = v.num_warps * limits.warp_size
     chunk_bytes = t.block_b * v.block_k * itemsize
