@@ -23,16 +23,16 @@ LAYOUT = {
 }
 LOOP = {
     **LAYOUT,
-    "weight_ih": ("STACK", "D - 1, G * H, H", "x"),
-    "weight_hh": ("True", "D, G * H, DH", "x"),
+    "weight_ih": ("STACK", "D - 1, G * HP, HP", "x"),
+    "weight_hh": ("True", "D, G * HP, DHP", "x"),
     "vectors": ("V", "D, V, H", "x"),
     "hx": ("True", "D, B, H", "x"),
     "cx": ("True", "S, D, B, H", "f32"),
     "factor": ("DROPS_H", "D, B, H", "f32"),
     "gates": ("SAVE_GATES", "R, D * KEPT * H", "x"),
     "c_seq": ("SAVE_STATES", "S, R, D * H", "f32"),
-    "arrived": ("PROTOCOL == 'counter' or NORMS", "D, heads, tiles, 32", "i32"),
-    "sums": ("NORMS and PROTOCOL != 'none'", "D, heads, tiles, 4, BLOCK_B, SUMS", "f32"),
+    "arrived": ("EXCHANGE.PROTOCOL == 'counter'", "D, heads, tiles, 32", "i32"),
+    "sums": ("NORMS and not EXCHANGE.LOCAL", "D, tiles, 4, BLOCK_B, SUMS", "i64"),
 }
 STEP = {
     "weight_hh": ("True", "G * H, DH", "x"),
@@ -43,11 +43,11 @@ KERNELS = {
     "recurrence_fwd": LOOP
     | {
         "bias": ("STACK", "D - 1, G * H", "x"),
-        "hx_entering": ("DROPS_H", "D, B, H", "x"),
+        "hx_entering": ("DROPS_H or HP > H", "D, B, HP", "x"),
         "output": ("True", "R, D * H", "x"),
         "h_n": ("True", "D, B, H", "x"),
         "c_n": ("True", "S, D, B, H", "x or f32"),
-        "entering": ("DROPS_H", "R, D * H", "x"),
+        "entering": ("DROPS_H or HP > H", "R, D * HP", "x"),
     },
     "recurrence_bwd": LOOP
     | {
@@ -59,6 +59,7 @@ KERNELS = {
         "c_seq": ("True", "S, R, D * H", "f32"),
         "statistics": ("NORMS", "R, D, 4", "f32"),
         "grad_preact": ("True", "R, D * KEPT * H", "x"),
+        "exchanged": ("HP > H", "R, D * KEPT * HP", "x"),
         "grad_hx": ("True", "D, B, H", "x"),
         "grad_cx": ("True", "S, D, B, H", "x or f32"),
     },
@@ -172,10 +173,11 @@ def check(launch) -> None:
 
 def _names(launch, told: dict) -> dict:
     names = {"grid": launch.grid, "STACK": False, "R": 0} | told
-    if "GROUP" in told:
+    if "EXCHANGE" in told:
         heads = told["H"] // told["DH"]
+        names["DHP"] = told["HP"] // heads
         tiles = -(-told["B"] // told["BLOCK_B"])
-        programs = -(-told["GROUP"] // told["BLOCK_H"])
+        programs = -(-told["EXCHANGE"].GROUP // told["BLOCK_H"])
         names |= {"heads": heads, "tiles": tiles, "SUMS": programs * told["BLOCK_H"]}
         assert launch.grid[0] % heads == 0 and launch.grid[2] == told["D"], f"{launch.kernel}: grid {launch.grid}"
     return {"SAVE_GATES": True, "SAVE_STATES": True} | names

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contract
-from fusedlstm import precision, recurrence, wave
+from fusedlstm import bound, precision, recurrence, wave
 
 # Not the current device, so that an allocation or a launch that forgets its device shows.
 DEVICE = torch.device("cuda:1")
@@ -58,6 +58,7 @@ def claim() -> None:
     torch.cuda.get_device_properties = get_device_properties
     torch.cuda.device = Standing
     torch.cuda.current_device = lambda: Standing.current
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 
@@ -127,7 +128,7 @@ class Gpu(TorchDispatchMode):
 @contextlib.contextmanager
 def gpu():
     """Inside, tensors may be made on `DEVICE`; yields the `Gpu`."""
-    here, run = Gpu(), triton.JITFunction.run
+    here, run, compiled = Gpu(), triton.JITFunction.run, bound.Bound._compiled
 
     def record(kernel, *, grid, warmup, **given):
         names = kernel.arg_names
@@ -136,11 +137,12 @@ def gpu():
         here.launch(kernel, grid, arguments, {k: v for k, v in given.items() if k not in arguments})
 
     triton.JITFunction.run = record
+    bound.Bound._compiled = lambda kernel, arguments: (None, None)  # Triton shall find it
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), here:
             yield here
     finally:
-        triton.JITFunction.run = run
+        triton.JITFunction.run, bound.Bound._compiled = run, compiled
 
 
 # What custom ops do, which fake tensors never reach.
