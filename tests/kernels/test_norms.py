@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fusedlstm import cells, launch, reference
-from fusedlstm.kernels import barrier, norms
+from fusedlstm.kernels import norms
 from groups import is_caught
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
@@ -95,30 +95,47 @@ def test_under_seeded_schedules_to_the_last_bit(seed, protocol):
 
 
 @triton.jit
-def wait_for_one_too_few(counter_ptr, target, SPIN_LIMIT: tl.constexpr):
-    while tl.atomic_add(counter_ptr, 0) < target - 1:
-        pass
+def nothing_is_late(words, tag, GROUP: tl.constexpr):
+    return 0
 
 
 @triton.jit
-def one_slot(a, b, rows, k, GROUP: tl.constexpr, SPIN_LIMIT: tl.constexpr):
-    return whole(a, b, rows, k * 0, GROUP, SPIN_LIMIT)
+def the_first_again(a, b, rows, k, EXCHANGE: tl.constexpr):
+    return whole(a, b, rows, k * 0, EXCHANGE)
 
 
 whole = norms._of_group
+BROKEN = {
+    "takes what is there": ("_late", nothing_is_late),
+    "waits for the first exchange only": ("_of_group", the_first_again),
+}
 
 
 @interpreted
-@pytest.mark.parametrize("fault", ["waits for one too few", "waits for the first exchange only"])
+@pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_exchange_is_caught(monkeypatch, fault):
     """Negative control: of four seeds with memory yields at least one shows wrong numbers or a deadlock."""
-
-    if fault == "waits for one too few":
-        monkeypatch.setattr(barrier, "wait", wait_for_one_too_few)
-    else:
-        monkeypatch.setattr(norms, "_of_group", one_slot)
+    monkeypatch.setattr(norms, *BROKEN[fault])
     inputs = inputs_of(2, 3, 20)
     assert is_caught(lambda: check(inputs, protocol="data"))
+
+
+@interpreted
+@pytest.mark.parametrize("protocol", ["counter", "data"])
+def test_a_wait_without_end_is_an_error(monkeypatch, protocol):
+    """A program whose words never come, before the scheduler loses its patience."""
+    from fusedlstm import interpreter
+    from fusedlstm import plan as planning
+
+    @triton.jit
+    def untagged(x, tag):
+        return tag.to(tl.int64) * 0
+
+    monkeypatch.setattr(planning, "ATTEMPT_LIMIT", 8)
+    monkeypatch.setattr(planning, "SPIN_LIMIT", 8)
+    monkeypatch.setattr(norms, "_tagged", untagged)
+    with pytest.raises(AssertionError, match="never arrived"), interpreter.side_by_side(patience=1000):
+        check(inputs_of(2, 3, 20), protocol=protocol)
 
 
 def test_other_cells_have_no_norms():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fusedlstm import launch, reference
+from fusedlstm.layout import Layout
 from grids import grid
 from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
@@ -96,12 +97,24 @@ def test_what_padding_holds_is_not_looked_at(device):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_lengths_beyond_the_input_are_an_error(device):
-    if device == "cuda":
-        pytest.skip("an assertion on a GPU ends the process: run without one")
-    inputs = recurrence_inputs(3, 0, 20, 1, torch.float32, device, lengths=[3, 4])
-    with pytest.raises(Exception, match="lengths: expected 0 to T"):
-        launch.recurrence_fwd("lstm", **inputs, save_gates=False, save_states=False)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_out_of_range_count_as_the_nearest(device, dtype):
+    """On a device nobody looks at them, and they must not become addresses. Both passes, and the recomputation."""
+    huge = 2**31 - 1 if dtype == torch.int32 else 2**40 + 1
+    results = []
+    for lengths in ([-7, 2, huge, 3], [0, 2, 3, 3]):
+        inputs = recurrence_inputs(3, 0, 20, 2, torch.float32, device, lengths=[1, 1, 1, 1], resets=0.3)
+        inputs["layout"] = inputs["layout"]._replace(lengths=torch.tensor(lengths, dtype=dtype, device=device))
+        found = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True)
+        output, h_n, c_n, gates, c_seq = found
+        own = {k: v for k, v in inputs.items() if k != "preact_x"}
+        saved = {"output": output, "gates": gates, "c_seq": c_seq}
+        grads = launch.recurrence_bwd("lstm", output, c_seq, h_n, c_n, **own, **saved)
+        states = {k: v for k, v in own.items() if k != "weight_hh"}
+        again = launch.recompute("lstm", inputs["preact_x"], **states)
+        of_rows = [without_padding(x, Layout(torch.tensor([0, 2, 3, 3]))) for x in (gates, again[0])]
+        results.append((output, h_n, c_n, c_seq, *grads, again[1], *of_rows))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(
