@@ -37,6 +37,7 @@ class Bound:
     def __init__(self, kernel, grid: tuple[int, ...], constants: dict, options: dict, plan: str = "") -> None:
         self.kernel, self.grid, self.constants, self.options = kernel, (*grid, 1, 1)[:3], constants, options
         self.plan = plan
+        self.spills = False  # whether a thread keeps numbers in memory, once it is compiled
         self._runs: dict[tuple, Callable] = {}
         if isinstance(kernel, JITFunction):
             names = [name for name in kernel.arg_names if name not in constants]
@@ -99,6 +100,7 @@ class Bound:
                     return None, None
                 smem_bytes = compiled.metadata.shared
                 found = self._runs[key] = compiled[self.grid], smem_bytes
+                self.spills |= compiled.n_spills > 0
             except Exception as error:
                 self._explain(error, everything, smem_bytes, compiling=smem_bytes is None)
                 raise
@@ -131,7 +133,8 @@ def on(device: torch.device, waits: bool = True):
         from fusedlstm import interpreter
 
         return interpreter.side_by_side() if waits and not interpreter.active() else _HERE
-    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+    is_here = device.type != "cuda" or torch.cuda.current_device() == device.index
+    return _HERE if is_here else torch.cuda.device(device)
 
 
 _HERE = contextlib.nullcontext()

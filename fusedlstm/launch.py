@@ -561,8 +561,32 @@ def _flags(layout: Layout) -> dict[str, bool]:
 
 
 def _launch(plan: Plan, flags: dict[str, bool], **arguments) -> None:
-    with on(arguments["hx_ptr"].device):
-        _bound(KERNELS[plan.pass_], plan, tuple(flags.items())).launcher(arguments)()
+    device = arguments["hx_ptr"].device
+    with on(device):
+        _without_spills(plan, tuple(flags.items()), device.index, arguments).launcher(arguments)()
+
+
+_clean: dict[tuple, Bound] = {}  # kernels that were compiled and looked at
+
+
+def _without_spills(plan: Plan, flags: tuple[tuple[str, bool], ...], index: int | None, arguments: dict) -> Bound:
+    """The kernel of a plan, or of the next variant of its tiles if the compiler spills it.
+
+    What spills is known of the sizes that `make kernels` compiles; of others it shows when they are compiled here.
+    """
+    key = plan, flags, index
+    if key not in _clean:
+        chosen = _bound(KERNELS[plan.pass_], plan, flags)
+        chosen.launcher(arguments)  # compiles it
+        others = planning.variants(plan, device_limits(index)) if chosen.spills else []
+        for other in others:
+            bound = _bound(KERNELS[plan.pass_], other, flags)
+            bound.launcher(arguments)
+            if not bound.spills:
+                chosen = bound
+                break
+        _clean[key] = chosen
+    return _clean[key]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -21,6 +21,7 @@ a choice measured by `fusedlstm.tune` overrides it.
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, plan, step_plan, step_plans, wave
 from fusedlstm.plan.explain import explain
 from fusedlstm.plan.one_launch import ATTEMPT_LIMIT, COUNTER_STRIDE, LAYOUTS, SPIN_LIMIT, Plan, PlanError
+from fusedlstm.plan.time_loop import variants
 
 __all__ = [
     "ATTEMPT_LIMIT",
@@ -36,5 +37,6 @@ __all__ = [
     "plan",
     "step_plan",
     "step_plans",
+    "variants",
     "wave",
 ]

@@ -5,10 +5,12 @@ reduction, chunks loaded at once. They stand in an order of preference, and the 
 (`fusedlstm.plan.spills`) is the plan.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from fusedlstm.devices import DeviceLimits
 from fusedlstm.plan.one_launch import Plan, Problem, power_of_2
 from fusedlstm.plan.spills import spills
 
@@ -43,11 +45,15 @@ def fitting(of: Problem) -> list[Plan]:
     return clean or [plans[0] for plans in by_tiling]
 
 
-def variants(of: Problem, p: Plan) -> list[Plan]:
-    """All with the tiles of a plan, in the order of preference."""
-    protocol = p.protocol if p.protocol != "none" else "none"
-    tiling = Tiling(p.schedule, p.block_b, p.block_h, protocol)
-    return [q for v in _variants(of, tiling) if (q := _fit(of, tiling, v))]
+def variants(p: Plan, limits: DeviceLimits) -> list[Plan]:
+    """The plans with the tiles of `p` that come after it in the order of preference; they take the same tensors."""
+    batch, directions = p.tiles_b * p.block_b, p.grid[2]
+    sizes = (p.cell, batch, p.hidden, p.dtype, directions, limits, p.pass_, p.precision, p.layout, p.heads, p.stack)
+    of, tiling = Problem(*sizes), Tiling(p.schedule, p.block_b, p.block_h, p.protocol)
+    found = [q for v in _variants(of, tiling) if (q := _fit(of, tiling, v))]
+    codes = [q.code for q in found]
+    after = found[codes.index(p.code) + 1 :] if p.code in codes else []
+    return [dataclasses.replace(q, grid=p.grid, tiles_b=p.tiles_b, step_us=p.step_us) for q in after]
 
 
 def _tilings(of: Problem) -> Iterator[Tiling]:

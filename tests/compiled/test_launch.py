@@ -7,9 +7,10 @@ compiles is what `offline` compiles.
 import pytest
 import torch
 
+from bench import claimed
 from fusedlstm import launch, offline
 from fusedlstm.devices import DEVICES
-from fusedlstm.plan import plan
+from fusedlstm.plan import plan, variants
 
 
 def tensors(T, B, H, D, dtype):
@@ -40,3 +41,30 @@ def test_a_new_length_or_batch_compiles_nothing(claimed_gpu):
     for T, B in ((3, 64), (1, 64), (16, 63), (100, 1)):
         launch.recurrence_fwd("lstm", *tensors(T, B, 64, 1, torch.bfloat16), save_gates=True, save_states=True, plan=p)
     assert len(claimed_gpu) == 4 and len({metadata.hash for metadata, *_ in claimed_gpu}) == 1
+
+
+@pytest.mark.parametrize("spilled", [0, 1, 2, 100])
+def test_a_kernel_that_spills_makes_room_for_the_next_variant(claimed_gpu, monkeypatch, spilled):
+    """Of sizes that nobody compiled before: the first variant that does not spill is launched, or the first of all."""
+    loaded = []
+
+    def load_binary(self, name, kernel, shared, device):
+        loaded.append(name)
+        return 1, 1, 255, 8 if len(loaded) <= spilled else 0, 1024
+
+    monkeypatch.setattr(claimed._Utils, "load_binary", load_binary)
+    monkeypatch.setattr(launch, "_clean", {})
+    launch._bound.cache_clear()
+    limits = DEVICES["sm_90"]
+    p = plan("lstm", 3, 16, 264, "bf16", 1, limits, "fwd", protocol="counter")
+    expected = [p, *variants(p, limits)]
+    assert len(expected) > 3 and len({q.code for q in expected}) == len(expected)
+    given = tensors(3, 16, 264, 1, torch.bfloat16)
+    for _ in range(2):
+        launch.recurrence_fwd("lstm", *given, save_gates=True, save_states=True, plan=p)
+    chosen = expected[spilled] if spilled < len(expected) else p
+    metadata = [metadata for metadata, *_ in claimed_gpu]
+    assert len(metadata) == 2 and len({m.hash for m in metadata}) == 1, "looked for once"
+    assert metadata[0].num_warps == chosen.num_warps
+    assert metadata[0].shared == offline.compile_plan(chosen, SAVE_GATES=True, SAVE_STATES=True).smem_bytes
+    launch._bound.cache_clear()

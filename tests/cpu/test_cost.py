@@ -135,7 +135,13 @@ def test_what_a_step_consists_of_is_what_the_compiler_made():
     rows = kernels.rows_of(kernels.RESULTS)
     for shape, dtype, p in kernels.plans():
         row = rows.get(kernels.row_key(shape, dtype, p))
-        if row is None or p.schedule != "resident" or p.layout != "dense" or p.stack or p.arch not in ("sm_80", "sm_90"):
+        if (
+            row is None
+            or p.schedule != "resident"
+            or p.layout != "dense"
+            or p.stack
+            or p.arch not in ("sm_80", "sm_90")
+        ):
             continue
         found, done = kernels.numbers_of(row), work(p, DEVICES[p.arch].wide_mma)
         assert found.wgmma_waits == done.wgmma_waits, p
@@ -144,7 +150,9 @@ def test_what_a_step_consists_of_is_what_the_compiler_made():
         compiled.append(found.instructions)
     ratios = sorted(x / y for x, y in zip(estimated, compiled, strict=True))
     assert len(ratios) > 300
-    assert 0.85 < ratios[len(ratios) // 2] < 1.15 and ratios[len(ratios) // 10] > 0.6 and ratios[-len(ratios) // 10] < 1.6
+    assert (
+        0.85 < ratios[len(ratios) // 2] < 1.15 and ratios[len(ratios) // 10] > 0.6 and ratios[-len(ratios) // 10] < 1.6
+    )
     ranks = torch.tensor([estimated, compiled]).argsort(1).argsort(1).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.7
 
