@@ -32,7 +32,6 @@ from fusedlstm.kernels.tiles import (
     clamp_tuple,
     fetch_state,
     fetch_tuple,
-    keep_units,
     load_state,
     load_tuple,
     round_tuple,
@@ -378,9 +377,8 @@ def recurrence_bwd_kernel(
                 dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(KEPT, BLOCK_B, BLOCK_H), KEPT)
             mask_store = rows_store[:, None] & mask_h[None, :]
             if APART:
-                aligned = keep_units(dpreact_all, mask_h, KEPT)
-                mask_group = rows_store[:, None] & (unit < DHP)[None, :]
-                publish(later_ptr, offs_group, mask_group, HP, aligned, KEPT, counter_ptr, EXCHANGE)
+                mask_group = rows_store[:, None] & (unit < DHP)[None, :]  # where there is no unit, the weights are zero
+                publish(later_ptr, offs_group, mask_group, HP, dpreact_all, KEPT, counter_ptr, EXCHANGE)
                 store_tuple(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, 0, KEPT)
             else:
                 publish(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, KEPT, counter_ptr, EXCHANGE)

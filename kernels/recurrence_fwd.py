@@ -38,7 +38,6 @@ from fusedlstm.kernels.tiles import (
     add_tuple,
     as_float32,
     fetch_tuple,
-    keep_units,
     load_state,
     load_tuple,
     select_tuple,
@@ -314,12 +313,10 @@ def recurrence_fwd_kernel(
             h_ptr = exchanged_ptr + row_seq * HP
             stride_h = side_by_side * HP
             mask_store = rows_store[:, None] & mask_h[None, :]
-            mask_publish = rows_store[:, None] & (unit < DHP)[None, :]
+            mask_publish = rows_store[:, None] & (unit < DHP)[None, :]  # where there is no unit, the weights are zero
             published = stepped
             if DROPS_H:
                 published = (stepped[0] * factor,)
-            if HP > H:
-                published = keep_units(published, mask_h, 1)
             publish(h_ptr, offs_exchanged, mask_publish, 0, published, 1, counter_ptr, EXCHANGE)
             if APART:
                 store_tuple(output_ptr + row_seq * H, offs_seq, mask_store, 0, stepped, 0, 1)

@@ -36,7 +36,18 @@ MUTANTS = {
         "tests/kernels/test_exchange.py",
     ),
     "norms: one slot": ("kernels/norms.py", "k % 2 *", "0 *", "tests/kernels/test_norms.py"),
-    "norms: an exchange too early": ("kernels/norms.py", "GROUP * (k + 1)", "GROUP * k", "tests/kernels/test_norms.py"),
+    "norms: the exchange before the last is good enough": (
+        "kernels/norms.py",
+        ".to(tl.int32) != tag)",
+        ".to(tl.int32) < tag - 2)",
+        "tests/kernels/test_norms.py",
+    ),
+    "norms: a word's tag is that of the exchange before": (
+        "kernels/norms.py",
+        "tl.zeros((BLOCK_B, 1), tl.int32) + (k + 1)",
+        "tl.zeros((BLOCK_B, 1), tl.int32) + k",
+        "tests/kernels/test_norms.py",
+    ),
     "norms: squares about a program's mean only": (
         "kernels/norms.py",
         " + sizes[q] * (means[q] - mean) * (means[q] - mean)",
@@ -51,7 +62,7 @@ MUTANTS = {
     ),
     "exchange: takes what is there": (
         "kernels/exchange.py",
-        "pending = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) * (1 - complete)",
+        "pending = _has_nan(x, CHUNKS) * (1 - complete)",
         "pending = 0",
         "tests/kernels/test_exchange.py",
     ),
@@ -61,11 +72,72 @@ MUTANTS = {
         "* 1",
         "tests/kernels/test_exchange.py",
     ),
+    "exchange: what is complete is not loaded again": (
+        "kernels/exchange.py",
+        "complete = _is_complete(p_x, mask_b & published, DOT)",
+        "pending = 1 - _is_complete(p_x, mask_b & published, DOT)",
+        "tests/kernels/test_exchange.py",
+    ),
     "exchange: rows of nobody are waited for": (
         "kernels/exchange.py",
         "mask_b & published",
         "mask_b",
         "tests/kernels/test_exchange.py",
+    ),
+    "exchange: chunks are fetched before the wait": (
+        "kernels/exchange.py",
+        "        barrier.wait(counter_ptr, target, EXCHANGE)\n        acc = exchanged_product(p_x, mask_b, w, DOT)\n",
+        "        acc = exchanged_product(p_x, mask_b, w, DOT)\n        barrier.wait(counter_ptr, target, EXCHANGE)\n",
+        "tests/kernels/test_exchange.py",
+    ),
+    "product: chunks after the first few are left out": (
+        "kernels/product.py",
+        "tl.static_range(0, CHUNKS, AHEAD)",
+        "tl.static_range(0, AHEAD, AHEAD)",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "split: a part is not added": (
+        "kernels/product.py",
+        "a, b = tl.split(tl.permute(tl.reshape(acc, (2, 2, B, N)), (2, 3, 1, 0)))\n        a, b = tl.split(a + b)",
+        "a, b = tl.split(tl.permute(tl.reshape(acc, (2, 2, B, N)), (2, 3, 1, 0)))\n        a, b = tl.split(a)",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "split: of eight parts one is not added": (
+        "kernels/product.py",
+        "a, b = tl.split(tl.permute(a + b, (0, 1, 3, 2)))",
+        "a, b = tl.split(tl.permute(a, (0, 1, 3, 2)))",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "aligned rows: padding is not written": (
+        "kernels/recurrence_fwd.py",
+        "rows_store[:, None] & (unit < DHP)[None, :]",
+        "rows_store[:, None] & (unit < DH)[None, :]",
+        "tests/kernels/test_exchange.py",
+    ),
+    "aligned rows: the weights' padding is not zero": (
+        "fusedlstm/launch.py",
+        "torch.nn.functional.pad(x, (0, more, 0, more * rows))",
+        "torch.nn.functional.pad(x, (0, more, 0, more * rows), value=1.0)",
+        "tests/kernels/test_cells.py",
+    ),
+    "lengths of a device are taken as they are": (
+        "kernels/rows.py",
+        "tl.minimum(tl.maximum(length, 0), T)",
+        "length",
+        "tests/kernels/test_recurrence_fwd.py",
+    ),
+    "the trap is left out": (
+        "kernels/barrier.py",
+        "        if not arrived:\n",
+        "        if False:\n",
+        "tests/compiled/test_critical_path.py",
+    ),
+    "what was fetched is read before the wait": (
+        "kernels/recurrence_fwd.py",
+        "            fetched = fetch_tuple(preact_ptr + preact_row * GH, offs_preact, mask, H, G)\n",
+        "            fetched = fetch_tuple(preact_ptr + preact_row * GH, offs_preact, mask, H, G)\n"
+        "            tl.store(c_n_ptr + offs_state, fetched[0].to(c_n_ptr.dtype.element_ty), mask=mask)\n",
+        "tests/compiled/test_critical_path.py",
     ),
     "wave: a step too early": (
         "kernels/recurrence_fwd.py",
@@ -75,8 +147,8 @@ MUTANTS = {
     ),
     "split: a warp's part is left out": (
         "kernels/product.py",
-        "tl.arange(0, SPLIT)[:, None] * (BLOCK_K // SPLIT)",
-        "tl.arange(0, SPLIT)[:, None] * 0",
+        "tl.arange(0, DOT.SPLIT)[:, None] * DOT.PART",
+        "tl.arange(0, DOT.SPLIT)[:, None] * 0",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "no release: relaxed": ("kernels/barrier.py", 'sem="release"', 'sem="relaxed"', "tests/compiled"),
@@ -87,8 +159,24 @@ MUTANTS = {
         "    tl.atomic_add",
         "tests/compiled",
     ),
-    "exchanged loads through L1": ("kernels/product.py", 'cache_modifier=".cg",', "", "tests/compiled"),
-    "unbounded wait": ("kernels/barrier.py", "    tl.device_assert", "    # tl.device_assert", "tests/compiled"),
+    "exchanged loads through L1": (
+        "kernels/product.py",
+        ', cache_modifier=".cg")',
+        ")",
+        "tests/compiled/test_critical_path.py",
+    ),
+    "a wait by data has no bound": (
+        "kernels/exchange.py",
+        "(pending != 0) & (attempts < EXCHANGE.LIMIT)",
+        "pending != 0",
+        "tests/kernels/test_exchange.py",
+    ),
+    "a wait by counter has no bound": (
+        "kernels/barrier.py",
+        "< target) & (spins < EXCHANGE.LIMIT)",
+        "< target)",
+        "tests/kernels/test_barrier.py",
+    ),
     "mask of batch rows dropped": (
         "kernels/recurrence_fwd.py",
         "mask = mask_b[:, None] & mask_h[None, :]",
@@ -157,8 +245,8 @@ MUTANTS = {
     ),
     "gradients of the input's blocks go through the recurrent weight": (
         "kernels/recurrence_bwd.py",
-        "p_x = dpreact_ptr + FIRST_H * H + head * DH",
-        "p_x = dpreact_ptr + head * DH",
+        "p_x = later_ptr + FIRST * HP + head * DHP",
+        "p_x = later_ptr + head * DHP",
         "tests/kernels/test_cells.py",
     ),
     "both directions have the vectors of the first": (
@@ -181,7 +269,7 @@ MUTANTS = {
     ),
     "packed: no sequence begins in reverse": (
         "kernels/recurrence_fwd.py",
-        "p_h = tl.where(begins, exchanged_hx_ptr + row_state * H + head * DH + offs_b * H, p_h)",
+        "p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + head * DHP + offs_b * HP, p_h)",
         "p_h = p_h",
         "tests/kernels/test_recurrence_fwd.py",
     ),

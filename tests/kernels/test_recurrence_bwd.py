@@ -72,13 +72,15 @@ def test_walked_batch_tiles(device, groups):
     check(2, 70, 20, 1, "fp32", device, *plans)
 
 
-@pytest.mark.parametrize(("block_b", "block_k", "split"), [(16, 64, 4), (32, 32, 2)])
-def test_parts_of_the_reduction(device, block_b, block_k, split):
-    """280 gradients in chunks whose parts are added at the end."""
+@pytest.mark.parametrize(
+    ("block_b", "block_k", "split", "ahead"), [(16, 64, 4, 2), (32, 32, 2, 1), (16, 128, 8, 1), (16, 32, 1, 4)]
+)
+@pytest.mark.parametrize("protocol", ["counter", "data"])
+def test_parts_of_the_reduction(device, protocol, block_b, block_k, split, ahead):
+    """280 gradients in chunks whose parts are added at the end, some or all of them loaded at once."""
     fwd = tiled("fwd", 35, 70, "fp16", schedule="single", precision="ieee")
-    check(
-        2, 35, 70, 1, "fp16", device, fwd, tiled("bwd", 35, 70, "fp16", block_b=block_b, block_k=block_k, split=split)
-    )
+    tiles = {"block_b": block_b, "block_k": block_k, "split": split, "ahead": ahead}
+    check(2, 35, 70, 1, "fp16", device, fwd, tiled("bwd", 35, 70, "fp16", protocol=protocol, **tiles))
 
 
 @grid({("schedule", "transposed"): FORMS, "directions": [1, 2], "lengths": LENGTHS})

@@ -118,11 +118,15 @@ def test_lengths_out_of_range_count_as_the_nearest(device, dtype):
 
 
 @pytest.mark.parametrize(
-    ("block_b", "block_h", "block_k", "split"), [(16, 8, 32, 1), (32, 16, 64, 4), (16, 32, 16, 1), (16, 8, 64, 2)]
+    ("block_b", "block_h", "block_k", "split", "ahead"),
+    [(16, 8, 32, 1, 3), (32, 16, 64, 4, 1), (16, 32, 16, 1, 2), (16, 8, 64, 2, 2), (16, 8, 128, 8, 1)],
 )
-def test_other_tiles(device, block_b, block_h, block_k, split):
+@pytest.mark.parametrize("protocol", ["counter", "data"])
+def test_other_tiles(device, protocol, block_b, block_h, block_k, split, ahead):
+    """Of both passes; 70 is no multiple of what aligns a row, nor of a chunk, and all chunks are never loaded at once."""
     inputs = recurrence_inputs(2, 35, 70, 1, torch.float16, device)
-    check(inputs, tiled("fwd", 35, 70, "fp16", block_b=block_b, block_h=block_h, block_k=block_k, split=split))
+    tiles = {"block_b": block_b, "block_h": block_h, "block_k": block_k, "split": split, "ahead": ahead}
+    check(inputs, tiled("fwd", 35, 70, "fp16", protocol=protocol, **tiles))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
