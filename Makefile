@@ -33,8 +33,11 @@ fmt: .venv/ready  ## rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-kernels: .venv/ready  ## compile every plan for every target; rewrites bench/results/kernels.csv
+kernels: .venv/ready .venv-triton36/ready  ## compile every plan for every target; rewrites bench/results/kernels.csv and the list of spills
 	$(BIN)/python -m bench.kernels
+	.venv-triton36/bin/python -m bench.kernels --spills
+	$(BIN)/python -m bench.kernels --refresh
+	.venv-triton36/bin/python -m bench.kernels --spills
 
 bench: .venv/ready  ## the CPU rows and README's table
 	$(BIN)/python -m bench.run --set cpu
