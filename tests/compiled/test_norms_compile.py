@@ -1,5 +1,7 @@
 """The kernels of a cell with norms, compiled for sm_80 and sm_90 without a GPU, with the tiles of their plans."""
 
+import re
+
 import pytest
 
 from bench import kernels
@@ -30,12 +32,13 @@ def test_compiles_within_the_limits(arch, dtype, hidden, layout, pass_):
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])
 def test_exchanges_of_a_step(pass_, protocol):
-    """Two of norms, each by release and acquire, and h by its protocol; every sum of the group is read past L1."""
+    """Two of norms, each by words of 64 bits that are stored and polled, and h by its protocol: nobody else counts."""
     p = plan("layernorm", 100, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
     ptx = offline.compile_plan(p).asm["ptx"]
     assert p.barriers_per_step == 3
     for instruction in ("atom.global.gpu.release.add", "ld.global.gpu.acquire"):
-        assert ptx.count(instruction) == 2 + (protocol == "counter")
+        assert ptx.count(instruction) == (protocol == "counter")
+    assert re.search(r"ld\.global\.cg\.(v2\.)?b64", ptx) and re.search(r"st\.global\.(v2\.)?b64", ptx)
 
 
 @pytest.mark.parametrize("hidden", [7, 1024, 8192])
