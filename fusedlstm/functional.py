@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import engines, noise, recurrence, reference, torch_engine, tuned, wave
+from fusedlstm import differentiable, engines, noise, recurrence, reference, torch_engine, tuned, wave
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.parameters import has_bias
@@ -76,6 +76,8 @@ def stack(
     heads = 1 if proj_size else hidden // weights[1].size(1)
     in_steps = rates.in_steps(training)
     engine = engines.choose(backend, input.device, dtype, cell, hidden, directions, clips_projection, rows, heads)
+    if differentiable.has_tangents((input, *states, *weights)):
+        engine = "reference"  # forward-mode AD: neither kernels nor ATen's layers know of tangents
     if (
         engine == "triton"
         and input.is_cuda
@@ -227,7 +229,8 @@ def step(
     dtype, hidden = _result_dtype(input), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
     engine = engines.choose(backend, input.device, dtype, cell, hidden, heads=heads)
-    if engine == "torch" and heads == 1 and torch_engine.has(cell):
+    followed = differentiable.has_tangents((input, *states, *weights))
+    if engine == "torch" and heads == 1 and torch_engine.has(cell) and not followed:
         compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, "cell", dense=False)
         input, states, weights = _cast((input, states, weights), compute_dtype)
         with _autocast_off(input):

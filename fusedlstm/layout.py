@@ -205,25 +205,48 @@ def put_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 class _Take(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, rows):
-        ctx.rows, ctx.size = rows, len(x)
+    def forward(x, rows):
         return x.index_select(0, rows)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, rows = inputs
+        ctx.save_for_backward(rows)
+        ctx.save_for_forward(rows)
+        ctx.size = len(x)
+
+    @staticmethod
     def backward(ctx, grad):
-        return _Put.apply(grad, ctx.rows, ctx.size), None
+        return _Put.apply(grad, *ctx.saved_tensors, ctx.size), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return _Take.apply(tangent, *ctx.saved_tensors)
 
 
 class _Put(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, rows, size):
-        ctx.rows = rows
+    def forward(x, rows, size):
         return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, rows, ctx.size = inputs
+        ctx.save_for_backward(rows)
+        ctx.save_for_forward(rows)
+
+    @staticmethod
     def backward(ctx, grad):
-        return _Take.apply(grad, ctx.rows), None, None
+        return _Take.apply(grad, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _Put.apply(tangent, *ctx.saved_tensors, ctx.size)
 
 
 def spans(first_row: Tensor | None, leading: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -10,6 +10,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from fusedlstm import differentiable
+
 
 def tf32() -> bool:
     """Whether `torch.nn.LSTM` would round the factors of float32 products to TF32 on a GPU."""
@@ -56,14 +58,14 @@ def add_product(
     return total.addmm_(a, b)
 
 
-@torch.library.custom_op("fusedlstm::add_product", mutates_args=("total",))
+@differentiable.op("fusedlstm::add_product", mutates_args=("total",))
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     with as_recurrent():
         total.addmm_(a, b)
 
 
 # An op of its own, so that the flag is read when it runs and not when a compiler traces it.
-@torch.library.custom_op("fusedlstm::product", mutates_args=())
+@differentiable.op("fusedlstm::product")
 def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     with as_recurrent():
         return a @ b if added is None else torch.addmm(added, a, b)

@@ -22,7 +22,7 @@ from fusedlstm.parameters import has_bias, input_bias, joined, normed, vectors
 from fusedlstm.precision import product
 
 
-@torch.library.custom_op("fusedlstm::recurrence_fwd", mutates_args=())
+@differentiable.op("fusedlstm::recurrence_fwd")
 def recurrence_fwd(
     cell: str,
     engine: str,
@@ -68,7 +68,7 @@ def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, re
     return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@torch.library.custom_op("fusedlstm::recurrence_bwd", mutates_args=())
+@differentiable.op("fusedlstm::recurrence_bwd")
 def recurrence_bwd(
     cell: str,
     engine: str,
@@ -113,7 +113,7 @@ def _(cell, engine, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vect
     return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
-@torch.library.custom_op("fusedlstm::step_fwd", mutates_args=())
+@differentiable.op("fusedlstm::step_fwd")
 def step_fwd(
     cell: str,
     input: Tensor,  # [B, I]
@@ -143,7 +143,7 @@ def _(cell, input, hx, cx, parameters, directions, save_gates, save_states):
     return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@torch.library.custom_op("fusedlstm::recompute", mutates_args=())
+@differentiable.op("fusedlstm::recompute")
 def recompute(
     cell: str,
     engine: str,
@@ -232,6 +232,10 @@ class RecurrenceFunction(torch.autograd.Function):
         return output, h, c.to(cx.dtype), gates, c_seq, borders, products
 
     @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return differentiable.by_sample(RecurrenceFunction.apply, info, in_dims, *arguments)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.cell, ctx.engine, ctx.directions, ctx.clip, ctx.save, wants_c_seq = inputs[:6]
         *layout, seed, ctx.rates, ctx.place, input, hx, cx, preact_0 = inputs[6:16]
@@ -251,7 +255,7 @@ class RecurrenceFunction(torch.autograd.Function):
         if not ctx.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-        if torch.is_grad_enabled() or _any_batched(grads):  # create_graph=True: the gradients must be differentiable
+        if differentiable.wanted(grads):
             tensors = (input, hx, cx, preact_0, *parameters)
             return *[None] * 12, *_differentiable_gradients(ctx, tensors, needs, grads, layout, noise)
         per_direction = _per_direction(parameters, ctx.directions)
@@ -557,14 +561,6 @@ def _of_block(layout: Layout, noise: Noise, steps: slice, batch: int) -> tuple[L
     if steps.start is None:  # the only one
         return layout, noise
     return layout.of_steps(steps.start, steps.stop), noise.of_steps(steps.start * batch)
-
-
-def _any_batched(grads) -> bool:
-    """Whether gradients come many at once (`is_grads_batched`), for which a custom op has no rule."""
-    if torch.compiler.is_compiling():
-        return False
-    is_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
-    return any(g is not None and any(f(g) for f in is_batched) for g in grads)
 
 
 def _differentiable_gradients(ctx, tensors, needs, grads, layout, noise):

@@ -31,16 +31,25 @@ def steps_of(T: int, direction: int) -> range:
 
 
 class _ClipGradient(torch.autograd.Function):
-    """x, whose gradient is kept within -limit and limit."""
+    """x, whose gradient is kept within -limit and limit; a tangent is no gradient, and passes."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x, limit):
-        ctx.limit = limit
+    def forward(x, limit):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.limit = inputs
 
     @staticmethod
     def backward(ctx, grad):
         return grad.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.view_as(tangent)
 
 
 def _cut(layout: Layout, steps: list[tuple[int, int]], t: int, direction: int) -> Tensor | None:

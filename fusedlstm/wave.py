@@ -15,7 +15,7 @@ from fusedlstm.parameters import has_bias, input_bias, vectors
 from fusedlstm.recurrence import _input_product, _stacked, _state_dtype
 
 
-@torch.library.custom_op("fusedlstm::wave_fwd", mutates_args=())
+@differentiable.op("fusedlstm::wave_fwd")
 def wave_fwd(
     cell: str,
     preact_x: Tensor,  # [1, T, B, G*H] or packed [1, R, G*H]: the first layer's
@@ -49,7 +49,7 @@ def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, firs
     return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@torch.library.custom_op("fusedlstm::wave_bwd", mutates_args=())
+@differentiable.op("fusedlstm::wave_bwd")
 def wave_bwd(
     cell: str,
     grad_output: Tensor | None,  # [T, B, H] or packed [R, H]: of the last layer
@@ -96,6 +96,10 @@ class WaveFunction(torch.autograd.Function):
         return _forward(cell, input, hx, cx, _per_layer(parameters, layers), Layout(lengths, first_row, resets), True)
 
     @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return differentiable.by_sample(WaveFunction.apply, info, in_dims, *arguments)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.cell, ctx.layers, ctx.clip, wants_c_seq, *layout, input, hx, cx = inputs[:10]
         h, _, _, gates, c_seq = output
@@ -114,8 +118,8 @@ class WaveFunction(torch.autograd.Function):
             grad_output if grad_output is None else grad_output[-1],
             grad_c_seq if grad_c_seq is None else grad_c_seq[:, -1],
         )
-        if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
-            grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
+        grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
+        if differentiable.wanted(grads):
             return *[None] * 7, *_differentiable_gradients(ctx, (input, hx, cx, *saved[9:]), needs, grads, layout)
         layers = [
             ParameterGradients(ctx.cell, [p], [n])
