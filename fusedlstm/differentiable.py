@@ -1,10 +1,14 @@
-"""What our ops and backwards owe to the transforms of torch: gradients of gradients, many at once, forward-mode derivatives.
+"""What our ops and functions owe to the transforms of torch: gradients of gradients, many at once, forward-mode derivatives.
 
-| a call under | is served by |
+| under | a call is served by |
 |---|---|
 | a backward with `create_graph=True` or `is_grads_batched=True`, `torch.func.grad` | the specification (`wanted`, `gradients`) |
-| `torch.vmap` | the same op or function, once for every sample (`by_sample`) |
-| forward-mode AD, where a tensor has a tangent | the specification, forward already (`has_tangents`) |
+| forward-mode AD | the specification, already forward (`has_tangents`); `tangents` where a transform hides them |
+| `torch.vmap` | the same op or function, once for every sample (`by_sample`); never ATen, which has no rules for layers |
+| forward-mode AD of a compiled graph without gradients | nobody: an error (`op`) |
+
+`grad_clip` clips gradients, which no derivative knows of: second derivatives clip the parts of a gradient that come by
+different ways each by itself, and tangents are not clipped.
 """
 
 import functools
@@ -26,27 +30,62 @@ def gradients(
     What a tensor was made from is another function's affair, even where that is one of the tensors too.
     """
 
-    def of_wanted(*wanted: Tensor) -> tuple[Tensor, ...]:
-        given = iter(wanted)
-        results = call(*(next(given) if need else x for x, need in zip(tensors, needs, strict=True)))
+    def of_needed(*needed: Tensor) -> tuple[Tensor, ...]:
+        results = call(*_filled(tensors, needs, needed))
         return tuple(y for y, g in zip(results, grads, strict=True) if g is not None)
 
-    _, backward = torch.func.vjp(of_wanted, *(x for x, need in zip(tensors, needs, strict=True) if need))
-    found = iter(backward(tuple(g for g in grads if g is not None)))
-    return [next(found) if need else None for need in needs]
+    _, backward = torch.func.vjp(of_needed, *(x for x, need in zip(tensors, needs, strict=True) if need))
+    found = backward(tuple(g for g in grads if g is not None))
+    return _filled([None] * len(needs), needs, found)
+
+
+def tangents(
+    call: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None], given: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Those of the results of call(*tensors), from those of the tensors, of which one at least has one.
+
+    By reverse mode twice, since forward mode does not nest: u -> J^T u is linear, and its transpose is J.
+    """
+    has = [t is not None for t in given]
+    moved = [x for x, own in zip(tensors, has, strict=True) if own]
+    results, backward = torch.func.vjp(lambda *moved: tuple(call(*_filled(tensors, has, moved))), *moved)
+    _, forward = torch.func.vjp(lambda *u: backward(u), *(torch.zeros_like(y) for y in results))
+    return forward(tuple(t for t in given if t is not None))
+
+
+def _filled(values: Sequence, where: Sequence[bool], others: Sequence) -> list:
+    """`values`, with the others in their places."""
+    given = iter(others)
+    return [next(given) if there else x for x, there in zip(values, where, strict=True)]
 
 
 def wanted(grads: Sequence[Tensor | None]) -> bool:
     """Whether what a backward makes of `grads` is to be differentiable, or `grads` are such as our ops do not take.
 
-    That is with `create_graph=True`; where they have tangents; and where many come at once (`is_grads_batched=True`, for
-    which torch uses the elder vmap, that takes no rule from outside and that no public function tells of).
+    That is with `create_graph=True`; where they have tangents; and where many come at once.
     """
-    if torch.is_grad_enabled() or has_tangents(grads):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    return torch.is_grad_enabled() or has_tangents(grads) or any(g is not None and many_at_once(g) for g in grads)
+
+
+def many_at_once(grad: Tensor) -> bool:
+    """Whether it is many gradients: `is_grads_batched=True` uses the elder vmap, which takes no rules from outside.
+
+    No public function of torch tells.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` runs, which hides from a tensor what is behind it: samples, gradients, tangents.
+
+    No public function of torch tells.
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def followed(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd follows one of the tensors, or may do so behind a transform."""
+    return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or transformed())
 
 
 def of_graph(
@@ -68,10 +107,27 @@ def of_graph(
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
     """Whether forward-mode AD follows one of the tensors: our ops would drop its tangent without a word."""
     given = [x for x in tensors if x is not None]
-    # Where no level of forward-mode AD is open, a tensor is its own primal: one look in place of one a tensor.
-    if not given or forward_ad.unpack_dual(given[0]).primal is given[0]:
-        return False
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    try:
+        # Where no level of forward-mode AD is open, a tensor is its own primal: one look in place of one a tensor.
+        if not given or forward_ad.unpack_dual(given[0]).primal is given[0]:
+            return False
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    except RuntimeError:
+        if transformed():  # samples are not to be unpacked, and what is behind them is the affair of `tangents`
+            return False
+        raise
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply`, with `function.tangents` as its `jvp`: but for a compiler, since Dynamo takes no function that has one."""
+    return (function if torch.compiler.is_compiling() else _with_jvp(function)).apply(*arguments)
+
+
+@functools.cache
+def _with_jvp(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    return type(
+        function.__name__, (function,), {"jvp": staticmethod(function.tangents), "__module__": function.__module__}
+    )
 
 
 def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
@@ -84,10 +140,13 @@ def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
     def of_function(function: Callable):
         @functools.wraps(function)
         def checked(*arguments):
-            if has_tangents([x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]):
+            if has_tangents(
+                [x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]
+            ):
                 raise NotImplementedError(
-                    f"{name}: expected tensors without tangents, got one of forward-mode AD, which compiled graphs of fusedlstm do not "
-                    "serve; take the derivative inside of the graph, call the module without torch.compile, or use reverse mode"
+                    f"{name}: expected tensors without tangents, got one of forward-mode AD, which is not served by a compiled graph, nor "
+                    "under torch.vmap without gradients; take the derivative inside of the graph, call the module without "
+                    "torch.compile and torch.no_grad, or use reverse mode"
                 )
             return function(*arguments)
 

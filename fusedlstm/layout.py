@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedlstm import differentiable
+
 
 class Layout(NamedTuple):
     """Its tables lie on the device of the data. Its methods wait for no device."""
@@ -196,12 +198,12 @@ class Pieces(NamedTuple):
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of `x`, none of them twice: so the gradient is a copy, and not a sum as that of an index is."""
-    return _Take.apply(x, rows)
+    return differentiable.apply(_Take, x, rows)
 
 
 def put_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
     """The reverse: into zeros of `size` rows."""
-    return _Put.apply(x, rows, size)
+    return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
 
 class _Take(torch.autograd.Function):
@@ -220,33 +222,12 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Put.apply(grad, *ctx.saved_tensors, ctx.size), None
+        # By an operation of torch: what is_grads_batched makes of a function of ours loses its second derivatives.
+        return put_rows(grad, *ctx.saved_tensors, ctx.size), None
 
     @staticmethod
-    def jvp(ctx, tangent, _):
-        return _Take.apply(tangent, *ctx.saved_tensors)
-
-
-class _Put(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, rows, size):
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, rows, ctx.size = inputs
-        ctx.save_for_backward(rows)
-        ctx.save_for_forward(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Take.apply(grad, *ctx.saved_tensors), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return _Put.apply(tangent, *ctx.saved_tensors, ctx.size)
+    def tangents(ctx, tangent, _):
+        return tangent.index_select(0, *ctx.saved_tensors)
 
 
 def spans(first_row: Tensor | None, leading: tuple[int, ...]) -> list[tuple[int, int]]:

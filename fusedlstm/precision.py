@@ -20,17 +20,40 @@ def tf32() -> bool:
 
 @contextlib.contextmanager
 def as_recurrent():
-    """Products of float32 inside follow the flag of recurrent layers. Set for the process, as every such flag is."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if (before == "tf32") == tf32():
+    """float32 products on a GPU inside follow the flag of recurrent layers."""
+    with contextlib.ExitStack() as changed:
+        with _LOCK:
+            if (_MATMUL.fp32_precision == "tf32") != tf32():
+                changed.enter_context(_LOCK)  # until the flag is as it was: another thread of ours would find it changed
+                changed.callback(_switch())
         yield
-        return
-    matmul.fp32_precision = "tf32" if tf32() else "ieee"
+
+
+def _switch():
+    """Let float32 products take the other precision of TF32 and IEEE; returns what takes that back."""
+    to_tf32 = _MATMUL.fp32_precision != "tf32"
+    own, onednn = _MATMUL.fp32_precision, _ONEDNN.fp32_precision
     try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user mixes both interfaces, and what is mixed here is mixed already
+        _MATMUL.fp32_precision = "tf32" if to_tf32 else "ieee"
+        return lambda: _restore(_MATMUL, own, torch.backends.cudnn.fp32_precision)
+    if to_tf32:
+        _MATMUL.allow_tf32 = True  # the elder flag and the newer one
+    else:
+        torch.set_float32_matmul_precision("highest")  # and oneDNN's
+
+    def back():
+        torch.set_float32_matmul_precision(legacy)
+        _restore(_ONEDNN, onednn, torch.backends.mkldnn.fp32_precision)
+        _restore(_MATMUL, own, torch.backends.cudnn.fp32_precision)
+
+    return back
+
+
+def _restore(flag, value: str, inherited: str) -> None:
+    """A flag that says what it would inherit goes on inheriting."""
+    flag.fp32_precision = "none" if value == inherited else value
 
 
 def product(
@@ -64,11 +87,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
 
 
+def _multiplied(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+    with as_recurrent():
+        return a @ b if added is None else torch.addmm(added, a, b)
+
+
 # An op of its own, so that the flag is read when it runs and not when a compiler traces it.
 @differentiable.op("fusedlstm::product")
 def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
-    with as_recurrent():
-        return a @ b if added is None else torch.addmm(added, a, b)
+    return _multiplied(a, b, added)
 
 
 @_product.register_fake
@@ -84,8 +111,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     a, b = ctx.saved_tensors
-    grad_a = _product(grad, b.mT, None) if ctx.needs_input_grad[0] else None
-    grad_b = _product(a.mT, grad, None) if ctx.needs_input_grad[1] else None
+    # Of many gradients at once by operations of torch: the elder vmap loses the second derivatives of an op.
+    multiply = _multiplied if differentiable.many_at_once(grad) else _product
+    grad_a = multiply(grad, b.mT, None) if ctx.needs_input_grad[0] else None
+    grad_b = multiply(a.mT, grad, None) if ctx.needs_input_grad[1] else None
     grad_added = None
     if ctx.added_dim and ctx.needs_input_grad[2]:
         grad_added = grad.sum(0) if ctx.added_dim == 1 else grad

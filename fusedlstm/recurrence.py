@@ -7,6 +7,7 @@ recomputes what the forward did not keep. G gates, K kept blocks, V vectors and 
 axis, so that both directions share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -233,7 +234,9 @@ class RecurrenceFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return differentiable.by_sample(RecurrenceFunction.apply, info, in_dims, *arguments)
+        return differentiable.by_sample(
+            functools.partial(differentiable.apply, RecurrenceFunction), info, in_dims, *arguments
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -245,6 +248,14 @@ class RecurrenceFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         kept = (gates, c_seq, products) if ctx.save == "gates" else (borders, None, None)
         ctx.save_for_backward(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[16:])
+        ctx.save_for_forward(*layout, seed, input, hx, cx, preact_0, *inputs[16:])
+
+    @staticmethod
+    def tangents(ctx, *tangents):
+        *tables, seed = ctx.saved_tensors[:4]
+        call = _specified(ctx, Layout(*tables), Noise(seed, ctx.rates, ctx.place), clip=None)
+        output, h_n, c_n, c_seq = differentiable.tangents(call, ctx.saved_tensors[4:], tangents[12:])
+        return output, h_n, c_n, None, c_seq if ctx.wants_c_seq else None, None, None
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
@@ -256,8 +267,8 @@ class RecurrenceFunction(torch.autograd.Function):
             grad_c_seq = None  # a compiler gives one for every result
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
         if differentiable.wanted(grads):
-            tensors = (input, hx, cx, preact_0, *parameters)
-            return *[None] * 12, *_differentiable_gradients(ctx, tensors, needs, grads, layout, noise)
+            tensors, call = (input, hx, cx, preact_0, *parameters), _specified(ctx, layout, noise, ctx.clip)
+            return *[None] * 12, *differentiable.gradients(call, tensors, needs, grads)
         per_direction = _per_direction(parameters, ctx.directions)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         gradients = ParameterGradients(ctx.cell, per_direction, _per_direction(needs[4:], ctx.directions))
@@ -336,9 +347,22 @@ def layer(
     hx, cx = state[0], _stacked(state)
     flat = [p for direction in parameters for p in direction]
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        output, h_n, c_n, _, c_seq, *_ = RecurrenceFunction.apply(
-            cell, engine, len(parameters), clip, save, wants_c_seq, *layout, *noise, input, hx, cx, preact_0, *flat
+    if differentiable.followed(tensors):
+        output, h_n, c_n, _, c_seq, *_ = differentiable.apply(
+            RecurrenceFunction,
+            cell,
+            engine,
+            len(parameters),
+            clip,
+            save,
+            wants_c_seq,
+            *layout,
+            *noise,
+            input,
+            hx,
+            cx,
+            preact_0,
+            *flat,
         )
     else:
         output, h_n, c_n, _, c_seq, _ = _block_fwd(
@@ -563,16 +587,16 @@ def _of_block(layout: Layout, noise: Noise, steps: slice, batch: int) -> tuple[L
     return layout.of_steps(steps.start, steps.stop), noise.of_steps(steps.start * batch)
 
 
-def _differentiable_gradients(ctx, tensors, needs, grads, layout, noise):
-    """The gradients through the specification, in operations that autograd can differentiate again."""
+def _specified(ctx, layout: Layout, noise: Noise, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The specification, in operations that autograd can differentiate again; returns what has gradients."""
 
     def call(input, hx, cx, preact_0, *parameters):
         per_direction = _per_direction(parameters, ctx.directions)
         preact_x = _input_product(ctx.cell, input, per_direction, preact_0, layout)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         output, h_n, c_n, _, c_seq = reference.recurrence_fwd(
-            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=ctx.clip, vectors=taken, noise=noise
+            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=clip, vectors=taken, noise=noise
         )
         return output, h_n, c_n, c_seq.to(_state_dtype(c_seq.dtype))
 
-    return differentiable.gradients(call, tensors, needs, grads)
+    return call

@@ -5,6 +5,9 @@ So a stack of L layers waits T + L - 1 times for an exchange and not L * T times
 is not rounded in between. Kernels only; one direction, and nothing between the layers.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -97,15 +100,26 @@ class WaveFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return differentiable.by_sample(WaveFunction.apply, info, in_dims, *arguments)
+        return differentiable.by_sample(
+            functools.partial(differentiable.apply, WaveFunction), info, in_dims, *arguments
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.cell, ctx.layers, ctx.clip, wants_c_seq, *layout, input, hx, cx = inputs[:10]
+        ctx.cell, ctx.layers, ctx.clip, ctx.wants_c_seq, *layout, input, hx, cx = inputs[:10]
         h, _, _, gates, c_seq = output
-        ctx.mark_non_differentiable(*([gates] if wants_c_seq else [gates, c_seq]))
+        ctx.mark_non_differentiable(*([gates] if ctx.wants_c_seq else [gates, c_seq]))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*layout, input, hx, cx, h, gates, c_seq, *inputs[10:])
+        ctx.save_for_forward(*layout, input, hx, cx, *inputs[10:])
+
+    @staticmethod
+    def tangents(ctx, *tangents):
+        call = _specified(ctx, Layout(*ctx.saved_tensors[:3]), clip=None)
+        output, h_n, c_n, c_seq = differentiable.tangents(call, ctx.saved_tensors[3:], tangents[7:])
+        # Of every layer but the last nothing is returned.
+        output, c_seq = (_of_last(x, dim, ctx.layers) for dim, x in ((0, output), (1, c_seq)))
+        return output, h_n, c_n, None, c_seq if ctx.wants_c_seq else None
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq):
@@ -120,7 +134,8 @@ class WaveFunction(torch.autograd.Function):
         )
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
         if differentiable.wanted(grads):
-            return *[None] * 7, *_differentiable_gradients(ctx, (input, hx, cx, *saved[9:]), needs, grads, layout)
+            call = _specified(ctx, layout, ctx.clip)
+            return *[None] * 7, *differentiable.gradients(call, (input, hx, cx, *saved[9:]), needs, grads)
         layers = [
             ParameterGradients(ctx.cell, [p], [n])
             for p, n in zip(parameters, _per_layer(needs[3:], ctx.layers), strict=True)
@@ -188,9 +203,9 @@ def stack(
     """All layers over a sequence, differentiable in every tensor; returns as `recurrence.layer` does, of the last layer."""
     hx, cx = state[0], _stacked(state)
     flat = [p for layer in parameters for p in layer]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (input, hx, cx, *flat)):
-        output, h_n, c_n, _, c_seq = WaveFunction.apply(
-            cell, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
+    if differentiable.followed((input, hx, cx, *flat)):
+        output, h_n, c_n, _, c_seq = differentiable.apply(
+            WaveFunction, cell, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
         )
     else:
         output, h_n, c_n, _, c_seq = _forward(cell, input, hx, cx, parameters, layout, False, wants_c_seq)
@@ -208,6 +223,11 @@ def _per_layer(parameters, layers: int) -> list:
     return [parameters[k * count : (k + 1) * count] for k in range(layers)]
 
 
+def _of_last(x: Tensor, dim: int, layers: int) -> Tensor:
+    """`x` as the last along an axis of layers, of which the others are zero."""
+    return torch.stack([*[torch.zeros_like(x)] * (layers - 1), x], dim)
+
+
 def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
     """weight_ih [L-1, G*H, H] and what is added to its product [L-1, G*H] of the layers above the first."""
     weight_ih = torch.stack([p[0] for p in parameters[1:]])
@@ -216,15 +236,15 @@ def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Ten
     return weight_ih, torch.stack([input_bias(cell, p) for p in parameters[1:]])
 
 
-def _differentiable_gradients(ctx, tensors, needs, grads, layout):
-    """The gradients through the specification, in operations that autograd can differentiate again."""
+def _specified(ctx, layout: Layout, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The specification, in operations that autograd can differentiate again; returns what has gradients, of the last layer."""
 
     def call(x, hx, cx, *flat):
         h_n, c_n = [], []
         for k, own in enumerate(_per_layer(flat, ctx.layers)):
-            x, h, c, c_seq = reference.layer(ctx.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], layout, clip=ctx.clip)
+            x, h, c, c_seq = reference.layer(ctx.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], layout, clip=clip)
             h_n.append(h)
             c_n.append(c)
         return x, torch.cat(h_n), torch.cat(c_n, 1), c_seq.to(_state_dtype(c_seq.dtype))
 
-    return differentiable.gradients(call, tensors, needs, grads)
+    return call
