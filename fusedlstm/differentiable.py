@@ -113,9 +113,9 @@ def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
             return False
         return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
     except RuntimeError:
-        if transformed():  # samples are not to be unpacked, and what is behind them is the affair of `tangents`
-            return False
-        raise
+        # What cannot be unpacked may have one: so in the graphs of a compiler, below autograd. But samples of vmap cannot be either, and
+        # what is behind them is the affair of `tangents`.
+        return not transformed()
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
@@ -137,21 +137,27 @@ def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
         NotImplementedError: when called, in forward-mode AD, where torch drops the tangents of an op that does not require grad.
     """
 
+    def check(arguments) -> None:
+        if has_tangents([x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]):
+            raise NotImplementedError(
+                f"{name}: expected tensors without tangents, got a level of forward-mode AD, which is not served in a compiled graph, nor "
+                "under torch.vmap without gradients; take the derivative inside of the graph, call the module without "
+                "torch.compile and torch.no_grad, or use reverse mode"
+            )
+
     def of_function(function: Callable):
         @functools.wraps(function)
         def checked(*arguments):
-            if has_tangents(
-                [x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]
-            ):
-                raise NotImplementedError(
-                    f"{name}: expected tensors without tangents, got one of forward-mode AD, which is not served by a compiled graph, nor "
-                    "under torch.vmap without gradients; take the derivative inside of the graph, call the module without "
-                    "torch.compile and torch.no_grad, or use reverse mode"
-                )
+            check(arguments)
             return function(*arguments)
 
+        def of_sample(*arguments):
+            check(arguments)  # an op under torch.func.jvp no longer sees what it drops
+            return made(*arguments)
+
         made = torch.library.custom_op(name, checked, mutates_args=mutates_args)
-        made.register_vmap(functools.partial(by_sample, made))
+        if not mutates_args:  # what all samples share cannot be changed for each
+            made.register_vmap(functools.partial(by_sample, of_sample))
         return made
 
     return of_function
@@ -163,8 +169,6 @@ def by_sample(call: Callable, info, in_dims, *arguments):
     So the samples' numbers are those of single calls, and no kernel has to know of one more axis.
     """
     found = [call(*_sample(arguments, in_dims, k)) for k in range(info.batch_size)]
-    if found[0] is None:
-        return None, None
     if isinstance(found[0], Tensor):
         return torch.stack(found), 0
     return tuple(torch.stack(results) for results in zip(*found, strict=True)), (0,) * len(found[0])

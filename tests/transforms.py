@@ -262,3 +262,30 @@ def plain(path: str, case: dict, dtype: torch.dtype) -> list[Tensor]:
 
 def found(path: str, case: dict, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     return [y.detach() for y in PATHS[path][0](Call(case, backend, dtype, device))]
+
+
+REFUSED = "expected tensors without tangents"
+
+
+def check_tangents_behind_samples(f: Call) -> None:
+    """That an error says so where torch would drop them without a word; and that nobody minds a level of which no tensor knows."""
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=REFUSED):
+        torch.func.jvp(torch.vmap(f, in_dims=(0, None)), (f.xs, f.w), (f.xs, f.t_w))
+    with forward_ad.dual_level():
+        inside = gradients(f, f.x, f.w)
+    torch.testing.assert_close(inside, gradients(f, f.x, f.w))
+
+
+def check_tangents_in_graphs(f: Call) -> None:
+    """That a graph compiled before raises, and one compiled of the derivative serves."""
+    torch.compiler.reset()
+    in_graph = torch.compile(f.__call__, backend="aot_eager", fullgraph=True)
+    in_graph(f.x, f.w)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match=REFUSED):
+        in_graph(forward_ad.make_dual(f.x, f.t_x), f.w)
+
+    def derivative(x: Tensor, t: Tensor):
+        return torch.func.jvp(lambda x: f(x, f.w), (x,), (t,))
+
+    compiled = torch.compile(derivative, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(f.x, f.t_x), derivative(f.x, f.t_x))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 import transforms
 
 ATEN = {
@@ -26,3 +25,10 @@ def test_aten(path, case):
     """Where ATen has no rule, ours serves."""
     found = transforms.found(path, case, "auto", torch.float64)
     torch.testing.assert_close(found, transforms.plain(path, case, torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "peephole", "gru"])
+def test_what_would_drop_tangents_raises(cell):
+    f = transforms.Call({"cell": cell, **transforms.OURS}, "torch", torch.float32)
+    transforms.check_tangents_behind_samples(f)
+    transforms.check_tangents_in_graphs(f)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 import transforms
+
 from fusedlstm import launch
 from support import assert_accurate
 
@@ -20,3 +20,9 @@ def test_ours(device, path, case, waves):
     same_dtype, exact = (transforms.plain(path, case, dtype) for dtype in (torch.float32, torch.float64))
     for k, results in enumerate(zip(found, same_dtype, exact, strict=True)):
         assert_accurate(f"{path}, result {k}", *results)
+
+
+@pytest.mark.parametrize("name", ["lstm", "one step", "two layers"])
+def test_what_would_drop_tangents_raises(device, name, waves):
+    """Of every op of a forward."""
+    transforms.check_tangents_behind_samples(transforms.Call(transforms.CASES[name], "triton", torch.float32, device))
