@@ -138,10 +138,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     a, b = ctx.saved_tensors
-    # Of many gradients at once by operations of torch: the elder vmap loses the second derivatives of an op.
-    multiply = _multiplied if differentiable.many_at_once(grad) or differentiable.transformed() else _product
-    grad_a = multiply(grad, b.mT, None) if ctx.needs_input_grad[0] else None
-    grad_b = multiply(a.mT, grad, None) if ctx.needs_input_grad[1] else None
+    grad_a = _product(grad, b.mT, None) if ctx.needs_input_grad[0] else None
+    grad_b = _product(a.mT, grad, None) if ctx.needs_input_grad[1] else None
     grad_added = None
     if ctx.added_dim and ctx.needs_input_grad[2]:
         grad_added = grad.sum(0) if ctx.added_dim == 1 else grad

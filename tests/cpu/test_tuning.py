@@ -276,6 +276,10 @@ def test_packed_and_projected_calls_are_compared_with_cudnn_too(training, monkey
     for change in ({}, {"layout": "packed"}, {"proj_size": 16}, {"layout": "packed", "proj_size": 16}):
         assert engines.predicted(small._replace(**change), 0)[0] == "triton", change
         assert engines.predicted(large._replace(**change), 0)[0] == "torch", change
+    seen = []
+    monkeypatch.setattr("fusedlstm.plan.beside_cudnn", lambda *args: seen.append(args) or (1.0, 1.0))
+    engines.predicted(large._replace(layout="packed", proj_size=16), 0)
+    assert seen == [("lstm", 128, 2048, "bf16", 1, DEVICES["sm_90"], "tf32", training, "packed", 16)]
 
 
 class OnGPU(torch.Tensor):
