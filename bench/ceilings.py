@@ -35,9 +35,11 @@ ROWS_OF_TILE, UNITS, ABSENT = 16, 8, -1  # a program owns 8 units of 16 rows, as
 SPIN_LIMIT = 1 << 22
 LOOP_SIZES = ((16, 768), (128, 1024))  # B, H of our loops: F1 and L1; each is four kernels to compile
 STEP_SIZES = ((16, 768), (64, 512), (128, 1024), (128, 2048))  # B, H of products of one step
+PROGRAMS = (1, 2, 8, 32, 64, 128)  # of barriers and exchanges, as many as have a multiprocessor each
+WIDEST = "P"  # the shape of the row with the most programs
 MEASURED_AS = {  # field of a row in the planner's table of devices -> (metric, shape, provider, dtype, scale)
-    "barrier_us": ("exchange", "P128", "counter", "int32", 1.0),
-    "exchange_us": ("exchange", "P128", "data", "int32", 1.0),
+    "barrier_us": ("exchange", WIDEST, "counter", "int32", 1.0),
+    "exchange_us": ("exchange", WIDEST, "data", "int32", 1.0),
     "launch_us": ("launch", "device", "triton", "int32", 1.0),
     "l2_tbps": ("l2_shared", "", "triton", "int32", 1.0),
     "half_tflops": ("matmul", "", "torch", "bfloat16", 1.0),
@@ -126,8 +128,14 @@ class Machine:
     def __init__(self) -> None:
         self.gpu = torch.cuda.is_available()
         self.device = "cuda" if self.gpu else "cpu"
-        self.sms = torch.cuda.get_device_properties(0).multi_processor_count if self.gpu else 2
-        self.matrix, self.copy_mib, self.steps = (8192, 2048, (10, 1010)) if self.gpu else (256, 8, (1, 2))
+        properties = torch.cuda.get_device_properties(0) if self.gpu else None
+        self.sms = properties.multi_processor_count if self.gpu else 2
+        self.matrix, self.steps = (8192, (10, 1010)) if self.gpu else (256, (1, 2))
+        # What is read from the L2 takes half of it at most, both ends of a copy a quarter of the memory.
+        self.l2_bytes = (
+            min(16 << 20, (getattr(properties, "L2_cache_size", 0) or 32 << 20) // 2) if self.gpu else 2 << 10
+        )
+        self.copy_mib = min(2048, properties.total_memory >> 23) if self.gpu else 8
         self.loop_sizes, self.loop_steps = (LOOP_SIZES, (20, 220)) if self.gpu else (((2, 32),), (1, 2))
 
     def launch(self, kernel, programs: int, *args, waits: bool = False, **constants) -> None:
@@ -174,9 +182,7 @@ class Machine:
 def barriers(machine: Machine):
     """(shape, provider, metric, unit, values, protocol) of barriers and exchanges."""
     few, many = machine.steps
-    for P in (1, 2, 8, 32, 64, 128) if machine.gpu else (1, 2):
-        if machine.sms < P:
-            continue
+    for P in (p for p in PROGRAMS if p <= machine.sms):
         arrived = torch.zeros(1, dtype=torch.int32, device=machine.device)
 
         def run(n, P=P, arrived=arrived):
@@ -214,11 +220,14 @@ def loops(machine: Machine):
     few, many = machine.loop_steps
     for B, H in machine.loop_sizes:
         kept = None
+        by_data = [plan.plan("lstm", many, B, H, "bf16", 1, limits, p, protocol="data") for p in ("fwd", "bwd")]
+        if any(p.schedule == "stepped" for p in by_data):
+            print(
+                f"loop of B{B} H{H}: skipped, no group of programs fits on {limits.name} with {limits.num_sms} multiprocessors"
+            )
+            continue
         for protocol in ("counter", "data"):
             # The same tiles for both: other tiles add up in another order.
-            by_data = (
-                plan.plan("lstm", many, B, H, "bf16", 1, limits, pass_, protocol="data") for pass_ in ("fwd", "bwd")
-            )
             forward, backward = (p if p.local else dataclasses.replace(p, protocol=protocol) for p in by_data)
             if not machine.gpu:  # a group of two in place of one: the smallest that exchanges
                 tiles = {"schedule": "resident", "block_h": H // 2, "block_k": H // 2, "transposed": False}
@@ -302,9 +311,9 @@ def launches(machine: Machine):
 
 
 def reads(machine: Machine):
-    """L2 bandwidth: 16 MiB on a GPU, which every L2 here holds."""
+    """L2 bandwidth."""
     block = 8192 if machine.gpu else 64
-    blocks = (16 << 20) // (4 * block) if machine.gpu else 8
+    blocks = max(1, machine.l2_bytes // (4 * block))
     programs = 4 * machine.sms
     x = torch.randint(1 << 20, (blocks * block,), dtype=torch.int32, device=machine.device)
     total = torch.empty(programs, block, dtype=torch.int32, device=machine.device)
@@ -366,11 +375,14 @@ def beside_constants(measured: list[rows.Row]) -> tuple[list[str], dict[str, flo
     found, lines = {}, [f"{'constant':14} {'in the table':>14} {'measured':>10}   ({name})"]
     for field, (metric, shape, provider, dtype, scale) in MEASURED_AS.items():
         wanted = ("roof", metric, provider, dtype)
-        values = [
-            float(row["p50"]) * scale
+        by_shape = {
+            row["shape"]: float(row["p50"]) * scale
             for row in measured
-            if (row["op"], row["metric"], row["provider"], row["dtype"]) == wanted and row["shape"] in (shape, metric)
-        ]
+            if (row["op"], row["metric"], row["provider"], row["dtype"]) == wanted
+        }
+        if shape == WIDEST:
+            shape = max(by_shape, key=lambda name: int(name[1:]), default=WIDEST)
+        values = [value for name, value in by_shape.items() if name in (shape, metric)]
         if values:
             found[field] = min(values)
         table = "not there" if assumed[field] is None else f"{assumed[field]:g}"

@@ -1,6 +1,7 @@
 """What a row says about the machine and the code."""
 
 import datetime
+import hashlib
 import os
 import platform
 import shutil
@@ -9,24 +10,44 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("fusedlstm", "kernels", "bench", ":!bench/results")  # what `dirty` looks at
+CODE = ("fusedlstm", "kernels", "bench")  # what a number depends on
+OF_CODE = (*CODE, ":!bench/results")  # what `dirty` looks at
 
 
-def _output(*command: str) -> str:
+def _output(*command: str) -> str | None:
+    """What a command says; None where it fails or is missing."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @cache
 def commit() -> tuple[str, str]:
-    """Short commit and "true"/"false" for uncommitted code; without git from BENCH_COMMIT, or unknown."""
-    sha = _output("git", "rev-parse", "--short=10", "HEAD")
+    """Short commit and whether code is uncommitted, "true" or "false".
+
+    A tree without git has no commit: it is named by its sources, "tree-" and `digest`, and is "unknown" to be committed.
+    """
+    top = _output("git", "rev-parse", "--show-toplevel")
+    sha = _output("git", "rev-parse", "--short=10", "HEAD") if top and Path(top).resolve() == ROOT else None
     if not sha:
-        return os.environ.get("BENCH_COMMIT", "unknown"), "unknown"
-    return sha, "true" if _output("git", "status", "--porcelain", "--", *CODE) else "false"
+        return f"tree-{digest(ROOT)}", "unknown"
+    changed = _output("git", "status", "--porcelain", "--", *OF_CODE)
+    return sha, "unknown" if changed is None else "true" if changed else "false"
+
+
+def digest(root: Path) -> str:
+    """Ten digits of a SHA-1 of all sources under `CODE`, the same of every copy: `python -m bench.environment` prints a checkout's."""
+    found = hashlib.sha1(usedforsecurity=False)
+    for folder in CODE:
+        for directory, folders, names in os.walk(root / folder):  # no links: fusedlstm/kernels may be one
+            folders[:] = sorted(name for name in folders if name != "results" and not name.startswith((".", "__")))
+            for name in sorted(names):
+                if name.endswith((".py", ".json")):
+                    path = Path(directory, name)
+                    found.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:10]
 
 
 def cpu_name() -> str:
@@ -67,10 +88,14 @@ def facts(device: str) -> dict[str, str]:
         found["device"] = torch.cuda.get_device_name(0)
         found["cuda"] = torch.version.cuda or f"rocm {torch.version.hip}"
         if shutil.which("nvidia-smi"):
-            query = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+            query = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
             found["driver"] = query.split("\n")[0]
     return found
 
 
 def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+
+
+if __name__ == "__main__":
+    print(*commit(), f"tree-{digest(ROOT)}")

@@ -10,6 +10,7 @@ Python, torch and Triton, offline. Exit status 0 means that every correctness pa
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -31,6 +32,7 @@ TABLE_AT_S = 300  # what comes before the table is cut short or left out so that
 TABLE_RESERVE_S = 65  # for what comes after it
 LEAST_S = 5  # no part begins with less
 STOP_S = 8  # for the table to end by itself
+KILL_S = 10  # for a process to go when it is killed: one that waits for a driver may never
 MAX_LOG_BYTES = 4 << 20
 
 # On the GPU TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled; in a rehearsal it is set.
@@ -159,10 +161,7 @@ def judge_sanitizer(status: int, log: str) -> tuple[str, str]:
 
 def only_our_kernels() -> list[str]:
     """Options that keep racecheck off the libraries' kernels, whose hazards are not ours; the name changed over time."""
-    try:
-        text = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
+    text = _output("compute-sanitizer", "--help")
     for option in ("--kernel-name", "--kernel-regex"):
         if option in text:
             return [option, f"kns={OUR_KERNELS}"]
@@ -265,15 +264,39 @@ class Running:
         except subprocess.TimeoutExpired:
             status, note = -1, f"stopped after {time.monotonic() - self.start:.0f} s"
         finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+            if not self.stop():
+                note = f"killed after {time.monotonic() - self.start:.0f} s, and it is still there"
         text = self.path.read_bytes()[self.begin :].decode(errors="replace")
         verdict, line = (part.judge or judge_exit)(status, text)
         if note:
             verdict, line = FAILED, f"{note}; {line}"
         _shorten(self.path)
         return Outcome(part.name, verdict, line, time.monotonic() - self.start, part.correctness)
+
+    def stop(self) -> bool:
+        """Kill what is left of the group, also of one whose first process has ended; whether that one is gone."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            self.process.wait(KILL_S)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def _output(*command: str) -> str:
+    """What a command of the machine says, if it does so soon; one that hangs in a driver is left behind."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+    except OSError:
+        return ""
+    try:
+        return process.communicate(timeout=15)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return ""
 
 
 def _shorten(path: Path) -> None:
@@ -287,17 +310,21 @@ def _shorten(path: Path) -> None:
 def _gpu_name(rehearse: bool) -> str:
     if rehearse:
         return "rehearsal"
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        name = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
-    except (OSError, subprocess.TimeoutExpired):
-        name = ""
+    name = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"
 
 
-def write_summary(out: Path, outcomes: list[Outcome], csv: Path) -> str:
-    """Write summary.md; returns the short table of the parts."""
-    lines = [f"{o.verdict:8} {o.name:10} {o.seconds:5.0f} s  {o.line}" for o in outcomes]
+def _failed(part: Part, error: Exception) -> Outcome:
+    return Outcome(part.name, FAILED, f"{type(error).__name__}: {error}", 0.0, part.correctness)
+
+
+def _lines(outcomes: list[Outcome]) -> str:
+    """The short table of the parts."""
+    return "\n".join(f"{o.verdict:8} {o.name:10} {o.seconds:5.0f} s  {o.line}" for o in outcomes)
+
+
+def write_summary(out: Path, outcomes: list[Outcome], csv: Path) -> None:
+    """Write summary.md."""
     measured = rows.read(csv)
     roofs = [
         f"{row['metric']:12} {row['shape']:12} {row['provider']:8} {row['dtype']:9} {row['p50']:>9} {row['unit']}"
@@ -313,11 +340,10 @@ def write_summary(out: Path, outcomes: list[Outcome], csv: Path) -> str:
         "Slowest row": f"```\n{profile.rstrip()}\n```" if profile else "",
         "All rows": report.markdown(measured, "make gpu"),
     }
-    text = ["# GPU run", "", "```", *lines, "```"]
+    text = ["# GPU run", "", "```", _lines(outcomes), "```"]
     for title, body in sections.items():
         text += ["", f"## {title}", "", body or "Nothing was measured."]
     (out / "summary.md").write_text("\n".join(text) + "\n")
-    return "\n".join(lines)
 
 
 def _summarise(out: Path, outcomes: list[Outcome], csv: Path) -> None:
@@ -369,7 +395,10 @@ def main(argv: list[str] | None = None) -> int:
             part.command, part.skip = [sys.executable, "-c", "raise SystemExit('broken on purpose')"], ""
         if part.name == "table":
             for other in running:
-                ended(other.end(table_at - time.monotonic()))
+                try:
+                    ended(other.end(table_at - time.monotonic()))
+                except Exception as error:
+                    ended(_failed(other.part, error))
         now = time.monotonic()
         left = table_at - now if k < last else end - now - (TABLE_RESERVE_S * options.seconds / TOTAL_S) * (k == last)
         print(f"... {part.name}", flush=True)
@@ -383,12 +412,12 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 ended(started.end())
         except Exception as error:  # whatever it is, the next part may still tell something
-            ended(Outcome(part.name, FAILED, f"{type(error).__name__}: {error}", 0.0, part.correctness))
-    short = write_summary(out, outcomes, csv)
+            ended(_failed(part, error))
+    _summarise(out, outcomes, csv)
     measured = rows.read(csv)
     report.show(measured)
     print("\n".join(line for line in report.overview(measured).splitlines() if line.startswith("**")))
-    print(short)
+    print(_lines(outcomes))
     print(f"{len(measured)} rows; {', '.join(sorted(p.name for p in out.iterdir()))}")
     return exit_status(outcomes)
 

@@ -54,10 +54,12 @@ class Writer:
         self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
 
     def _write_all(self, rows: list[Row]) -> None:
-        with self.path.open("w", newline="") as file:
+        beside = self.path.with_suffix(".new")  # and then in its place: a run may be killed at any time
+        with beside.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        beside.replace(self.path)
 
     def write(self, row: Row) -> None:
         self._csv.writerow(row)

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fusedlstm import differentiable
 
@@ -131,9 +130,9 @@ def _is_seen(tensors: tuple[Tensor, ...]) -> bool:
         tensors[0].device.type != "cpu"
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # checkpoints, among others
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or differentiable.transformed()
         or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors)
-        or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+        or differentiable.has_tangents(tensors)
     )
 
 

@@ -114,15 +114,19 @@ def _fastest(call: tuned.Call, index: int | None, generation: int, sms: int | No
 
 
 def predicted(call: tuned.Call, index: int | None) -> tuple[str, str]:
-    """As `fastest`, of what nothing is measured; index None is the interpreter, which plays an sm_90."""
+    """As `fastest`, of what nothing is measured; index None is the interpreter, which plays an sm_90.
+
+    A packed batch is taken for one in which all sequences have every step, as its plan is too: most of the time goes into steps that many
+    have, and an engine that changed with the lengths would change from batch to batch.
+    """
     from fusedlstm import launch, plan
 
-    if call.layout != "dense" or call.proj_size:
-        return "triton", "not measured, and predictions are of dense batches without a projection"
+    if call.layout == "ragged":
+        return "triton", "cuDNN takes no lengths and no resets"
     if call.dtype == "bf16" and index is not None and (torch.backends.cudnn.version() or 0) < CUDNN_WITH_BFLOAT16:
         return "triton", "this cuDNN has no bfloat16"
     sizes = (call.cell, call.batch, call.hidden, call.dtype, call.directions, launch.device_limits(index))
-    ours, cudnn = plan.beside_cudnn(*sizes, call.precision, call.training)
+    ours, cudnn = plan.beside_cudnn(*sizes, call.precision, call.training, call.layout, call.proj_size)
     words = f"predicted: kernels {ours:.3g} us a step, cuDNN {cudnn:.3g}"
     return "torch" if ours > plan.CLEARLY * cudnn else "triton", words
 

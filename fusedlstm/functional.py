@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import engines, noise, recurrence, reference, torch_engine, tuned, wave
+from fusedlstm import differentiable, engines, noise, recurrence, reference, torch_engine, tuned, wave
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.parameters import has_bias, joined, stacked
@@ -77,6 +77,8 @@ def stack(
     heads = 1 if proj_size else hidden // weights[1].size(1)
     in_steps = rates.in_steps(training)
     engine = engines.choose(backend, input.device, dtype, cell, hidden, directions, clips_projection, rows, heads)
+    if differentiable.has_tangents((input, *states, *weights)):
+        engine = "reference"  # forward-mode AD: neither kernels nor ATen's layers know of tangents
     if (
         engine == "triton"
         and input.is_cuda
@@ -86,6 +88,7 @@ def stack(
         and torch.backends.cudnn.enabled
         and not (dropout * training and num_layers > 1)  # cuDNN draws its own masks
         and not (masked or in_steps or cell_states or grad_clip is not None or torch.compiler.is_compiling())
+        and not differentiable.transformed()  # ATen's layers have no rules for them
     ):
         sizes = (batch_sizes, masked, num_layers, directions, proj_size)
         call = tuned_call(cell, input, states, weights, dtype, *sizes)
@@ -125,7 +128,10 @@ def stack(
     ops = "auto" if engine == "triton" and engines.requested(backend) == "auto" else engine
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
-        if not (masked or in_steps or cell_states or grad_clip is not None or heads > 1):  # which ATen does not serve
+        transformed = differentiable.transformed()
+        if not (
+            masked or in_steps or cell_states or grad_clip is not None or heads > 1 or transformed
+        ):  # which ATen does not serve
             schedule = torch_engine.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
         compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
@@ -155,7 +161,7 @@ def stack(
             between = dropout * training
             one_step = recurrence.is_one_step(cell, engine, input, layout)
             if one_step and not (
-                proj_size or in_steps or cell_states or between or _wants_gradients(input, *states, *weights)
+                proj_size or in_steps or cell_states or between or differentiable.followed((input, *states, *weights))
             ):
                 h, cx = states[0], recurrence._stacked(states)
                 output, h_n, c_n, _, _ = recurrence.step_fwd(
@@ -232,7 +238,8 @@ def step(
     dtype, hidden = _result_dtype(input), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
     engine = engines.choose(backend, input.device, dtype, cell, hidden, heads=heads)
-    if engine == "torch" and heads == 1 and torch_engine.has(cell):
+    derived = differentiable.transformed() or differentiable.has_tangents((input, *states, *weights))
+    if engine == "torch" and heads == 1 and torch_engine.has(cell) and not derived:
         compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, "cell", dense=False)
         input, states, weights = _cast((input, states, weights), compute_dtype)
         with _autocast_off(input):
@@ -415,10 +422,6 @@ def _autocasts(input: Tensor) -> bool:
 def _autocast_off(input: Tensor):
     # What is to be cast is cast: ATen's own rules for LSTMs differ from device to device, and from dtype to dtype.
     return torch.autocast(input.device.type, enabled=False) if _autocasts(input) else contextlib.nullcontext()
-
-
-def _wants_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _cast(tree, dtype: torch.dtype):

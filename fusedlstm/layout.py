@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import engines
+from fusedlstm import differentiable, engines
 
 
 class Layout(NamedTuple):
@@ -199,34 +199,36 @@ class Pieces(NamedTuple):
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of `x`, none of them twice: so the gradient is a copy, and not a sum as that of an index is."""
-    return _Take.apply(x, rows)
+    return differentiable.apply(_Take, x, rows)
 
 
 def put_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
     """The reverse: into zeros of `size` rows."""
-    return _Put.apply(x, rows, size)
+    return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
 
 class _Take(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, rows):
-        ctx.rows, ctx.size = rows, len(x)
+    def forward(x, rows):
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _Put.apply(grad, ctx.rows, ctx.size), None
-
-
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, rows, size):
-        ctx.rows = rows
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
+    def setup_context(ctx, inputs, output):
+        x, rows = inputs
+        ctx.save_for_backward(rows)
+        ctx.save_for_forward(rows)
+        ctx.size = len(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Take.apply(grad, ctx.rows), None, None
+        # By an operation of torch: what is_grads_batched makes of a function of ours loses its second derivatives.
+        return put_rows(grad, *ctx.saved_tensors, ctx.size), None
+
+    @staticmethod
+    def tangents(ctx, tangent, _):
+        return tangent.index_select(0, *ctx.saved_tensors)
 
 
 def spans(first_row: Tensor | None, leading: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ backward may follow the forward of the other. Sequences have rows, [T, B] or pac
 axis, so that both directions share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.heads`).
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +28,7 @@ from fusedlstm.precision import product
 KERNELS = ("triton", "auto")  # engines that run them, if they can
 
 
-@torch.library.custom_op("fusedlstm::recurrence_fwd", mutates_args=())
+@differentiable.op("fusedlstm::recurrence_fwd")
 def recurrence_fwd(
     cell: str,
     engine: str,
@@ -84,7 +85,7 @@ def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, re
     return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@torch.library.custom_op("fusedlstm::recurrence_bwd", mutates_args=())
+@differentiable.op("fusedlstm::recurrence_bwd")
 def recurrence_bwd(
     cell: str,
     engine: str,
@@ -143,7 +144,7 @@ def _(cell, engine, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vect
     return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
-@torch.library.custom_op("fusedlstm::step_fwd", mutates_args=())
+@differentiable.op("fusedlstm::step_fwd")
 def step_fwd(
     cell: str,
     input: Tensor,  # [B, I]
@@ -192,7 +193,7 @@ def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engi
     return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@torch.library.custom_op("fusedlstm::recompute", mutates_args=())
+@differentiable.op("fusedlstm::recompute")
 def recompute(
     cell: str,
     engine: str,
@@ -285,6 +286,12 @@ class RecurrenceFunction(torch.autograd.Function):
         return output, h, c.to(cx.dtype), gates, c_seq, borders, products
 
     @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return differentiable.by_sample(
+            functools.partial(differentiable.apply, RecurrenceFunction), info, in_dims, *arguments
+        )
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.cell, ctx.engine, ctx.directions, ctx.clip, ctx.save, wants_c_seq = inputs[:6]
         *layout, seed, ctx.rates, ctx.place, input, hx, cx, preact_0 = inputs[6:16]
@@ -294,6 +301,14 @@ class RecurrenceFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         kept = (gates, c_seq, products) if ctx.save == "gates" else (borders, None, None)
         ctx.save_for_backward(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[16:])
+        ctx.save_for_forward(*layout, seed, input, hx, cx, preact_0, *inputs[16:])
+
+    @staticmethod
+    def tangents(ctx, *tangents):
+        *tables, seed = ctx.saved_tensors[:4]
+        call = _specified(ctx, Layout(*tables), Noise(seed, ctx.rates, ctx.place), clip=None)
+        output, h_n, c_n, c_seq = differentiable.tangents(call, ctx.saved_tensors[4:], tangents[12:])
+        return output, h_n, c_n, None, c_seq if ctx.wants_c_seq else None, None, None
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
@@ -304,9 +319,9 @@ class RecurrenceFunction(torch.autograd.Function):
         if not ctx.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-        if torch.is_grad_enabled() or _any_batched(grads):  # create_graph=True: the gradients must be differentiable
-            tensors = (input, hx, cx, preact_0, *parameters)
-            return *[None] * 12, *_differentiable_gradients(ctx, tensors, needs, grads, layout, noise)
+        if differentiable.wanted(grads):
+            tensors, call = (input, hx, cx, preact_0, *parameters), _specified(ctx, layout, noise, ctx.clip)
+            return *[None] * 12, *differentiable.gradients(call, tensors, needs, grads)
         per_direction = _per_direction(parameters, ctx.directions)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         gradients = ParameterGradients(ctx.cell, per_direction, _per_direction(needs[4:], ctx.directions))
@@ -385,9 +400,22 @@ def layer(
     hx, cx = state[0], _stacked(state)
     flat = [p for direction in parameters for p in direction]
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        output, h_n, c_n, _, c_seq, *_ = RecurrenceFunction.apply(
-            cell, engine, len(parameters), clip, save, wants_c_seq, *layout, *noise, input, hx, cx, preact_0, *flat
+    if differentiable.followed(tensors):
+        output, h_n, c_n, _, c_seq, *_ = differentiable.apply(
+            RecurrenceFunction,
+            cell,
+            engine,
+            len(parameters),
+            clip,
+            save,
+            wants_c_seq,
+            *layout,
+            *noise,
+            input,
+            hx,
+            cx,
+            preact_0,
+            *flat,
         )
     else:
         output, h_n, c_n, _, c_seq, _ = _block_fwd(
@@ -623,24 +651,16 @@ def _of_block(layout: Layout, noise: Noise, steps: slice, batch: int) -> tuple[L
     return layout.of_steps(steps.start, steps.stop), noise.of_steps(steps.start * batch)
 
 
-def _any_batched(grads) -> bool:
-    """Whether gradients come many at once (`is_grads_batched`), for which a custom op has no rule."""
-    if torch.compiler.is_compiling():
-        return False
-    is_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
-    return any(g is not None and any(f(g) for f in is_batched) for g in grads)
-
-
-def _differentiable_gradients(ctx, tensors, needs, grads, layout, noise):
-    """The gradients through the specification, in operations that autograd can differentiate again."""
+def _specified(ctx, layout: Layout, noise: Noise, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The specification, in operations that autograd can differentiate again; returns what has gradients."""
 
     def call(input, hx, cx, preact_0, *parameters):
         per_direction = _per_direction(parameters, ctx.directions)
         preact_x = _input_product(ctx.cell, input, per_direction, preact_0, layout)
         weight_hh, taken = [p[1] for p in per_direction], vectors(ctx.cell, per_direction)
         output, h_n, c_n, _, c_seq = reference.recurrence_fwd(
-            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=ctx.clip, vectors=taken, noise=noise
+            ctx.cell, preact_x, weight_hh, hx, cx, layout, clip=clip, vectors=taken, noise=noise
         )
         return output, h_n, c_n, c_seq.to(_state_dtype(c_seq.dtype))
 
-    return differentiable.gradients(call, tensors, needs, grads)
+    return call

@@ -17,7 +17,7 @@ The step and its backward are those of `fusedlstm.equations`; everything here is
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, heads, parameters
+from fusedlstm import cells, differentiable, heads, parameters
 from fusedlstm.equations import EQUATIONS
 from fusedlstm.layout import DENSE, Layout, spans
 from fusedlstm.noise import NO_NOISE, Noise
@@ -31,16 +31,25 @@ def steps_of(T: int, direction: int) -> range:
 
 
 class _ClipGradient(torch.autograd.Function):
-    """x, whose gradient is kept within -limit and limit."""
+    """x, whose gradient is kept within -limit and limit; a tangent is no gradient, and passes."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x, limit):
-        ctx.limit = limit
+    def forward(x, limit):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.limit = inputs
 
     @staticmethod
     def backward(ctx, grad):
         return grad.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def tangents(ctx, tangent, _):
+        return tangent.view_as(tangent)
 
 
 def _cut(layout: Layout, steps: list[tuple[int, int]], t: int, direction: int) -> Tensor | None:
@@ -128,7 +137,7 @@ def recurrence_fwd(
             lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
             entered = tuple(s[:n] for s in state)
             if clip is not None:
-                entered = tuple(_ClipGradient.apply(s, clip) for s in entered)
+                entered = tuple(differentiable.apply(_ClipGradient, s, clip) for s in entered)
             if cut is not None:
                 entered = _where(~cut, entered, 0.0)
             h = entered[0] if factors is None else entered[0] * factors[d, :n]

@@ -70,6 +70,8 @@ def schedule(
     if input.device.type != "cpu":
         return "stack"
     if cell != "lstm":
+        if batch_sizes is not None and torch.compiler.is_compiling():  # no graph is for some lengths
+            return "loop"
         return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
     if batch_sizes is None:
         batch = input.size(0 if batch_first else 1)
@@ -77,7 +79,7 @@ def schedule(
         return "step" if steps == 1 and few and proj_size == 0 else "stack"
     if proj_size > 0:
         return "stack"
-    if dtype == torch.float64 or torch.compiler.is_compiling():  # oneDNN has none; no graph is for some lengths
+    if dtype == torch.float64 or torch.compiler.is_compiling():  # oneDNN has none; as above
         return "loop"
     if steps >= SHORTEST_RUN * len(torch.unique_consecutive(batch_sizes)):
         return "runs"

@@ -5,7 +5,8 @@ So a stack of L layers waits T + L - 1 times for an exchange and not L * T times
 is not rounded in between. Kernels only; one direction, and nothing between the layers.
 """
 
-from functools import partial
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fusedlstm.precision import product
 from fusedlstm.recurrence import _input_product, _stacked, _state_dtype, loop_bwd, loop_fwd
 
 
-@torch.library.custom_op("fusedlstm::wave_fwd", mutates_args=())
+@differentiable.op("fusedlstm::wave_fwd")
 def wave_fwd(
     cell: str,
     preact_x: Tensor,  # [1, T, B, G*H] or packed [1, R, G*H]: the first layer's
@@ -61,7 +62,7 @@ def wave_fwd(
         c_seq = torch.stack(c_seq, 1) if save_states else c_seq[0]
         return torch.stack(output), torch.cat(h_n), torch.cat(c_n, 1), gates, c_seq
 
-    at = partial(failures.where, hx.device, failures.as_wave(cell), preact_x.dtype, weight_hh[:1], hx, layout)
+    at = functools.partial(failures.where, hx.device, failures.as_wave(cell), preact_x.dtype, weight_hh[:1], hx, layout)
     return failures.attempt(engine, at, kernels, loop)
 
 
@@ -75,7 +76,7 @@ def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, firs
     return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@torch.library.custom_op("fusedlstm::wave_bwd", mutates_args=())
+@differentiable.op("fusedlstm::wave_bwd")
 def wave_bwd(
     cell: str,
     grad_output: Tensor | None,  # [T, B, H] or packed [R, H]: of the last layer
@@ -120,7 +121,7 @@ def wave_bwd(
         grad_preact, grad_hx, grad_cx = zip(*reversed(found), strict=True)
         return torch.stack(grad_preact), torch.cat(grad_hx), torch.cat(grad_cx, 1)
 
-    at = partial(failures.where, hx.device, failures.as_wave(cell), gates.dtype, weight_hh[:1], hx, layout)
+    at = functools.partial(failures.where, hx.device, failures.as_wave(cell), gates.dtype, weight_hh[:1], hx, layout)
     return failures.attempt(engine, at, kernels, loop)
 
 
@@ -139,12 +140,27 @@ class WaveFunction(torch.autograd.Function):
         return _forward(cell, engine, input, hx, cx, _per_layer(parameters, layers), layout, True)
 
     @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return differentiable.by_sample(
+            functools.partial(differentiable.apply, WaveFunction), info, in_dims, *arguments
+        )
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.cell, ctx.engine, ctx.layers, ctx.clip, wants_c_seq, *layout, input, hx, cx = inputs[:11]
+        ctx.cell, ctx.engine, ctx.layers, ctx.clip, ctx.wants_c_seq, *layout, input, hx, cx = inputs[:11]
         h, _, _, gates, c_seq = output
-        ctx.mark_non_differentiable(*([gates] if wants_c_seq else [gates, c_seq]))
+        ctx.mark_non_differentiable(*([gates] if ctx.wants_c_seq else [gates, c_seq]))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*layout, input, hx, cx, h, gates, c_seq, *inputs[11:])
+        ctx.save_for_forward(*layout, input, hx, cx, *inputs[11:])
+
+    @staticmethod
+    def tangents(ctx, *tangents):
+        call = _specified(ctx, Layout(*ctx.saved_tensors[:3]), clip=None)
+        output, h_n, c_n, c_seq = differentiable.tangents(call, ctx.saved_tensors[3:], tangents[8:])
+        # Of every layer but the last nothing is returned.
+        output, c_seq = (_of_last(x, dim, ctx.layers) for dim, x in ((0, output), (1, c_seq)))
+        return output, h_n, c_n, None, c_seq if ctx.wants_c_seq else None
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq):
@@ -157,9 +173,10 @@ class WaveFunction(torch.autograd.Function):
             grad_output if grad_output is None else grad_output[-1],
             grad_c_seq if grad_c_seq is None else grad_c_seq[:, -1],
         )
-        if torch.is_grad_enabled():  # create_graph=True: the gradients themselves must be differentiable
-            grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-            return *[None] * 8, *_differentiable_gradients(ctx, (input, hx, cx, *saved[9:]), needs, grads, layout)
+        grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
+        if differentiable.wanted(grads):
+            call = _specified(ctx, layout, ctx.clip)
+            return *[None] * 8, *differentiable.gradients(call, (input, hx, cx, *saved[9:]), needs, grads)
         layers = [
             ParameterGradients(ctx.cell, [p], [n])
             for p, n in zip(parameters, _per_layer(needs[3:], ctx.layers), strict=True)
@@ -226,9 +243,9 @@ def stack(
     """All layers over a sequence, differentiable in every tensor; returns as `recurrence.layer` does, of the last layer."""
     hx, cx = state[0], _stacked(state)
     flat = [p for layer in parameters for p in layer]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (input, hx, cx, *flat)):
-        output, h_n, c_n, _, c_seq = WaveFunction.apply(
-            cell, engine, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
+    if differentiable.followed((input, hx, cx, *flat)):
+        output, h_n, c_n, _, c_seq = differentiable.apply(
+            WaveFunction, cell, engine, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
         )
     else:
         output, h_n, c_n, _, c_seq = _forward(cell, engine, input, hx, cx, parameters, layout, False, wants_c_seq)
@@ -246,6 +263,11 @@ def _per_layer(parameters, layers: int) -> list:
     return [parameters[k * count : (k + 1) * count] for k in range(layers)]
 
 
+def _of_last(x: Tensor, dim: int, layers: int) -> Tensor:
+    """`x` as the last along an axis of layers, of which the others are zero."""
+    return torch.stack([*[torch.zeros_like(x)] * (layers - 1), x], dim)
+
+
 def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
     """weight_ih [L-1, G*H, H] and what is added to its product [L-1, G*H] of the layers above the first."""
     weight_ih = stacked([p[0] for p in parameters[1:]])
@@ -254,15 +276,15 @@ def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Ten
     return weight_ih, stacked([input_bias(cell, p) for p in parameters[1:]])
 
 
-def _differentiable_gradients(ctx, tensors, needs, grads, layout):
-    """The gradients through the specification, in operations that autograd can differentiate again."""
+def _specified(ctx, layout: Layout, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The specification, in operations that autograd can differentiate again; returns what has gradients, of the last layer."""
 
     def call(x, hx, cx, *flat):
         h_n, c_n = [], []
         for k, own in enumerate(_per_layer(flat, ctx.layers)):
-            x, h, c, c_seq = reference.layer(ctx.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], layout, clip=ctx.clip)
+            x, h, c, c_seq = reference.layer(ctx.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], layout, clip=clip)
             h_n.append(h)
             c_n.append(c)
         return x, torch.cat(h_n), torch.cat(c_n, 1), c_seq.to(_state_dtype(c_seq.dtype))
 
-    return differentiable.gradients(call, tensors, needs, grads)
+    return call

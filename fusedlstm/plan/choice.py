@@ -163,11 +163,16 @@ def beside_cudnn(
     limits: DeviceLimits,
     precision: str = "tf32",
     training: bool = True,
+    layout: str = "dense",
+    proj_size: int = 0,
 ) -> tuple[float, float]:
-    """Predicted microseconds a step of the kernels and of cuDNN (`cost.cudnn_step_us`), dense; training: of both passes."""
+    """Predicted microseconds a step of the kernels and of cuDNN (`cost.cudnn_step_us`); training: of both passes.
+
+    Of a packed batch, that of a step that all sequences have. Of a projection the kernels know nothing (docs/lstm.md).
+    """
     ours = cudnn = 0.0
     for pass_ in ("fwd", "bwd") if training else ("fwd",):
         sizes = (batch, hidden, dtype, directions, limits, pass_, precision)
-        ours += plan(cell, 1, *sizes).step_us
-        cudnn += costs.cudnn_step_us(cell, *sizes, saves=training)
+        ours += plan(cell, 1, *sizes, layout).step_us
+        cudnn += costs.cudnn_step_us(cell, *sizes, saves=training, proj_size=proj_size)
     return ours, cudnn

@@ -198,20 +198,24 @@ def cudnn_step_us(
     precision: str = "tf32",
     *,
     saves: bool = True,
+    proj_size: int = 0,
 ) -> float:
     """A step of cuDNN's standard algorithm: one product and one pointwise kernel, each at least a launch.
 
     product   = max(launch_us, operations / GEMM_EFFICIENCY of the matrix rate, weights / l2_tbps or memory_tbps)
     pointwise = max(launch_us, bytes of gates and states / memory_tbps)
 
-    Directions run one after another. cuDNN's kernels for small H (192 forward, 128 backward) and its persistent kernels for
+    With a projection of h to P the product is of P values a row, and a second one, of H and P, follows the pointwise kernel. Directions run one after another. cuDNN's kernels for small H (192 forward, 128 backward) and its persistent kernels for
     float16 are faster than this; a measured choice (`fusedlstm.tune`) knows of them.
     """
     item, gates = ITEMSIZE[dtype], cells.CELLS[cell].num_gates
-    weights = gates * hidden * hidden * item
+    factors = [(gates * hidden, proj_size or hidden), *([(proj_size, hidden)] if proj_size else [])]
+    weights = sum(n * k for n, k in factors) * item
     bandwidth = limits.memory_tbps if weights * directions > limits.l2_bytes else limits.l2_tbps
     rate = _matrix_rate(dtype, precision, limits) * GEMM_EFFICIENCY
-    product = max(limits.launch_us, 2 * batch * gates * hidden * hidden / (rate * 1e6), weights / (bandwidth * 1e6))
+    product = sum(
+        max(limits.launch_us, 2 * batch * n * k / (rate * 1e6), n * k * item / (bandwidth * 1e6)) for n, k in factors
+    )
     moved = batch * hidden * _unit_bytes(cell, item, pass_, saves)
     return directions * (product + max(limits.launch_us, moved / (limits.memory_tbps * 1e6)))
 

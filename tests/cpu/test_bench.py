@@ -443,7 +443,8 @@ def test_measuring_on_a_make_believe_gpu(make_believe, monkeypatch):
     assert list(samples.ms) == ["torch", "fusedlstm"] and "not permitted" in refused["eager"]
 
 
-def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(("sms", "widest"), [(132, 128), (108, 64), (40, 32), (7, 2)])
+def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, capsys, sms, widest):
     """Every group as on a GPU, with launches that take no time and leave what the exchange must leave."""
     from bench import ceilings
 
@@ -456,7 +457,8 @@ def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, cap
 
     def machine():
         made = ceilings.Machine.__new__(ceilings.Machine)
-        made.gpu, made.device, made.sms, made.matrix, made.copy_mib, made.steps = True, "cpu:0", 132, 16, 1, (1, 101)
+        made.gpu, made.device, made.sms, made.matrix, made.copy_mib, made.steps = True, "cpu:0", sms, 16, 1, (1, 101)
+        made.l2_bytes = 1 << 20
         return made
 
     monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None, raising=False)
@@ -472,11 +474,15 @@ def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, cap
     measured = rows.read(tmp_path / "r.csv")
     told = {(r["metric"], r["shape"], r["provider"]): r for r in measured}
     assert len(told) < len(measured)  # dtypes
-    assert {shape for metric, shape, _ in told if metric == "barrier"} == {f"P{n}" for n in (1, 2, 8, 32, 64, 128)}
+    assert {shape for metric, shape, _ in told if metric == "barrier"} == {
+        f"P{n}" for n in (1, 2, 8, 32, 64, 128) if n <= widest
+    }
     assert {shape for metric, shape, _ in told if metric == "launch"} == {"host", "device", "cooperative", "graph"}
     assert len([r for r in measured if r["metric"] == "step_matmul"]) == 3
-    assert float(told["barrier", "P128", "counter"]["p50"]) == pytest.approx(10)
-    assert expected.rates(measured)["barrier", "P8"] == pytest.approx(10)
+    assert float(told["barrier", f"P{widest}", "counter"]["p50"]) == pytest.approx(10)
+    assert expected.rates(measured)["barrier", "P2"] == pytest.approx(10)
+    found = ceilings.beside_constants(measured)[1]
+    assert set(found) == set(ceilings.MEASURED_AS) and found["barrier_us"] == found["exchange_us"] == pytest.approx(10)
     printed = capsys.readouterr().out
     assert "barrier_us" in printed and printed.count("as constants: {") == 2, "the last group may not come to its end"
     assert printed.index("as constants: {") < printed.index("exchange ")
@@ -490,6 +496,19 @@ def test_ceilings_of_a_make_believe_gpu(make_believe, monkeypatch, tmp_path, cap
     assert (
         "FAILED barriers: RuntimeError: exchange of 1 programs, by data False: wrong numbers" in capsys.readouterr().out
     )
+
+
+def test_a_loop_that_does_not_fit_is_left_out(monkeypatch, capsys):
+    import dataclasses
+
+    from bench import ceilings
+    from fusedlstm import launch
+    from fusedlstm.devices import DEVICES
+
+    monkeypatch.setattr(launch, "device_limits", lambda index: dataclasses.replace(DEVICES["sm_80"], num_sms=2))
+    machine = SimpleNamespace(gpu=False, loop_steps=(1, 2), loop_sizes=((128, 8192),))
+    assert list(ceilings.loops(machine)) == []
+    assert "loop of B128 H8192: skipped, " in capsys.readouterr().out
 
 
 def test_rehearsal(tmp_path):
@@ -525,6 +544,78 @@ def test_rehearsal(tmp_path):
     assert all(r["device"] and r["torch"] and r["commit"] and r["date"] and r["protocol"] for r in measured)
     assert all(float(r["p50"]) > 0 for r in measured)
     assert done.stdout.rstrip().splitlines()[-1].startswith(f"{len(measured)} rows; ")
+
+
+def test_nothing_of_a_part_outlives_it(tmp_path):
+    """Neither what a process that ended has started, nor does one that cannot be killed keep the run waiting."""
+    child = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    running = gpu.Running(gpu.Part("ends", [sys.executable, "-c", child], 20.0, "log.txt"), 20.0, tmp_path)
+    outcome = running.end()
+    assert outcome.verdict == gpu.PASSED
+    state = Path(f"/proc/{int(outcome.line)}/stat")
+    deadline = time.monotonic() + 5
+    while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    running = gpu.Running(gpu.Part("stays", [sys.executable, "-c", ""], 20.0, "log.txt"), 20.0, tmp_path)
+    process, waits = running.process, []
+
+    def wait(timeout=None):
+        waits.append(timeout)
+        raise subprocess.TimeoutExpired("stays", timeout)
+
+    running.process = SimpleNamespace(pid=process.pid, wait=wait)
+    outcome = running.end(0.1)
+    process.wait(20)
+    assert outcome.verdict == gpu.FAILED and "it is still there" in outcome.line
+    assert waits == [0.1, gpu.KILL_S]
+    assert gpu._output(sys.executable, "-c", "print(1)") == "1\n" and gpu._output("/no/such/program") == ""
+
+
+def test_a_run_that_dies_keeps_its_rows(tmp_path, monkeypatch):
+    path = tmp_path / "r.csv"
+    writer = rows.Writer(path)
+    writer.write(row())
+
+    def die(self, rows):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(csv.DictWriter, "writerows", die)
+        writer.close()
+    assert len(rows.read(path)) == 1
+    rows.Writer(path).close()
+    assert len(rows.read(path)) == 1 and [p.name for p in tmp_path.iterdir()] == ["r.csv"]
+
+
+def test_a_row_always_says_which_code_made_it(tmp_path, monkeypatch):
+    """Of a copy without git, also within the repository of somebody else: by its sources, which are the same in every copy."""
+    for folder in ("one", "two"):
+        for name in ("fusedlstm/a.py", "kernels/b.py", "bench/c.py", "fusedlstm/measured.json"):
+            file = tmp_path / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(name)
+    one, two = tmp_path / "one", tmp_path / "two"
+    (two / "fusedlstm" / "kernels").symlink_to("../kernels")
+    for name in ("bench/results/x.json", "fusedlstm/__pycache__/a.py", "fusedlstm/.cache/a.py", "bench/notes.txt"):
+        (two / name).parent.mkdir(parents=True, exist_ok=True)
+        (two / name).write_text("no source")
+    told = environment.digest(one)
+    assert re.fullmatch("[0-9a-f]{10}", told) and environment.digest(two) == told
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(environment, "ROOT", one)
+    environment.commit.cache_clear()
+    assert environment.commit() == (f"tree-{told}", "unknown")
+    for name in ("fusedlstm/a.py", "kernels/b.py", "bench/c.py", "fusedlstm/measured.json"):
+        (two / name).write_text("changed")
+        assert environment.digest(two) != told
+        (two / name).write_text(name)
+    monkeypatch.undo()
+    environment.commit.cache_clear()
+    sha, dirty = environment.commit()
+    assert re.fullmatch("[0-9a-f]{10}|tree-[0-9a-f]{10}", sha) and dirty in ("true", "false", "unknown")
+    environment.commit.cache_clear()
 
 
 def test_a_broken_part_stops_no_other(tmp_path, monkeypatch, capsys):

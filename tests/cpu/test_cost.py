@@ -175,6 +175,19 @@ def test_cudnn_is_launch_bound_where_it_is_small():
     assert ours < cudnn
 
 
+def test_cudnn_multiplies_twice_with_a_projection():
+    """A second launch where all is small; where products count, they are of the projected size."""
+    sizes = ("bf16", 1, SM_90, "fwd")
+    assert cost.cudnn_step_us("lstm", 1, 64, *sizes, proj_size=32) == 3 * SM_90.launch_us
+    whole, half = (cost.cudnn_step_us("lstm", 4096, 4096, *sizes, proj_size=p) for p in (0, 2048))
+    pointwise = cost.cudnn_step_us("lstm", 4096, 4096, *sizes) - 2 * 4096 * 4 * 4096**2 / (
+        0.7 * SM_90.half_tflops * 1e6
+    )
+    assert half - pointwise == pytest.approx((whole - pointwise) * (0.5 + 0.125))  # 4H x P, and P x H
+    ours = {plan.beside_cudnn("lstm", 64, 512, "bf16", 1, SM_90, proj_size=p)[0] for p in (0, 128)}
+    assert len(ours) == 1
+
+
 def test_every_constant_has_a_source():
     fields = {f.name for f in dataclasses.fields(DeviceLimits)}
     words = {"arch", "name", "warp_size", "wide_mma", "weights_in_registers", "measured"}

@@ -259,10 +259,27 @@ def test_without_a_measurement_cudnn_must_be_clearly_faster(monkeypatch):
         monkeypatch.setattr("fusedlstm.plan.beside_cudnn", lambda *args, times=times: times)
         assert engines.predicted(CALL, 0)[0] == expected
     monkeypatch.setattr("fusedlstm.plan.beside_cudnn", lambda *args: (9.0, 1.0))
-    assert engines.predicted(CALL._replace(layout="packed"), 0)[0] == "triton"
-    assert engines.predicted(CALL._replace(proj_size=3), 0)[0] == "triton"
+    assert engines.predicted(CALL._replace(layout="ragged"), 0)[0] == "triton"
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
     assert engines.predicted(CALL, 0) == ("triton", "this cuDNN has no bfloat16")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_and_projected_calls_are_compared_with_cudnn_too(training, monkeypatch):
+    """Where the dense kernels are predicted to be far slower, packed ones and those of a projection are: the loop is the same."""
+    from fusedlstm import launch
+    from fusedlstm.devices import DEVICES
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])
+    small, large = (CALL._replace(batch=b, hidden=h, training=training) for b, h in ((4, 64), (128, 2048)))
+    for change in ({}, {"layout": "packed"}, {"proj_size": 16}, {"layout": "packed", "proj_size": 16}):
+        assert engines.predicted(small._replace(**change), 0)[0] == "triton", change
+        assert engines.predicted(large._replace(**change), 0)[0] == "torch", change
+    seen = []
+    monkeypatch.setattr("fusedlstm.plan.beside_cudnn", lambda *args: seen.append(args) or (1.0, 1.0))
+    engines.predicted(large._replace(layout="packed", proj_size=16), 0)
+    assert seen == [("lstm", 128, 2048, "bf16", 1, DEVICES["sm_90"], "tf32", training, "packed", 16)]
 
 
 class OnGPU(torch.Tensor):

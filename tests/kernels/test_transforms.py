@@ -1,0 +1,28 @@
+"""Every transform of torch over calls that the kernels serve, layers as a wave among them: the numbers of the specification."""
+
+import pytest
+import torch
+import transforms
+
+from fusedlstm import launch
+from support import assert_accurate
+
+
+@pytest.fixture
+def waves(monkeypatch):
+    """Layers of a stack share a launch."""
+    monkeypatch.setattr(launch, "layers_together", lambda cell, like, hx, layers, *_: layers)
+
+
+@pytest.mark.parametrize(("path", "case"), transforms.pairs(transforms.CASES))
+def test_ours(device, path, case, waves):
+    found = transforms.found(path, case, "triton", torch.float32, device)
+    same_dtype, exact = (transforms.plain(path, case, dtype) for dtype in (torch.float32, torch.float64))
+    for k, results in enumerate(zip(found, same_dtype, exact, strict=True)):
+        assert_accurate(f"{path}, result {k}", *results)
+
+
+@pytest.mark.parametrize("name", ["lstm", "one step", "two layers"])
+def test_what_would_drop_tangents_raises(device, name, waves):
+    """Of every op of a forward."""
+    transforms.check_tangents_behind_samples(transforms.Call(transforms.CASES[name], "triton", torch.float32, device))
