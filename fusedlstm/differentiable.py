@@ -106,12 +106,15 @@ def of_graph(
 
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
     """Whether forward-mode AD follows one of the tensors: our ops would drop its tangent without a word."""
-    given = [x for x in tensors if x is not None]
     try:
-        # Where no level of forward-mode AD is open, a tensor is its own primal: one look in place of one a tensor.
-        if not given or forward_ad.unpack_dual(given[0]).primal is given[0]:
-            return False
-        return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+        for x in tensors:
+            if x is not None:
+                primal, tangent = forward_ad.unpack_dual(x)
+                if primal is x:  # as of every tensor where no level of forward-mode AD is open: one look is enough
+                    return False
+                if tangent is not None:
+                    return True
+        return False
     except RuntimeError:
         # What cannot be unpacked may have one: so in the graphs of a compiler, below autograd. But samples of vmap cannot be either, and
         # what is behind them is the affair of `tangents`.
