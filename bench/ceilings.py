@@ -30,9 +30,10 @@ import triton.language as tl
 
 from bench import environment, rows, timing
 from fusedlstm.kernels import barrier
+from fusedlstm.kernels.exchange import Exchange
 
 ROWS_OF_TILE, UNITS, ABSENT = 16, 8, -1  # a program owns 8 units of 16 rows, as the smallest resident plans do
-SPIN_LIMIT = 1 << 22
+POLLS = 1 << 22  # before a wait is an error
 LOOP_SIZES = ((16, 768), (128, 1024))  # B, H of our loops: F1 and L1; each is four kernels to compile
 STEP_SIZES = ((16, 768), (64, 512), (128, 1024), (128, 2048))  # B, H of products of one step
 PROGRAMS = (1, 2, 8, 32, 64, 128)  # of barriers and exchanges, as many as have a multiprocessor each
@@ -46,6 +47,12 @@ MEASURED_AS = {  # field of a row in the planner's table of devices -> (metric, 
     "tf32_tflops": ("matmul", "", "torch", "float32", 1.0),
     "memory_tbps": ("copy", "", "torch", "float32", 1e-3),
 }
+
+
+def exchange_of(programs: int) -> Exchange:
+    """How `programs` exchange here, with the end of a wait that the device has."""
+    asserts = triton.knobs.runtime.interpret or torch.version.hip
+    return Exchange(programs, "counter", POLLS, "" if asserts else barrier.NVIDIA_TRAP, "")
 
 
 @triton.jit
@@ -186,7 +193,7 @@ def barriers(machine: Machine):
         arrived = torch.zeros(1, dtype=torch.int32, device=machine.device)
 
         def run(n, P=P, arrived=arrived):
-            machine.launch(barrier_kernel, P, arrived, n, waits=True, SPIN_LIMIT=SPIN_LIMIT)
+            machine.launch(barrier_kernel, P, arrived, n, waits=True, EXCHANGE=exchange_of(P))
 
         steps = f"{many} steps less {few}"
         yield f"P{P}", "counter", "barrier", "us", machine.us_a_step(run, few, many, arrived.zero_), steps
@@ -202,7 +209,7 @@ def barriers(machine: Machine):
             def run(n, P=P, by_data=by_data, tiles=tiles, seen=seen, arrived=arrived):
                 constants = {"P": P, "ROWS": ROWS_OF_TILE, "UNITS": UNITS, "BY_DATA": by_data, "ABSENT": ABSENT}
                 machine.launch(
-                    exchange_kernel, P, tiles, seen, arrived, n, waits=True, SPIN_LIMIT=SPIN_LIMIT, **constants
+                    exchange_kernel, P, tiles, seen, arrived, n, waits=True, EXCHANGE=exchange_of(P), **constants
                 )
 
             values = machine.us_a_step(run, few, many, clear)

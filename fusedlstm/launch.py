@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedlstm import cells, devices, failures, precision, stepping, tuned
 from fusedlstm import plan as planning
 from fusedlstm.bound import Bound, on, words
-from fusedlstm.kernels import exchange
+from fusedlstm.kernels import barrier, exchange
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.exchange import Exchange
 from fusedlstm.kernels.norms import row_statistics_kernel
@@ -108,7 +108,7 @@ def exchange_of(plan: Plan) -> Exchange:
         GROUP=plan.group,
         PROTOCOL=plan.protocol,
         LIMIT=planning.ATTEMPT_LIMIT if by_data else planning.SPIN_LIMIT,
-        TRAP="trap; mov.b32 $0, $1;" if by_instruction else "",
+        TRAP=barrier.NVIDIA_TRAP if by_instruction else "",
         PREFETCH="prefetch.global.L2 [$1]; mov.b32 $0, 0;" if by_instruction and by_data else "",
     )
 

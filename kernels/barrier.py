@@ -13,6 +13,8 @@ No wait lasts for ever: after EXCHANGE.LIMIT polls the launch ends with an error
 import triton
 import triton.language as tl
 
+NVIDIA_TRAP = "trap; mov.b32 $0, $1;"  # `Exchange.TRAP` of a kernel that is compiled for NVIDIA
+
 
 @triton.jit
 def arrive(counter_ptr):

@@ -216,7 +216,20 @@ def test_ops_that_go_on_pass_opcheck(cell):
     torch.library.opcheck(wave.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
     output, gates = torch.randn(2, T, B, H).to(half), torch.rand(2, T, B, K * H).to(half)
     grads = output[0], None, hx, cx
-    arguments = (cell, *grads, *own[:6], output, gates, torch.rand(S, 2, T, B, H) + 1, None, None, None, None, "auto")
+    arguments = (
+        cell,
+        *grads,
+        weight_ih,
+        *own[2:6],
+        output,
+        gates,
+        torch.rand(S, 2, T, B, H) + 1,
+        None,
+        None,
+        None,
+        None,
+        "auto",
+    )
     torch.library.opcheck(wave.wave_bwd, arguments, test_utils=checks)
 
 
