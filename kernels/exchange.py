@@ -5,11 +5,11 @@
 | "counter" | the group's counter (`barrier`) | the store, a fence and an atomic; a poll; the load |
 | "data" | the very values that it needs | the store; the load |
 
-By "data", the buffer is filled before the launch with a pattern that no program ever stores: all bits one, a NaN in every
-type, and a NaN of that very pattern is stored as another one. A reader loads all of x into registers and looks for a NaN,
-which costs an instruction a register, and as long as there is one it loads again. A NaN of the user's own would be waited for,
-so every few attempts the reader looks for the pattern itself; once that is gone it takes what it loads next as it is. This
-suits an x that fits into registers: the plan decides.
+By "data", the buffer is filled before the launch with a pattern that no program ever stores: all bits one, a NaN in
+every type, and a NaN of that very pattern is stored as another one. A reader loads all of x into registers and looks
+for a NaN, which costs an instruction a register, and as long as there is one it loads again. If the user's data
+contains a NaN, the reader would keep waiting. So every few attempts it looks for the pattern itself, and once the
+pattern is gone, it accepts whatever it loads next. This protocol suits an x that fits into registers; the plan decides.
 """
 
 from dataclasses import dataclass

@@ -9,16 +9,17 @@ that, which are put together as Chan, Golub & LeVeque (1983) do it, so that noth
 backward both sums. All programs then add the same numbers in the same order, so that all have the same result to the
 last bit, the same from run to run. A group of one hands nothing.
 
-The numbers lie in two slots that take turns: exchange k of a launch's batch tile goes through slot k % 2. A number is stored
-with its tag, k + 1, in one word of 64 bits, so that a reader sees from the word itself whether it has come: one trip
-through the L2. A tag is never met twice in a slot, which begins with zeros. Nobody can write a slot that is still read:
-exchange k + 2 follows exchange k + 1, whose words every program stored after it had read those of exchange k.
+The numbers lie in two slots that take turns: exchange k of a launch's batch tile goes through slot k % 2. A number is
+stored with its tag, k + 1, in one word of 64 bits, so that a reader sees from the word itself whether it has come: one
+trip through the L2. A slot begins with zeros, and no tag occurs in it twice. No program can overwrite a slot that is
+still being read: before a program writes for exchange k + 2, it has read the words of all programs for exchange k + 1,
+and each of them stored these only after it had read exchange k.
 
-`rows`, as the functions of a cell take it, is a tuple: the group's slots, k of the next exchange, this program's number in the
-group, which units it has [1, BLOCK_H]; then mean and 1 / s, each [BLOCK_B, 1], of the recurrent product of
-this step and, backward, of its c. (Forward those of the product are taken from it whole: the tiles of single gates lie with the
-threads in such a way that sums of them would fill all registers.)
-"""
+The functions of a cell take a tuple `rows`. It holds a pointer to the group's slots, k of the next exchange, this
+program's number in the group, and the mask of its units [1, BLOCK_H]. Then follow mean and 1 / s of this step's
+recurrent product, each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of the product
+are computed before it is split into gates. The tiles of single gates are spread over the threads in such a way that
+summing them would fill all registers.) """
 
 import triton
 import triton.language as tl

@@ -1,9 +1,10 @@
-"""Which kernels the compiler is known to spill: data, written by `make kernels`, and no rule.
+"""The list of kernels that are known to spill: data that `make kernels` writes, not a rule.
 
-A kernel that keeps more than a thread's 255 registers hold moves some to memory and back at every step. Whether it does is known only
-once it is compiled. So `make kernels` compiles the plans of the field's shapes, with every version of Triton that is
-supported, and `spills.json` names those that spilled; for them a plan takes the next variant of its tiles. For other sizes
-the launch on a GPU looks, and takes the next one too (`fusedlstm.launch`).
+A thread has 255 registers. A kernel that needs more moves values to memory and back at every step; that is a spill.
+Whether a kernel spills is known only after it is compiled. So `make kernels` compiles the plans for the benchmark shapes
+(`bench/shapes.py`) with both versions of Triton that CI tests, and `spills.json` names the kernels that spilled. The
+planner then takes the next variant of the same tiles. For all other sizes the launch on a GPU checks the compiled kernel,
+and takes the next variant if it spills (`fusedlstm.launch`).
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Plans of the kernels that do all steps: tiles worth a look, and what a program with these tiles takes.
+"""Plans for the kernels that run all steps in one launch: which tiles are considered, and what a program with them needs.
 
-For every choice of schedule, tiles and protocol there are variants, which differ in how the compiler is to do it: warps, chunks of the
-reduction, chunks loaded at once. They stand in an order of preference, and the first that is not known to spill
-(`fusedlstm.plan.spills`) is the plan.
+For every choice of schedule, tiles and protocol there are variants. They compute the same, but are compiled differently:
+with another number of warps, length of the chunks of the reduction, or number of chunks loaded at once. The variants are in
+an order of preference. The plan is the first variant that is not known to spill (`fusedlstm.plan.spills`).
 """
 
 import dataclasses

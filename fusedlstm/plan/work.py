@@ -1,7 +1,8 @@
-"""What an iteration of the time loop consists of, beside its bytes and its matrix products, estimated from a plan.
+"""How many instructions, barriers, waits and rounds of loads one step of the time loop has, estimated from a plan.
 
-The estimates follow the machine code of the plans in `bench/results/kernels.csv`, whose columns have the same names
-(`fusedlstm.offline.Loop`); `tests/cpu/test_cost.py` holds both together. A loop over chunks counts as often as it runs.
+The bytes and the matrix products are counted in `fusedlstm.plan.cost`. The estimates here follow machine code:
+`bench/results/kernels.csv` has the counted numbers of every plan, in columns of the same names (`fusedlstm.offline.Loop`),
+and `tests/cpu/test_cost.py` compares the two. The body of a loop over chunks is counted once for every time that it runs.
 """
 
 import math
