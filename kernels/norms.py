@@ -19,7 +19,8 @@ The functions of a cell take a tuple `rows`. It holds a pointer to the group's s
 program's number in the group, and the mask of its units [1, BLOCK_H]. Then follow mean and 1 / s of this step's
 recurrent product, each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of the product
 are computed before it is split into gates. The tiles of single gates are spread over the threads in such a way that
-summing them would fill all registers.) """
+summing them would fill all registers.)
+"""
 
 import triton
 import triton.language as tl
