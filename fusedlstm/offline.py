@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedlstm import launch, stepping
-from fusedlstm.plan import Plan
+from fusedlstm.devices import DeviceLimits
+from fusedlstm.plan import Plan, variants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -77,6 +78,16 @@ def compile_plan(plan: Plan, **flags: bool) -> Compiled:
     more = {"CLIP", "HAS_GRAD_C_SEQ"} if masks and plan.pass_ == "bwd" else set()
     constants = launch.constants(plan, **dict.fromkeys(training | masks | more, True) | flags)
     return compile_kernel(kernel, launch.signature(plan), constants, plan.arch, **launch.options(plan))
+
+
+def compile_clean(plan: Plan, limits: DeviceLimits, **flags: bool) -> tuple[Plan, Compiled]:
+    """Compile `plan`, or the next variant of its tiles that does not spill, as a launch does; the plan itself if all do."""
+    first = compile_plan(plan, **flags)
+    for other in variants(plan, limits) if first.spill_bytes else []:
+        found = compile_plan(other, **flags)
+        if not found.spill_bytes:
+            return other, found
+    return plan, first
 
 
 def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
