@@ -52,7 +52,7 @@ MEASURED_AS = {  # field of a row in the planner's table of devices -> (metric, 
 def exchange_of(programs: int) -> Exchange:
     """How `programs` exchange here, with the end of a wait that the device has."""
     asserts = triton.knobs.runtime.interpret or torch.version.hip
-    return Exchange(programs, "counter", POLLS, "" if asserts else barrier.NVIDIA_TRAP, "")
+    return Exchange(programs, "counter", POLLS, "" if asserts else barrier.NVIDIA_TRAP, "", bool(torch.version.hip))
 
 
 @triton.jit

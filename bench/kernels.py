@@ -27,7 +27,6 @@ from fusedlstm.plan import LAYOUTS, Plan, cost, plan, spills, wave
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
 MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
-SOME_BYTES = 64  # a thread may spill on a target that nobody here tunes for
 TRITON = "3.7.1"  # of the table
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32", "fp32-ieee": "ieee"}  # name -> precision of float32 products
@@ -178,7 +177,7 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
 
 def does_spill(p: Plan, numbers: Numbers) -> bool:
     """More than the target allows, which is nothing where plans are tuned; or it does not compile at all."""
-    return numbers.regs < 0 or numbers.spill_bytes > (0 if p.arch in OTHER_LAYOUTS else SOME_BYTES)
+    return numbers.regs < 0 or numbers.spill_bytes > spills.allowed_bytes(p.arch)
 
 
 def faults(p: Plan, numbers: Numbers) -> list[str]:
@@ -222,6 +221,9 @@ def main() -> int:
     parser.add_argument("--refresh", action="store_true", help="compile only what the table does not have")
     parser.add_argument("--spills", action="store_true", help="write the list of spills, and no table")
     args = parser.parse_args()
+    if not (args.refresh or args.spills or args.target):  # of other kernels, perhaps
+        spills.FILE.write_text("[]\n")
+        spills.known.cache_clear()
     known = known_numbers(args.out, plans()) if args.refresh and args.out.exists() else {}
     rows, numbers = settle(known, {args.target} if args.target else {*(OTHER_LAYOUTS if args.spills else DEVICES)})
     distinct = {p.code: p for _, _, p in rows}

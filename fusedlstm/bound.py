@@ -37,7 +37,7 @@ class Bound:
     def __init__(self, kernel, grid: tuple[int, ...], constants: dict, options: dict, plan: str = "") -> None:
         self.kernel, self.grid, self.constants, self.options = kernel, (*grid, 1, 1)[:3], constants, options
         self.plan = plan
-        self.spills = False  # whether a thread keeps numbers in memory, once it is compiled
+        self.spill_bytes = 0  # of a thread, once it is compiled
         self._runs: dict[tuple, Callable] = {}
         if isinstance(kernel, JITFunction):
             names = [name for name in kernel.arg_names if name not in constants]
@@ -99,8 +99,9 @@ class Bound:
                 if not isinstance(compiled, CompiledKernel):  # a hook compiled it, or another thread is at it
                     return None, None
                 smem_bytes = compiled.metadata.shared
-                found = self._runs[key] = compiled[self.grid], smem_bytes
-                self.spills |= compiled.n_spills > 0
+                run = compiled[self.grid]  # loads it, and so knows its registers
+                self.spill_bytes = max(self.spill_bytes, 4 * compiled.n_spills)
+                found = self._runs[key] = run, smem_bytes
             except Exception as error:
                 self._explain(error, everything, smem_bytes, compiling=smem_bytes is None)
                 raise

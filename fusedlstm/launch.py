@@ -1,5 +1,6 @@
 """From a plan and tensors to a kernel launch: allocation, arguments, and what the compiler is told."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -110,6 +111,7 @@ def exchange_of(plan: Plan) -> Exchange:
         LIMIT=planning.ATTEMPT_LIMIT if by_data else planning.SPIN_LIMIT,
         TRAP=barrier.NVIDIA_TRAP if by_instruction else "",
         PREFETCH="prefetch.global.L2 [$1]; mov.b32 $0, 0;" if by_instruction and by_data else "",
+        ACQUIRES=plan.arch.startswith("gfx"),
     )
 
 
@@ -566,27 +568,45 @@ def _launch(plan: Plan, flags: dict[str, bool], **arguments) -> None:
         _without_spills(plan, tuple(flags.items()), device.index, arguments).launcher(arguments)()
 
 
-_clean: dict[tuple, Bound] = {}  # kernels that were compiled and looked at
+# Of kernels that were compiled and looked at: in what their launches differ from their plans.
+_variants: dict[tuple, dict] = {}
+MOST_VARIANTS = 6  # that are compiled where the first spills: each takes seconds
 
 
 def _without_spills(plan: Plan, flags: tuple[tuple[str, bool], ...], index: int | None, arguments: dict) -> Bound:
     """The kernel of a plan, or of the next variant of its tiles if the compiler spills it.
 
-    What spills is known of the sizes that `make kernels` compiles; of others it shows when they are compiled here.
+    What spills is known of the sizes that `make kernels` compiles. Of others it shows when they are compiled here.
     """
-    key = plan, flags, index
-    if key not in _clean:
-        chosen = _bound(KERNELS[plan.pass_], plan, flags)
-        chosen.launcher(arguments)  # compiles it
-        others = planning.variants(plan, device_limits(index)) if chosen.spills else []
-        for other in others:
-            bound = _bound(KERNELS[plan.pass_], other, flags)
-            bound.launcher(arguments)
-            if not bound.spills:
-                chosen = bound
-                break
-        _clean[key] = chosen
-    return _clean[key]
+    key = plan.code, flags, index
+    differs = _variants.get(key)
+    if differs is None:
+        differs = _variants[key] = _first_clean(plan, flags, index, arguments)
+    return _bound(KERNELS[plan.pass_], dataclasses.replace(plan, **differs) if differs else plan, flags)
+
+
+def _first_clean(plan: Plan, flags: tuple[tuple[str, bool], ...], index: int | None, arguments: dict) -> dict:
+    """The fields in which the first variant that does not spill differs from `plan`, or if all do the first that can be launched.
+
+    Raises:
+        LaunchError: none can be launched; the error of the plan itself.
+    """
+    chosen = refused = None
+    for p in [plan, *planning.variants(plan, device_limits(index))[:MOST_VARIANTS]]:
+        try:
+            bound = _bound(KERNELS[p.pass_], p, flags)
+            bound.launcher(arguments)  # compiles it
+        except failures.LaunchError as error:
+            refused = refused or error
+            continue
+        if bound.spill_bytes <= planning.allowed_bytes(plan.arch):
+            chosen = p
+            break
+        chosen = chosen or p
+    if chosen is None:
+        raise refused
+    fields = [field.name for field in dataclasses.fields(plan)]
+    return {name: getattr(chosen, name) for name in fields if getattr(chosen, name) != getattr(plan, name)}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -596,7 +616,7 @@ def _bound(kernel, plan: Plan, flags: tuple[tuple[str, bool], ...]) -> Bound:
 
 def _counters(plan: Plan, device: torch.device) -> Tensor:
     """One counter a recurrence, head and batch tile, at zero; else something that is not read."""
-    if plan.protocol != "counter":
+    if plan.protocol != "counter" and not (cells.CELLS[plan.cell].norms and exchange_of(plan).ACQUIRES):
         return torch.empty(2, dtype=torch.int32, device=device)
     shape = (plan.grid[2], plan.heads, plan.tiles_b, planning.COUNTER_STRIDE)
     return torch.zeros(shape, dtype=torch.int32, device=device)

@@ -174,8 +174,8 @@ def read_before(sass: str, wait: str) -> list[tuple[Instruction, Instruction]]:
         found += [(pending.pop(register), i) for register in i.read & pending.keys()]
         if i.event == "fetch":
             pending |= dict.fromkeys(i.loaded, i)
-    is_number = re.compile(r"F|STS|\w*MMA|MUFU|H[A-Z]+2")
-    return [(load, i) for load, i in found if ".64" not in load.operation or is_number.match(i.operation)]
+    of_addresses = re.compile(r"U?(IADD3|LEA|ISETP|SHF|SEL)|IMAD(\.(WIDE|X|IADD|HI|SHL)|$)|R2UR|V?IMNMX")
+    return [(load, i) for load, i in found if ".64" not in load.operation or not of_addresses.match(i.operation)]
 
 
 def _rounds(instructions: list[Instruction], event: str) -> int:

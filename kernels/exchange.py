@@ -32,8 +32,9 @@ class Exchange:
     GROUP: int  # programs that need each other's tiles
     PROTOCOL: str  # "counter" or "data"; "none": a group of one, which keeps its tile in registers
     LIMIT: int  # polls before a wait is an error
-    TRAP: str  # the instruction that ends a launch, or "" where the kernel is interpreted
+    TRAP: str  # the instruction that ends a launch, or "" for an assertion: interpreted, and on AMD
     PREFETCH: str  # the instruction that brings a line into the L2, or "" for none
+    ACQUIRES: bool  # whether a load sees what others stored only after an acquire, as on AMD
 
     @property
     def LOCAL(self) -> bool:

@@ -13,9 +13,10 @@ The numbers lie in two slots that take turns: exchange k of a launch's batch til
 stored with its tag, k + 1, in one word of 64 bits, so that a reader sees from the word itself whether it has come: one
 trip through the L2. A slot begins with zeros, and no tag occurs in it twice. No program can overwrite a slot that is
 still being read: before a program writes for exchange k + 2, it has read the words of all programs for exchange k + 1,
-and each of them stored these only after it had read exchange k.
+and each of them stored these only after it had read exchange k. On AMD, where
+a load sees what others stored only after an acquire, a counter is awaited before the words are read.
 
-The functions of a cell take a tuple `rows`. It holds a pointer to the group's slots, k of the next exchange, this
+The functions of a cell take a tuple `rows`. It holds pointers to the group's slots and to its second counter, k of the next exchange, this
 program's number in the group, and the mask of its units [1, BLOCK_H]. Then follow mean and 1 / s of this step's
 recurrent product, each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of the product
 are computed before it is split into gates. The tiles of single gates are spread over the threads in such a way that
@@ -66,7 +67,7 @@ def _of_group(
 
     Tiles of the same form as those of the cell: others would draw the whole step into a layout of their own.
     """
-    slots_ptr, _, pid, mask_h = rows[:4]
+    slots_ptr, counter_ptr, _, pid, mask_h = rows[:5]
     BLOCK_B: tl.constexpr = a.shape[0]
     BLOCK_H: tl.constexpr = mask_h.shape[1]
     GROUP: tl.constexpr = EXCHANGE.GROUP
@@ -77,6 +78,9 @@ def _of_group(
     offs_b = tl.arange(0, BLOCK_B)[:, None] * (TILES * BLOCK_H)
     tl.store(slot_ptr + offs_b + pid, _tagged(a, tag))
     tl.store(slot_ptr + SECOND + offs_b + pid, _tagged(b, tag))
+    if EXCHANGE.ACQUIRES:
+        barrier.arrive(counter_ptr)
+        barrier.wait(counter_ptr, GROUP * (k + 1), EXCHANGE)
     words_a = _no_words(BLOCK_B, BLOCK_H, TILES)
     words_b = _no_words(BLOCK_B, BLOCK_H, TILES)
     late = 1
@@ -154,13 +158,13 @@ def statistics(
     EXCHANGE: tl.constexpr,
 ):
     """mean and 1 / s of every row over all units, each [BLOCK_B, 1]."""
-    BLOCK_H: tl.constexpr = rows[3].shape[1]
-    own = COUNT * tl.minimum(H - rows[2] * BLOCK_H, BLOCK_H).to(tl.float32)
+    BLOCK_H: tl.constexpr = rows[4].shape[1]
+    own = COUNT * tl.minimum(H - rows[3] * BLOCK_H, BLOCK_H).to(tl.float32)
     mean = tl.sum(tl.where(mask, x, 0.0), 1)[:, None] / own
     centred = tl.where(mask, x - mean, 0.0)
     square = tl.sum(centred * centred, 1)[:, None]
     if EXCHANGE.GROUP > 1:
-        means, squares = _of_group(mean, square, rows, rows[1] + AT, EXCHANGE)
+        means, squares = _of_group(mean, square, rows, rows[2] + AT, EXCHANGE)
         weighted = ()
         sizes = ()
         for q in tl.static_range(len(means)):
@@ -187,14 +191,14 @@ def normalised_bwd(
     EXCHANGE: tl.constexpr,
 ):
     """dx, a tuple of COUNT tiles; zero where there is no unit."""
-    mask = rows[3]
+    mask = rows[4]
     products = ()
     for k in tl.static_range(COUNT):
         products = products + (dn[k] * n[k],)
     a = _row_sum(dn, mask, COUNT)
     b = _row_sum(products, mask, COUNT)
     if EXCHANGE.GROUP > 1:
-        all_a, all_b = _of_group(a, b, rows, rows[1] + AT, EXCHANGE)
+        all_a, all_b = _of_group(a, b, rows, rows[2] + AT, EXCHANGE)
         a = _all_rows_sum(all_a)
         b = _all_rows_sum(all_b)
     a = a / (COUNT * H)

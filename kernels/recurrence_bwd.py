@@ -32,6 +32,7 @@ from fusedlstm.kernels.tiles import (
     clamp_tuple,
     fetch_state,
     fetch_tuple,
+    keep_units,
     load_state,
     load_tuple,
     round_tuple,
@@ -85,7 +86,7 @@ def recurrence_bwd_kernel(
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
     exchanged_ptr,  # [R, D*KEPT*HP]  grad_preact with aligned rows, for the group; used if HP > H
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart; used by "counter"
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and for norms on AMD a second
     sums_ptr,  # [D, batch tiles, 4, BLOCK_B, SUMS]  int64, zero: what a step's norms exchange; used if NORMS
     # sizes
     T,
@@ -359,7 +360,7 @@ def recurrence_bwd_kernel(
                     dstepped, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S
                 )
             if NORMS:
-                rows = (slots_ptr, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
+                rows = (slots_ptr, counter_ptr + 16, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
                 if HOLDS:
                     norm = norm[:2] + statistics(state[1], mask_h[None, :], 1, rows, -1, H, EXCHANGE)
                 dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop, rows + norm, H, EXCHANGE)
@@ -377,13 +378,18 @@ def recurrence_bwd_kernel(
                 dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(KEPT, BLOCK_B, BLOCK_H), KEPT)
             mask_store = rows_store[:, None] & mask_h[None, :]
             if APART:
-                mask_group = rows_store[:, None] & (unit < DHP)[None, :]  # where there is no unit, the weights are zero
-                publish(later_ptr, offs_group, mask_group, HP, dpreact_all, KEPT, counter_ptr, EXCHANGE)
+                mask_group = rows_store[:, None] & (unit < DHP)[None, :]
+                # A cell may make anything of no unit, and zero weights times NaN are NaN.
+                aligned = keep_units(dpreact_all, mask_h, KEPT)
+                publish(later_ptr, offs_group, mask_group, HP, aligned, KEPT, counter_ptr, EXCHANGE)
                 store_tuple(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, 0, KEPT)
             else:
                 publish(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, KEPT, counter_ptr, EXCHANGE)
             if LOCAL:
-                dpreact = round_tuple(dpreact_all[FIRST:], weight_ptr, G)
+                left = dpreact_all[FIRST:]
+                if DH < BLOCK_H:
+                    left = keep_units(left, mask_h, G)
+                dpreact = round_tuple(left, weight_ptr, G)
             mask_later = mask_t
             first_row = prev_row
             sequences = sequences_prev

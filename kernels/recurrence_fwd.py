@@ -38,6 +38,7 @@ from fusedlstm.kernels.tiles import (
     add_tuple,
     as_float32,
     fetch_tuple,
+    keep_units,
     load_state,
     load_tuple,
     select_tuple,
@@ -88,7 +89,7 @@ def recurrence_fwd_kernel(
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
     entering_ptr,  # [R, D*HP]  h of every step times its factor, for the group; used if APART
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart; used by "counter"
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and for norms on AMD a second
     sums_ptr,  # [D, batch tiles, 4, BLOCK_B, SUMS]  int64, zero: what a step's norms exchange; used if NORMS
     # sizes
     T,
@@ -265,11 +266,13 @@ def recurrence_fwd_kernel(
                 entering = state
                 if DROPS_H:
                     entering = (state[0] * factor,)
+                if DH < BLOCK_H:  # a cell may make anything of no unit, and zero weights times NaN are NaN
+                    entering = keep_units(entering, mask_h, 1)
                 acc = local_product(entering, w, DOT)
             else:
                 acc = awaited_product(counter_ptr, GROUP * step, p_h, mask_x, ~begins, w, DOT, EXCHANGE)
             if NORMS:
-                rows = (slots_ptr, 2 * step, pid_h, mask_h[None, :])
+                rows = (slots_ptr, counter_ptr + 16, 2 * step, pid_h, mask_h[None, :])
                 norm = statistics(acc, mask_n[None, :], G, rows, 0, H, EXCHANGE)
             preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
             if RESETS and not LOCAL:  # what was exchanged is not cut; a mask there would cost more registers
@@ -313,10 +316,12 @@ def recurrence_fwd_kernel(
             h_ptr = exchanged_ptr + row_seq * HP
             stride_h = side_by_side * HP
             mask_store = rows_store[:, None] & mask_h[None, :]
-            mask_publish = rows_store[:, None] & (unit < DHP)[None, :]  # where there is no unit, the weights are zero
+            mask_publish = rows_store[:, None] & (unit < DHP)[None, :]
             published = stepped
             if DROPS_H:
                 published = (stepped[0] * factor,)
+            if HP > H:
+                published = keep_units(published, mask_h, 1)
             publish(h_ptr, offs_exchanged, mask_publish, 0, published, 1, counter_ptr, EXCHANGE)
             if APART:
                 store_tuple(output_ptr + row_seq * H, offs_seq, mask_store, 0, stepped, 0, 1)

@@ -117,6 +117,19 @@ def select_tuple(
 
 
 @triton.jit
+def keep_units(
+    tiles_in,
+    mask_h,  # [BLOCK_H]
+    COUNT: tl.constexpr,
+):
+    """Tile by tile, zero where there is no unit."""
+    tiles = ()
+    for k in tl.static_range(COUNT):
+        tiles = tiles + (tl.where(mask_h[None, :], tiles_in[k], 0.0),)
+    return tiles
+
+
+@triton.jit
 def add_tuple(a, b, COUNT: tl.constexpr):
     """Tile by tile, a + b; COUNT may be zero."""
     tiles = ()

@@ -31,7 +31,7 @@ LOOP = {
     "factor": ("DROPS_H", "D, B, H", "f32"),
     "gates": ("SAVE_GATES", "R, D * KEPT * H", "x"),
     "c_seq": ("SAVE_STATES", "S, R, D * H", "f32"),
-    "arrived": ("EXCHANGE.PROTOCOL == 'counter'", "D, heads, tiles, 32", "i32"),
+    "arrived": ("EXCHANGE.PROTOCOL == 'counter' or (NORMS and EXCHANGE.ACQUIRES)", "D, heads, tiles, 32", "i32"),
     "sums": ("NORMS and not EXCHANGE.LOCAL", "D, tiles, 4, BLOCK_B, SUMS", "i64"),
 }
 STEP = {

@@ -132,6 +132,24 @@ MUTANTS = {
         "        if False:\n",
         "tests/compiled/test_critical_path.py",
     ),
+    "the gradient of h is fetched after the wait": (
+        "kernels/recurrence_bwd.py",
+        "            if DROPS_H:\n                dh_recurrent = dh_recurrent * factor\n",
+        "            grad_output = fetch_tuple(grad_ptr, offs_grad_output, mask_grad, 0, 1)\n",
+        "tests/compiled/test_critical_path.py",
+    ),
+    "norms: nothing is acquired on AMD": (
+        "fusedlstm/launch.py",
+        'ACQUIRES=plan.arch.startswith("gfx")',
+        "ACQUIRES=False",
+        "tests/compiled/test_norms_compile.py",
+    ),
+    "aligned rows: what is no unit is published": (
+        "kernels/recurrence_fwd.py",
+        "published = keep_units(published, mask_h, 1)",
+        "published = published",
+        "tests/kernels/test_cells.py",
+    ),
     "what was fetched is read before the wait": (
         "kernels/recurrence_fwd.py",
         "            fetched = fetch_tuple(preact_ptr + preact_row * GH, offs_preact, mask, H, G)\n",

@@ -21,6 +21,7 @@ a choice measured by `fusedlstm.tune` overrides it.
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, plan, step_plan, step_plans, wave
 from fusedlstm.plan.explain import explain
 from fusedlstm.plan.one_launch import ATTEMPT_LIMIT, COUNTER_STRIDE, LAYOUTS, SPIN_LIMIT, Plan, PlanError
+from fusedlstm.plan.spills import allowed_bytes
 from fusedlstm.plan.time_loop import variants
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "SPIN_LIMIT",
     "Plan",
     "PlanError",
+    "allowed_bytes",
     "beside_cudnn",
     "candidates",
     "explain",

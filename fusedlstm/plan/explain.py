@@ -36,7 +36,7 @@ def explain(
             f"{p.num_warps} warps each; {p.walked} batch tile(s) a group, one after another",
             f"  shared memory  at most {p.smem_bytes / 1024:.0f} of {limits.smem_bytes >> 10} KiB; "
             f"about {p.regs} registers a thread",
-            f"  synchronised   {p.barriers_per_step} barrier(s) a step, protocol {p.protocol}",
+            f"  synchronised   {p.barriers_per_step} exchange(s) a step, protocol {p.protocol}",
             f"  predicted      {c.step:.2f} us a step, set by {c.limit}; {c.total / 1000:.3f} ms in all "
             "(an ordering of candidates, not a measurement)",
             f"                 wait {c.wait:.2f}, operand {c.operand:.2f}, product {c.product:.2f}, issue "

@@ -137,7 +137,7 @@ class Plan:
         tiles = f"{self.block_b}x{self.block_h}x{self.block_k}"
         form = f"{'T' if self.transposed else ''} split {self.split} ahead {self.ahead} stages {self.stages}"
         precision = "ieee" if self.dtype == "fp32" and self.precision == "ieee" else self.dtype
-        layout = "wave" if self.stack else self.layout
+        layout = f"{'wave ' if self.stack else ''}{self.layout}"
         return (
             f"{self.arch} {self.cell} {self.pass_} {precision} H {self.hidden}/{self.heads} {layout} {self.schedule} "
             f"{self.protocol} {tiles}{form} warps {self.num_warps}"
@@ -170,7 +170,7 @@ class Plan:
 
     @property
     def norms_per_step(self) -> int:
-        """Exchanges of sums, by a counter whatever the protocol."""
+        """Exchanges of sums, by words with tags whatever the protocol; backward with zoneout there is one more."""
         return 2 if cells.CELLS[self.cell].norms and not self.local else 0
 
     @property

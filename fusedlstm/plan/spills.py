@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fusedlstm.plan.one_launch import Plan
 
+TUNED_FOR = ("sm_80", "sm_90")
 FILE = Path(__file__).parent / "spills.json"
 
 
@@ -24,3 +25,8 @@ def known() -> frozenset[str]:
 
 def spills(p: Plan) -> bool:
     return p.code in known()
+
+
+def allowed_bytes(arch: str) -> int:
+    """What a thread may spill: nothing where plans are tuned, a little elsewhere."""
+    return 0 if arch in TUNED_FOR else 64

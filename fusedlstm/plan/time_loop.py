@@ -144,21 +144,26 @@ def _aheads(of: Problem, t: Tiling, num_warps: int, block_k: int) -> list[int]:
         return [1]
     threads = num_warps * of.limits.warp_size
     most = AHEAD_REGISTERS * 4 * threads // (t.block_b * block_k * of.itemsize)
-    chunks = of.product(t.block_h)[1] // block_k + 1
-    return sorted({max(1, min(most, chunks) >> k) for k in range(3)}, reverse=True)
+    most = max(1, min(most, _count_of_chunks(of, t, block_k)))
+    return sorted({max(1, most >> k) for k in range(3)}, reverse=True)
+
+
+def _count_of_chunks(of: Problem, t: Tiling, block_k: int) -> int:
+    reduction = of.product(t.block_h)[1]
+    segment = _segment(of, t, reduction)
+    return reduction // segment * math.ceil(segment / block_k)
 
 
 def _fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
     """The plan with these tiles, or None if it does not fit."""
     limits, itemsize = of.limits, of.itemsize
     local = t.schedule == "single"
-    columns, reduction = of.product(t.block_h)
+    columns, _ = of.product(t.block_h)
     group = 1 if local else math.ceil(of.head / t.block_h)
     group_of_heads = group * of.heads
     if not local and group_of_heads * of.directions > limits.num_sms:
         return None
-    segment = _segment(of, t, reduction)
-    chunks = reduction // segment * math.ceil(segment / v.block_k)
+    chunks = _count_of_chunks(of, t, v.block_k)
     threads = v.num_warps * limits.warp_size
     chunk_bytes = t.block_b * v.block_k * itemsize
     at_once = chunks if t.protocol == "data" or (local and of.pass_ == "bwd") else v.ahead

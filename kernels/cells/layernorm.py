@@ -21,13 +21,13 @@ from fusedlstm.kernels.norms import normalised_bwd, statistics
 
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop, rows, H: tl.constexpr, EXCHANGE: tl.constexpr):
-    mean, rstd = rows[4:]
+    mean, rstd = rows[5:]
     i = sigmoid(preact_x[0] + vectors[0] * ((preact_h[0] - mean) * rstd))
     f = sigmoid(preact_x[1] + vectors[1] * ((preact_h[1] - mean) * rstd))
     g = tanh(preact_x[2] + vectors[2] * ((preact_h[2] - mean) * rstd))
     o = sigmoid(preact_x[3] + vectors[3] * ((preact_h[3] - mean) * rstd))
     c = f * state[1] + i * (g * drop)
-    mean, rstd = statistics(c, rows[3], 1, rows, 1, H, EXCHANGE)
+    mean, rstd = statistics(c, rows[4], 1, rows, 1, H, EXCHANGE)
     m = tanh(vectors[4] * ((c - mean) * rstd) + vectors[5])
     return (i, f, g, o, m) + preact_h, (o * m, c)
 
@@ -51,7 +51,7 @@ def step_bwd(
     EXCHANGE: tl.constexpr,
 ):
     i, f, g, o, m = gates[:5]
-    mean_u, rstd_u, mean_c, rstd_c = rows[4:]
+    mean_u, rstd_u, mean_c, rstd_c = rows[5:]
     dh = dstate[0]
     dm = dh * o * (1.0 - m * m)
     n_c = (state[1] - mean_c) * rstd_c

@@ -54,7 +54,7 @@ def test_a_kernel_that_spills_makes_room_for_the_next_variant(claimed_gpu, monke
         return 1, 1, 255, 8 if len(loaded) <= spilled else 0, 1024
 
     monkeypatch.setattr(claimed._Utils, "load_binary", load_binary)
-    monkeypatch.setattr(launch, "_clean", {})
+    monkeypatch.setattr(launch, "_variants", {})
     launch._bound.cache_clear()
     limits = DEVICES["sm_90"]
     p = plan("lstm", 3, 16, hidden, "bf16", 1, limits, "fwd", protocol="counter")

@@ -49,3 +49,12 @@ def test_row_statistics(hidden):
     options = {"num_warps": constants.pop("num_warps")}
     types = {"gates_ptr": "*bf16", "c_seq_ptr": "*fp32", "statistics_ptr": "*fp32", "D": "i32"}
     assert offline.compile_kernel(row_statistics_kernel, types, constants, "sm_90", **options).spill_bytes == 0
+
+
+@pytest.mark.parametrize("pass_", ["fwd", "bwd"])
+def test_on_amd_the_words_are_awaited_by_a_counter(pass_):
+    """A load there sees only the L2 of its own die until an acquire: three of them a step, and as many releases."""
+    p = plan("layernorm", 100, 64, 256, "bf16", 1, DEVICES["gfx942"], pass_)
+    assert p.group > 1
+    found = offline.compile_plan(p).asm["amdgcn"]
+    assert len(re.findall(r"buffer_inv sc1", found)) >= 3 and len(re.findall(r"buffer_wbl2 sc1", found)) >= 3

@@ -15,7 +15,7 @@ from bench.shapes import BY_ID
 from fusedlstm import cells, offline
 from fusedlstm.devices import DEVICES
 from fusedlstm.equations import EQUATIONS
-from fusedlstm.plan import plan
+from fusedlstm.plan import plan, spills
 
 ROWS = kernels.rows_of(kernels.RESULTS)
 
@@ -57,7 +57,7 @@ def test_the_family_compiles(cell, pass_):
     assert numbers[2] <= p.smem_bytes
     noises = {"DROPS_CANDIDATE": True, "DROPS_H": True, "TRAINING": True}
     noises |= {"HOLDS": True} if EQUATIONS[cell].update else {}
-    assert offline.compile_plan(p, **noises).spill_bytes <= kernels.SOME_BYTES
+    assert offline.compile_plan(p, **noises).spill_bytes <= spills.allowed_bytes("sm_120")
 
 
 def test_the_committed_table_is_of_these_plans():

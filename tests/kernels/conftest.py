@@ -47,4 +47,4 @@ def fresh_launches():
 
     for kept in (launch._bound, stepping._cached_bound):
         kept.cache_clear()
-    launch._clean.clear()
+    launch._variants.clear()

@@ -8,9 +8,12 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fusedlstm import cells, launch, reference
 from fusedlstm.equations import EQUATIONS
+from fusedlstm.kernels.cells import STEPS, Steps
 from fusedlstm.noise import NO_NOISE, Noise
 from grids import WHOLE, pairwise
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
@@ -123,3 +126,36 @@ def test_the_grid_has_every_pair():
         values = list(AXES.values())
         assert {(case[a], case[b]) for case in found} == set(itertools.product(values[a], values[b]))
     assert len(found) < 60
+
+
+@triton.jit
+def sign(preact_x, preact_h, state, vectors, drop):
+    x = preact_x[0] + preact_h[0]
+    h = x / tl.abs(x)  # of nothing, which is zero, a NaN
+    return (h,), (h,)
+
+
+@triton.jit
+def sign_bwd(gates, state_prev, state, dstate, vectors, drop):
+    return (dstate[0] / gates[0],), (tl.zeros_like(dstate[0]),)
+
+
+@pytest.mark.parametrize("protocol", ["counter", "data"])
+@pytest.mark.parametrize("H", [12, 9, 17])
+def test_what_a_cell_makes_of_no_unit_reaches_nobody(device, monkeypatch, protocol, H):
+    """Rows are padded to 16 bytes, and programs have units beyond H. Two or three programs against one, which has no padding."""
+    monkeypatch.setitem(STEPS, "rnn_tanh", Steps(sign, sign_bwd))
+    inputs = recurrence_inputs(3, 4, H, 1, torch.float32, device, cell="rnn_tanh")
+    results = []
+    for options in ({"schedule": "single"}, {"block_h": 8, "protocol": protocol}):
+        fwd, bwd = (tiled(p, 4, H, "fp32", cell="rnn_tanh", precision="ieee", **options) for p in ("fwd", "bwd"))
+        output, h_n, c_n, gates, c_seq = launch.recurrence_fwd(
+            "rnn_tanh", **inputs, save_gates=True, save_states=True, plan=fwd
+        )
+        own = {k: v for k, v in inputs.items() if k != "preact_x"}
+        saved = {"output": output, "gates": gates, "c_seq": c_seq}
+        grads = launch.recurrence_bwd("rnn_tanh", torch.ones_like(output), None, h_n, c_n, **own, **saved, plan=bwd)
+        results.append((output, h_n, grads[0], grads[1]))
+    for alone, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+        assert together.isfinite().all()
