@@ -95,8 +95,10 @@ def _variants(of: Problem, t: Tiling) -> Iterator[Variant]:
                     yield Variant(transposed, split, num_warps, block_k, ahead)
 
 
-def _warps(of: Problem, t: Tiling, columns: int, split: bool) -> tuple[int, int]:
+def _warps(of: Problem, t: Tiling, columns: int, split: bool) -> tuple[int, ...]:
     """Eight where the tile of the dot or of the cell is large, or a chunk is split; and the other number next."""
+    if t.schedule == "resident" and t.block_b == 64:
+        return (4,)  # two groups of warps would share the columns of a matrix instruction, and take twice the registers
     if of.ieee and of.pass_ == "bwd":
         large = t.block_h > 8
     elif of.cell != "lstm" and t.schedule != "streamed":
@@ -130,7 +132,7 @@ def _chunks(of: Problem, t: Tiling, columns: int, transposed: bool, split: bool,
     padded = {size: K // segment * math.ceil(segment / size) * size for size in sizes}
     least = min(padded.values())
     sizes = [size for size in sizes if padded[size] <= (1 + PADDING) * least]
-    return sizes[:1] if t.schedule == "streamed" else sizes[:3]
+    return sizes[:1] if t.schedule == "streamed" else sizes[:2]
 
 
 def _segment(of: Problem, t: Tiling, reduction: int) -> int:
