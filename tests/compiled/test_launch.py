@@ -6,9 +6,10 @@ compiles is what `offline` compiles.
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from bench import claimed
-from fusedlstm import launch, offline
+from fusedlstm import failures, launch, offline
 from fusedlstm.devices import DEVICES
 from fusedlstm.plan import plan, variants
 
@@ -68,4 +69,31 @@ def test_a_kernel_that_spills_makes_room_for_the_next_variant(claimed_gpu, monke
     assert len(metadata) == 2 and len({m.hash for m in metadata}) == 1, "looked for once"
     assert metadata[0].num_warps == chosen.num_warps
     assert metadata[0].shared == offline.compile_plan(chosen, SAVE_GATES=True, SAVE_STATES=True).smem_bytes
+    launch._bound.cache_clear()
+
+
+def test_a_variant_that_is_refused_is_passed_over(claimed_gpu, monkeypatch):
+    """The plan spills and its first variant does not fit: the second is taken. If nothing can be launched, it is an error."""
+    limits = DEVICES["sm_90"]
+    p = plan("lstm", 3, 16, 304, "bf16", 1, limits, "fwd", protocol="counter")
+    expected = [p, *variants(p, limits)]
+    answers = ["spills", "refused", "clean"]
+
+    def load_binary(self, name, kernel, shared, device):
+        answer = answers.pop(0) if answers else "refused"
+        if answer == "refused":
+            raise OutOfResources(1, 0, "shared memory")
+        return 1, 1, 255, 8 if answer == "spills" else 0, 1024
+
+    monkeypatch.setattr(claimed._Utils, "load_binary", load_binary)
+    monkeypatch.setattr(launch, "_variants", {})
+    launch._bound.cache_clear()
+    launch.recurrence_fwd("lstm", *tensors(3, 16, 304, 1, torch.bfloat16), save_gates=True, save_states=True, plan=p)
+    (launched,) = claimed_gpu
+    assert launched[0].shared == offline.compile_plan(expected[2]).smem_bytes
+    assert launched[0].num_warps == expected[2].num_warps
+    with pytest.raises(failures.LaunchError, match="shared memory"):
+        other = plan("lstm", 3, 16, 312, "bf16", 1, limits, "fwd", protocol="counter")
+        given = tensors(3, 16, 312, 1, torch.bfloat16)
+        launch.recurrence_fwd("lstm", *given, save_gates=True, save_states=True, plan=other)
     launch._bound.cache_clear()
