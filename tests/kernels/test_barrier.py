@@ -12,18 +12,18 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the in
 
 
 @triton.jit
-def wait_for_nobody(counter_ptr, target, LIMIT: tl.constexpr, TRAP: tl.constexpr):
+def wait_for_nobody(counter_ptr, target, EXCHANGE: tl.constexpr):
     tl.atomic_add(counter_ptr, 0)
 
 
 @triton.jit
-def wait_for_one_too_few(counter_ptr, target, LIMIT: tl.constexpr, TRAP: tl.constexpr):
+def wait_for_one_too_few(counter_ptr, target, EXCHANGE: tl.constexpr):
     while tl.atomic_add(counter_ptr, 0) < target - 1:
         pass
 
 
 @triton.jit
-def wait_for_one_too_many(counter_ptr, target, LIMIT: tl.constexpr, TRAP: tl.constexpr):
+def wait_for_one_too_many(counter_ptr, target, EXCHANGE: tl.constexpr):
     while tl.atomic_add(counter_ptr, 0) < target + 1:
         pass
 
