@@ -570,7 +570,6 @@ def _launch(plan: Plan, flags: dict[str, bool], **arguments) -> None:
 
 # Of kernels that were compiled and looked at: in what their launches differ from their plans.
 _variants: dict[tuple, dict] = {}
-MOST_VARIANTS = 6  # that are compiled where the first spills: each takes seconds
 
 
 def _without_spills(plan: Plan, flags: tuple[tuple[str, bool], ...], index: int | None, arguments: dict) -> Bound:
@@ -592,7 +591,7 @@ def _first_clean(plan: Plan, flags: tuple[tuple[str, bool], ...], index: int | N
         LaunchError: none can be launched; the error of the plan itself.
     """
     chosen = refused = None
-    for p in [plan, *planning.variants(plan, device_limits(index))[:MOST_VARIANTS]]:
+    for p in [plan, *planning.variants(plan, device_limits(index))]:
         try:
             bound = _bound(KERNELS[p.pass_], p, flags)
             bound.launcher(arguments)  # compiles it

@@ -6,6 +6,7 @@ an order of preference. The plan is the first variant that is not known to spill
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from fusedlstm.plan.spills import spills
 
 DATA_REGISTERS = 96  # of a thread, at most, for what is awaited by data: all of it is loaded at once
 AHEAD_REGISTERS = 64  # the same for chunks that are loaded at once after a wait by counter
+MOST_VARIANTS = 6  # of a tiling
 PADDING = 1 / 8  # of a reduction, at most, if shorter chunks have less
 
 
@@ -40,7 +42,7 @@ class Variant(NamedTuple):
 
 def fitting(of: Problem) -> list[Plan]:
     """All that fit and compile, in no order: of every tiling the first variant that does not spill."""
-    by_tiling = [plans for t in _tilings(of) if (plans := [p for v in _variants(of, t) if (p := _fit(of, t, v))])]
+    by_tiling = [plans for t in _tilings(of) if (plans := _plans(of, t))]
     clean = [p for plans in by_tiling if (p := next((p for p in plans if not spills(p)), None))]
     return clean or [plans[0] for plans in by_tiling]
 
@@ -50,10 +52,15 @@ def variants(p: Plan, limits: DeviceLimits) -> list[Plan]:
     batch, directions = p.tiles_b * p.block_b, p.grid[2]
     sizes = (p.cell, batch, p.hidden, p.dtype, directions, limits, p.pass_, p.precision, p.layout, p.heads, p.stack)
     of, tiling = Problem(*sizes), Tiling(p.schedule, p.block_b, p.block_h, p.protocol)
-    found = [q for v in _variants(of, tiling) if (q := _fit(of, tiling, v))]
+    found = _plans(of, tiling)
     codes = [q.code for q in found]
     after = found[codes.index(p.code) + 1 :] if p.code in codes else []
     return [dataclasses.replace(q, grid=p.grid, tiles_b=p.tiles_b, step_us=p.step_us) for q in after]
+
+
+def _plans(of: Problem, t: Tiling) -> list[Plan]:
+    """Of a tiling, in the order of preference: few, since where several spill the others do, too."""
+    return [*itertools.islice((p for v in _variants(of, t) if (p := _fit(of, t, v))), MOST_VARIANTS)]
 
 
 def _tilings(of: Problem) -> Iterator[Tiling]:
