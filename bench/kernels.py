@@ -175,9 +175,14 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
     return f"{predicted:.4g}", f"{cost.bound(p.cell, *sizes).step:.4g}"
 
 
-def does_spill(p: Plan, numbers: Numbers) -> bool:
-    """More than the target allows, which is nothing where plans are tuned; or it does not compile at all."""
-    return numbers.regs < 0 or numbers.spill_bytes > spills.allowed_bytes(p.arch)
+def is_unfit(p: Plan, numbers: Numbers) -> bool:
+    """It spills more than the target allows, which is nothing where plans are tuned; or it does not compile, or to a trap."""
+    return numbers.regs < 0 or numbers.spill_bytes > spills.allowed_bytes(p.arch) or _lost_matrix(p, numbers)
+
+
+def _lost_matrix(p: Plan, numbers: Numbers) -> bool:
+    """Whether a product has no matrix instruction though there is one for it."""
+    return numbers.mma == "none" and p.block_b > 1 and not (p.dtype == "fp32" and p.precision == "ieee")
 
 
 def faults(p: Plan, numbers: Numbers) -> list[str]:
@@ -186,11 +191,11 @@ def faults(p: Plan, numbers: Numbers) -> list[str]:
     if regs < 0:
         return [f"does not compile: {mma}"]
     found = []
-    if does_spill(p, numbers):
+    if spill_bytes > spills.allowed_bytes(p.arch):
         found.append(f"spills {spill_bytes} bytes a thread")
     if smem_bytes > p.smem_bytes:
         found.append(f"{smem_bytes} bytes of shared memory, {p.smem_bytes} expected at most")
-    if mma == "none" and p.block_b > 1 and not (p.dtype == "fp32" and p.precision == "ieee"):
+    if _lost_matrix(p, numbers):
         found.append("no matrix instruction")
     rows = p.columns if p.transposed else p.block_b
     if p.arch == "sm_90" and rows >= 64 and p.precision != "ieee" and not mma.startswith("HGMMA"):
@@ -207,7 +212,7 @@ def settle(numbers: dict[str, Numbers], targets: set[str]) -> tuple[list[tuple[s
         rows = [(s, d, p) for s, d, p in plans() if p.arch in targets]
         distinct = {p.code: p for _, _, p in rows}
         numbers |= compile_all({code: p for code, p in distinct.items() if code not in numbers})
-        found = {code for code, p in distinct.items() if does_spill(p, numbers[code])} - spills.known()
+        found = {code for code, p in distinct.items() if is_unfit(p, numbers[code])} - spills.known()
         if not found:
             return rows, numbers
         spills.FILE.write_text(json.dumps(sorted(spills.known() | found), indent=0) + "\n")
