@@ -210,9 +210,9 @@ def loop_instructions(sass: str) -> list[Instruction]:
     blocks, after = _blocks(sass)
     loops = sorted(_loops(after), key=lambda loop: sum(len(blocks[k]) for k in loop[1]))
     for header, body in loops:
-        if _has(blocks, body, "STG", "BAR") and any(_has(blocks, body, name) for name in ("HMMA", "HGMMA", "FFMA")):
+        if _has(blocks, body, "STG", "BAR") and _multiplies(blocks, body):
             polls = [x for x in loops if x[1] < body and _has(blocks, x[1], "LDG") and not _has(blocks, x[1], "STG")]
-            polls = [x for x in polls if not any(_has(blocks, x[1], name) for name in ("HMMA", "HGMMA", "FFMA"))]
+            polls = [x for x in polls if not _multiplies(blocks, x[1])]
             rare = {k for h, inner in polls for k in inner - {h} if _can_avoid(after, h, inner, k)}
             rare = {k for k in rare if any(i.event == "exchange" for i in blocks[k])}
             return [i for k in _in_order(after, header, body) if k not in rare for i in blocks[k]]
@@ -286,6 +286,10 @@ def _can_avoid(after: list[set[int]], header: int, body: set[int], block: int) -
         seen |= new
         left += new
     return False
+
+
+def _multiplies(blocks: list[list[Instruction]], body: set[int]) -> bool:
+    return any(re.match(r"\w*MMA|FFMA", i.operation) for k in body for i in blocks[k])
 
 
 def _has(blocks: list[list[Instruction]], body: set[int], *names: str) -> bool:
