@@ -9,6 +9,7 @@ import torch
 import fusedlstm
 from fusedlstm import bound, cells, devices, engines, failures, launch, recurrence, reference, wave
 from fusedlstm.equations import EQUATIONS
+from fusedlstm.plan.time_loop import MOST_VARIANTS
 from fusedlstm.noise import NO_NOISE, Noise
 from grids import pairwise
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, without_padding
@@ -243,10 +244,13 @@ def only_waves(tried):
 
 def test_by_name_it_is_an_error_every_time(kernels_chosen, tried):
     module = fusedlstm.LSTM(5, 6, backend="triton")
-    for times in (1, 2):
+    counts = []
+    for _ in range(2):
         with pytest.raises(failures.LaunchError, match="no room"):
             module(torch.randn(4, 3, 5))
-        assert len(tried) == times
+        counts.append(len(tried))
+    # Each call tries the plan and the variants of its tiles, and is refused anew.
+    assert 0 < counts[0] <= MOST_VARIANTS and counts[1] == 2 * counts[0]
     assert not failures._failed
 
 
