@@ -9,8 +9,8 @@ import torch
 import fusedlstm
 from fusedlstm import bound, cells, devices, engines, failures, launch, recurrence, reference, wave
 from fusedlstm.equations import EQUATIONS
-from fusedlstm.plan.time_loop import MOST_VARIANTS
 from fusedlstm.noise import NO_NOISE, Noise
+from fusedlstm.plan.time_loop import MOST_VARIANTS
 from grids import pairwise
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, without_padding
 
