@@ -22,7 +22,7 @@ setup(
     packages=[*find_packages(include=["fusedlstm", "fusedlstm.*"]), "fusedlstm.kernels", "fusedlstm.kernels.cells"],
     # A top-level package called `kernels` would overwrite Hugging Face's.
     package_dir={"fusedlstm.kernels": "kernels"},
-    package_data={"fusedlstm": ["measured.json", "plan/spills.json"]},
+    package_data={"fusedlstm": ["plan/measured.json", "plan/spills.json"]},
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "demo": DEMO,

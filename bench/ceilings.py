@@ -154,7 +154,7 @@ class Machine:
             kernel[(programs,)](*args, **constants, **options)
 
     def _side_by_side(self):
-        from fusedlstm import interpreter
+        from fusedlstm.engines import interpreter
 
         return interpreter.side_by_side(seed=0, yield_on_memory=True)
 
@@ -221,7 +221,8 @@ def barriers(machine: Machine):
 
 def loops(machine: Machine):
     """A step of our own loops, forward and backward, by each protocol of the exchange; both must give the same numbers."""
-    from fusedlstm import launch, plan
+    from fusedlstm import plan
+    from fusedlstm.engines import launch
 
     limits = launch.device_limits(torch.cuda.current_device() if machine.gpu else None)
     few, many = machine.loop_steps
@@ -254,7 +255,7 @@ def loops(machine: Machine):
 
 def _loop(machine: Machine, B: int, H: int, T: int, forward_plan, backward_plan):
     """Functions that launch the forward and the backward loop of T steps on random data."""
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     generator = torch.Generator().manual_seed(0)
 
@@ -370,7 +371,7 @@ GROUPS = {"products": products, "reads": reads, "launches": launches, "barriers"
 
 def constants() -> tuple[str, dict]:
     """The planner's own row for this device: its name, and field -> value."""
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     limits = launch.device_limits(torch.cuda.current_device() if torch.cuda.is_available() else None)
     return limits.name, {name: getattr(limits, name, None) for name in MEASURED_AS}

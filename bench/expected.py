@@ -70,7 +70,8 @@ def predicted(shape: Shape, dtype: str, mode: str, device: str, provider: str) -
 
     if provider == "fusedlstm-auto" or (device == "cpu" and not (engines.interpreting() and provider != "fusedlstm")):
         return None
-    from fusedlstm import launch, plan
+    from fusedlstm import plan
+    from fusedlstm.engines import launch
 
     limits = launch.device_limits(torch.cuda.current_device() if device == "cuda" else None)
     options = {"layout": "packed" if shape.lengths else "ragged" if shape.resets else "dense"}

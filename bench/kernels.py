@@ -22,8 +22,8 @@ from rich.table import Table
 
 from bench.shapes import BY_ID, SHAPES, Shape
 from fusedlstm import cells
-from fusedlstm.devices import DEVICES
 from fusedlstm.plan import LAYOUTS, Plan, cost, plan, spills, wave
+from fusedlstm.plan.devices import DEVICES
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
 MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
@@ -130,7 +130,7 @@ def layout(p: Plan) -> str:
 
 def compile_numbers(p: Plan) -> Numbers:
     """Of one plan, or the error in words."""
-    from fusedlstm import offline
+    from fusedlstm.engines import offline
 
     try:
         c = offline.compile_plan(p)

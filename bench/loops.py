@@ -96,7 +96,7 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
     """All sides, forward and backward; each gives all gradients."""
     import torch
 
-    from fusedlstm import cells, recurrence
+    from fusedlstm import autograd, cells
 
     of, bound = cells.CELLS[cell], H**-0.5
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
         return lambda: torch.autograd.grad(forward(x), [x, *parameters], grad)
 
     calls = {name: both(rival) for name, rival in rivals(cell, parameters).items()}
-    return calls | {"ours": both(lambda x: recurrence.layer(cell, x, states, [parameters], "torch")[0])}
+    return calls | {"ours": both(lambda x: autograd.layer(cell, x, states, [parameters], "torch")[0])}
 
 
 def main(arguments=None) -> None:

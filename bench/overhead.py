@@ -1,6 +1,6 @@
 """What the host pays: `python -m bench.overhead`, on a CPU.
 
-First `fusedlstm.LSTM` over `torch.nn.LSTM` where both run ATen. Then a launch of a kernel of ours, as `fusedlstm.bound` does it
+First `fusedlstm.LSTM` over `torch.nn.LSTM` where both run ATen. Then a launch of a kernel of ours, as `fusedlstm.engines.bound` does it
 and as Triton's `kernel[grid](...)` does, down to a driver that launches nothing: what the driver itself takes comes on top of
 both. The two take turns, and in turns go first; medians over all rounds.
 """
@@ -15,10 +15,10 @@ from torch import nn
 
 import fusedlstm
 from bench.claimed import DRIVER
-from fusedlstm import launch
-from fusedlstm.bound import Bound
-from fusedlstm.devices import DEVICES
-from fusedlstm.tuned import Problem, candidates
+from fusedlstm.engines import launch
+from fusedlstm.engines.bound import Bound
+from fusedlstm.plan.devices import DEVICES
+from fusedlstm.plan.tuned import Problem, candidates
 
 
 def rounds(calls: dict, count: int) -> dict[str, list[float]]:

@@ -230,11 +230,13 @@ def _serves_kernels(shape, dtype, device):
 def _where_auto_is_torch(shape, dtype, device, mode):
     import torch
 
-    from fusedlstm import engines, functional, launch, tuned
+    from fusedlstm import engines
+    from fusedlstm.engines import aten, launch
+    from fusedlstm.plan import tuned
 
     if not _on_gpu(device):
         return "needs a GPU: elsewhere it is fusedlstm"
-    if shape.heads > 1 or shape.resets or shape.T > functional.torch_engine.CUDNN_STEPS:
+    if shape.heads > 1 or shape.resets or shape.T > aten.CUDNN_STEPS:
         return "same as fusedlstm: no other engine serves"
     index = torch.device(device).index
     call = tuned.Call(

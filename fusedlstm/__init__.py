@@ -1,7 +1,9 @@
 """Fused recurrent layers for PyTorch: `fusedlstm.LSTM` in place of `torch.nn.LSTM`, and the family around it."""
 
-from fusedlstm import heads, inits, sequences
-from fusedlstm.conversion import convert, patch_torch, restore
+from fusedlstm import cells, inits, sequences
+from fusedlstm.base import Recurrent, RecurrentCell
+from fusedlstm.cells import register_cell
+from fusedlstm.conversion import convert, dense_weight, patch_torch, restore
 from fusedlstm.modules import (
     GRU,
     LSTM,
@@ -18,9 +20,7 @@ from fusedlstm.modules import (
     RNNCell,
     SLSTMCell,
 )
-from fusedlstm.recurrent import Recurrent, RecurrentCell
-from fusedlstm.registry import register_cell
-from fusedlstm.streaming import Stream
+from fusedlstm.sequences import Stream
 from fusedlstm.tuning import tune
 
 __all__ = [
@@ -42,8 +42,9 @@ __all__ = [
     "SLSTMCell",
     "Stream",
     "__version__",
+    "cells",
     "convert",
-    "heads",
+    "dense_weight",
     "inits",
     "patch_torch",
     "register_cell",

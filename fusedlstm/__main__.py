@@ -154,7 +154,8 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def run_tune(args: argparse.Namespace) -> None:
-    from fusedlstm import tables, tuned
+    from fusedlstm import tables
+    from fusedlstm.plan import tuned
 
     try:
         tuned.path()

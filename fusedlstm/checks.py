@@ -1,7 +1,6 @@
 """Every error that a user can cause. Texts and types are torch.nn's where it has one."""
 
 import importlib
-import itertools
 import numbers
 import os
 
@@ -10,14 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import cells, engines
-from fusedlstm.equations import EQUATIONS
 from fusedlstm.noise import Rates
 
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 # Whether values on a device are looked at, which waits for it.
 DEBUG = os.environ.get("FUSEDLSTM_DEBUG") == "1"
-# Of the cells that torch has; other layers are called by the name of their class.
-TORCH_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 
 def backend(value: str) -> str:
@@ -66,7 +61,7 @@ def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) 
     for name, rate in found.items():
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
             raise ValueError(f"{name}: expected a probability in [0, 1], got {rate!r}")
-    if any(both) and EQUATIONS[cell].update is None:
+    if any(both) and cells.CELLS[cell].equations.update is None:
         raise ValueError(
             f"zoneout: expected 0 for the cell {cell!r}, whose state does not follow from its gates, got {zoneout}"
         )
@@ -98,42 +93,6 @@ def cell(value: str) -> str:
     if value not in cells.CELLS:
         raise ValueError(f"cell: expected one of {', '.join(cells.CELLS)}, got {value!r}")
     return value
-
-
-def new_cell(of: cells.Cell) -> None:
-    """Check a cell of a user's own."""
-    instance("cell", of, cells.Cell)
-    if not isinstance(of.name, str) or not of.name.isidentifier():
-        raise ValueError(f"cell.name: expected a name of letters, digits and underscores, got {of.name!r}")
-    if of.name in cells.CELLS:
-        raise ValueError(f"cell.name: expected a new one, got {of.name!r}, which is taken")
-    for field in ("gates", "states", "kept", "vectors"):
-        names = getattr(of, field)
-        if not isinstance(names, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in names):
-            raise TypeError(f"cell.{field}: expected a tuple of names, got {names!r}")
-        if len({*names}) < len(names):
-            raise ValueError(f"cell.{field}: expected every name once, got {names}")
-    if not of.gates:
-        raise ValueError("cell.gates: expected at least one, got none")
-    if of.states[:1] != ("h",):
-        raise ValueError(f"cell.states: expected 'h' first, which is the output, got {of.states}")
-    if of.kept and len(of.kept) < len(of.gates):
-        raise ValueError(f"cell.kept: expected at least a block for each of the {len(of.gates)} gates, got {of.kept}")
-    places = range(len(of.gates) if of.kept else 0)
-    if not isinstance(of.x_blocks, tuple) or {*of.x_blocks} != {*places} or len(of.x_blocks) != len(places):
-        wanted = f"a place for every gate, each of 0 to {places[-1]} once" if places else "() without cell.kept"
-        raise ValueError(f"cell.x_blocks: expected {wanted}, got {of.x_blocks!r}")
-    if taken := sorted({*of.vectors} & {*PARAMETERS}):
-        raise ValueError(f"cell.vectors: expected names that the parameters of torch.nn leave, got {', '.join(taken)}")
-
-
-def functions(argument: str, given: tuple, names: tuple, needed: set[str], cls: type = object, kind: str = "") -> None:
-    """Check a tuple of functions of a class, of which those not `needed` may be None, or left out at the end."""
-    if not isinstance(given, tuple) or len(given) > len(names):
-        raise TypeError(f"{argument}: expected a tuple of {', '.join(names)}, got {given!r}")
-    for name, function in itertools.zip_longest(names, given):
-        if (name in needed or function is not None) and not (callable(function) and isinstance(function, cls)):
-            raise TypeError(f"{argument}: expected {name} to be a function{kind}, got {function!r}")
 
 
 def has_cell_states(cell: str) -> None:
@@ -199,7 +158,8 @@ def _cell_of(module) -> cells.Cell:
 
 def _name(module, of: cells.Cell, suffix: str = "") -> str:
     """What torch calls it."""
-    return TORCH_NAMES[of.name] + suffix if of.name in TORCH_NAMES else type(module).__name__
+    # Of the cells that torch has; other layers are called by the name of their class.
+    return of.aten.split("_")[0].upper() + suffix if of.aten else type(module).__name__
 
 
 def _names(states) -> list[str]:

@@ -6,12 +6,12 @@ import threading
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fusedlstm import checks
+from fusedlstm.base import Recurrent, RecurrentCell
 from fusedlstm.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from fusedlstm.recurrent import Recurrent, RecurrentCell
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, cls.__name__): cls for cls in (LSTM, LSTMCell, GRU, GRUCell, RNN, RNNCell)
@@ -145,7 +145,7 @@ def restore(model: nn.Module) -> Report:
         if why is None and any(getattr(module, "rates", ())):
             why = "torch.nn has no zoneout and no dropout inside of a step"
         if why is None and module.num_heads > 1:
-            why = "torch.nn has no heads (fusedlstm.heads.dense_weight gives the weights of a dense layer)"
+            why = "torch.nn has no heads (fusedlstm.dense_weight gives the weights of a dense layer)"
         if why is not None:
             kept[name] = why
         else:
@@ -264,3 +264,19 @@ def _why_not_stock(cls: type[nn.Module]) -> str:
 
 def _own_code(cls: type[nn.Module]) -> str:
     return f"a subclass, {cls.__name__}, with code of its own"
+
+
+def dense_weight(weight_hh: Tensor, hidden_size: int) -> Tensor:
+    """The recurrent weight of a dense layer that computes the same: [G * H, DH] -> [G * H, H], zero between heads.
+
+    Example::
+
+        lstm, dense = fusedlstm.LSTM(10, 20, num_heads=4), torch.nn.LSTM(10, 20)
+        weights = lstm.state_dict()
+        weights["weight_hh_l0"] = fusedlstm.dense_weight(weights["weight_hh_l0"], 20)
+        dense.load_state_dict(weights)
+    """
+    rows, DH = weight_hh.shape
+    head = torch.arange(hidden_size, device=weight_hh.device) // DH  # of every unit
+    same_head = (head.unsqueeze(1) == head).repeat(rows // hidden_size, 1)  # [G * H, H]
+    return weight_hh.repeat(1, hidden_size // DH).masked_fill(~same_head, 0)

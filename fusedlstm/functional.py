@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import differentiable, engines, noise, recurrence, reference, torch_engine, tuned, wave
+from fusedlstm import autograd, cells, engines, noise, transforms, wave
+from fusedlstm.engines import aten, reference
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
-from fusedlstm.parameters import has_bias, joined, stacked
-from fusedlstm.precision import product
+from fusedlstm.plan import tuned
+from fusedlstm.products import joined, product, stacked
 
 
 def stack(
@@ -42,7 +43,7 @@ def stack(
         input: any strides.
         states: before the first step, as `Cell.states` has them.
         weights: in the order of `torch.nn.LSTM._flat_weights`, then the cell's own vectors [H]; rows in the order of
-            `Cell.gates`. A weight_hh [G*H, DH] with fewer columns than h has H / DH heads (`fusedlstm.heads`).
+            `Cell.gates`. A weight_hh [G*H, DH] with fewer columns than h has H / DH heads (`fusedlstm.products`).
         batch_sizes: how many sequences have a step t, as in a PackedSequence; `input`, `states` and the results are then in
             its sorted order, and `batch_first` is ignored.
         lengths: steps of every sequence, 0 to T, and a number beyond these counts as the nearer; what follows is padding. Not
@@ -77,23 +78,23 @@ def stack(
     heads = 1 if proj_size else hidden // weights[1].size(1)
     in_steps = rates.in_steps(training)
     engine = engines.choose(backend, input.device, dtype, cell, hidden, directions, clips_projection, rows, heads)
-    if differentiable.has_tangents((input, *states, *weights)):
+    if transforms.has_tangents((input, *states, *weights)):
         engine = "reference"  # forward-mode AD: neither kernels nor ATen's layers know of tangents
     if (
         engine == "triton"
         and input.is_cuda
-        and torch_engine.has(cell)  # else there is no rival
+        and aten.has(cell)  # else there is no rival
         and engines.requested(backend) == "auto"
         and save == "gates"  # else memory is asked for, and not time
         and torch.backends.cudnn.enabled
         and not (dropout * training and num_layers > 1)  # cuDNN draws its own masks
         and not (masked or in_steps or cell_states or grad_clip is not None or torch.compiler.is_compiling())
-        and not differentiable.transformed()  # ATen's layers have no rules for them
+        and not transforms.transformed()  # ATen's layers have no rules for them
     ):
         sizes = (batch_sizes, masked, num_layers, directions, proj_size)
         call = tuned_call(cell, input, states, weights, dtype, *sizes)
         steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
-        if call is not None and 1 < steps <= torch_engine.CUDNN_STEPS:
+        if call is not None and 1 < steps <= aten.CUDNN_STEPS:
             engine, _ = engines.fastest(call, input.device.index)
     options = {
         "bias": bias,
@@ -128,18 +129,18 @@ def stack(
     ops = "auto" if engine == "triton" and engines.requested(backend) == "auto" else engine
     schedule, compute_dtype = "loop", dtype
     if engine == "torch":
-        transformed = differentiable.transformed()
+        transformed = transforms.transformed()
         if not (
             masked or in_steps or cell_states or grad_clip is not None or heads > 1 or transformed
         ):  # which ATen does not serve
-            schedule = torch_engine.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
-        compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, schedule, dense=batch_sizes is None)
+            schedule = aten.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
+        compute_dtype = aten.compute_dtype(cell, input.device, dtype, schedule, dense=batch_sizes is None)
     if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
         input, states, weights = _cast((input, states, weights), compute_dtype)
     c_seq = None
     with _autocast_off(input):
         if schedule != "loop":
-            output, states = torch_engine.stack(
+            output, states = aten.stack(
                 cell,
                 schedule,
                 input,
@@ -159,12 +160,12 @@ def stack(
             layout = _layout(input, states[0].size(1), batch_sizes, lengths, resets)
             parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
             between = dropout * training
-            one_step = recurrence.is_one_step(cell, engine, input, layout)
+            one_step = autograd.is_one_step(cell, engine, input, layout)
             if one_step and not (
-                proj_size or in_steps or cell_states or between or differentiable.followed((input, *states, *weights))
+                proj_size or in_steps or cell_states or between or transforms.followed((input, *states, *weights))
             ):
-                h, cx = states[0], recurrence._stacked(states)
-                output, h_n, c_n, _, _ = recurrence.step_fwd(
+                h, cx = states[0], autograd._stacked(states)
+                output, h_n, c_n, _, _ = autograd.step_fwd(
                     cell, input[0], h, cx, weights, directions, False, False, ops
                 )
                 output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
@@ -207,9 +208,9 @@ def tuned_call(
 ) -> tuned.Call | None:
     """What an engine is chosen for, of arguments of `stack` and the dtype of its results; None if ATen does not serve it."""
     _, batch, hidden = states[-1].shape
-    if batch == 0 or not torch_engine.has(cell) or (not proj_size and weights[1].size(1) < hidden):  # heads
+    if batch == 0 or not aten.has(cell) or (not proj_size and weights[1].size(1) < hidden):  # heads
         return None
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     return tuned.Call(
         cell=cell,
@@ -238,14 +239,14 @@ def step(
     dtype, hidden = _result_dtype(input), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
     engine = engines.choose(backend, input.device, dtype, cell, hidden, heads=heads)
-    derived = differentiable.transformed() or differentiable.has_tangents((input, *states, *weights))
-    if engine == "torch" and heads == 1 and torch_engine.has(cell) and not derived:
-        compute_dtype = torch_engine.compute_dtype(cell, input.device, dtype, "cell", dense=False)
+    derived = transforms.transformed() or transforms.has_tangents((input, *states, *weights))
+    if engine == "torch" and heads == 1 and aten.has(cell) and not derived:
+        compute_dtype = aten.compute_dtype(cell, input.device, dtype, "cell", dense=False)
         input, states, weights = _cast((input, states, weights), compute_dtype)
         with _autocast_off(input):
-            return _cast(torch_engine.cell(cell, input, states, *weights), dtype)
+            return _cast(aten.cell(cell, input, states, *weights), dtype)
     states = tuple(s.unsqueeze(0) for s in states)
-    options = {"bias": has_bias(cell, weights), "backend": backend}
+    options = {"bias": cells.CELLS[cell].has_bias(weights), "backend": backend}
     _, states, _ = stack(cell, input.unsqueeze(0), states, weights, **options)
     return tuple(s.squeeze(0) for s in states)
 
@@ -354,7 +355,7 @@ def _layer_of(
         if len(parameters) > directions:
             return wave.stack(cell, engine, x, states, parameters, layout, clip, wants_c_seq)
         drawn = regularised._replace(place=(first, 0))
-        return recurrence.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save, noise=drawn)
+        return autograd.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save, noise=drawn)
 
     def specified(x, layout, states, parameters, first, is_last):
         """The specification, projection and all; plain autograd differentiates it."""
@@ -364,7 +365,7 @@ def _layer_of(
             cell,
             x,
             states[0],
-            recurrence._stacked(states),
+            autograd._stacked(states),
             parameters,
             layout,
             weight_hr,
@@ -397,7 +398,7 @@ def _projected_layer(
     over_y = [[p[0], product(p[1], p[-1]), *p[2:-1]] for p in parameters]
     preact_0 = stacked([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
     no_y = torch.zeros_like(state[1])
-    y, (y_n, c_n), c_seq = recurrence.layer(
+    y, (y_n, c_n), c_seq = autograd.layer(
         "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, save=save, preact_0=preact_0
     )
     by_direction = zip(y.chunk(len(parameters), -1), weight_hr, strict=True)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedlstm import cells, checks, reference
+from fusedlstm import checks
+from fusedlstm.engines import reference
 
 
 class GateTrace(NamedTuple):
@@ -44,7 +45,7 @@ def gate_trace(
         TypeError: `module` is not an LSTM, or `input` is packed.
         ValueError: it has no such layer or direction. Errors of `input` and `hx` are those of `fusedlstm.LSTM`.
 
-    Precision: that of `fusedlstm.reference` in the dtype of `input`.
+    Precision: that of `fusedlstm.engines.reference` in the dtype of `input`.
     """
     checks.traced(module, input, layer, direction)
     module._update_flat_weights()
@@ -56,7 +57,7 @@ def gate_trace(
         hx = (zeros[..., : module.proj_size or module.hidden_size], zeros)
     elif input.dim() == 2:
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    cell, flat = cells.LSTM.name, module._flat_weights
+    cell, flat = "lstm", module._flat_weights
     count = len(flat) // (module.num_layers * D)
     parameters = [flat[k : k + count] for k in range(0, len(flat), count)]  # per layer and direction
     projections = [[p.pop()] if module.proj_size else None for p in parameters]  # weight_hr

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import differentiable, engines
+from fusedlstm import engines, transforms
 
 
 class Layout(NamedTuple):
@@ -199,7 +199,7 @@ class Pieces(NamedTuple):
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of `x`, none of them twice: so the gradient is a copy, and not a sum as that of an index is."""
-    return differentiable.apply(_Take, x, rows)
+    return transforms.apply(_Take, x, rows)
 
 
 def put_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from fusedlstm import checks
-from fusedlstm.recurrent import Recurrent, RecurrentCell
+from fusedlstm.base import Recurrent, RecurrentCell
 
 # nn.RNNBase and not nn.LSTM: Dynamo breaks the graph at nn.LSTM, nn.GRU and nn.RNN, and at their subclasses.
 

@@ -1,7 +1,7 @@
 """`fusedlstm.tune`: measure on the user's own GPU what the plan and the choice of an engine only predict.
 
 Nothing here runs inside a forward or a backward: a user calls `tune` once for a module and an input like those to come, and
-later calls of the same sizes, in this process or another, find the choice (`fusedlstm.tuned`).
+later calls of the same sizes, in this process or another, find the choice (`fusedlstm.plan.tuned`).
 """
 
 import contextlib
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import checks, engines, functional, tuned
-from fusedlstm.plan import PlanError
-from fusedlstm.recurrent import Recurrent, State, as_states
-from fusedlstm.tuned import Call, Problem
+from fusedlstm import checks, engines, functional
+from fusedlstm.base import Recurrent, State, as_states
+from fusedlstm.plan import PlanError, tuned
+from fusedlstm.plan.tuned import Call, Problem
 
 Timer = Callable[[dict[str, Callable[[], None]], float], dict[str, float]]
 TRIED = 3  # plans of every exchange protocol, the predicted best
@@ -57,7 +57,7 @@ def tune(
             not given, and the host's clock where the kernels are interpreted.
 
     Returns:
-        What was measured and chosen, which is also in the file `fusedlstm.tuned.path()`.
+        What was measured and chosen, which is also in the file `fusedlstm.plan.tuned.path()`.
 
     Raises:
         RuntimeError: there is no GPU, the input is not on it, the kernels cannot serve the call, or the file of choices is
@@ -74,7 +74,7 @@ def tune(
     sizes = (module.cell, module.hidden_size, 1 + bool(module.bidirectional))
     if reason := engines.why_not_triton(data.device, dtype, *sizes, heads=module.num_heads):
         raise RuntimeError(f"tune measures the kernels where they run, and cannot here: {reason}")
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     index = data.device.index if data.device.type == "cuda" else None
     timer = timer or (in_rounds(_device_ms) if index is not None else in_rounds(_host_ms))
@@ -170,7 +170,7 @@ class _Run:
 @contextlib.contextmanager
 def _trial(plans: dict):
     """Inside, loops run by `plans`; yields the problems that were asked for, in order, as keys."""
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     if launch.trial is not None:
         raise RuntimeError("tune: another tune is under way in this process")

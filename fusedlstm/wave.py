@@ -11,16 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, differentiable, failures, reference
+from fusedlstm import cells, transforms
+from fusedlstm.autograd import _input_product, _stacked, _state_dtype, loop_bwd, loop_fwd
+from fusedlstm.engines import failures, reference
+from fusedlstm.gradients import ParameterGradients
 from fusedlstm.layout import Layout
 from fusedlstm.noise import NO_NOISE
-from fusedlstm.parameter_gradients import ParameterGradients
-from fusedlstm.parameters import has_bias, input_bias, stacked, vectors
-from fusedlstm.precision import product
-from fusedlstm.recurrence import _input_product, _stacked, _state_dtype, loop_bwd, loop_fwd
+from fusedlstm.products import product, stacked
 
 
-@differentiable.op("fusedlstm::wave_fwd")
+@transforms.op("fusedlstm::wave_fwd")
 def wave_fwd(
     cell: str,
     preact_x: Tensor,  # [1, T, B, G*H] or packed [1, R, G*H]: the first layer's
@@ -44,7 +44,7 @@ def wave_fwd(
     layout = Layout(lengths, first_row, resets)
 
     def kernels():
-        from fusedlstm import launch
+        from fusedlstm.engines import launch
 
         stack, saves = launch.Stack(weight_ih, bias), {"save_gates": save_gates, "save_states": save_states}
         return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves, stack=stack)
@@ -76,7 +76,7 @@ def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, firs
     return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@differentiable.op("fusedlstm::wave_bwd")
+@transforms.op("fusedlstm::wave_bwd")
 def wave_bwd(
     cell: str,
     grad_output: Tensor | None,  # [T, B, H] or packed [R, H]: of the last layer
@@ -101,7 +101,7 @@ def wave_bwd(
     layout = Layout(lengths, first_row, resets)
 
     def kernels():
-        from fusedlstm import launch
+        from fusedlstm.engines import launch
 
         return launch.recurrence_bwd(
             cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors,
@@ -131,7 +131,7 @@ def _(cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, weight_hh, v
 
 
 class WaveFunction(torch.autograd.Function):
-    """A stack with its gradients. `parameters`: those of `fusedlstm.parameters`, per layer."""
+    """A stack with its gradients. `parameters`: those of `fusedlstm.products`, per layer."""
 
     @staticmethod
     def forward(cell, engine, layers, clip, wants_c_seq, lengths, first_row, resets, input, hx, cx, *parameters):
@@ -141,9 +141,7 @@ class WaveFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return differentiable.by_sample(
-            functools.partial(differentiable.apply, WaveFunction), info, in_dims, *arguments
-        )
+        return transforms.by_sample(functools.partial(transforms.apply, WaveFunction), info, in_dims, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -157,7 +155,7 @@ class WaveFunction(torch.autograd.Function):
     @staticmethod
     def tangents(ctx, *tangents):
         call = _specified(ctx, Layout(*ctx.saved_tensors[:3]), clip=None)
-        output, h_n, c_n, c_seq = differentiable.tangents(call, ctx.saved_tensors[3:], tangents[8:])
+        output, h_n, c_n, c_seq = transforms.tangents(call, ctx.saved_tensors[3:], tangents[8:])
         # Of every layer but the last nothing is returned.
         output, c_seq = (_of_last(x, dim, ctx.layers) for dim, x in ((0, output), (1, c_seq)))
         return output, h_n, c_n, None, c_seq if ctx.wants_c_seq else None
@@ -174,9 +172,9 @@ class WaveFunction(torch.autograd.Function):
             grad_c_seq if grad_c_seq is None else grad_c_seq[:, -1],
         )
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-        if differentiable.wanted(grads):
+        if transforms.wanted(grads):
             call = _specified(ctx, layout, ctx.clip)
-            return *[None] * 8, *differentiable.gradients(call, (input, hx, cx, *saved[9:]), needs, grads)
+            return *[None] * 8, *transforms.gradients(call, (input, hx, cx, *saved[9:]), needs, grads)
         layers = [
             ParameterGradients(ctx.cell, [p], [n])
             for p, n in zip(parameters, _per_layer(needs[3:], ctx.layers), strict=True)
@@ -189,7 +187,7 @@ class WaveFunction(torch.autograd.Function):
             torch.zeros_like(cx) if grad_c_n is None else grad_c_n,
             stacked([layers[0].in_blocks(p[0]) for p in parameters[1:]]),
             [p[1] for p in parameters],
-            vectors(ctx.cell, parameters),
+            cells.CELLS[ctx.cell].step_vectors(parameters),
             hx,
             cx,
             output,
@@ -221,7 +219,7 @@ def layers_together(
     """How many layers of a stack a launch should take: 1 where a wave does not fit or does not pay."""
     if torch.compiler.is_compiling():
         return 1  # a graph is for any batch, and the choice is not
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     hx = state[0]
     if weights[1].size(1) < hx.size(-1):
@@ -235,7 +233,7 @@ def stack(
     engine: str,  # "triton" or "auto"
     input: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, ...],  # h first, each [L, B, H]
-    parameters: list[list[Tensor]],  # per layer, as in `fusedlstm.parameters`
+    parameters: list[list[Tensor]],  # per layer, as in `fusedlstm.products`
     layout: Layout,
     clip: float | None = None,
     wants_c_seq: bool = False,
@@ -243,8 +241,8 @@ def stack(
     """All layers over a sequence, differentiable in every tensor; returns as `recurrence.layer` does, of the last layer."""
     hx, cx = state[0], _stacked(state)
     flat = [p for layer in parameters for p in layer]
-    if differentiable.followed((input, hx, cx, *flat)):
-        output, h_n, c_n, _, c_seq = differentiable.apply(
+    if transforms.followed((input, hx, cx, *flat)):
+        output, h_n, c_n, _, c_seq = transforms.apply(
             WaveFunction, cell, engine, len(parameters), clip, wants_c_seq, *layout, input, hx, cx, *flat
         )
     else:
@@ -254,7 +252,11 @@ def stack(
 
 def _forward(cell, engine, input, hx, cx, parameters, layout, save_gates, save_states=True):
     preact_x = _input_product(cell, input, parameters[:1], None, layout)
-    weights = (*_above_first(cell, parameters, input), [p[1] for p in parameters], vectors(cell, parameters))
+    weights = (
+        *_above_first(cell, parameters, input),
+        [p[1] for p in parameters],
+        cells.CELLS[cell].step_vectors(parameters),
+    )
     return wave_fwd(cell, preact_x, *weights, hx, cx, *layout, save_gates, save_states, engine)
 
 
@@ -271,9 +273,9 @@ def _of_last(x: Tensor, dim: int, layers: int) -> Tensor:
 def _above_first(cell: str, parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
     """weight_ih [L-1, G*H, H] and what is added to its product [L-1, G*H] of the layers above the first."""
     weight_ih = stacked([p[0] for p in parameters[1:]])
-    if not has_bias(cell, parameters[0]):
+    if not cells.CELLS[cell].has_bias(parameters[0]):
         return weight_ih, like.new_zeros(weight_ih.shape[:2])
-    return weight_ih, stacked([input_bias(cell, p) for p in parameters[1:]])
+    return weight_ih, stacked([cells.CELLS[cell].input_bias(p) for p in parameters[1:]])
 
 
 def _specified(ctx, layout: Layout, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:

@@ -1,1 +1,1 @@
-"""Device code: `@triton.jit` functions only. Nothing here knows torch; launches stand in `fusedlstm.launch`."""
+"""Device code: `@triton.jit` functions only. Nothing here knows torch; launches stand in `fusedlstm.engines.launch`."""

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contract
-from fusedlstm import bound, precision, recurrence, wave
+from fusedlstm import autograd, products, wave
+from fusedlstm.engines import bound
 
 # Not the current device, so that an allocation or a launch that forgets its device shows.
 DEVICE = torch.device("cuda:1")
@@ -148,11 +149,11 @@ def gpu():
 # What custom ops do, which fake tensors never reach.
 BODIES = {
     op._opoverload: op._init_fn
-    for module in (precision, recurrence, wave)
+    for module in (products, autograd, wave)
     for op in vars(module).values()
     if isinstance(op, torch.library.CustomOpDef)
 }
-MUTATING = {precision._add_product._opoverload}
+MUTATING = {products._add_product._opoverload}
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fusedlstm import launch, reference
+from fusedlstm.engines import launch, reference
 from support import assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
 T, B, H, D = 4, 20, 40, 2  # per direction: two batch tiles, three programs a group
@@ -48,7 +48,7 @@ def dense(device="cpu"):
 
 def is_caught(run, seeds: int = 4) -> bool:
     """Whether with one of some seeds `run` shows wrong numbers or a deadlock: for exchanges that are broken on purpose."""
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     for seed in range(seeds):
         try:

@@ -115,7 +115,7 @@ MUTANTS = {
         "tests/kernels/test_exchange.py",
     ),
     "aligned rows: the weights' padding is not zero": (
-        "fusedlstm/launch.py",
+        "fusedlstm/engines/launch.py",
         "torch.nn.functional.pad(x, (0, more, 0, more * rows))",
         "torch.nn.functional.pad(x, (0, more, 0, more * rows), value=1.0)",
         "tests/kernels/test_cells.py",
@@ -139,7 +139,7 @@ MUTANTS = {
         "tests/compiled/test_critical_path.py",
     ),
     "norms: nothing is acquired on AMD": (
-        "fusedlstm/launch.py",
+        "fusedlstm/engines/launch.py",
         'ACQUIRES=plan.arch.startswith("gfx")',
         "ACQUIRES=False",
         "tests/compiled/test_norms_compile.py",
@@ -238,13 +238,13 @@ MUTANTS = {
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "vectors have the gradient of the last block of rows": (
-        "fusedlstm/parameter_gradients.py",
+        "fusedlstm/gradients.py",
         "total = _added(total, torch.stack",
         "total = _added(None, torch.stack",
         "tests/cpu/test_torch_loop.py",
     ),
     "grad_weight_hh forgets hx": (
-        "fusedlstm/parameter_gradients.py",
+        "fusedlstm/gradients.py",
         "of_first_steps(grad_preact, direction, layout), hx,",
         "of_first_steps(grad_preact, direction, layout), 0 * hx,",
         "tests/kernels/test_recurrence.py",
@@ -298,7 +298,7 @@ MUTANTS = {
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "packed: grad_weight_hh takes one direction for the other": (
-        "fusedlstm/parameter_gradients.py",
+        "fusedlstm/gradients.py",
         "layout.states_before(output, hx, direction)",
         "layout.states_before(output, hx, 0)",
         "tests/kernels/test_recurrence.py",
@@ -365,19 +365,19 @@ MUTANTS = {
         "tests/kernels/test_recompute.py",
     ),
     "c is rounded where blocks meet": (
-        "fusedlstm/launch.py",
+        "fusedlstm/engines/launch.py",
         "new(S, D, B, H, dtype=cx.dtype)",
         "new(S, D, B, H)",
         "tests/kernels/test_recompute.py",
     ),
     "the gradient of c begins anew in every block": (
-        "fusedlstm/recurrence.py",
+        "fusedlstm/autograd.py",
         "                grad_c,\n                weight_hh,",
         "                0 * grad_c,\n                weight_hh,",
         "tests/kernels/test_recompute.py",
     ),
     "heads: grad_weight_hh takes the states of another head": (
-        "fusedlstm/heads.py",
+        "fusedlstm/products.py",
         "h.unflatten(1, (num_heads, DH)).transpose(0, 1)",
         "h.unflatten(1, (num_heads, DH)).transpose(0, 1).flip(0)",
         "tests/cpu/test_heads.py",
@@ -418,24 +418,6 @@ MUTANTS = {
         "num_tiles_b, 2 * tl.num_programs(1)):",
         "tests/kernels/test_recurrence_bwd.py",
     ),
-    "alone: the backward with all threads": (
-        "fusedlstm/cpu.py",
-        "        with alone_if_small(ctx.operations):",
-        "        with contextlib.nullcontext():",
-        "tests/cpu/test_cpu.py",
-    ),
-    "alone: new masks in a differentiable backward": (
-        "fusedlstm/cpu.py",
-        "torch.set_rng_state(ctx.random)",
-        "torch.manual_seed(3)",
-        "tests/cpu/test_cpu.py",
-    ),
-    "alone: the graph is kept for good": (
-        "fusedlstm/cpu.py",
-        "ctx.recorded if keeps else None",
-        "ctx.recorded",
-        "tests/cpu/test_cpu.py",
-    ),
     "forward mode drops tangents": (
         "fusedlstm/functional.py",
         'engine = "reference"  # forward-mode AD',
@@ -443,13 +425,13 @@ MUTANTS = {
         "tests/cpu/test_transforms.py",
     ),
     "autograd is not seen behind a transform": (
-        "fusedlstm/differentiable.py",
+        "fusedlstm/transforms.py",
         " or transformed())",
         ")",
         "tests/cpu/test_transforms.py",
     ),
     "norms: the product of the other direction": (
-        "fusedlstm/parameter_gradients.py",
+        "fusedlstm/gradients.py",
         "products.select(-2, d)",
         "products.select(-2, -1 - d)",
         "tests/cpu/test_family.py",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fusedlstm import cells
-from fusedlstm.equations import EQUATIONS
+from fusedlstm.cells.cell import EQUATIONS
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "add_a_cell.md").read_text()
 FILES = dict(re.findall(r"^`(\w+\.py)`\n\n```python\n(.*?)^```", TEXT, re.S | re.M))

@@ -14,13 +14,13 @@ Every other group of a launch must be on the device at once, or its programs wou
 most as many programs as the device holds, and walks the remaining batch tiles one after another.
 
 The choice is the candidate with the least predicted time (`fusedlstm.plan.cost`), of those that fit and compile well. The
-prediction's constants are not fitted to measurements (`fusedlstm.devices`), so that it orders candidates and promises nothing;
+prediction's constants are not fitted to measurements (`fusedlstm.plan.devices`), so that it orders candidates and promises nothing;
 a choice measured by `fusedlstm.tune` overrides it.
 """
 
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, plan, step_plan, step_plans, wave
 from fusedlstm.plan.explain import explain
-from fusedlstm.plan.one_launch import ATTEMPT_LIMIT, COUNTER_STRIDE, LAYOUTS, SPIN_LIMIT, Plan, PlanError
+from fusedlstm.plan.problem import ATTEMPT_LIMIT, COUNTER_STRIDE, LAYOUTS, SPIN_LIMIT, Plan, PlanError
 from fusedlstm.plan.spills import allowed_bytes
 from fusedlstm.plan.time_loop import variants
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from fusedlstm.devices import DeviceLimits
 from fusedlstm.plan import cost as costs
 from fusedlstm.plan import one_step, time_loop
-from fusedlstm.plan.one_launch import Plan, PlanError, Problem
+from fusedlstm.plan.devices import DeviceLimits
+from fusedlstm.plan.problem import Plan, PlanError, Problem
 
 
 def plan(*arguments, **more) -> Plan:

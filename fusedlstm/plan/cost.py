@@ -24,8 +24,8 @@ import math
 from typing import NamedTuple
 
 from fusedlstm import cells
-from fusedlstm.devices import DeviceLimits
-from fusedlstm.plan.one_launch import ITEMSIZE, Plan
+from fusedlstm.plan.devices import DeviceLimits
+from fusedlstm.plan.problem import ITEMSIZE, Plan
 from fusedlstm.plan.work import work
 
 STATE_ITEMSIZE = 4  # states beside h are saved in float32

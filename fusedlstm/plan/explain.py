@@ -1,9 +1,9 @@
 """A plan in words."""
 
-from fusedlstm import tables, torch_engine
-from fusedlstm.devices import DEVICES, capped, sms
+from fusedlstm import cells, tables
 from fusedlstm.plan import cost as costs
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates
+from fusedlstm.plan.devices import DEVICES, capped, sms
 
 
 def explain(
@@ -58,7 +58,7 @@ def explain(
             for k, q in enumerate(found[: 1 + runners_up], 1)
         ]
         text.append(tables.text(["", "schedule", "tiles", "warps", "grid", "walked", "smem KiB", "us a step"], rows))
-    if heads == 1 and torch_engine.has(cell):
+    if heads == 1 and cells.CELLS[cell].aten:
         text.append("")
         for training, title in ((True, "training"), (False, "inference")):
             ours, cudnn = beside_cudnn(cell, batch, hidden, dtype, directions, limits, training=training)

@@ -2,8 +2,8 @@
 
 import math
 
-from fusedlstm.devices import DeviceLimits
-from fusedlstm.plan.one_launch import Plan, Problem, power_of_2
+from fusedlstm.plan.devices import DeviceLimits
+from fusedlstm.plan.problem import Plan, Problem, power_of_2
 
 
 def fitting(of: Problem) -> list[Plan]:

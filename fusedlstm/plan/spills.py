@@ -4,14 +4,14 @@ A thread has 255 registers. A kernel that needs more moves values to memory and 
 Whether a kernel spills is known only after it is compiled. So `make kernels` compiles the plans for the benchmark shapes
 (`bench/shapes.py`) with both versions of Triton that CI tests, and `spills.json` names the kernels that spilled. The
 planner then takes the next variant of the same tiles. For all other sizes the launch on a GPU checks the compiled kernel,
-and takes the next variant if it spills (`fusedlstm.launch`).
+and takes the next variant if it spills (`fusedlstm.engines.launch`).
 """
 
 import functools
 import json
 from pathlib import Path
 
-from fusedlstm.plan.one_launch import Plan
+from fusedlstm.plan.problem import Plan
 
 TUNED_FOR = ("sm_80", "sm_90")
 FILE = Path(__file__).parent / "spills.json"

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fusedlstm.devices import DeviceLimits
-from fusedlstm.plan.one_launch import Plan, Problem, power_of_2
+from fusedlstm.plan.devices import DeviceLimits
+from fusedlstm.plan.problem import Plan, Problem, power_of_2
 from fusedlstm.plan.spills import spills
 
 DATA_REGISTERS = 96  # of a thread, at most, for what is awaited by data: all of it is loaded at once

@@ -1,14 +1,14 @@
 """How many instructions, barriers, waits and rounds of loads one step of the time loop has, estimated from a plan.
 
 The bytes and the matrix products are counted in `fusedlstm.plan.cost`. The estimates here follow machine code:
-`bench/results/kernels.csv` has the counted numbers of every plan, in columns of the same names (`fusedlstm.offline.Loop`),
+`bench/results/kernels.csv` has the counted numbers of every plan, in columns of the same names (`fusedlstm.engines.offline.Loop`),
 and `tests/cpu/test_cost.py` compares the two. The body of a loop over chunks is counted once for every time that it runs.
 """
 
 import math
 from typing import NamedTuple
 
-from fusedlstm.plan.one_launch import ITEMSIZE, Plan
+from fusedlstm.plan.problem import ITEMSIZE, Plan
 
 # Instructions of a warp, fitted to resident plans of sm_90 by least squares of the relative error (2026-11-29): nine of ten
 # are within 15 %.

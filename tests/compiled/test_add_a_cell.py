@@ -3,9 +3,9 @@
 import pytest
 
 from bench import kernels
-from fusedlstm import offline
-from fusedlstm.devices import DEVICES
+from fusedlstm.engines import offline
 from fusedlstm.plan import plan, step_plan
+from fusedlstm.plan.devices import DEVICES
 
 LIMITS = DEVICES["sm_90"]
 

@@ -9,12 +9,12 @@ import triton.language as tl
 
 from bench import overhead
 from bench.claimed import DRIVER
-from fusedlstm import failures, launch, stepping
-from fusedlstm.bound import Bound
-from fusedlstm.devices import DEVICES
+from fusedlstm.engines import failures, launch, stepping
+from fusedlstm.engines.bound import Bound
 from fusedlstm.kernels.norms import row_statistics_kernel
 from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.plan import plan, step_plan
+from fusedlstm.plan.devices import DEVICES
 
 KERNELS = [*launch.KERNELS.values(), *stepping.KERNELS.values(), recompute_kernel, row_statistics_kernel]
 

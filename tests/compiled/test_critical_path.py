@@ -6,9 +6,10 @@ import pytest
 
 from bench import kernels
 from bench.shapes import BY_ID
-from fusedlstm import cells, offline
-from fusedlstm.devices import DEVICES
+from fusedlstm import cells
+from fusedlstm.engines import offline
 from fusedlstm.plan import LAYOUTS, plan
+from fusedlstm.plan.devices import DEVICES
 from grids import grid
 
 # How a step can run: hidden units that lead to it, and the protocol.

@@ -9,9 +9,9 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from bench import claimed
-from fusedlstm import failures, launch, offline
-from fusedlstm.devices import DEVICES
+from fusedlstm.engines import failures, launch, offline
 from fusedlstm.plan import plan, variants
+from fusedlstm.plan.devices import DEVICES
 
 
 def tensors(T, B, H, D, dtype):

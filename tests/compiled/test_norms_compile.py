@@ -6,10 +6,10 @@ import pytest
 
 from bench import kernels
 from bench.shapes import BY_ID
-from fusedlstm import launch, offline
-from fusedlstm.devices import DEVICES
+from fusedlstm.engines import launch, offline
 from fusedlstm.kernels.norms import row_statistics_kernel
 from fusedlstm.plan import plan
+from fusedlstm.plan.devices import DEVICES
 
 
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])

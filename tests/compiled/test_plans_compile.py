@@ -12,10 +12,11 @@ import triton
 
 from bench import kernels
 from bench.shapes import BY_ID
-from fusedlstm import cells, offline
-from fusedlstm.devices import DEVICES
-from fusedlstm.equations import EQUATIONS
+from fusedlstm import cells
+from fusedlstm.cells.cell import EQUATIONS
+from fusedlstm.engines import offline
 from fusedlstm.plan import plan, spills
+from fusedlstm.plan.devices import DEVICES
 
 ROWS = kernels.rows_of(kernels.RESULTS)
 
@@ -117,7 +118,7 @@ def test_a_clipped_gradient_that_is_nan_stays_nan():
 
 def test_nothing_is_specialised_on_length_or_batch():
     """T and B are run-time arguments that Triton may not specialise on: a new length compiles nothing."""
-    from fusedlstm.launch import KERNELS
+    from fusedlstm.engines.launch import KERNELS
 
     for kernel in KERNELS.values():
         for name in ("T", "B"):

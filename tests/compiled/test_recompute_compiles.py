@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusedlstm import launch, offline
+from fusedlstm.engines import launch, offline
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.recompute import recompute_kernel
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench import kernels
-from fusedlstm import launch, offline, stepping
-from fusedlstm.devices import DEVICES
+from fusedlstm.engines import launch, offline, stepping
 from fusedlstm.plan import step_plan
+from fusedlstm.plan.devices import DEVICES
 
 # dtype, precision, pass, B, I (0: none), H: a row of the batch, few, many; aligned rows of weights, half aligned, odd.
 CASES = [

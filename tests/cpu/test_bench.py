@@ -121,8 +121,9 @@ def test_on_a_gpu_ours_is_the_kernels(monkeypatch):
 
 
 def test_prediction_of_a_step_takes_its_input_product(monkeypatch):
-    from fusedlstm import launch, plan
-    from fusedlstm.devices import DEVICES
+    from fusedlstm import plan
+    from fusedlstm.engines import launch
+    from fusedlstm.plan.devices import DEVICES
 
     monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -134,8 +135,9 @@ def test_prediction_of_a_step_takes_its_input_product(monkeypatch):
 
 
 def test_prediction_of_a_stack_is_that_of_a_wave(monkeypatch):
-    from fusedlstm import launch, plan
-    from fusedlstm.devices import DEVICES
+    from fusedlstm import plan
+    from fusedlstm.engines import launch
+    from fusedlstm.plan.devices import DEVICES
 
     limits = DEVICES["sm_90"]
     monkeypatch.setattr(launch, "device_limits", lambda index: limits)
@@ -502,8 +504,8 @@ def test_a_loop_that_does_not_fit_is_left_out(monkeypatch, capsys):
     import dataclasses
 
     from bench import ceilings
-    from fusedlstm import launch
-    from fusedlstm.devices import DEVICES
+    from fusedlstm.engines import launch
+    from fusedlstm.plan.devices import DEVICES
 
     monkeypatch.setattr(launch, "device_limits", lambda index: dataclasses.replace(DEVICES["sm_80"], num_sms=2))
     machine = SimpleNamespace(gpu=False, loop_steps=(1, 2), loop_sizes=((128, 8192),))

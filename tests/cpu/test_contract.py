@@ -327,13 +327,13 @@ def test_more_steps_than_cudnn_takes():
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_runs_for_cudnn_equal_one_call(monkeypatch, batch_first):
     """What a GPU without our kernels does beyond cuDNN's 65535 steps, here with 3."""
-    from fusedlstm import torch_engine
+    from fusedlstm.engines import aten
 
-    monkeypatch.setattr(torch_engine, "CUDNN_STEPS", 3)
+    monkeypatch.setattr(aten, "CUDNN_STEPS", 3)
     module = build(nn, batch_first=batch_first)
     x = torch.randn(2, 10, I) if batch_first else torch.randn(10, 2, I)
     hx = torch.randn(4, 2, H), torch.randn(4, 2, H)
-    output, (h_n, c_n) = torch_engine.stack(
+    output, (h_n, c_n) = aten.stack(
         "lstm", "runs", x, None, hx, module._flat_weights, True, 2, 0.0, True, True, batch_first
     )
     expected, (h, c) = module(x, hx)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import kernels
-from fusedlstm import devices, plan
-from fusedlstm.devices import DEVICES, DeviceLimits
-from fusedlstm.plan import cost
+from fusedlstm import plan
+from fusedlstm.plan import cost, devices
+from fusedlstm.plan.devices import DEVICES, DeviceLimits
 from fusedlstm.plan.work import work
 
 PROBLEMS = list(

@@ -8,8 +8,10 @@ import torch
 
 import fusedlstm
 from fusedlstm import __main__ as command_line
-from fusedlstm import devices, engines, launch, tuned
-from fusedlstm.devices import DEVICES
+from fusedlstm import engines
+from fusedlstm.engines import launch
+from fusedlstm.plan import devices, tuned
+from fusedlstm.plan.devices import DEVICES
 
 
 def told(name, major, minor, sms, clock, width, smem=99 << 10, l2=40 << 20, memory=24 << 30, gcn=""):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fusedlstm import cells, reference
-from fusedlstm.equations import EQUATIONS
+from fusedlstm import cells
+from fusedlstm.cells.cell import EQUATIONS
+from fusedlstm.engines import reference
 from fusedlstm.noise import NO_NOISE, Noise
 from support import recurrence_inputs
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import fusedlstm
 from fusedlstm import engines
-from fusedlstm.devices import DEVICES
+from fusedlstm.plan.devices import DEVICES
 
 X = torch.zeros(5, 2, 3)
 H = torch.zeros(1, 2, 4)
@@ -339,7 +339,7 @@ def test_triton_without_a_gpu(monkeypatch):
 
 
 def test_choice_of_engine(monkeypatch):
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     known = SimpleNamespace(major=9, minor=0, name="H100", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)

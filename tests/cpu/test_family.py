@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedlstm
-from fusedlstm import cells, equations, functional
+from fusedlstm import cells, functional
 from support import assert_accurate
 from twins import SEQUENCES, case_id, pairwise
 
@@ -452,7 +452,9 @@ class MGUEquations:
 def test_a_cell_of_a_users_own(monkeypatch):
     """Named, with two gates and equations: that is all."""
     monkeypatch.setitem(cells.CELLS, "mgu", cells.Cell("mgu", gates=("f", "n"), states=("h",)))
-    monkeypatch.setitem(equations.EQUATIONS, "mgu", equations.of_module(MGUEquations))
+    monkeypatch.setitem(
+        cells.cell.EQUATIONS, "mgu", cells.Equations(MGUEquations.step, MGUEquations.step_backward, MGUEquations.update)
+    )
     module = MGU(I, 6, 2, bidirectional=True, dtype=torch.float64, num_heads=2)
     assert module.weight_ih_l0.shape == (12, I) and repr(module).startswith("MGU(3, 6")
     lengths, resets = torch.tensor([3, 5, 0, 2]), torch.rand(T, B) < 0.3

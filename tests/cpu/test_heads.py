@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fusedlstm
-from fusedlstm import functional, heads
+from fusedlstm import functional
 from fusedlstm.inspect import gate_trace
 from support import assert_accurate
 from twins import block_diagonal, blocks, case_id, dense_twin, outcome, pairwise, with_heads
@@ -140,7 +140,7 @@ def test_conversion():
     model = nn.ModuleDict({"lstm": fusedlstm.LSTM(5, 12, num_heads=4), "cell": fusedlstm.LSTMCell(5, 12, num_heads=4)})
     report = fusedlstm.restore(model)
     assert not report.replaced and set(report.kept) == {"lstm", "cell"}
-    assert all("no heads (fusedlstm.heads.dense_weight" in why for why in report.kept.values())
+    assert all("no heads (fusedlstm.dense_weight" in why for why in report.kept.values())
     assert type(model["lstm"]) is fusedlstm.LSTM and model["lstm"].num_heads == 4
     one = nn.Sequential(fusedlstm.LSTM(5, 12, num_heads=1))
     fusedlstm.restore(one)
@@ -154,7 +154,7 @@ def test_conversion():
 @pytest.mark.parametrize(("hidden", "n"), [(21, 3), (6, 6), (8, 2), (5, 1)])
 def test_dense_weight(hidden, n):
     weight_hh = torch.randn(4 * hidden, hidden // n)
-    assert torch.equal(heads.dense_weight(weight_hh, hidden), block_diagonal(weight_hh))
+    assert torch.equal(fusedlstm.dense_weight(weight_hh, hidden), block_diagonal(weight_hh))
 
 
 ERRORS = {

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedlstm
-from fusedlstm import recurrence, reference, torch_engine, torch_loop
+from fusedlstm import autograd
+from fusedlstm.engines import aten, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout, Pieces, spans
 from support import assert_accurate
 
@@ -134,7 +135,7 @@ def test_gradients_twice(directions, layout):
 
     def run(input, hx, cx, preact_0, *flat):
         per_direction = [flat[k : k + 4] for k in range(0, len(flat), 4)]
-        output, (h, c), c_seq = recurrence.layer(
+        output, (h, c), c_seq = autograd.layer(
             "lstm", input, (hx, cx[0]), per_direction, "torch", layout, None, True, preact_0
         )
         return output, h, c, c_seq
@@ -148,7 +149,7 @@ def test_gradient_through_one_result(given):
     lengths = [4, 2, 1]
     layout, _ = packed(lengths)
     input, hx, cx, parameters = random_layer(lengths, 2)
-    output, (h_n, c_n), _ = recurrence.layer("lstm", input, (hx, cx[0]), parameters, "torch", layout)
+    output, (h_n, c_n), _ = autograd.layer("lstm", input, (hx, cx[0]), parameters, "torch", layout)
     expected = reference.layer("lstm", input, hx, cx, parameters, layout)
     leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
     ours = torch.autograd.grad((output, h_n, c_n)[given].square().sum(), leaves)
@@ -162,7 +163,7 @@ def test_gradient_through_one_result(given):
 @pytest.mark.parametrize("lengths", [[9, 9, 4], [6, 5, 4, 3, 2, 1], [20, 1]], ids=str)
 def test_every_way_of_a_cpu_equals_stock(monkeypatch, lengths, options, schedule):
     """Runs and stretches of steps through ATen, and the loop, whatever the lengths would have chosen."""
-    monkeypatch.setattr(torch_engine, "schedule", lambda *call: schedule)
+    monkeypatch.setattr(aten, "schedule", lambda *call: schedule)
     stock, ours = nn.LSTM(I, H, **options), fusedlstm.LSTM(I, H, **options, backend="torch")
     ours.load_state_dict(stock.state_dict())
     rows = stock.num_layers * (2 if stock.bidirectional else 1)
@@ -182,19 +183,17 @@ def test_every_way_of_a_cpu_equals_stock(monkeypatch, lengths, options, schedule
 def test_which_way_a_cpu_goes():
     def way(lengths, dtype=torch.float32, hidden=256, proj_size=0):
         sizes = packed(lengths)[1]
-        return torch_engine.schedule(
-            "lstm", torch.zeros(sum(lengths), I, dtype=dtype), dtype, sizes, False, hidden, proj_size
-        )
+        return aten.schedule("lstm", torch.zeros(sum(lengths), I, dtype=dtype), dtype, sizes, False, hidden, proj_size)
 
     assert way([40, 20]) == "runs" and way([40, 20], torch.float64) == "loop"
     assert way([5, 4, 3]) == "stretches" and way([5, 4, 3], hidden=257) == "loop"
     assert way([5, 4, 3], proj_size=2) == "stack" and way([5, 4, 3], torch.float16) == "stretches"
-    assert torch_engine.schedule("lstm", torch.zeros(70_000, 1, I), torch.float32, None, False, H, 0) == "stack"
-    assert torch_engine.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "step"
+    assert aten.schedule("lstm", torch.zeros(70_000, 1, I), torch.float32, None, False, H, 0) == "stack"
+    assert aten.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "step"
     with torch.no_grad():
         assert way([5, 4, 3], hidden=257) == "stretches"
-        assert torch_engine.schedule("lstm", torch.zeros(1, 8, I), torch.float32, None, False, H, 0) == "step"
-        assert torch_engine.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "stack"
+        assert aten.schedule("lstm", torch.zeros(1, 8, I), torch.float32, None, False, H, 0) == "step"
+        assert aten.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "stack"
 
 
 def test_held_sequences_keep_their_state():

@@ -1,4 +1,4 @@
-"""norms.py, and the cell whose preactivations and states are normalised: what the family's grid does not reach."""
+"""products.py, and the cell whose preactivations and states are normalised: what the family's grid does not reach."""
 
 import copy
 
@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import fusedlstm
-from fusedlstm import cells, norms
-from fusedlstm.devices import DEVICES
+from fusedlstm import cells, products
 from fusedlstm.plan import PlanError, candidates, plan
+from fusedlstm.plan.devices import DEVICES
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -24,12 +24,12 @@ def test_backwards_are_autograd_s():
     x, gain, bias, grad = randn(4, 12), randn(12), randn(12), randn(4, 12)
     x[1], x[2] = 0, x[2] + 1000
     leaves = [y.requires_grad_() for y in (x, gain)]
-    y = norms.of_input_product(x.unsqueeze(-2), [gain], [bias]).squeeze(-2)
+    y = products.normed_input(x.unsqueeze(-2), [gain], [bias]).squeeze(-2)
     torch.testing.assert_close(y, nn.functional.layer_norm(x, (12,), gain, bias), **EXACT)
     expected = torch.autograd.grad(y, leaves, grad)
-    torch.testing.assert_close(norms.of_input_product_backward(grad, x.detach(), gain.detach()), expected, **EXACT)
-    (expected,) = torch.autograd.grad(norms.normalised(x), x, grad)
-    torch.testing.assert_close(norms.normalised_backward(grad, x.detach()), expected, **EXACT)
+    torch.testing.assert_close(products.normed_input_backward(grad, x.detach(), gain.detach()), expected, **EXACT)
+    (expected,) = torch.autograd.grad(products.normalised(x), x, grad)
+    torch.testing.assert_close(products.normalised_backward(grad, x.detach()), expected, **EXACT)
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}], ids=str)
@@ -77,6 +77,6 @@ def test_plans(pass_):
 
 
 def test_what_a_step_takes():
-    cell = cells.LAYERNORM
+    cell = cells.CELLS["layernorm"]
     assert cell.num_vectors == 6 and cell.num_kept == 9 and cell.first_h_block == 5 and not cell.adds
     assert cell.vector_blocks == {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}

@@ -7,9 +7,10 @@ import pytest
 
 import fusedlstm
 from fusedlstm import __main__ as command_line
-from fusedlstm import cells, torch_engine
-from fusedlstm.devices import DEVICES
+from fusedlstm import cells
+from fusedlstm.engines import aten
 from fusedlstm.plan import LAYOUTS, Plan, PlanError, candidates, plan, step_plan
+from fusedlstm.plan.devices import DEVICES
 
 HIDDEN = (1, 7, 16, 32, 33, 64, 100, 128, 129, 160, 256, 400, 512, 768, 1000, 1024, 1150, 1536, 2048, 4096)
 BATCH = (1, 3, 16, 17, 64, 65, 128, 512, 4096)
@@ -175,4 +176,4 @@ def test_command_line_knows_every_cell(capsys):
         printed = capsys.readouterr().out
         p = plan(cell, 100, 32, 512, "fp32", 1, DEVICES["sm_90"], "bwd")
         assert f"{cell} layer: " in printed and f"backward: {p.schedule}" in printed
-        assert ("auto, training: " in printed) == torch_engine.has(cell), "ATen is a rival where it has the cell"
+        assert ("auto, training: " in printed) == aten.has(cell), "ATen is a rival where it has the cell"

@@ -1,4 +1,4 @@
-"""precision.py: float32 products on a GPU follow the flag that torch.nn.LSTM follows. The flags exist without a GPU."""
+"""products.py: float32 products on a GPU follow the flag that torch.nn.LSTM follows. The flags exist without a GPU."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusedlstm import precision
+from fusedlstm import products
 
 RNN, MATMUL, ONEDNN = torch.backends.cudnn.rnn, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
@@ -69,14 +69,14 @@ SETTINGS = {
 
 
 def test_tf32_is_the_default_as_in_torch():
-    assert precision.tf32() and torch.backends.cudnn.allow_tf32
+    assert products.tf32() and torch.backends.cudnn.allow_tf32
 
 
 def test_follows_the_old_flag():
     torch.backends.cudnn.allow_tf32 = False
-    assert not precision.tf32()
+    assert not products.tf32()
     torch.backends.cudnn.allow_tf32 = True
-    assert precision.tf32()
+    assert products.tf32()
 
 
 @pytest.mark.parametrize("value", ["ieee", "tf32"])
@@ -84,7 +84,7 @@ def test_follows_the_new_flag(value):
     """Also where the old one cannot be read any more, because convolutions differ."""
     RNN.fp32_precision = value
     torch.backends.cudnn.conv.fp32_precision = "tf32" if value == "ieee" else "ieee"
-    assert precision.tf32() == (value == "tf32")
+    assert products.tf32() == (value == "tf32")
 
 
 @pytest.mark.parametrize("rnn", ["tf32", "ieee"])
@@ -95,12 +95,12 @@ def test_products_follow_the_flag_of_recurrent_layers(settings, rnn):
         setter(value)
     RNN.fp32_precision = rnn
     before = state()
-    with pytest.raises(KeyError), precision.as_recurrent():
+    with pytest.raises(KeyError), products.as_recurrent():
         assert (MATMUL.fp32_precision == "tf32") == (rnn == "tf32")
         inside = state()
         assert [was for was, now in zip(before, inside, strict=True) if now == "raises" != was] == []
         assert (inside == before) == ((before[0] == "tf32") == (rnn == "tf32"))
-        with precision.as_recurrent():
+        with products.as_recurrent():
             assert state() == inside
         raise KeyError
     assert state() == before
@@ -110,7 +110,7 @@ def test_products_follow_the_flag_of_recurrent_layers(settings, rnn):
 def test_what_was_inherited_is_inherited_afterwards(rnn):
     set_all("ieee" if rnn == "tf32" else "tf32")
     RNN.fp32_precision = rnn
-    with precision.as_recurrent():
+    with products.as_recurrent():
         assert MATMUL.fp32_precision == rnn
     for value in ("tf32", "ieee"):
         set_all(value)
@@ -123,7 +123,7 @@ def test_threads_wait_for_each_other():
 
     def multiply():
         for _ in range(200):
-            with precision.as_recurrent():
+            with products.as_recurrent():
                 time.sleep(0)  # another thread's turn
                 seen.append(MATMUL.fp32_precision)
 
@@ -136,7 +136,7 @@ def test_threads_wait_for_each_other():
 
 
 def test_the_plan_follows_the_flag():
-    from fusedlstm import launch
+    from fusedlstm.engines import launch
 
     like, weight_hh, hx = torch.empty(0), [torch.empty(2048, 512)], torch.empty(1, 16, 512)
     for value in ("tf32", "ieee"):
@@ -166,7 +166,7 @@ def test_products_under_transforms(monkeypatch):
     """As on a GPU: samples, many gradients at once and their second derivatives, tangents."""
     a, b = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     gs, x, found = torch.randn(2, 3, 4, dtype=torch.float64), a[0].clone().requires_grad_(), []
-    product, op = precision.product, torch.ops.fusedlstm.product
+    product, op = products.product, torch.ops.fusedlstm.product
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(torch, "float32", torch.float64)
     for multiply in (product, torch.matmul):
@@ -192,10 +192,10 @@ def test_sums_of_products_under_vmap():
     expected, before = total + a @ b, total.clone()
     for add, text in (
         (torch.ops.fusedlstm.add_product, "Batching rule"),
-        (precision._add_multiplied, "is not possible"),
+        (products._add_multiplied, "is not possible"),
     ):
         with pytest.raises(RuntimeError, match=text):
             torch.vmap(lambda a, add=add: add(total[0], a, b))(a)
     assert torch.equal(total, before)
-    torch.vmap(lambda total, a: (precision._add_multiplied(total, a, b), total)[1])(total, a)
+    torch.vmap(lambda total, a: (products._add_multiplied(total, a, b), total)[1])(total, a)
     torch.testing.assert_close(total, expected)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import oracle
-from fusedlstm import reference
+from fusedlstm.engines import reference
 
 T, B, I, H = 5, 3, 4, 6
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -93,7 +93,7 @@ def test_saved_tensors_mean_what_they_say():
 
 def test_custom_ops_without_a_gpu():
     """The ops as a loop of torch operations: gradcheck holds through them, twice."""
-    from fusedlstm.recurrence import RecurrenceFunction
+    from fusedlstm.autograd import RecurrenceFunction
 
     (input, hx, cx), parameters = random_layer(2)
     flat = [p for direction in parameters for p in direction]
@@ -108,7 +108,7 @@ def test_custom_ops_without_a_gpu():
 
 
 def test_custom_ops_pass_opcheck():
-    from fusedlstm import recurrence
+    from fusedlstm import autograd
 
     generator = torch.Generator().manual_seed(3)
     preact_x = torch.randn(2, 3, B, 4 * H, generator=generator)
@@ -121,9 +121,9 @@ def test_custom_ops_pass_opcheck():
     for layout in ((None, None, None), (lengths, None, resets)):
         for saves in ((True, True), (False, True), (False, False)):
             torch.library.opcheck(
-                recurrence.recurrence_fwd, (*states, *layout, None, [], [0, 0], *saves), test_utils=checks
+                autograd.recurrence_fwd, (*states, *layout, None, [], [0, 0], *saves), test_utils=checks
             )
-        output, h_n, c_n, gates, c_seq = recurrence.recurrence_fwd(*states, *layout, None, [], [0, 0], True, True)
+        output, h_n, c_n, gates, c_seq = autograd.recurrence_fwd(*states, *layout, None, [], [0, 0], True, True)
         for grads, clip in (((output, None, h_n, c_n), None), ((None, c_seq, h_n, c_n), 0.5)):
             arguments = (
                 "lstm",
@@ -142,4 +142,4 @@ def test_custom_ops_pass_opcheck():
                 [0, 0],
                 clip,
             )
-            torch.library.opcheck(recurrence.recurrence_bwd, arguments, test_utils=checks)
+            torch.library.opcheck(autograd.recurrence_bwd, arguments, test_utils=checks)

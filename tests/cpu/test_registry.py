@@ -1,5 +1,6 @@
-"""registry.py: a cell of a user's own is checked, known to every engine, and told wrong in words."""
+"""register_cell: a cell of a user's own is checked, known to every engine, and told wrong in words."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -7,13 +8,13 @@ import torch
 
 import fusedlstm
 import page
-from fusedlstm import cells, engines, equations
-from fusedlstm.cells import GRU, PEEPHOLE, Cell
+from fusedlstm import cells
+from fusedlstm.cells import CELLS, Cell
 
-EQUATIONS = tuple(equations.EQUATIONS["gru"])
+EQUATIONS = tuple(CELLS["gru"].equations)
 KERNELS = "fusedlstm.kernels.cells.gru"
 PLAIN = Cell("mine", gates=("f", "g"), states=("h",))
-KEPT = GRU._replace(name="mine")
+KEPT = CELLS["gru"]._replace(name="mine", aten=None)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_a_gru_under_another_name_is_a_gru(bias):
 
 
 def test_vectors_become_parameters():
-    fusedlstm.register_cell(PEEPHOLE._replace(name="mine"), tuple(equations.EQUATIONS["peephole"]))
+    fusedlstm.register_cell(CELLS["peephole"]._replace(name="mine", aten=None), tuple(CELLS["peephole"].equations))
     assert [*Mine(3, 6)._parameters] == [*fusedlstm.PeepholeLSTM(3, 6)._parameters]
 
 
@@ -55,7 +56,7 @@ def test_without_kernels_the_engine_says_so(monkeypatch):
 
 
 def test_where_triton_is_missing_a_module_of_kernels_is_not_imported(monkeypatch):
-    monkeypatch.setattr(engines, "TRITON_IS_INSTALLED", False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     fusedlstm.register_cell(KEPT, EQUATIONS, "a_module_that_is_not_there")
     assert Mine(3, 6)(torch.randn(4, 2, 3))[0].shape == (4, 2, 6)
 
@@ -104,11 +105,11 @@ WRONG_CELLS = {
 
 
 def raises(error, text, *arguments):
-    before = dict(cells.CELLS), dict(equations.EQUATIONS)
+    before = dict(cells.CELLS), dict(cells.cell.EQUATIONS)
     with pytest.raises(error) as raised:
         fusedlstm.register_cell(*arguments)
     assert text in str(raised.value)
-    assert before == (cells.CELLS, equations.EQUATIONS)
+    assert before == (cells.CELLS, cells.cell.EQUATIONS)
     assert "mine" not in sys.modules["fusedlstm.kernels.cells"].STEPS
 
 
@@ -126,7 +127,7 @@ def test_a_name_is_taken_once():
 def test_wrong_equations():
     step, step_backward, update, _ = EQUATIONS
     names = "step, step_backward, update, vectors_backward"
-    raises(TypeError, f"equations: expected a tuple of {names}, got <module", PLAIN, equations)
+    raises(TypeError, f"equations: expected a tuple of {names}, got <module", PLAIN, cells)
     raises(TypeError, f"equations: expected a tuple of {names}, got ", PLAIN, (step,) * 5)
     raises(TypeError, "equations: expected step_backward to be a function, got None", PLAIN, (step,))
     raises(TypeError, "equations: expected update to be a function, got 1", PLAIN, (step, step_backward, 1))
@@ -151,6 +152,10 @@ def test_wrong_kernels():
     plain = (step_fwd, step_bwd, EQUATIONS[2])
     raises(TypeError, "expected update to be a function under triton.jit, got <function", PLAIN, EQUATIONS, plain)
     raises(
-        TypeError, "expected step_fwd to be a function under triton.jit, got None", PLAIN, EQUATIONS, "fusedlstm.heads"
+        TypeError,
+        "expected step_fwd to be a function under triton.jit, got None",
+        PLAIN,
+        EQUATIONS,
+        "fusedlstm.products",
     )
     raises(ModuleNotFoundError, "nowhere_at_all", PLAIN, EQUATIONS, "nowhere_at_all")

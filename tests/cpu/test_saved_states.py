@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fusedlstm
+from bench import memory
 from bench.shapes import SHAPES
-from fusedlstm import checks, memory, recurrence, reference
+from fusedlstm import autograd, checks
+from fusedlstm.engines import reference
 from fusedlstm.layout import DENSE, Layout
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -22,9 +24,9 @@ I, H = 4, 6
 @pytest.fixture
 def short_blocks(monkeypatch):
     """Blocks of a step or two, so that a short batch has borders."""
-    monkeypatch.setattr(memory, "FEWEST_STEPS", 1)
-    monkeypatch.setattr(memory, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(memory, "BLOCKS", 4)
+    monkeypatch.setattr(autograd, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(autograd, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(autograd, "MOST_BLOCKS", 4)
 
 
 def lengths(*values):
@@ -72,7 +74,7 @@ def test_equals_the_specification(short_blocks, name, directions, clip, heads):
     batch = leading[1] if len(leading) == 2 else len(layout.lengths)
     input, hx, cx, parameters = random_layer(leading, batch, directions, heads=heads)
     leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
-    output, (h_n, c_n), c_seq = recurrence.layer(
+    output, (h_n, c_n), c_seq = autograd.layer(
         "lstm", input, (hx, cx[0]), parameters, "torch", layout, clip, wants_c_seq=True, save="states"
     )
     exact = reference.layer("lstm", input, hx, cx, parameters, layout, clip=clip)
@@ -94,7 +96,7 @@ def test_gradients_twice(short_blocks, name):
     preact_0 = torch.randn(1, leading[1], 4 * H, dtype=torch.float64, requires_grad=True)
 
     def run(input, hx, cx, preact_0, *flat):
-        output, states, c_seq = recurrence.layer(
+        output, states, c_seq = autograd.layer(
             "lstm", input, (hx, cx[0]), [flat], "torch", layout, None, True, preact_0, "states"
         )
         return output, *states, c_seq
@@ -113,7 +115,7 @@ def test_some_gradients(short_blocks, given, wanted):
     for k, leaf in enumerate(leaves):
         leaf.requires_grad_(k in wanted)
     x = input.transpose(0, 1)
-    output, (h_n, c_n), c_seq = recurrence.layer(
+    output, (h_n, c_n), c_seq = autograd.layer(
         "lstm", x, (hx, cx[0]), parameters, "torch", wants_c_seq=True, save="states"
     )
     exact = reference.layer("lstm", x, hx, cx, parameters)
@@ -125,13 +127,13 @@ def test_some_gradients(short_blocks, given, wanted):
 
 @pytest.mark.parametrize("T", [1, 7])
 def test_compiles(short_blocks, monkeypatch, T):
-    monkeypatch.setattr(memory, "BLOCKS", 2)
+    monkeypatch.setattr(autograd, "MOST_BLOCKS", 2)
     input, hx, cx, parameters = random_layer((T, 3), 3, 1)
     cuts = resets(T, 3)
 
     def run(x, cuts):
         layout = Layout(resets=cuts)
-        return recurrence.layer("lstm", x, (hx.detach(), cx[0].detach()), parameters, "torch", layout, save="states")[0]
+        return autograd.layer("lstm", x, (hx.detach(), cx[0].detach()), parameters, "torch", layout, save="states")[0]
 
     found = []
     for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
@@ -145,16 +147,16 @@ def test_the_op_passes_opcheck():
     preact, hx, cx = torch.randn(2, 3, 4, 4 * H), torch.randn(2, 4, H), torch.randn(1, 2, 4, H)
     for layout in (DENSE, Layout(lengths(2, 0, 3, 1), None, resets(3, 4))):
         arguments = ("lstm", "torch", preact, None, hx, cx, *layout, None, [], [0, 0])
-        torch.library.opcheck(recurrence.recompute, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(autograd.recompute, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_blocks():
     for T, B in itertools.product((1, 2, 7, 50, 99, 1024, 100_000), (0, 1, 3, 128)):
-        begins = memory.blocks(T, B)
-        assert begins[0] == 0 and begins[-1] == T and len(begins) <= memory.BLOCKS + 1
+        begins = autograd.begins_of_blocks(T, B)
+        assert begins[0] == 0 and begins[-1] == T and len(begins) <= autograd.MOST_BLOCKS + 1
         sizes = [end - begin for begin, end in itertools.pairwise(begins)]
         assert max(sizes) - min(sizes) <= 1
-        assert len(sizes) == 1 or (min(sizes) >= memory.FEWEST_STEPS and max(sizes) * B >= memory.FEWEST_ROWS)
+        assert len(sizes) == 1 or (min(sizes) >= autograd.FEWEST_STEPS and max(sizes) * B >= autograd.FEWEST_ROWS)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -193,13 +195,13 @@ def test_peak_is_as_memory_says(T, B, save, directions):
     grad = torch.randn(T, B, directions * H)
     before = [input, hx, cx, grad, *(p for direction in parameters for p in direction)]
     with LiveBytes(before) as live:
-        output = recurrence.layer("lstm", input, (hx.detach(), cx[0].detach()), parameters, "torch", save=save)[0]
+        output = autograd.layer("lstm", input, (hx.detach(), cx[0].detach()), parameters, "torch", save=save)[0]
         assert live.now == memory.kept(T, B, H, 4, save, directions)
         output.backward(grad)
     own = memory.own_peak(T, B, H, 4, save, directions)
     bound = own + memory.gradients(T, B, I, H, 4, directions) - grad.nbytes
     assert live.peak <= bound
-    assert max(own, 0.8 * bound) <= 1.05 * live.peak or len(memory.blocks(T, B)) == 2
+    assert max(own, 0.8 * bound) <= 1.05 * live.peak or len(autograd.begins_of_blocks(T, B)) == 2
 
 
 @pytest.mark.parametrize("shape", ["L1", "F1"])
@@ -221,13 +223,13 @@ def test_the_published_reserve():
 def test_module_keyword(monkeypatch):
     lstm = fusedlstm.LSTM(3, 4, 2, batch_first=True, proj_size=2, save="states", backend="torch").double()
     asked = []
-    layer = recurrence.layer
+    layer = autograd.layer
 
     def spy(*arguments, **options):
         asked.append(options["save"])
         return layer(*arguments, **options)
 
-    monkeypatch.setattr(recurrence, "layer", spy)
+    monkeypatch.setattr(autograd, "layer", spy)
     lstm(torch.randn(2, 5, 3).double(), return_cell_states=True)
     assert asked == ["states"] * 2
     for module in (copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm))):

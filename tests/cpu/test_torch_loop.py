@@ -1,4 +1,4 @@
-"""torch_loop.py, loops/ and torch_engine.py: every cell equals the specification, forward and backward, in float64, and so does
+"""torch_loop.py and aten.py: every cell equals the specification, forward and backward, in float64, and so does
 a cell without a file of its own, by its equations; ATen's cells equal torch.nn's, whoever serves them."""
 
 import pytest
@@ -8,7 +8,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import bench.loops
 import fusedlstm
-from fusedlstm import cells, cpu, heads, loops, recurrence, reference, torch_engine, torch_loop
+from fusedlstm import autograd, cells, gradients, products
+from fusedlstm.cells.cell import LOOPS
+from fusedlstm.engines import aten, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from support import assert_accurate, cast, recurrence_inputs
 
@@ -45,9 +47,9 @@ def assert_all_close(ours, exact):
 @pytest.mark.parametrize("cell", cells.CELLS)
 def test_equals_the_specification(monkeypatch, cell, case, by_equations):
     if by_equations:
-        monkeypatch.delitem(loops.LOOPS, cell)
+        monkeypatch.delitem(LOOPS, cell)
     else:
-        assert cell in loops.LOOPS
+        assert cell in LOOPS
     options = {"T": T, "D": 1, "heads": 1, "clip": None, "without": "", **CASES[case]}
     clip, without, steps, D = (options.pop(name) for name in ("clip", "without", "T", "D"))
     if cells.CELLS[cell].norms:  # which mix the units of all heads
@@ -91,31 +93,12 @@ def test_no_steps(cell):
     assert torch.equal(grad_hx, h_n) and torch.equal(grad_cx, c_n)
 
 
-@pytest.mark.parametrize(("sleep", "largest", "expected"), [(True, 1 << 24, 1), (True, 10, 3), (False, 1 << 24, 3)])
-def test_small_steps_wake_no_thread_that_sleeps(monkeypatch, sleep, largest, expected):
-    """And what was set before is set again, also after an error."""
-    before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(cpu, "THREADS_SLEEP", sleep)
-    monkeypatch.setattr(cpu, "LARGEST_STEP", largest)
-    monkeypatch.setattr(torch_loop, "_run", lambda *arguments: seen.append(torch.get_num_threads()))
-    inputs = recurrence_inputs(T, B, H, 1, torch.float64, cell="gru")
-    try:
-        torch.set_num_threads(3)
-        torch_loop.recurrence_fwd("gru", **inputs, save_gates=False, save_states=False)
-        assert seen == [expected] and torch.get_num_threads() == 3
-        with pytest.raises(KeyError), cpu.alone_if_small(1):
-            raise KeyError
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("layer", [fusedlstm.PeepholeLSTM, fusedlstm.LayerNormLSTM])
 def test_passes_in_blocks_of_rows(monkeypatch, layer):
     """Fourteen rows in blocks of four: every gradient is that of the specification."""
-    monkeypatch.setattr(cpu, "ROWS", 4)
-    assert [s.stop for s in cpu.row_blocks(14, torch.device("cpu"))] == [4, 8, 12, 16]
-    assert cpu.row_blocks(14, torch.device("cuda")) == [slice(0, 14)]
+    monkeypatch.setattr(gradients, "ROWS_OF_BLOCK", 4)
+    assert [s.stop for s in gradients._row_blocks(14, torch.device("cpu"))] == [4, 8, 12, 16]
+    assert gradients._row_blocks(14, torch.device("cuda")) == [slice(0, 14)]
     module, x = layer(3, 5, bidirectional=True).double(), torch.randn(7, 2, 3, dtype=torch.float64)
     found = []
     for module.backend in ("torch", "reference"):
@@ -132,7 +115,7 @@ def test_recomputed_from_the_preactivations(cell):
     whole = inputs["preact_x"].clone()
     for d, (y, weight) in enumerate(zip(output.chunk(2, -1), inputs["weight_hh"], strict=True)):
         before = inputs["layout"].states_before(y, inputs["hx"][d], d)
-        heads.add_recurrent(whole[d].view(-1, whole.size(-1)), before, weight)
+        products.add_recurrent_product(whole[d].view(-1, whole.size(-1)), before, weight)
     found = torch_loop.recurrence_fwd(
         cell, **{**inputs, "preact_x": whole, "weight_hh": []}, save_gates=True, save_states=True
     )
@@ -165,7 +148,7 @@ def test_shut_output_gates_have_gradients():
 @pytest.mark.parametrize("lengths", [None, [6, 5, 5, 2]], ids=["dense", "packed"])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
 def test_atens_stacks_and_the_loop(cell, lengths, options):
-    """torch_engine hands stacks and single steps on as torch.nn does, runs of steps too; the loop computes the same."""
+    """aten.py hands stacks and single steps on as torch.nn does, runs of steps too; the loop computes the same."""
     stock = _stock(cell, 4, H, **options).double()
     x = torch.randn(6, 4, 4, dtype=torch.float64)
     layers, D = stock.num_layers, 2 if stock.bidirectional else 1
@@ -177,13 +160,13 @@ def test_atens_stacks_and_the_loop(cell, lengths, options):
     arguments = (stock._flat_weights, stock.bias, layers, 0.0, True, stock.bidirectional, False)
     schedules = ["stack"] if sizes is None else ["stack", "runs"]
     for schedule in schedules:
-        output, (h,) = torch_engine.stack(cell, schedule, rows, sizes, (hx,), *arguments)
+        output, (h,) = aten.stack(cell, schedule, rows, sizes, (hx,), *arguments)
         torch.testing.assert_close(output, expected, **EXACT)
         torch.testing.assert_close(h, h_n, **EXACT)
-    step, (h,) = torch_engine.stack(cell, "step", x[:1], None, (hx,), *arguments)
+    step, (h,) = aten.stack(cell, "step", x[:1], None, (hx,), *arguments)
     torch.testing.assert_close(step, stock(x[:1], hx)[0], **EXACT)
     if layers == 1:
-        (h,) = torch_engine.cell(cell, x[0], (hx[0],), *stock._flat_weights)
+        (h,) = aten.cell(cell, x[0], (hx[0],), *stock._flat_weights)
         torch.testing.assert_close(h, step[0], **EXACT)
 
     layout = DENSE if sizes is None else Layout.of_packed(sizes, 4, torch.device("cpu"))
@@ -192,7 +175,7 @@ def test_atens_stacks_and_the_loop(cell, lengths, options):
     found = rows
     for layer in range(layers):
         own = slice(layer * D, (layer + 1) * D)
-        found, _, _ = recurrence.layer(cell, found, (hx[own],), parameters[own], "torch", layout)
+        found, _, _ = autograd.layer(cell, found, (hx[own],), parameters[own], "torch", layout)
     torch.testing.assert_close(found, expected, **EXACT)
     grad = torch.randn_like(expected)
     for ours, exact in zip(
@@ -221,15 +204,15 @@ def test_rivals_of_the_benchmark_compute_the_same(cell):
 def test_who_serves_on_a_cpu():
     def way(cell, steps, dtype=torch.float32, sizes=None, batch_first=False):
         x = torch.zeros((2, steps, 4) if batch_first else (steps, 2, 4))
-        return torch_engine.schedule(cell, x.flatten(0, 1) if sizes is not None else x, dtype, sizes, batch_first, H)
+        return aten.schedule(cell, x.flatten(0, 1) if sizes is not None else x, dtype, sizes, batch_first, H)
 
     for cell in ("gru", "rnn_tanh", "rnn_relu"):
-        assert torch_engine.has(cell)
+        assert aten.has(cell)
         assert way(cell, 32) == way(cell, 32, batch_first=True) == way(cell, 32, torch.float64) == "loop"
         assert way(cell, 32, sizes=torch.tensor([2] * 31 + [1])) == "loop"
         assert way(cell, 31) == way(cell, 1) == way(cell, 31, sizes=torch.tensor([2] * 30 + [1])) == "stack"
         with torch.no_grad():
             assert way(cell, 32) == "stack"
         for dtype in (torch.float16, torch.bfloat16):
-            assert torch_engine.compute_dtype(cell, torch.device("cpu"), dtype, "stack", True) == torch.float32
-    assert not torch_engine.has("peephole") and way("peephole", 1) == "loop"
+            assert aten.compute_dtype(cell, torch.device("cpu"), dtype, "stack", True) == torch.float32
+    assert not aten.has("peephole") and way("peephole", 1) == "loop"

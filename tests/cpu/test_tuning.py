@@ -14,9 +14,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import __main__ as command_line
-from fusedlstm import cells, devices, engines, functional, launch, tuned, tuning
-from fusedlstm.devices import DEVICES
-from fusedlstm.tuned import Call, Problem
+from fusedlstm import cells, engines, functional, tuning
+from fusedlstm.engines import launch
+from fusedlstm.plan import devices, tuned
+from fusedlstm.plan.devices import DEVICES
+from fusedlstm.plan.tuned import Call, Problem
 
 SM_90 = DEVICES["sm_90"]
 PLACE = tuned._place  # the fixture replaces it
@@ -267,8 +269,8 @@ def test_without_a_measurement_cudnn_must_be_clearly_faster(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_and_projected_calls_are_compared_with_cudnn_too(training, monkeypatch):
     """Where the dense kernels are predicted to be far slower, packed ones and those of a projection are: the loop is the same."""
-    from fusedlstm import launch
-    from fusedlstm.devices import DEVICES
+    from fusedlstm.engines import launch
+    from fusedlstm.plan.devices import DEVICES
 
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
     monkeypatch.setattr(launch, "device_limits", lambda index: DEVICES["sm_90"])

@@ -6,7 +6,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fusedlstm
 from fake_gpu import DEVICE, backward
-from fusedlstm import cells, engines, torch_engine
+from fusedlstm import cells, engines
+from fusedlstm.engines import aten
 from grids import grid
 
 I, H, B, T = 10, 64, 4, 5
@@ -71,7 +72,7 @@ def test_cudnn_is_asked_for_where_it_serves_the_whole_call(gpu, monkeypatch, riv
     serves = serves and layer != "PeepholeLSTM"
     monkeypatch.setattr(engines, "fastest", lambda call, index: asked.append((call, index)) or ("torch", "a test"))
     asked, served = [], []
-    monkeypatch.setattr(torch_engine, "stack", lambda *args: served.append(args) or (torch.empty(T, B, H), args[4]))
+    monkeypatch.setattr(aten, "stack", lambda *args: served.append(args) or (torch.empty(T, B, H), args[4]))
     module = LAYERS[layer](I, H, device=DEVICE, **given)
     x = torch.empty(T, B, I, device=DEVICE)
     keywords = {"lengths": torch.empty(B, device=DEVICE, dtype=torch.int32)} if "lengths" in wanted else {}

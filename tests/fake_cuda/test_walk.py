@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 import contract
 import fusedlstm
 from fake_gpu import DEVICE, backward
-from fusedlstm import cells, launch, memory, stepping
-from fusedlstm.equations import EQUATIONS
+from fusedlstm import autograd, cells
+from fusedlstm.cells.cell import EQUATIONS
+from fusedlstm.engines import launch, stepping
 from grids import grid
 
 I, H, B, T = 10, 64, 40, 5
@@ -107,7 +108,7 @@ def kernels(cell, module, layout: str, steps: int, training: bool) -> tuple[list
     if module.save == "states" and training:
         recomputed = ["recompute"] * (cell.adds or cell.norms)
         if D == 1 and "packed" not in layout:
-            blocks = len(memory.blocks(steps, B)) - 1
+            blocks = len(autograd.begins_of_blocks(steps, B)) - 1
             assert blocks > 1
     block = [*recomputed, *statistics, "recurrence_bwd"]
     return ["recurrence_fwd"] * launches * blocks, block * launches * blocks

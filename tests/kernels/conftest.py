@@ -43,7 +43,7 @@ def poisoned_empty(monkeypatch):
 @pytest.fixture(autouse=True)
 def fresh_launches():
     """Tests change what a launch is made of, and launches are kept."""
-    from fusedlstm import launch, stepping
+    from fusedlstm.engines import launch, stepping
 
     for kept in (launch._bound, stepping._cached_bound):
         kept.cache_clear()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import page
-from fusedlstm import launch, memory
+from fusedlstm import autograd
+from fusedlstm.engines import launch
 from support import DTYPES, assert_accurate, tiled
 
 
@@ -57,8 +58,8 @@ def test_all_gradients(device, monkeypatch, ugrnn, form, dtype, sequence):
 
 
 def in_blocks(monkeypatch):
-    for name, value in {"FEWEST_STEPS": 2, "FEWEST_ROWS": 1, "BLOCKS": 3}.items():
-        monkeypatch.setattr(memory, name, value)
+    for name, value in {"FEWEST_STEPS": 2, "FEWEST_ROWS": 1, "MOST_BLOCKS": 3}.items():
+        monkeypatch.setattr(autograd, name, value)
 
 
 REGULARISED = {"zoneout": 0.2, "candidate_dropout": 0.3, "recurrent_dropout": 0.4, "weight_dropout": 0.1}

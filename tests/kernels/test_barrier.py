@@ -59,8 +59,8 @@ def test_a_broken_barrier_is_caught(monkeypatch, fault):
 @interpreted
 def test_a_wait_without_end_is_an_error(monkeypatch):
     """The bound of the wait itself, before the scheduler loses its patience."""
-    from fusedlstm import interpreter
     from fusedlstm import plan as planning
+    from fusedlstm.engines import interpreter
 
     monkeypatch.setattr(planning, "SPIN_LIMIT", 8)
     monkeypatch.setattr(barrier, "arrive", arrive_without_telling)

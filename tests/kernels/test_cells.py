@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlstm import cells, launch, reference
-from fusedlstm.equations import EQUATIONS
+from fusedlstm import cells
+from fusedlstm.cells.cell import EQUATIONS
+from fusedlstm.engines import launch, reference
 from fusedlstm.kernels.cells import STEPS, Steps
 from fusedlstm.noise import NO_NOISE, Noise
 from grids import WHOLE, pairwise

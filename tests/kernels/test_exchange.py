@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlstm import bound, launch
+from fusedlstm.engines import bound, launch
 from fusedlstm.kernels import exchange, recurrence_fwd
 from groups import B, D, H, assert_right, dense, is_caught, run_both, shared
 from support import DTYPES, recurrence_inputs, tiled
@@ -30,7 +30,7 @@ def test_groups_under_the_default_schedule(device, protocol):
 @interpreted
 def test_an_interpreted_launch_runs_side_by_side_wherever_its_tensors_are():
     """One program after another, a group would wait for ever."""
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     for device in ("cpu", "cuda:0"):
         assert not interpreter.active()
@@ -43,7 +43,7 @@ def test_an_interpreted_launch_runs_side_by_side_wherever_its_tensors_are():
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_under_seeded_schedules(seed, protocol):
     """The baton moves at every load and store."""
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     with interpreter.side_by_side(seed, yield_on_memory=True):
         assert_right(run_both(dense(), protocol))
@@ -54,7 +54,7 @@ def test_groups_under_seeded_schedules(seed, protocol):
 @pytest.mark.parametrize("seed", range(2))
 def test_groups_that_end_at_different_steps(seed, protocol):
     """Packed: the first batch tile has four steps, the second two, and both directions begin and end apart."""
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     lengths = [4] * 3 + [3] * 10 + [2] * 5 + [1] * 2
     assert len(lengths) == B
@@ -68,7 +68,7 @@ def test_groups_that_end_at_different_steps(seed, protocol):
 @pytest.mark.parametrize(("seed", "resets"), [(0, 0.0), (1, 0.3)])
 def test_groups_of_ragged_batches(seed, resets, protocol):
     """The first batch tile ends before T, the second at its third step, and a sequence has none at all."""
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     lengths = [2, 3, 0, 4, 1] * 3 + [3, 0, 1, 2, 2]
     ragged = shared(recurrence_inputs(5, 0, H, D, torch.float32, lengths=lengths, resets=resets))
@@ -81,7 +81,7 @@ def test_groups_of_ragged_batches(seed, resets, protocol):
 @pytest.mark.parametrize("tiles", [{}, {"split": 2}], ids=["resident", "split"])
 def test_heads_are_groups_of_their_own(protocol, tiles):
     """Two heads of two programs a group each."""
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     inputs = shared(recurrence_inputs(3, B, H, D, torch.float32, heads=2))
     with interpreter.side_by_side(0, yield_on_memory=True):
@@ -93,7 +93,7 @@ def as_processes(limit_s=60):
     """One forked process a program; the interpreter's atomics are atomic across them."""
     from triton.runtime import interpreter as stock
 
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     def run_programs(fn, args, programs):
         children = []
@@ -216,8 +216,8 @@ def test_a_broken_exchange_is_caught(monkeypatch, fault):
 @interpreted
 def test_a_wait_without_end_is_an_error(monkeypatch):
     """The bound of the wait itself, before the scheduler loses its patience."""
-    from fusedlstm import interpreter
     from fusedlstm import plan as planning
+    from fusedlstm.engines import interpreter
 
     monkeypatch.setattr(planning, "ATTEMPT_LIMIT", 8)
     monkeypatch.setattr(recurrence_fwd, "publish", publish_nothing)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fusedlstm
-from fusedlstm import bound, engines, failures, launch
+from fusedlstm import engines
+from fusedlstm.engines import bound, failures, launch
 from support import DTYPES, assert_accurate
 
 CASES = {

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 import fusedlstm
-from fusedlstm import memory, noise
+from fusedlstm import autograd, noise
 from fusedlstm.kernels.noise import step_words
 from support import assert_accurate
 
@@ -48,12 +48,12 @@ def run(module, x, **options):
 @pytest.mark.parametrize("save", ["gates", "states"])
 @pytest.mark.parametrize("layer", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM"])
 def test_layers_see_the_masks_of_the_specification(device, monkeypatch, layer, save):
-    monkeypatch.setattr(memory, "FEWEST_STEPS", 2)
-    monkeypatch.setattr(memory, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(autograd, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(autograd, "FEWEST_ROWS", 1)
     torch.manual_seed(0)
     module = getattr(fusedlstm, layer)(3, 7, 2, **RATES, save=save).to(device)
     x, lengths = torch.randn(5, 4, 3, device=device), torch.tensor([5, 0, 3, 4])
-    assert len(memory.blocks(5, 4)) > 2
+    assert len(autograd.begins_of_blocks(5, 4)) > 2
     for options in ({}, {"lengths": lengths}):
         module.backend = "triton"
         ours = run(module, x, **options)

@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlstm import cells, launch, reference
+from fusedlstm import cells
+from fusedlstm.engines import launch, reference
 from fusedlstm.kernels import norms
 from groups import is_caught
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
@@ -83,7 +84,7 @@ def test_a_mean_far_from_zero(device):
 @pytest.mark.parametrize("seed", range(2))
 def test_under_seeded_schedules_to_the_last_bit(seed, protocol):
     """Whoever comes first: the baton moves at every load and store."""
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     inputs = inputs_of(3, 0, 20, lengths=[2, 3, 0, 1], resets=0.2)
     expected = run(inputs, protocol=protocol)
@@ -124,8 +125,8 @@ def test_a_broken_exchange_is_caught(monkeypatch, fault):
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 def test_a_wait_without_end_is_an_error(monkeypatch, protocol):
     """A program whose words never come, before the scheduler loses its patience."""
-    from fusedlstm import interpreter
     from fusedlstm import plan as planning
+    from fusedlstm.engines import interpreter
 
     @triton.jit
     def untagged(x, tag):

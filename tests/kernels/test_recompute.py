@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fusedlstm
-from fusedlstm import launch, memory, reference
+from fusedlstm import autograd
+from fusedlstm.engines import launch, reference
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, without_padding
 
 LAYOUTS = {
@@ -57,9 +58,9 @@ CASES = {
 
 @pytest.mark.parametrize(("case", "dtype"), [*((case, "bf16") for case in CASES), ("dense", "fp32"), ("dense", "fp16")])
 def test_all_gradients_in_blocks(device, monkeypatch, case, dtype):
-    monkeypatch.setattr(memory, "FEWEST_STEPS", 2)
-    monkeypatch.setattr(memory, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(memory, "BLOCKS", 3)
+    monkeypatch.setattr(autograd, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(autograd, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(autograd, "MOST_BLOCKS", 3)
     arguments, options = CASES[case]
     T, B, I, H, P = 9, 3, 5, 19, arguments.get("proj_size") or 19
     ours = fusedlstm.LSTM(I, H, **arguments, backend="triton", save="states").to(device, DTYPES[dtype])
@@ -83,8 +84,8 @@ def test_all_gradients_in_blocks(device, monkeypatch, case, dtype):
 
 def test_what_crosses_a_border_is_float32(device, monkeypatch):
     """c and its gradient: rounded to bfloat16 they would not be what one run carries in registers."""
-    monkeypatch.setattr(memory, "FEWEST_STEPS", 2)  # one would be for the kernel of a single step
-    monkeypatch.setattr(memory, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(autograd, "FEWEST_STEPS", 2)  # one would be for the kernel of a single step
+    monkeypatch.setattr(autograd, "FEWEST_ROWS", 1)
     entered = []
 
     def spied(launch_one):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
-from fusedlstm import launch
+from fusedlstm.engines import launch
 from grids import grid
 from support import DTYPES, assert_accurate, tiled
 

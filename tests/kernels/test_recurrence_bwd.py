@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedlstm import launch, reference
+from fusedlstm.engines import launch, reference
 from grids import grid
 from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, strided, tiled
 

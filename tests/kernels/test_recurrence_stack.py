@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedlstm import launch, reference
+from fusedlstm.engines import launch, reference
 from support import DTYPES, LENGTHS, assert_accurate, cast, recurrence_inputs, tiled, without_padding
 
 LAYOUTS = {
@@ -103,7 +103,7 @@ def test_other_tiles(device, tiles):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 def test_seeded_schedules(protocol):
-    from fusedlstm import interpreter
+    from fusedlstm.engines import interpreter
 
     inputs = stack_inputs(3, 5, 20, 3, torch.float32, "cpu")
     for seed in range(2):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedlstm import launch, reference
+from fusedlstm.engines import launch, reference
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlstm
-from fusedlstm import launch, reference, stepping
+from fusedlstm.engines import launch, reference, stepping
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
 
 NAMES = ("output", "h_n", "c_n", "gates", "c_seq")

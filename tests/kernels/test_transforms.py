@@ -4,7 +4,7 @@ import pytest
 import torch
 import transforms
 
-from fusedlstm import launch
+from fusedlstm.engines import launch
 from support import assert_accurate
 
 

@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
-from fusedlstm import launch, tuned, tuning
+from fusedlstm import tuning
+from fusedlstm.engines import launch
+from fusedlstm.plan import tuned
 from support import assert_accurate
 
 

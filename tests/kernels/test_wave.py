@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fusedlstm
-from fusedlstm import launch, wave
+from fusedlstm import wave
+from fusedlstm.engines import launch
 from support import DTYPES, assert_accurate
 from twins import SEQUENCES, case_id, dense_twin, outcome, pairwise, with_heads
 

@@ -1,0 +1,126 @@
+"""The recurrent cells: one file for each, with its declaration, its equations, and its fast step on a CPU.
+
+Our own cells come in as a user's do, by `register_cell`. The device code of a cell is in the file of the same name under
+`fusedlstm.kernels.cells`.
+"""
+
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Callable
+
+from fusedlstm.cells import coupled, gru, layernorm, lstm, peephole, rnn, slstm
+from fusedlstm.cells.cell import CELLS, EQUATIONS, LOOPS, Cell, Equations, Loop
+
+__all__ = ["CELLS", "Cell", "Equations", "Loop", "register_cell"]
+
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+def register_cell(
+    cell: Cell,
+    equations: tuple[Callable | None, ...],
+    kernels: tuple | str | None = None,
+    loop: tuple[Callable, Callable] | None = None,
+) -> None:
+    """Make a cell known, so that subclasses of `Recurrent` and `RecurrentCell` can name it. How to: docs/add_a_cell.md.
+
+    Example::
+
+        fusedlstm.register_cell(
+            fusedlstm.cells.Cell("ugrnn", gates=("f", "g"), states=("h",)),
+            equations=(step, step_backward, update),
+            kernels=(step_fwd, step_bwd, update_fwd),
+        )
+
+    Args:
+        cell: What the cell is made of, under a name that is not taken.
+        equations: Functions of torch tensors: step, step_backward, update and vectors_backward, in this order.
+            `fusedlstm.cells.cell` says what they take and return. Without update (None) the cell has no zoneout;
+            vectors_backward is needed for the cell's own vectors.
+        kernels: Functions under `triton.jit`: step_fwd, step_bwd and update, in this order, as `fusedlstm.kernels.cells` says.
+            update is needed if the equations have it. Or the name of a module that has them, which is imported where
+            Triton is installed. None: every engine except "triton" serves the cell.
+        loop: Two functions, forward and backward, of a faster step on a CPU than the one that follows from the equations
+            (`fusedlstm.engines.torch_loop`).
+
+    Raises:
+        TypeError, ValueError: A field of the cell or a function is wrong or missing. Then nothing is registered.
+    """
+    _check_cell(cell)
+    needed = {"step", "step_backward"} | ({"vectors_backward"} if cell.vectors else set())
+    _check_functions("equations", equations, Equations._fields, needed)
+    if loop is not None:
+        _check_functions("loop", loop, Loop._fields, {*Loop._fields})
+    equations = Equations(*equations)
+    if kernels is not None and importlib.util.find_spec("triton") is not None:
+        _register_kernels(cell.name, kernels, equations.update is not None)
+    CELLS[cell.name], EQUATIONS[cell.name] = cell, equations
+    if loop is not None:
+        LOOPS[cell.name] = Loop(*loop)
+
+
+def _register_kernels(name: str, kernels: tuple | str, has_update: bool) -> None:
+    from triton.runtime.jit import KernelInterface
+
+    from fusedlstm.kernels.cells import STEPS, Steps
+
+    if isinstance(kernels, str):
+        module = importlib.import_module(kernels)
+        kernels = tuple(getattr(module, function, None) for function in Steps._fields)
+    needed = {"step_fwd", "step_bwd"} | ({"update"} if has_update else set())
+    _check_functions("kernels", kernels, Steps._fields, needed, KernelInterface, " under triton.jit")
+    STEPS[name] = Steps(*kernels)
+
+
+def _check_cell(cell: Cell) -> None:
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell: expected a Cell, got {type(cell).__name__}")
+    if not isinstance(cell.name, str) or not cell.name.isidentifier():
+        raise ValueError(f"cell.name: expected a name of letters, digits and underscores, got {cell.name!r}")
+    if cell.name in CELLS:
+        raise ValueError(f"cell.name: expected a new one, got {cell.name!r}, which is taken")
+    for field in ("gates", "states", "kept", "vectors"):
+        names = getattr(cell, field)
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+            raise TypeError(f"cell.{field}: expected a tuple of names, got {names!r}")
+        if len({*names}) < len(names):
+            raise ValueError(f"cell.{field}: expected every name once, got {names}")
+    if not cell.gates:
+        raise ValueError("cell.gates: expected at least one, got none")
+    if cell.states[:1] != ("h",):
+        raise ValueError(f"cell.states: expected 'h' first, which is the output, got {cell.states}")
+    if cell.kept and len(cell.kept) < len(cell.gates):
+        raise ValueError(
+            f"cell.kept: expected at least a block for each of the {len(cell.gates)} gates, got {cell.kept}"
+        )
+    places = range(len(cell.gates) if cell.kept else 0)
+    if not isinstance(cell.x_blocks, tuple) or {*cell.x_blocks} != {*places} or len(cell.x_blocks) != len(places):
+        wanted = f"a place for every gate, each of 0 to {places[-1]} once" if places else "() without cell.kept"
+        raise ValueError(f"cell.x_blocks: expected {wanted}, got {cell.x_blocks!r}")
+    if taken := sorted({*cell.vectors} & {*PARAMETERS}):
+        raise ValueError(f"cell.vectors: expected names that the parameters of torch.nn leave, got {', '.join(taken)}")
+
+
+def _check_functions(
+    argument: str, given: tuple, names: tuple[str, ...], needed: set[str], cls: type = object, kind: str = ""
+) -> None:
+    """Check a tuple of functions of a class. Those that are not `needed` may be None, or left out at the end."""
+    if not isinstance(given, tuple) or len(given) > len(names):
+        raise TypeError(f"{argument}: expected a tuple of {', '.join(names)}, got {given!r}")
+    for name, function in itertools.zip_longest(names, given):
+        if (name in needed or function is not None) and not (callable(function) and isinstance(function, cls)):
+            raise TypeError(f"{argument}: expected {name} to be a function{kind}, got {function!r}")
+
+
+for _cell, _equations, _loop in (
+    (lstm.CELL, lstm.EQUATIONS, lstm.LOOP),
+    (gru.CELL, gru.EQUATIONS, gru.LOOP),
+    (rnn.TANH, rnn.EQUATIONS_TANH, rnn.LOOP_TANH),
+    (rnn.RELU, rnn.EQUATIONS_RELU, rnn.LOOP_RELU),
+    (peephole.CELL, peephole.EQUATIONS, peephole.LOOP),
+    (coupled.CELL, coupled.EQUATIONS, coupled.LOOP),
+    (layernorm.CELL, layernorm.EQUATIONS, layernorm.LOOP),
+    (slstm.CELL, slstm.EQUATIONS, slstm.LOOP),
+):
+    register_cell(_cell, _equations, loop=_loop)

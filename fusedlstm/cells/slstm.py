@@ -1,0 +1,144 @@
+r"""sLSTM (Beck et al. 2024, xLSTM): exponential input gate, normaliser and stabiliser. Gates i, f, g, o; states h, c, n, m.
+
+.. math::
+    f, o = \sigma(\mathrm{preact}), \quad g = \tanh(\mathrm{preact}), \quad
+    m' = \max(\log f + m, \mathrm{preact}_i), \quad i = e^{\mathrm{preact}_i - m'}, \quad \bar f = e^{\log f + m - m'},
+
+.. math::
+    c' = \bar f c + i g, \quad n' = \bar f n + i, \quad h' = o c' / n'
+
+c and n are scaled by e^{-m}, so h does not depend on m. A state with n = 0 holds nothing, and its m counts as
+minus infinity: zeros are a valid beginning.
+"""
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from fusedlstm.cells.cell import Cell, Equations, Loop
+
+CELL = Cell("slstm", gates=("i", "f", "g", "o"), states=("h", "c", "n", "m"))
+
+
+def _carried(n, m):
+    """m of what the state holds."""
+    return torch.where(n == 0, float("-inf"), m)
+
+
+def step(preact_x, preact_h, state, vectors, drop):
+    preact_i, preact_f, preact_g, preact_o = (x + h for x, h in zip(preact_x, preact_h, strict=True))
+    _, _, n, m = state
+    f = torch.sigmoid(preact_f)
+    m_new = torch.maximum(torch.nn.functional.logsigmoid(preact_f) + _carried(n, m), preact_i)
+    gates = (torch.exp(preact_i - m_new), f, torch.tanh(preact_g), torch.sigmoid(preact_o))
+    return gates, _updated(gates, state, m_new, drop)
+
+
+def _updated(gates, state_prev, m_new, drop):
+    i, f, g, o = gates
+    _, c, n, m = state_prev
+    decay = f * torch.exp(_carried(n, m) - m_new)
+    c, n = decay * c + i * (g * drop), decay * n + i
+    return o * c / n, c, n, m_new
+
+
+def step_backward(gates, state_prev, state, dstate, vectors, drop):
+    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2; di = dc g + dn, d\bar f = dc c + dn n.
+
+    m' takes what i and \bar f lose when it grows, -(di i + d\bar f \bar f), and hands it to the larger of both: preact_i,
+    where i is 1, or else log f + m.
+    """
+    i, f, g, o = gates
+    _, c_prev, n_prev, m_prev = state_prev
+    _, c, n, m = state
+    dh, dc, dn, dm = dstate
+    decay = f * torch.exp(_carried(n_prev, m_prev) - m)
+    dc, dn = dc + dh * o / n, dn - dh * o * c / (n * n)
+    di_i = (dc * (g * drop) + dn) * i  # gradient of log i
+    df_f = (dc * c_prev + dn * n_prev) * decay  # gradient of log f
+    dm = dm - di_i - df_f
+    by_input = i == 1
+    dpreact_i = di_i + torch.where(by_input, dm, 0)
+    dlog_f = df_f + torch.where(by_input, 0, dm)
+    dpreact_g = dc * i * drop * (1 - g * g)
+    dpreact_o = dh * (c / n) * o * (1 - o)
+    dm_prev = torch.where(n_prev == 0, 0, dlog_f)
+    return (dpreact_i, dlog_f * (1 - f), dpreact_g, dpreact_o), (torch.zeros_like(dh), dc * decay, dn * decay, dm_prev)
+
+
+# The step of the CPU loop (`fusedlstm.engines.torch_loop`).
+
+
+def _carried(n, m):
+    return torch.where(n == 0, float("-inf"), m)
+
+
+def loop_forward(at):
+    i, f, g, o = map(at.by_step, at.gates.chunk(4, -1))
+    preact, gates, h_seq, c_seq, n_seq, m_seq = map(at.by_step, (at.preact_x, at.gates, *at.states))
+
+    def step(t, state):
+        h, c, n, m = state
+        at.add_recurrent(preact[t], h, gates[t])
+        carried = _carried(n, m)
+        m = torch.maximum(logsigmoid(f[t]).add_(carried), i[t], out=m_seq[t])
+        i[t].sub_(m).exp_()
+        f[t].sigmoid_()
+        g[t].tanh_()
+        o[t].sigmoid_()
+        decay = carried.sub_(m).exp_().mul_(f[t])
+        c = torch.mul(decay, c, out=c_seq[t]).addcmul_(i[t], g[t])
+        n = torch.addcmul(i[t], decay, n, out=n_seq[t])
+        return torch.div(c, n, out=h_seq[t]).mul_(o[t]), c, n, m
+
+    return step
+
+
+def loop_backward(at):
+    """Every gradient is a sum of those of the states times factors, which are put together beforehand."""
+    i, f, g, o = at.gates.chunk(4, -1)
+    _, c, n, m = at.states
+    c_prev, n_prev, m_prev = (at.before(k) for k in (1, 2, 3))
+    decay = _carried(n_prev, m_prev).sub_(m).exp_().mul_(f)
+    c_over_n = c / n
+    dc_of_dh = o / n
+    factors = (
+        dc_of_dh,
+        -dc_of_dh * c_over_n,  # dn of dh
+        i * g,  # d log i of dc, and i of dn
+        i,
+        decay * c_prev,  # d log f of dc, and of dn
+        decay * n_prev,
+        (i == 1).to(i.dtype),  # whether m is the input's
+        i - i * g * g,
+        c_over_n * o * (1 - o),
+        decay,
+        1 - f,
+        (n_prev != 0).to(i.dtype),
+    )
+    factors = [*zip(*map(at.by_step, factors), strict=True)]  # step by step
+    di, df, dg, do = map(at.by_step, at.dpreact.chunk(4, -1))
+    dh_seq = at.by_step(at.dh)
+
+    def step(t, dstate):
+        dh, (dc, dn, dm) = dh_seq[t], dstate
+        dc_dh, dn_dh, i_dc, i_dn, f_dc, f_dn, by_input, dg_dc, do_dh, decay, df_dlog, held = factors[t]
+        dc.addcmul_(dh, dc_dh)
+        dn.addcmul_(dh, dn_dh)
+        torch.mul(dc, i_dc, out=di[t]).addcmul_(dn, i_dn)
+        torch.mul(dc, f_dc, out=df[t]).addcmul_(dn, f_dn)
+        dm.sub_(di[t]).sub_(df[t])
+        to_input = dm * by_input
+        di[t].add_(to_input)
+        df[t].add_(dm.sub_(to_input))
+        torch.mul(df[t], held, out=dm)
+        df[t].mul_(df_dlog)
+        torch.mul(dc, dg_dc, out=dg[t])
+        torch.mul(dh, do_dh, out=do[t])
+        dc.mul_(decay)
+        dn.mul_(decay)
+
+    return step
+
+
+EQUATIONS = Equations(step, step_backward)
+LOOP = Loop(loop_forward, loop_backward)

@@ -1,0 +1,304 @@
+"""ATen's recurrent layers: oneDNN and loops on a CPU, cuDNN on a GPU. The embedded default without a GPU, for the cells it has."""
+
+import contextlib
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from fusedlstm import cells
+from fusedlstm.layout import Layout
+
+CUDNN_STEPS = 65535  # cuDNN takes no more
+
+# An LSTM's packed sequences on a CPU: from as many steps on between two ends, on average, oneDNN gets a call for every run of
+# steps that the same sequences have; below, a call for every stretch in which no more than a third of them end; but where the
+# weights are large, training spends more on preparing and summing them for every call than `torch_loop` does.
+SHORTEST_RUN, HELD, WIDEST_STRETCH = 8, 2 / 3, 256
+SHUT = 1e8  # saturates a gate whatever else is added
+# A single step of an LSTM on a CPU: up to as many sequences ATen's cells are faster than oneDNN without gradients, and
+# always with.
+STEP_OF_INFERENCE = 8
+# oneDNN has no other cell: ATen loops over their steps. Its forward is as fast as `torch_loop`, but autograd takes every step
+# apart and sums the gradients of the weights step by step. From as many steps on that costs more than a loop's set-up.
+SHORTEST_LOOP = 32
+
+
+def has(cell: str) -> bool:
+    """Whether ATen has the cell."""
+    return _name(cell) is not None
+
+
+def _name(cell: str) -> str | None:
+    """Of ATen's function."""
+    return cells.CELLS[cell].aten
+
+
+def compute_dtype(cell: str, device: torch.device, dtype: torch.dtype, schedule: str, dense: bool) -> torch.dtype:
+    """The dtype in which to compute: float32 for half precision where there is only slow code, or inexact.
+
+    `dense`: the sequences are not packed.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    if schedule == "loop":
+        return torch.float32
+    if device.type == "cpu":
+        fused = _name(cell) == "lstm" and dtype == torch.bfloat16 and dense and _onednn_has_bfloat16()
+        return dtype if fused else torch.float32
+    return dtype
+
+
+def schedule(
+    cell: str,
+    input: Tensor,
+    dtype: torch.dtype,
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    hidden: int,
+    proj_size: int = 0,
+) -> str:
+    """How a stack runs: "stack", ATen takes it whole; "runs" or "stretches", ATen takes some steps at a time; "step", ATen's
+    cells take its only step; "loop", `torch_loop` takes it. `dtype` is that of the results.
+
+    On a CPU oneDNN is slow with a single step, and ATen with packed sequences of different lengths, and with gradients of any
+    cell that oneDNN does not have.
+    """
+    if not has(cell):
+        return "loop"
+    steps = len(batch_sizes) if batch_sizes is not None else input.size(1 if batch_first else 0)
+    if input.is_cuda:
+        return "runs" if batch_sizes is None and steps > CUDNN_STEPS else "stack"
+    if input.device.type != "cpu":
+        return "stack"
+    if _name(cell) != "lstm":
+        if batch_sizes is not None and torch.compiler.is_compiling():  # no graph is for some lengths
+            return "loop"
+        return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
+    if batch_sizes is None:
+        batch = input.size(0 if batch_first else 1)
+        few = batch <= STEP_OF_INFERENCE or torch.is_grad_enabled()
+        return "step" if steps == 1 and few and proj_size == 0 else "stack"
+    if proj_size > 0:
+        return "stack"
+    if dtype == torch.float64 or torch.compiler.is_compiling():  # oneDNN has none; as above
+        return "loop"
+    if steps >= SHORTEST_RUN * len(torch.unique_consecutive(batch_sizes)):
+        return "runs"
+    return "stretches" if hidden <= WIDEST_STRETCH or not torch.is_grad_enabled() else "loop"
+
+
+@contextlib.contextmanager
+def _weights_as_they_lie():
+    """cuDNN copies weights that are not one piece of memory, and warns that `flatten_parameters` would help: not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        yield
+
+
+def stack(
+    cell: str,
+    schedule: str,
+    input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I]
+    batch_sizes: Tensor | None,  # [T] on the CPU if packed
+    states: tuple[Tensor, ...],  # h [L * D, B, P] and what the cell has beside it, each [L * D, B, H]
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A stack by ATen, output and final states; `schedule` is one of its own."""
+    dropout = dropout if training else 0.0
+    if input.is_cuda:
+        states = tuple(s.contiguous() for s in states)
+        training = training or torch.is_grad_enabled()  # cuDNN keeps what backward needs only in training mode
+    if schedule == "stack":
+        warns = input.is_cuda and not torch.compiler.is_compiling()
+        order = (bidirectional,) if batch_sizes is not None else (bidirectional, batch_first)
+        with _weights_as_they_lie() if warns else contextlib.nullcontext():
+            return _layers(cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, *order)
+    options = (num_layers, dropout, bidirectional)
+    if schedule == "step":
+        output, states = _step(cell, input.squeeze(1 if batch_first else 0), states, weights, bias, *options)
+        return output.unsqueeze(1 if batch_first else 0), states
+    if schedule == "stretches":
+        return _by_direction(_by_stretches(batch_sizes, training), input, states, weights, *options)
+    if batch_sizes is not None:
+        runs = _runs_of_sequences(batch_sizes)
+        return _by_direction(_by_runs(cell, runs, training), input, states, weights, *options)
+    x = input.transpose(0, 1) if batch_first else input
+    T, B, _ = x.shape
+    runs = [(t * B, min(CUDNN_STEPS, T - t), B) for t in range(0, T, CUDNN_STEPS)]
+    output, states = _by_direction(_by_runs(cell, runs, training), x.reshape(T * B, -1), states, weights, *options)
+    output = output.unflatten(0, (T, B))
+    return output.transpose(0, 1) if batch_first else output, states
+
+
+def cell(
+    cell: str,
+    input: Tensor,  # [B, I]
+    states: tuple[Tensor, ...],  # h first, each [B, H]
+    weight_ih: Tensor,  # [G*H, I]
+    weight_hh: Tensor,  # [G*H, H]
+    bias_ih: Tensor | None = None,  # [G*H]
+    bias_hh: Tensor | None = None,  # [G*H]
+) -> tuple[Tensor, ...]:
+    """One step."""
+    biases = () if bias_ih is None else (bias_ih, bias_hh)
+    new = getattr(torch._VF, f"{_name(cell)}_cell")(input, _given(states), weight_ih, weight_hh, *biases)
+    return new if len(states) == 2 else (new,)
+
+
+def _given(states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
+    """States as ATen takes them: a tensor where there is one."""
+    return states if len(states) == 2 else states[0]
+
+
+def _layers(cell: str, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
+    """ATen's function of the cell."""
+    sizes = () if batch_sizes is None else (batch_sizes,)
+    output, *states = getattr(torch._VF, _name(cell))(input, *sizes, _given(states), weights, *options)
+    return output, tuple(states)
+
+
+def _step(
+    name: str,
+    x: Tensor,  # [B, I]
+    states: tuple[Tensor, ...],  # each [L * D, B, H]
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One step of a stack, a cell for every layer and direction."""
+    directions = 2 if bidirectional else 1
+    count = 4 if bias else 2
+    found = []
+    for k in range(num_layers * directions):
+        if k % directions == 0 and k > 0:
+            x = _output(found, directions)
+            x = torch.nn.functional.dropout(x, dropout) if dropout > 0 else x
+        own = weights[k * count : (k + 1) * count]
+        found.append(cell(name, x, tuple(s[k] for s in states), *own))
+    return _output(found, directions), tuple(torch.stack(s) for s in zip(*found, strict=True))
+
+
+def _output(found: list[tuple[Tensor, ...]], directions: int) -> Tensor:
+    """h of a layer, both directions side by side."""
+    return found[-1][0] if directions == 1 else torch.cat([s[0] for s in found[-directions:]], -1)
+
+
+def _by_direction(
+    recurrence,
+    rows: Tensor,  # [R, I]
+    states: tuple[Tensor, ...],  # each [L * D, B, H]
+    weights: list[Tensor],
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A stack of which `recurrence(rows, states, weights, reverse)` does a layer in one direction; states [1, B, H]."""
+    directions = 2 if bidirectional else 1
+    count = len(weights) // (num_layers * directions)
+    found = []
+    for layer in range(num_layers):
+        if layer > 0 and dropout > 0:
+            rows = torch.nn.functional.dropout(rows, dropout)
+        outputs = []
+        for k in range(layer * directions, (layer + 1) * directions):
+            own = weights[k * count : (k + 1) * count]
+            output, final = recurrence(rows, tuple(s[k : k + 1] for s in states), own, k % directions == 1)
+            outputs.append(output)
+            found.append(final)
+        rows = torch.cat(outputs, -1)
+    return rows, tuple(torch.cat(s) for s in zip(*found, strict=True))
+
+
+def _dense(
+    cell: str, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], training: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer forward in time: x [T, B, I], states [1, B, H]."""
+    states = tuple(s.contiguous() for s in states)
+    return _layers(cell, x, None, states, weights, len(weights) == 4, 1, 0.0, training, False, False)
+
+
+def _by_runs(cell: str, runs: list[tuple[int, int, int]], training: bool):
+    """A recurrence with one dense call for every run; a run's final state is the next one's initial state.
+
+    `runs`: first row, number of steps and number of sequences (the first ones) of every run, in order of time.
+    """
+
+    def recurrence(rows, states, weights, reverse):
+        pieces = []
+        for first, steps, n in reversed(runs) if reverse else runs:
+            x = rows[first : first + steps * n].view(steps, n, -1)
+            x = x.flip(0) if reverse else x
+            output, final = _dense(cell, x, tuple(s[:, :n] for s in states), weights, training)
+            states = tuple(torch.cat([new, old[:, n:]], 1) for new, old in zip(final, states, strict=True))
+            pieces.append((output.flip(0) if reverse else output).flatten(0, 1))
+        return torch.cat(pieces[::-1] if reverse else pieces), states
+
+    return recurrence
+
+
+def _by_stretches(batch_sizes: Tensor, training: bool):
+    """A recurrence of an LSTM with a dense call for every stretch of steps in which few of the sequences end.
+
+    A sequence that has ended is held to the end of its stretch by one more input feature, which shuts its input gate and
+    opens its forget gate: c and its gradient pass unchanged, and what it puts out is not looked at. In reverse every
+    sequence is turned round by itself.
+    """
+    sizes = batch_sizes.tolist()
+    layout = Layout.of_packed(batch_sizes, sizes[0], batch_sizes.device)
+    R = sum(sizes)
+    step, sequence = layout.positions(R)
+    turned = layout.first_row[layout.lengths[sequence] - 1 - step] + sequence  # [R]
+    ends = layout.begin_rows((R,), 1, batch_sizes.device)  # [B]
+    stretches, start = [], 0
+    for t in range(1, len(sizes) + 1):
+        if t == len(sizes) or sizes[t] < HELD * sizes[start]:
+            n = sizes[start]
+            row = layout.first_row[start:t].unsqueeze(1) + torch.arange(n)
+            lives = torch.arange(n) < batch_sizes[start:t].unsqueeze(1)  # [steps, n]
+            stretches.append((t - start, n, torch.where(lives, row, R).flatten(), lives.flatten().nonzero()[:, 0]))
+            start = t
+
+    def recurrence(rows, states, weights, reverse):
+        h, c = states
+        hidden = h.size(-1)
+        shut = rows.new_zeros(4 * hidden, 8)  # eight features and not one: oneDNN likes even rows
+        shut[:hidden, 0], shut[hidden : 2 * hidden, 0] = -SHUT, SHUT
+        weights = [torch.cat([weights[0], shut], 1), *weights[1:]]
+        rows = rows.index_select(0, turned) if reverse else rows
+        held = rows.new_zeros(1, rows.size(1) + 8)
+        held[0, -8] = 1.0
+        rows = torch.cat([torch.nn.functional.pad(rows, (0, 8)), held])  # [R + 1, I + 8]
+        outputs, final_c = [], []
+        for steps, n, source, living in stretches:
+            final_c.append(c[:, n:])
+            x = rows.index_select(0, source).view(steps, n, -1)
+            output, (h, c) = _dense("lstm", x, (h[:, :n], c[:, :n]), weights, training)
+            outputs.append(output.flatten(0, 1).index_select(0, living))
+        output = torch.cat(outputs)
+        h_n = output.index_select(0, ends).unsqueeze(0)
+        output = output.index_select(0, turned) if reverse else output
+        return output, (h_n, torch.cat([c, *final_c[::-1]], 1))
+
+    return recurrence
+
+
+def _runs_of_sequences(batch_sizes: Tensor) -> list[tuple[int, int, int]]:
+    """Stretches of steps that the same sequences have: first row, number of steps, number of sequences."""
+    sizes, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
+    first = torch.cumsum(sizes * counts, 0) - sizes * counts
+    return list(zip(first.tolist(), counts.tolist(), sizes.tolist(), strict=True))
+
+
+@functools.cache
+def _onednn_has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

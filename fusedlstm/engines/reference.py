@@ -1,0 +1,273 @@
+r"""The specification: a recurrence over any cell in plain torch, any dtype, forward and written-out backward.
+
+Dimensions: T steps, B batch, I input size, H hidden size, G gates, K blocks that a step keeps, V vectors, D directions, S
+states beside h, P size of h (H, or `proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
+packed; lengths, packing and resets are told in `fusedlstm.layout`. `weight_hh` has H / DH heads (`fusedlstm.products`); one
+is the usual LSTM.
+
+A recurrence maps `preact_x` (the input part of the preactivations) and the initial states to all h:
+
+.. math::
+    \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
+    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{step}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
+
+The step and its backward are those of `fusedlstm.cells.cell`; everything here is the same for every cell.
+"""
+
+import torch
+from torch import Tensor
+
+from fusedlstm import cells, transforms
+from fusedlstm.layout import DENSE, Layout, spans
+from fusedlstm.noise import NO_NOISE, Noise
+from fusedlstm.products import recurrent_product, recurrent_product_backward
+
+State = tuple[Tensor, ...]  # h first, each [B, H]
+
+
+def steps_of(T: int, direction: int) -> range:
+    """The order in which a direction visits the steps."""
+    return range(T) if direction == 0 else range(T - 1, -1, -1)
+
+
+class _ClipGradient(torch.autograd.Function):
+    """x, whose gradient is kept within -limit and limit; a tangent is no gradient, and passes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, limit):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.limit = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def tangents(ctx, tangent, _):
+        return tangent.view_as(tangent)
+
+
+def _cut(layout: Layout, steps: list[tuple[int, int]], t: int, direction: int) -> Tensor | None:
+    """Which of the sequences that have step t enter it with a state of zero in a direction, [n, 1] bool; None: none."""
+    if layout.resets is None:
+        return None
+    _, n = steps[t]
+    later = t + direction
+    cut = torch.zeros(n, dtype=torch.bool, device=layout.resets.device)
+    if later < len(steps):
+        first, m = steps[later]
+        cut[:m] = layout.resets.flatten()[first : first + m][:n]
+        if layout.first_row is None and layout.lengths is not None:
+            cut &= later < layout.lengths
+    return cut.unsqueeze(1)
+
+
+def _lives(layout: Layout, t: int) -> Tensor | None:
+    """Which sequences have step t, [B, 1] bool; None: all that have a row of it."""
+    if layout.first_row is not None or layout.lengths is None:
+        return None
+    return (t < layout.lengths).unsqueeze(1)
+
+
+def _where(condition: Tensor | None, yes: State, no: State | float) -> State:
+    """State by state; all of `yes` if there is no condition."""
+    if condition is None:
+        return yes
+    no = no if isinstance(no, tuple) else (yes[0].new_tensor(no),) * len(yes)
+    return tuple(torch.where(condition, y, n) for y, n in zip(yes, no, strict=True))
+
+
+def _stack(states: State, empty: Tensor) -> Tensor:
+    """The states beside h, [S, B, H]; `empty`, which has that shape, if there are none."""
+    return torch.stack(states) if states else empty
+
+
+def _of_step(masks: tuple, first: int, n: int) -> tuple:
+    """Of masks of all rows, those of a step's."""
+    return tuple(m[first : first + n] if isinstance(m, Tensor) else m for m in masks)
+
+
+def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: State, entered: State) -> State:
+    """Zoneout of a state: masks or, in the mean, numbers."""
+    return tuple(
+        s if isinstance(held, float) and held == 0 else held * e + (1 - held) * s
+        for held, s, e in zip((held_h, *[held_c] * (len(stepped) - 1)), stepped, entered, strict=True)
+    )
+
+
+def recurrence_fwd(
+    cell: str,
+    preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
+    weight_hh: list[Tensor],  # D times [G * H, P], or [G * H, DH] with heads
+    hx: Tensor,  # [D, B, P]
+    cx: Tensor,  # [S, D, B, H]
+    layout: Layout = DENSE,
+    weight_hr: list[Tensor] | None = None,  # D times [P, H]
+    clip: float | None = None,
+    vectors: Tensor | None = None,  # [D, V, H]
+    noise: Noise = NO_NOISE,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All T steps of one layer, both directions; plain autograd can differentiate it.
+
+    Args:
+        clip: the largest element of the gradient of a state that enters a step.
+        noise: what regularises the steps.
+
+    Returns:
+        output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], gates [T, B, D * K * H] (after the nonlinearity) and
+        c_seq [S, T, B, D * H]; [R, ...] in place of [T, B, ...]. All but gates are zero in padding.
+    """
+    num_gates, step = cells.CELLS[cell].num_gates, cells.CELLS[cell].equations.step
+    D, *leading, _ = preact_x.shape
+    steps = spans(layout.first_row, leading)
+    preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]
+    factors = noise.of_sequences(*hx.shape, hx.dtype)
+    output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
+    for d in range(D):
+        state, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
+        masks = noise.of_rows(preact_x.size(1), d, hx.size(-1), hx)
+        states, gates = [None] * len(steps), [None] * len(steps)
+        for t in steps_of(len(steps), d):
+            first, n = steps[t]  # sequences 0 to n - 1 have this step; the others have ended, or in reverse not begun
+            lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
+            entered = tuple(s[:n] for s in state)
+            if clip is not None:
+                entered = tuple(transforms.apply(_ClipGradient, s, clip) for s in entered)
+            if cut is not None:
+                entered = _where(~cut, entered, 0.0)
+            h = entered[0] if factors is None else entered[0] * factors[d, :n]
+            preact_h = recurrent_product(h, weight_hh[d])
+            x = preact_x[d, first : first + n]
+            held_h, held_c, drop = _of_step(masks, first, n)
+            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered, own, drop)
+            now = _held(held_h, held_c, now, entered)
+            if weight_hr:
+                now = (now[0] @ weight_hr[d].t(), *now[1:])
+            states[t] = _where(lives, now, 0.0)
+            now = _where(lives, now, tuple(s[:n] for s in state))
+            state = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, state, strict=True))
+        output.append(torch.cat([s[0] for s in states]))
+        h_n.append(state[0])
+        c_n.append(_stack(state[1:], cx[:, d]))
+        gates_seq.append(torch.cat([torch.cat(g, -1) for g in gates]))
+        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : len(s[0])]) for s in states], 1))
+    return (
+        torch.cat(output, -1).unflatten(0, leading),
+        torch.stack(h_n),
+        torch.stack(c_n, 1),
+        torch.cat(gates_seq, -1).unflatten(0, leading),
+        torch.cat(c_seq, -1).unflatten(1, leading),
+    )
+
+
+def recurrence_bwd(
+    cell: str,
+    grad_output: Tensor,  # [T, B, D * H] or packed [R, D * H]
+    grad_c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
+    grad_h_n: Tensor,  # [D, B, H]
+    grad_c_n: Tensor,  # [S, D, B, H]
+    weight_hh: list[Tensor],  # D times [G * H, DH]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    output: Tensor,  # [T, B, D * H] or [R, D * H]
+    gates: Tensor,  # [T, B, D * K * H] or [R, D * K * H]
+    c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
+    layout: Layout = DENSE,
+    clip: float | None = None,
+    vectors: Tensor | None = None,  # [D, V, H]
+    noise: Noise = NO_NOISE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that must be found step by step; those of the weights follow from them as one product each.
+
+    Returns:
+        grad_preact like gates (zero in padding), grad_hx [D, B, H], grad_cx [S, D, B, H].
+    """
+    of, step_backward = cells.CELLS[cell], cells.CELLS[cell].equations.step_backward
+    first_h = of.first_h_block
+    *leading, _ = gates.shape
+    D, H, steps = len(weight_hh), hx.size(-1), spans(layout.first_row, leading)
+    output, grad_output, gates = (
+        x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
+    )  # [R, D, features]
+    c_seq, grad_c_seq = (x.reshape(len(cx), len(output), D, H) for x in (c_seq, grad_c_seq))
+    factors = noise.of_sequences(*hx.shape, hx.dtype)
+    grad_preact, grad_hx, grad_cx = [], [], []
+    for d in range(D):
+        order = steps_of(len(steps), d)
+        dstate, own = (grad_h_n[d], *grad_c_n[:, d]), () if vectors is None else tuple(vectors[d])
+        masks = noise.of_rows(len(output), d, H, hx)
+        dpreacts = [None] * len(steps)
+        for k, t in reversed(list(enumerate(order))):
+            first, n = steps[t]
+            rows = slice(first, first + n)
+            state = (output[rows, d], *c_seq[:, rows, d])
+            lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
+            # The state before: that of the step before where the sequence has it, else the initial one.
+            first_prev, n_prev = steps[order[k - 1]] if k > 0 else (0, 0)
+            n_prev = min(n, n_prev)
+            rows_prev = slice(first_prev, first_prev + n_prev)
+            state_prev = (
+                torch.cat([output[rows_prev, d], hx[d, n_prev:n]]),
+                *torch.cat([c_seq[:, rows_prev, d], cx[:, d, n_prev:n]], 1),
+            )
+            begins = _lives(layout, t + 1) if d == 1 and t + 1 < len(steps) else None
+            state_prev = _where(begins, state_prev, tuple(s[:n] for s in (hx[d], *cx[:, d])))
+            entered = state_prev if cut is None else _where(~cut, state_prev, 0.0)
+            carried = tuple(ds[:n] for ds in dstate)
+            now = tuple(ds + g for ds, g in zip(carried, (grad_output[rows, d], *grad_c_seq[:, rows, d]), strict=True))
+            held_h, held_c, drop = _of_step(masks, first, n)
+            kept = gates[rows, d].chunk(of.num_kept, -1)
+            reached, through = state, (0.0,) * len(now)
+            if noise.holds:
+                reached = cells.CELLS[cell].equations.update(kept, entered, drop)
+                through = tuple(held * ds for held, ds in zip((held_h, *[held_c] * (len(now) - 1)), now, strict=True))
+                now = tuple(ds - part for ds, part in zip(now, through, strict=True))
+            dpreact, now = step_backward(kept, entered, reached, now, own, drop)
+            now = tuple(ds + part for ds, part in zip(now, through, strict=True))
+            dpreact = _where(lives, dpreact, 0.0)
+            dpreacts[t] = torch.cat(dpreact, -1)
+            dh = recurrent_product_backward(torch.cat(dpreact[first_h:], -1), weight_hh[d], H)
+            now = (now[0] + (dh if factors is None else dh * factors[d, :n]), *now[1:])
+            if cut is not None:
+                now = _where(~cut, now, 0.0)
+            if clip is not None:
+                now = tuple(ds.clamp(-clip, clip) for ds in now)
+            now = _where(lives, now, carried)
+            dstate = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, dstate, strict=True))
+        grad_preact.append(torch.cat(dpreacts))
+        grad_hx.append(dstate[0])
+        grad_cx.append(_stack(dstate[1:], cx[:, d]))
+    return torch.cat(grad_preact, -1).unflatten(0, leading), torch.stack(grad_hx), torch.stack(grad_cx, 1)
+
+
+def layer(
+    cell: str,
+    input: Tensor,  # [T, B, I] or packed [R, I]
+    hx: Tensor,  # [D, B, P]
+    cx: Tensor,  # [S, D, B, H]
+    per_direction: list[list[Tensor]],  # weight_ih [G*H, I], weight_hh as above (, bias_ih, bias_hh [G*H]), vectors [H]
+    layout: Layout = DENSE,
+    weight_hr: list[Tensor] | None = None,  # D times [P, H]
+    clip: float | None = None,
+    noise: Noise = NO_NOISE,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and c_seq."""
+    of = cells.CELLS[cell]
+    biases = [of.input_bias(p) for p in per_direction]
+    if of.norms:
+        products = torch.stack([input @ p[0].t() for p in per_direction], -2)
+        preact_x = of.normed(products, per_direction).movedim(-2, 0)
+    else:
+        preact_x = torch.stack(
+            [input @ p[0].t() + (0 if b is None else b) for p, b in zip(per_direction, biases, strict=True)]
+        )
+    vectors = of.step_vectors(per_direction)
+    output, h_n, c_n, _, c_seq = recurrence_fwd(
+        cell, preact_x, [p[1] for p in per_direction], hx, cx, layout, weight_hr, clip, vectors, noise
+    )
+    return output, h_n, c_n, c_seq

@@ -1,0 +1,406 @@
+"""A recurrence as a loop of torch operations, with the backward written out: for a CPU, where no kernel runs.
+
+Serves what ATen serves badly there, packed sequences of different lengths, GRUs and vanilla RNNs, or not at all: other cells, all
+cell states, clipped gradients of the states, lengths and resets inside a compiled graph. What makes it fast is that nothing is done
+at a step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in place,
+on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation each; and
+the gradients of the weights are one product outside. Heads are a batch in the recurrent product.
+Equations, names and layouts are those of `fusedlstm.engines.reference`.
+
+A cell's step is two functions (`fusedlstm.cells.cell.Loop`):
+
+    forward(at) -> step(t, state) -> state
+    backward(at) -> step(t, dstate) -> dh_direct
+
+Each is called once a direction, and does what can be done for all steps at once. The function that it returns is called step by
+step. Forward, that takes the states before a step, each [n, H], fills the rows of step t and returns the states after it.
+Backward, it takes the gradients of the states beside h after step t, each [n, H], makes them those before the step in place,
+and fills `at.dpreact` of step t from `at.dh`, which is complete by then. It returns the gradient of the h before that does not
+pass through `weight_hh`, [n, H], or None. A cell that has no such functions gets them from its equations (`derived`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedlstm import cells, products
+from fusedlstm.engines.reference import steps_of
+from fusedlstm.layout import Layout, Pieces, spans
+
+
+class Forward(NamedTuple):
+    """One direction. Rows lie step by step; what is not given is to be filled."""
+
+    sizes: list[int]  # rows of every step
+    preact_x: Tensor  # [R, G*H], given
+    vectors: tuple[Tensor, ...]  # each [H], given
+    gates: Tensor  # [R, K*H]
+    states: tuple[Tensor, ...]  # h first, each [R, H]
+    weight_hh: Tensor | None  # [G*H, DH], given; None: `preact_x` has the recurrent part
+    add_recurrent: Callable[[Tensor, Tensor, Tensor], Tensor]  # preact [n, G*H], h [n, H], out: preact + h U^T
+
+    def by_step(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of the rows of every step."""
+        return rows.split(self.sizes)
+
+
+class Backward(NamedTuple):
+    """One direction. Rows lie step by step."""
+
+    sizes: list[int]
+    vectors: tuple[Tensor, ...]  # each [H]
+    gates: Tensor  # [R, K*H]
+    states: tuple[Tensor, ...]  # each [R, H]
+    before: Callable[[int], Tensor]  # of a state, by its number: what entered every row, [R, H]
+    dh: Tensor  # [R, H]
+    dpreact: Tensor  # [R, K*H], to be filled
+
+    def by_step(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.sizes)
+
+    def blocks_by_step(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """[R, n*H] as [rows of a step, n, H]."""
+        return rows.unflatten(1, (-1, self.dh.size(1))).split(self.sizes)
+
+
+def derived(cell: cells.Cell) -> cells.Loop:
+    """A cell's step from its equations."""
+    equations, G = cell.equations, cell.num_gates
+
+    def forward(at: Forward):
+        preact_x, gates = map(at.by_step, (at.preact_x, at.gates))
+        states = [*zip(*map(at.by_step, at.states), strict=True)]  # step by step
+
+        def step(t, state):
+            if at.weight_hh is None:
+                preact_h = (0.0,) * G
+            else:
+                preact_h = products.recurrent_product(state[0], at.weight_hh).chunk(G, -1)
+            kept, state = equations.step(preact_x[t].chunk(G, -1), preact_h, state, at.vectors, 1.0)
+            torch.cat(kept, -1, out=gates[t])
+            return tuple(seq.copy_(s) for seq, s in zip(states[t], state, strict=True))
+
+        return step
+
+    def backward(at: Backward):
+        gates, dpreact = at.blocks_by_step(at.gates), at.blocks_by_step(at.dpreact)
+        before = [*zip(*(at.by_step(at.before(k)) for k in range(len(at.states))), strict=True)]
+        states, dh = [*zip(*map(at.by_step, at.states), strict=True)], at.by_step(at.dh)
+
+        def step(t, dstate):
+            dpreacts, (dh_direct, *dstate_prev) = equations.step_backward(
+                gates[t].unbind(1), before[t], states[t], (dh[t], *dstate), at.vectors, 1.0
+            )
+            torch.stack(dpreacts, 1, out=dpreact[t])
+            for ds, ds_prev in zip(dstate, dstate_prev, strict=True):
+                ds.copy_(ds_prev)
+            return dh_direct
+
+        return step
+
+    return cells.Loop(forward, backward)
+
+
+def _step_of(cell: str) -> cells.Loop:
+    of = cells.CELLS[cell]
+    return of.loop or derived(of)
+
+
+def recurrence_fwd(
+    cell: str,
+    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]; none if preact_x has the recurrent part already
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    layout: Layout,
+    save_gates: bool,
+    save_states: bool,
+    vectors: Tensor | None = None,  # [D, V, H]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All steps forward; returns what `recurrence.recurrence_fwd` does."""
+    D, *leading, GH = preact_x.shape
+    S, H, K = len(cx), hx.size(-1), cells.CELLS[cell].num_kept
+    if layout.name == "ragged" or layout.resets is not None:
+        pieces, packed = _pieces(layout, leading, hx.device)
+        own = (_packed(preact_x, pieces, leading), weight_hh, _enter(pieces, hx), _enter(pieces, cx), packed)
+        output, h_n, c_n, gates, c_seq = recurrence_fwd(cell, *own, save_gates, save_states, vectors)
+        return (
+            _unpacked(output, pieces, leading),
+            _leave(pieces, h_n, hx),
+            _leave(pieces, c_n, cx),
+            _unpacked(gates, pieces, leading) if save_gates else gates,
+            _unpacked(c_seq, pieces, leading) if save_states else c_seq,
+        )
+    steps = spans(layout.first_row, leading)
+    sizes = [n for _, n in steps]
+    R = sum(sizes)
+    output, c_seq = preact_x.new_empty(R, D, H), preact_x.new_empty(S, R, D, H)
+    gates = preact_x.new_empty(R, D, K * H)
+    h_n, c_n = hx.clone(), cx.clone()  # rows beyond a step's keep what they have
+    for d in range(D):
+        weight = weight_hh[d] if weight_hh else None
+        at = Forward(
+            sizes=sizes,
+            preact_x=preact_x[d].reshape(R, GH),
+            vectors=() if vectors is None else vectors[d].unbind(),
+            gates=gates[:, d],
+            states=(output[:, d], *c_seq[:, :, d]),
+            weight_hh=weight,
+            add_recurrent=_recurrent_product(weight, H),
+        )
+        _run(_step_of(cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
+    return (
+        output.view(*leading, D * H),
+        h_n,
+        c_n,
+        gates.view(*leading, D * K * H) if save_gates else gates.new_empty(0),
+        c_seq.view(S, *leading, D * H) if save_states else c_seq.new_empty(0),
+    )
+
+
+def _run(step, sizes: list[int], d: int, finals: tuple[Tensor, ...]) -> None:
+    """One direction; `finals`, each [B, H], come as the initial states and become the final ones."""
+    state, before = finals, len(finals[0])
+    for t in steps_of(len(sizes), d):
+        n = sizes[t]
+        if n < before:  # some ended
+            for final, s in zip(finals, state, strict=True):
+                final[n:before] = s[n:]
+            state = tuple(s[:n] for s in state)
+        elif n > before:  # in reverse some begin
+            state = tuple(torch.cat([s, final[before:n]]) for final, s in zip(finals, state, strict=True))
+        state = step(t, state)
+        before = n
+    for final, s in zip(finals, state, strict=True):
+        final[:before] = s
+
+
+def _recurrent_product(weight_hh: Tensor | None, H: int):
+    """A function of preact [B, G*H], h [B, H] and out [B, G*H] that writes preact + h U^T; preact alone without weights."""
+    if weight_hh is None:
+        return lambda preact, h, out: out.copy_(preact)
+    DH = weight_hh.size(1)
+    if DH == H:
+        weight_t = weight_hh.t()
+        return lambda preact, h, out: torch.addmm(preact, h, weight_t, out=out)
+    G, n = len(weight_hh) // H, H // DH
+    by_head = weight_hh.reshape(G, n, DH, DH).permute(1, 3, 0, 2).reshape(n, DH, G * DH)
+
+    def add(preact, h, out):
+        B = len(h)
+        product = torch.bmm(h.view(B, n, DH).transpose(0, 1), by_head).view(n, B, G, DH)
+        by_gate_and_head = out.unflatten(1, (G, n, DH))
+        torch.add(preact.unflatten(1, (G, n, DH)), product.permute(1, 2, 0, 3), out=by_gate_and_head)
+        return out
+
+    return add
+
+
+def recurrence_bwd(
+    cell: str,
+    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
+    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
+    grad_h_n: Tensor,  # [D, B, H]
+    grad_c_n: Tensor,  # [S, D, B, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
+    c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
+    layout: Layout,
+    clip: float | None,
+    vectors: Tensor | None = None,  # [D, V, H]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All steps backward; returns what `recurrence.recurrence_bwd` does."""
+    *leading, _ = output.shape
+    of, S, (D, _, H) = cells.CELLS[cell], len(cx), hx.shape
+    K = of.num_kept
+    if layout.name == "ragged" or layout.resets is not None:
+        pieces, packed = _pieces(layout, leading, hx.device)
+        grad_output, grad_c_seq, output, gates, c_seq = (
+            None if x is None else _packed(x, pieces, leading) for x in (grad_output, grad_c_seq, output, gates, c_seq)
+        )
+        grads = (grad_output, grad_c_seq, _left(pieces, grad_h_n), _left(pieces, grad_c_n))
+        states = (_enter(pieces, hx), _enter(pieces, cx), output, gates, c_seq)
+        grad_preact, grad_h, grad_c = recurrence_bwd(cell, *grads, weight_hh, *states, packed, clip, vectors)
+        return (
+            _unpacked(grad_preact, pieces, leading),
+            _entered(pieces, grad_h, grad_h_n),
+            _entered(pieces, grad_c, grad_c_n),
+        )
+    steps = spans(layout.first_row, leading)
+    sizes = [n for _, n in steps]
+    R = sum(sizes)
+    grad_preact = gates.new_empty(R, D, K * H)
+    grad_hx = torch.zeros_like(hx) if R else grad_h_n.clone()
+    grad_cx = grad_c_n.clone()
+    dh = gates.new_zeros(R, D, H) if grad_output is None else grad_output.reshape(R, D, H).clone()
+    gates, output, c_seq = gates.view(R, D, K * H), output.view(R, D, H), c_seq.view(S, R, D, H)
+    dc_seq = () if grad_c_seq is None else grad_c_seq.reshape(S, R, D, H)
+    if R:
+        ends = _last_rows(steps, hx.size(1), dh.device)
+        for d in range(D):  # a final h is the output of a last step
+            dh[:, d].index_add_(0, ends[d], grad_h_n[d])
+    for d in range(D):
+        states = (output[:, d], *c_seq[:, :, d])
+        initial = (hx[d], *cx[:, d])
+        at = Backward(
+            sizes=sizes,
+            vectors=() if vectors is None else vectors[d].unbind(),
+            gates=gates[:, d],
+            states=states,
+            before=lambda k, d=d, own=states, initial=initial: _states_before(own[k], initial[k], steps, d),
+            dh=dh[:, d],
+            dpreact=grad_preact[:, d],
+        )
+        through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
+        _run_backward(
+            _step_of(cell).backward(at),
+            at,
+            d,
+            at.by_step(through),
+            [at.by_step(g[:, d]) for g in dc_seq],
+            grad_hx[d],
+            tuple(grad_cx[:, d]),
+            _recurrent_backward(weight_hh[d], H, clip),
+            clip,
+        )
+    return grad_preact.view(*leading, D * K * H), grad_hx, grad_cx
+
+
+def _run_backward(step, at, d, dpreact_h, dc_seq, grad_hx, dfinals, add_recurrent_backward, clip) -> None:
+    """One direction; `dfinals`, each [B, H], come as the gradients of the final states beside h, and become the initial ones'."""
+    sizes, dh = at.sizes, at.by_step(at.dh)
+    order = list(steps_of(len(sizes), d))
+    dstate, m = dfinals, len(grad_hx)  # the gradients of the first m sequences
+    for k in range(len(order) - 1, -1, -1):
+        t, before = order[k], order[k - 1]
+        n = sizes[t]
+        if n != m:
+            dstate, m = tuple(ds[:n] for ds in dfinals), n
+        for ds, of_step in zip(dstate, dc_seq, strict=False):
+            ds += of_step[t]
+        direct = step(t, dstate)
+        if clip is not None:
+            for ds in dstate:
+                ds.clamp_(-clip, clip)
+        # The gradient of h goes to the step before, or to hx for those that begin here.
+        n_prev = min(n, sizes[before]) if k > 0 else 0
+        if n_prev == n == sizes[before]:
+            add_recurrent_backward(dh[before], dpreact_h[t], direct)
+            continue
+        for rows, grad_h in ((slice(0, n_prev), dh[before]), (slice(n_prev, n), grad_hx)):
+            if rows.start < rows.stop:
+                add_recurrent_backward(grad_h[rows], dpreact_h[t][rows], None if direct is None else direct[rows])
+
+
+def _recurrent_backward(weight_hh: Tensor, H: int, clip: float | None):
+    """A function of grad_h [B, H], dpreact [B, G*H] and direct [B, H] or None: grad_h += dpreact U + direct, clipped."""
+    dense = weight_hh.size(1) == H
+
+    def add(grad_h, dpreact, direct):
+        if direct is not None:
+            grad_h += direct
+        if dense:
+            grad_h.addmm_(dpreact, weight_hh)
+        else:
+            grad_h += products.recurrent_product_backward(dpreact, weight_hh, H)
+
+    def add_clipped(grad_h, dpreact, direct):
+        through = products.recurrent_product_backward(dpreact, weight_hh, H)
+        if direct is not None:
+            through += direct
+        grad_h += through.clamp_(-clip, clip)
+
+    return add if clip is None else add_clipped
+
+
+def _last_rows(steps: list[tuple[int, int]], batch: int, device: torch.device) -> list[Tensor]:
+    """The row of every sequence's last step, [B], in both directions; of a dense batch nothing comes from the host."""
+    sequence = torch.arange(batch, device=device)
+    first, n = steps[-1]
+    if n == batch:
+        return [sequence + first, sequence]
+    forward: list[int] = []
+    for first, n in reversed(steps):
+        forward += range(first + len(forward), first + n)
+    return [torch.tensor(forward, device=device), sequence]
+
+
+def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int) -> Tensor:
+    """The state that entered every row, [R, H]: that of the step before, or `initial` [B, H] where a sequence begins."""
+    if not steps:
+        return seq
+    if steps[-1][1] == len(initial):  # all have every step
+        n = len(initial)
+        return torch.cat([initial, seq[: len(seq) - n]] if d == 0 else [seq[n:], initial])
+    pieces: list[Tensor] = [None] * len(steps)
+    first_prev, n_prev = 0, 0
+    for t in steps_of(len(steps), d):
+        first, n = steps[t]
+        pieces[t] = seq[first_prev : first_prev + min(n, n_prev)]
+        if n > n_prev:
+            pieces[t] = torch.cat([pieces[t], initial[n_prev:n]])
+        first_prev, n_prev = first, n
+    return torch.cat(pieces)
+
+
+def _pieces(layout: Layout, leading: list[int], device: torch.device) -> tuple[Pieces, Layout]:
+    """The uncut pieces of a batch, and how these lie."""
+    pieces = Pieces.of(layout, tuple(leading), device)
+    return pieces, Layout.of_packed(pieces.batch_sizes, len(pieces.enters[0]), device)
+
+
+def _packed(seq: Tensor, pieces: Pieces, leading: list[int]) -> Tensor:
+    """[..., *leading, features] -> [..., R, features]"""
+    rows = seq.flatten(-1 - len(leading), -2)
+    return rows.index_select(-2, pieces.rows)
+
+
+def _unpacked(seq: Tensor, pieces: Pieces, leading: list[int]) -> Tensor:
+    """[..., R, features] -> [..., *leading, features], with zeros in the padding."""
+    rows = seq.new_zeros(*seq.shape[:-2], math.prod(leading), seq.size(-1))
+    return rows.index_copy_(-2, pieces.rows, seq).unflatten(-2, leading)
+
+
+def _enter(pieces: Pieces, state: Tensor) -> Tensor:
+    """[..., D, B, H] -> [..., D, pieces, H]"""
+    known = torch.cat([state, state.new_zeros(*state.shape[:-2], 1, state.size(-1))], -2)
+    return _select(known, pieces.enters)
+
+
+def _leave(pieces: Pieces, state: Tensor, initial: Tensor) -> Tensor:
+    """[..., D, pieces, H] -> [..., D, B, H]; `initial` where there is no step."""
+    return _select(torch.cat([state, initial], -2), pieces.leaves)
+
+
+def _select(known: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+    """[..., D, n, H] -> [..., D, m, H], of every direction its own rows [m]."""
+    by_direction = [s.index_select(-2, rows[d]) for d, s in enumerate(known.unbind(-3))]
+    return torch.stack(by_direction, -3)
+
+
+def _left(pieces: Pieces, grad: Tensor) -> Tensor:
+    """The gradient of `_leave`: [..., D, B, H] -> [..., D, pieces, H]."""
+    n = len(pieces.enters[0])
+    return _scattered(grad, pieces.leaves, n + grad.size(-2))[..., :n, :]
+
+
+def _entered(pieces: Pieces, grad: Tensor, grad_final: Tensor) -> Tensor:
+    """The gradient of `_enter`, [..., D, pieces, H] -> [..., D, B, H], and of `_leave` where a sequence has no steps."""
+    n, B = grad.size(-2), grad_final.size(-2)
+    found = _scattered(grad, pieces.enters, B + 1)[..., :B, :].contiguous()
+    empty = torch.stack([rows >= n for rows in pieces.leaves[: grad.size(-3)]]).unsqueeze(-1)  # [D, B, 1]
+    return torch.where(empty, grad_final, found)
+
+
+def _scattered(grad: Tensor, rows: tuple[Tensor, Tensor], size: int) -> Tensor:
+    """[..., D, m, H] -> [..., D, size, H], with zeros where no row goes."""
+    found = grad.new_zeros(*grad.shape[:-2], size, grad.size(-1))
+    for d, (into, g) in enumerate(zip(found.unbind(-3), grad.unbind(-3), strict=True)):
+        into.index_copy_(-2, rows[d], g)
+    return found

@@ -1,0 +1,195 @@
+"""What is asked of a plan, and what a plan is."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fusedlstm import cells
+from fusedlstm.plan.devices import DeviceLimits
+
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+# How the rows of a batch lie (`fusedlstm.layout`): all of the same length; sorted and packed; or not, with lengths or resets.
+LAYOUTS = ("dense", "packed", "ragged")
+COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
+SPIN_LIMIT = 1 << 26  # polls of a counter before a wait is an error; tens of seconds
+ATTEMPT_LIMIT = 1 << 24  # the same by data, whose poll is a load of all that is awaited
+
+
+class PlanError(RuntimeError):
+    """No plan fits the device; the text says what was asked and what the device has."""
+
+
+class Problem(NamedTuple):
+    """One launch, before it is known how."""
+
+    cell: str  # a name of `fusedlstm.cells.CELLS`
+    batch: int
+    hidden: int
+    dtype: str  # "fp32", "fp16" or "bf16"
+    directions: int  # 1 or 2, or the layers of a stack; all run in one launch
+    limits: DeviceLimits
+    pass_: str  # "fwd" or "bwd"
+    precision: str = "tf32"  # of float32 products, or "ieee"
+    layout: str = "dense"  # one of LAYOUTS
+    heads: int = 1  # blocks of a block-diagonal weight_hh
+    stack: bool = False  # whether the recurrences are the layers of a stack, as a wave
+    protocol: str | None = None  # of the exchange, "counter" or "data"; None leaves it to the plan
+    input_size: int = 0  # of one step whose input product is taken in the same launch
+
+    @property
+    def head(self) -> int:
+        """Hidden units that a unit's preactivations are made of."""
+        return self.hidden // self.heads
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def ieee(self) -> bool:
+        """Whether products are of float32 in full: no matrix instruction has them."""
+        return self.dtype == "fp32" and self.precision == "ieee"
+
+    @property
+    def norms(self) -> bool:
+        return cells.CELLS[self.cell].norms
+
+    @property
+    def masked(self) -> bool:
+        """Whether rows come and go."""
+        return self.layout != "dense"
+
+    def product(self, block_h: int) -> tuple[int, int]:
+        """N and K of the product of a program with `block_h` units; of a group, with rows that are aligned."""
+        head = self.head if self.heads > 1 or block_h >= self.head else aligned(self.head, self.dtype)
+        return product_sizes(self.cell, head, block_h, self.pass_)
+
+    def planned(self, **how) -> "Plan":
+        """With all that is known of a launch beforehand; the cost model has yet to say how long it takes."""
+        return Plan(
+            cell=self.cell,
+            pass_=self.pass_,
+            arch=self.limits.arch,
+            dtype=self.dtype,
+            hidden=self.hidden,
+            heads=self.heads,
+            stack=self.stack,
+            layout=self.layout,
+            precision=self.precision if self.dtype == "fp32" else "tf32",
+            step_us=math.nan,
+            **how,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch: every compile-time number of a kernel, its grid, and what it is expected to cost."""
+
+    cell: str
+    pass_: str  # "fwd" or "bwd"
+    arch: str
+    dtype: str
+    hidden: int
+    heads: int  # block-diagonal blocks of weight_hh
+    stack: bool  # whether the recurrences of the launch are layers, and not directions
+    layout: str  # one of LAYOUTS
+    schedule: str  # "single", "resident", "streamed" or "stepped"
+    block_b: int
+    block_h: int
+    block_k: int
+    protocol: str  # of the exchange: "counter", "data" or "none"
+    transposed: bool
+    split: int  # parts of a chunk, a warp each
+    ahead: int  # chunks of what is exchanged that are under way at once, of a resident weight
+    precision: str  # of float32 products: "tf32" or "ieee"
+    num_warps: int
+    stages: int  # of the streamed loop
+    grid: tuple[int, int, int]  # programs of all heads' groups, batch tiles that run side by side, directions or layers
+    tiles_b: int  # batch tiles; grid[1] of them run at once
+    smem_bytes: int  # at most, a program
+    regs: int  # roughly, a thread
+    step_us: float  # predicted, all batch tiles
+    why: str
+
+    @property
+    def aligned_hidden(self) -> int:
+        """H with what aligns the rows of weights, and of what is exchanged, to 16 bytes."""
+        return aligned(self.hidden, self.dtype) if self.protocol != "none" and self.heads == 1 else self.hidden
+
+    @property
+    def group(self) -> int:
+        """Programs that exchange data."""
+        return self.grid[0] // self.heads
+
+    @property
+    def columns(self) -> int:
+        """N of the program's product: gates and units forward, units backward."""
+        return product_sizes(self.cell, self.aligned_hidden // self.heads, self.block_h, self.pass_)[0]
+
+    @property
+    def reduction(self) -> int:
+        """K of the program's product: units forward, gates and units backward."""
+        return product_sizes(self.cell, self.aligned_hidden // self.heads, self.block_h, self.pass_)[1]
+
+    @property
+    def code(self) -> str:
+        """In words, all that the machine code depends on: plans that share it share a kernel."""
+        tiles = f"{self.block_b}x{self.block_h}x{self.block_k}"
+        form = f"{'T' if self.transposed else ''} split {self.split} ahead {self.ahead} stages {self.stages}"
+        precision = "ieee" if self.dtype == "fp32" and self.precision == "ieee" else self.dtype
+        layout = f"{'wave ' if self.stack else ''}{self.layout}"
+        return (
+            f"{self.arch} {self.cell} {self.pass_} {precision} H {self.hidden}/{self.heads} {layout} {self.schedule} "
+            f"{self.protocol} {tiles}{form} warps {self.num_warps}"
+        )
+
+    @property
+    def chunks(self) -> int:
+        """Of the reduction: `block_k` each, cut where a gate ends if gates are taken one by one."""
+        by_gate = self.schedule == "single" or self.heads > 1
+        segments = cells.CELLS[self.cell].num_gates if self.pass_ == "bwd" and by_gate else 1
+        return segments * math.ceil(self.reduction // segments / self.block_k)
+
+    @property
+    def padded_reduction(self) -> int:
+        """K with the padding of its chunks."""
+        return self.chunks * self.block_k
+
+    @property
+    def local(self) -> bool:
+        """Whether nothing is exchanged."""
+        return self.protocol == "none"
+
+    @property
+    def resident(self) -> bool:
+        return self.schedule in ("single", "resident")
+
+    @property
+    def barriers_per_step(self) -> int:
+        return 0 if self.local else 1 + self.norms_per_step  # in a launch
+
+    @property
+    def norms_per_step(self) -> int:
+        """Exchanges of sums, by words with tags whatever the protocol; backward with zoneout there is one more."""
+        return 2 if cells.CELLS[self.cell].norms and not self.local else 0
+
+    @property
+    def walked(self) -> int:
+        """Batch tiles that a program walks, one after another."""
+        return math.ceil(self.tiles_b / self.grid[1])
+
+
+def product_sizes(cell: str, hidden: int, block_h: int, pass_: str) -> tuple[int, int]:
+    """N and K of a program's product: gates of its units by all units forward, its units by all gates backward."""
+    gates = cells.CELLS[cell].num_gates
+    return (block_h * power_of_2(gates), hidden) if pass_ == "fwd" else (block_h, gates * hidden)
+
+
+def aligned(hidden: int, dtype: str) -> int:
+    """`hidden` with what aligns rows of so many elements to 16 bytes."""
+    elements = 16 // ITEMSIZE[dtype]
+    return math.ceil(hidden / elements) * elements
+
+
+def power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

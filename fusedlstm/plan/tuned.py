@@ -1,0 +1,260 @@
+"""Choices that were measured on this machine (`fusedlstm.tune`): the file that keeps them, and the look-up.
+
+The file is `tuning.json` in `$FUSEDLSTM_CACHE`, or in `fusedlstm/` of the user's cache folder. A choice counts only on the
+device and with the versions on and with which it was measured (`Place`), and for the very sizes. `FUSEDLSTM_TUNING=0` looks
+nothing up. A file that cannot be read, or a choice that no longer fits, is ignored with one warning.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from fusedlstm.plan import devices
+
+FORMAT = 1
+
+
+class Problem(NamedTuple):
+    """What a plan is for; T is no part of it."""
+
+    cell: str
+    batch: int
+    hidden: int
+    dtype: str  # "fp32", "fp16" or "bf16"
+    directions: int  # or layers of a stack
+    pass_: str
+    precision: str
+    layout: str
+    heads: int = 1
+    stack: bool = False
+
+
+class Call(NamedTuple):
+    """What an engine is chosen for: a whole stack; T is no part of it."""
+
+    cell: str
+    batch: int
+    input_size: int
+    hidden: int
+    proj_size: int
+    layers: int
+    directions: int
+    dtype: str
+    precision: str
+    layout: str
+    training: bool  # a backward will follow
+
+
+class Place(NamedTuple):
+    """Where a choice was measured."""
+
+    device: str
+    num_sms: int  # that plans may use
+    driver: str  # CUDA or HIP of torch, of the driver where torch tells it, and cuDNN
+    torch: str
+    triton: str
+    fusedlstm: str
+
+
+# What of a plan is stored: enough to find it among the candidates again.
+FIELDS = ("schedule", "block_b", "block_h", "block_k", "protocol", "transposed", "split", "num_warps", "stages")
+
+_generation = 1  # of what is known of the file: part of the keys of whoever keeps what was looked up
+_warned: set[str] = set()
+
+
+def generation() -> int:
+    """Changes with every change of the choices by this process; 0 if they are to be ignored."""
+    return 0 if os.environ.get("FUSEDLSTM_TUNING") == "0" else _generation
+
+
+def path() -> Path:
+    """The file of all choices.
+
+    Raises:
+        RuntimeError: no folder is named, and the user has no home directory.
+    """
+    if folder := os.environ.get("FUSEDLSTM_CACHE"):
+        return Path(folder) / "tuning.json"
+    folder = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
+    try:
+        return (Path(folder) if folder else Path.home() / ".cache") / "fusedlstm" / "tuning.json"
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"FUSEDLSTM_CACHE: expected a folder for the choices of fusedlstm.tune, got none, and {error}"
+        ) from error
+
+
+def place(index: int | None) -> Place:
+    """Of a device by its index; None is the interpreter."""
+    return _place(index, devices.sms())
+
+
+@functools.cache
+def _place(index: int | None, sms: int | None) -> Place:
+    import torch
+
+    import fusedlstm
+
+    try:
+        import triton  # and not the metadata of a distribution: that may have another name
+    except ImportError:
+        triton = None
+    versions = (torch.__version__, getattr(triton, "__version__", "none"), fusedlstm.__version__)
+    if index is None:
+        return Place("interpreter", sms or 0, "none", *versions)
+    properties = torch.cuda.get_device_properties(index)
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
+    words = f"{torch.version.cuda or torch.version.hip}, driver {driver}, cudnn {torch.backends.cudnn.version()}"
+    num_sms = properties.multi_processor_count
+    return Place(properties.name, min(sms or num_sms, num_sms), words, *versions)
+
+
+def find(index: int | None, what: Problem | Call) -> dict | None:
+    """The choice stored for a device, or None. It never fails: a forward that asks could do without."""
+    try:
+        table = _table(path(), _generation)
+        return table.get(_words(place(index)), {}).get(_words(what)) if table else None
+    except Exception as error:  # no home directory, a driver that does not tell its version
+        return _warn(f"choices of fusedlstm.tune, ignored: {type(error).__name__}: {error}")
+
+
+def store(index: int | None, choices: dict) -> Path:
+    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns the file.
+
+    Raises:
+        RuntimeError: as `check`.
+    """
+    check()
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    forget()
+    table = {words: dict(known) for words, known in _table(file, _generation).items()}
+    table.setdefault(_words(place(index)), {}).update({_words(what): choice for what, choice in choices.items()})
+    # Beside the file and then in its place: a reader sees the old one or the new one.
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".tuning-", suffix=".json")
+    try:
+        with os.fdopen(handle, "w") as out:
+            json.dump({"format": FORMAT, "choices": table}, out, indent=1)
+        os.chmod(name, 0o644)  # the temporary file is the user's alone; a shared folder's choices are for all
+        os.replace(name, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    forget()
+    return file
+
+
+def check() -> None:
+    """That choices can be added to the file without discarding another version's.
+
+    Raises:
+        RuntimeError: there is no folder for it, or the file is of another format; the text names it.
+    """
+    file = path()
+    try:
+        found = json.loads(file.read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or of no use to anybody
+    if found != FORMAT:
+        raise RuntimeError(
+            f"{file}: expected choices of fusedlstm.tune in format {FORMAT}, got format {found!r} of another version; "
+            "remove it (python -m fusedlstm tune --clear), or name another folder by FUSEDLSTM_CACHE"
+        )
+
+
+def clear() -> bool:
+    """Remove the file; whether there was one."""
+    forget()
+    try:
+        path().unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def forget() -> None:
+    """Read the file again at the next look-up."""
+    global _generation
+    _generation += 1
+    _table.cache_clear()
+
+
+def everything() -> dict[str, dict[str, dict]]:
+    """All choices of all places, as stored: `{place: {problem or call: choice}}`, in words."""
+    return _table(path(), _generation)
+
+
+def plan(problem: Problem, index: int | None, limits):
+    """The measured plan, rebuilt among those that fit the device now; None if there is none."""
+    choice = find(index, problem)
+    if choice is None:
+        return None
+    from fusedlstm import plan as planning
+
+    try:
+        wanted = {name: choice["plan"][name] for name in FIELDS}
+        protocol = None if wanted["protocol"] == "none" else wanted["protocol"]
+        found = candidates(problem, limits, protocol)
+    except (KeyError, TypeError, planning.PlanError) as error:
+        return _warn(f"{path()}: ignored the choice for {_words(problem)}: {type(error).__name__}: {error}")
+    for candidate in found:
+        if all(getattr(candidate, name) == value for name, value in wanted.items()):
+            return candidate
+    return _warn(f"{path()}: ignored the choice for {_words(problem)}: no such plan fits {limits.name}")
+
+
+def candidates(problem: Problem, limits, protocol: str | None = None) -> list:
+    """Of `plan.candidates`."""
+    from fusedlstm import plan as planning
+
+    p = problem
+    sizes = (p.cell, 1, p.batch, p.hidden, p.dtype, p.directions, limits, p.pass_, p.precision, p.layout)
+    return planning.candidates(*sizes, heads=p.heads, stack=p.stack, protocol=protocol)
+
+
+def engine(call: Call, index: int | None) -> tuple[str, str] | None:
+    """The measured engine, "triton" or "torch", and why in words; None if there is none."""
+    choice = find(index, call)
+    if choice is None:
+        return None
+    try:
+        kernels, rival = float(choice["ms"]["triton"]), float(choice["ms"]["torch"])
+    except (KeyError, TypeError, ValueError) as error:
+        return _warn(f"{path()}: ignored the choice for {_words(call)}: {type(error).__name__}: {error}")
+    return "torch" if rival < kernels else "triton", f"measured: torch {rival:.3g} ms, kernels {kernels:.3g} ms"
+
+
+@functools.lru_cache(maxsize=2)
+def _table(file: Path, generation: int) -> dict[str, dict[str, dict]]:
+    """All choices in the file; empty if there is none that can be read."""
+    try:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT}")
+        table = content["choices"]
+        if not all(isinstance(c, dict) for known in table.values() for c in known.values()):
+            raise ValueError("expected a dictionary a choice")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        _warn(f"{file}: no choices of fusedlstm.tune, ignored: {type(error).__name__}: {error}")
+        return {}
+    return table
+
+
+def _words(what: NamedTuple) -> str:
+    return ", ".join(f"{name.rstrip('_')}={value}" for name, value in what._asdict().items())
+
+
+def _warn(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,267 @@
+r"""The products of a layer, how exact they are, and the norms that may follow them.
+
+Float32 products on a GPU are as exact as those of `torch.nn.LSTM`, all of a layer's at once. `nn.LSTM` follows
+`torch.backends.cudnn.rnn.fp32_precision` (which `torch.backends.cudnn.allow_tf32` sets), its input product included. A
+matmul of torch follows `torch.backends.cuda.matmul.fp32_precision`. By default the two differ: TF32 and IEEE. So the products
+around the kernels run under the flag of the former; under that of the latter most of a layer's operations would run at a
+seventh of the rate on an H100.
+
+No product of torch takes its precision as an argument. So the flag is changed while a product is launched (`as_recurrent`),
+and left alone where both agree. Torch has an elder and a newer interface to it, and reading one raises where only the other
+was set; TunableOp reads the elder. So both are set together, and both are restored. Threads of ours wait for each other. A
+product that another thread launches meanwhile may get our precision, which only torch could prevent.
+
+Heads are block-diagonal recurrent weights: n groups of hidden units that see only their own h. With n heads of DH = H / n
+units, unit u belongs to head u // DH. A recurrent weight [G * H, DH] has a row for every gate and unit, in the order of a dense
+one, and a column for every unit of the row's own head. So n follows from the shapes, and one head is the dense weight.
+
+Layer normalisation (Ba et al. 2016) is over the last axis, to mean 0 and variance 1, as `torch.nn.LayerNorm`:
+
+.. math::
+    n = (x - \mu) / s, \quad s^2 = \mathrm{mean}((x - \mu)^2) + \epsilon, \qquad
+    dx = (dn - \mathrm{mean}(dn) - n\, \mathrm{mean}(dn\, n)) / s
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from fusedlstm import transforms
+
+_MATMUL, _ONEDNN = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+_LOCK = threading.RLock()
+
+
+def tf32() -> bool:
+    """Whether `torch.nn.LSTM` would round the factors of float32 products to TF32 on a GPU."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+@contextlib.contextmanager
+def as_recurrent():
+    """float32 products on a GPU inside follow the flag of recurrent layers."""
+    with contextlib.ExitStack() as changed:
+        with _LOCK:
+            if (_MATMUL.fp32_precision == "tf32") != tf32():
+                changed.enter_context(
+                    _LOCK
+                )  # until the flag is as it was: another thread of ours would find it changed
+                changed.callback(_switch())
+        yield
+
+
+def _switch() -> Callable[[], None]:
+    """Let float32 products take the other precision of TF32 and IEEE; returns what takes that back."""
+    own, onednn = _MATMUL.fp32_precision, _ONEDNN.fp32_precision
+    to_tf32 = own != "tf32"
+    elder, of_all = _read(lambda: _MATMUL.allow_tf32), _read(torch.get_float32_matmul_precision)
+
+    def back() -> None:
+        if elder is not None and (to_tf32 or of_all is None):
+            _MATMUL.allow_tf32 = elder
+        elif elder is not None:
+            torch.set_float32_matmul_precision(of_all)
+            _restore(_ONEDNN, onednn, torch.backends.mkldnn.fp32_precision)
+        _restore(_MATMUL, own, torch.backends.cudnn.fp32_precision)
+
+    if elder is None:  # the user has set the newer flag alone, and with the other value they agree
+        _MATMUL.fp32_precision = "tf32" if to_tf32 else "ieee"
+    elif to_tf32 or of_all is None:
+        _MATMUL.allow_tf32 = to_tf32
+    else:  # "high" and "medium" are of oneDNN too
+        torch.set_float32_matmul_precision("highest")
+    return back
+
+
+def _read(flag: Callable):
+    """A flag of the elder interface; None where it contradicts the newer one."""
+    try:
+        return flag()
+    except RuntimeError:
+        return None
+
+
+def _restore(flag, value: str, inherited: str) -> None:
+    """A flag that says what it would inherit goes on inheriting."""
+    flag.fp32_precision = "none" if value == inherited else value
+
+
+def product(
+    a: Tensor,  # [M, K], or a batch of these
+    b: Tensor,  # [K, N], likewise
+    added: Tensor | None = None,  # [N] or [M, N]; not of a batch
+) -> Tensor:
+    """a @ b (+ added), [M, N]; transforms."""
+    if a.is_cuda and a.dtype == torch.float32:
+        return (_multiplied if transforms.transformed() else _product)(a, b, added)
+    return a @ b if added is None else torch.addmm(added, a, b)
+
+
+def add_product(
+    total: Tensor | None,  # [M, N]; None: zero
+    a: Tensor,  # [M, K]
+    b: Tensor,  # [K, N]
+) -> Tensor:
+    """total + a @ b, [M, N], in place where there is a total. No gradient flows through it."""
+    if total is None:
+        return product(a, b)
+    if a.is_cuda and a.dtype == torch.float32:
+        (_add_multiplied if transforms.transformed() else _add_product)(total, a, b)
+        return total
+    return total.addmm_(a, b)
+
+
+# Transforms of torch see these operations themselves.
+def _multiplied(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+    with as_recurrent():
+        return a @ b if added is None else torch.addmm(added, a, b)
+
+
+def _add_multiplied(total: Tensor, a: Tensor, b: Tensor) -> None:
+    with as_recurrent():
+        total.addmm_(a, b)
+
+
+@transforms.op("fusedlstm::add_product", mutates_args=("total",))
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    _add_multiplied(total, a, b)
+
+
+# An op of its own, so that the flag is read when it runs and not when a compiler traces it.
+@transforms.op("fusedlstm::product")
+def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+    return _multiplied(a, b, added)
+
+
+@_product.register_fake
+def _(a, b, added):
+    return a.new_empty(*a.shape[:-1], b.size(-1))
+
+
+def _setup_context(ctx, inputs, output):
+    a, b, added = inputs
+    ctx.added_dim = None if added is None else added.dim()
+    ctx.save_for_backward(a, b)
+
+
+def _backward(ctx, grad):
+    a, b = ctx.saved_tensors
+    grad_a = _product(grad, b.mT, None) if ctx.needs_input_grad[0] else None
+    grad_b = _product(a.mT, grad, None) if ctx.needs_input_grad[1] else None
+    grad_added = None
+    if ctx.added_dim and ctx.needs_input_grad[2]:
+        grad_added = grad.sum(0) if ctx.added_dim == 1 else grad
+    return grad_a, grad_b, grad_added
+
+
+_product.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Heads.
+
+
+def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
+    """h_{t-1} U^T, [B, G * H], of h [B, H] and weight_hh [G * H, DH]; differentiable."""
+    DH = weight_hh.size(1)
+    n = h.size(-1) // DH
+    if n == 1:
+        return h @ weight_hh.t()
+    by_head = weight_hh.unflatten(0, (-1, n, DH))  # [G, n, DH, DH]
+    return torch.einsum("bnk,gnuk->bgnu", h.unflatten(-1, (n, DH)), by_head).flatten(1)
+
+
+def add_recurrent_product(
+    preact: Tensor,  # [R, G * H]
+    h: Tensor,  # [R, H], the states before
+    weight_hh: Tensor,  # [G * H, DH]
+) -> None:
+    """preact += h U^T, in place, all rows at once. No gradient flows through it."""
+    (R, H), DH = h.shape, weight_hh.size(1)
+    if H == DH:
+        add_product(preact, h, weight_hh.t())
+        return
+    G, n = len(weight_hh) // H, H // DH
+    by_head = weight_hh.unflatten(0, (G, n, DH)).permute(1, 3, 0, 2).flatten(2)  # [n, DH, G*DH]
+    added = product(h.view(R, n, DH).transpose(0, 1), by_head)  # [n, R, G*DH]
+    preact.view(R, G, n, DH).add_(added.unflatten(2, (G, DH)).permute(1, 2, 0, 3))
+
+
+def recurrent_product_backward(dpreact: Tensor, weight_hh: Tensor, hidden: int) -> Tensor:
+    """dpreact_t U, [B, H], of dpreact [B, G * H] and weight_hh [G * H, DH]; differentiable."""
+    DH = weight_hh.size(1)
+    if hidden == DH:
+        return dpreact @ weight_hh
+    by_gate_and_head = dpreact.unflatten(1, (-1, DH)).transpose(0, 1) @ weight_hh.unflatten(0, (-1, DH))  # [G*n, B, DH]
+    return by_gate_and_head.unflatten(0, (-1, hidden // DH)).sum(0).transpose(0, 1).flatten(1)
+
+
+def recurrent_weight_gradient(
+    dpreact: Tensor,  # [R, G * H]
+    h: Tensor,  # [R, H], the states before
+    num_heads: int,
+    total: Tensor | None = None,  # [G * H, DH]
+) -> Tensor:
+    """total + sum over rows of dpreact^T h within heads, [G * H, DH]; in place where there is a total."""
+    if num_heads == 1:
+        return add_product(total, dpreact.t(), h)
+    DH = h.size(1) // num_heads
+    h = h.unflatten(1, (num_heads, DH)).transpose(0, 1)  # [n, R, DH]
+    by_gate = dpreact.unflatten(1, (-1, num_heads, DH)).permute(1, 2, 3, 0)  # [G, n, DH, R]
+    grad = torch.cat([product(gate, h).flatten(0, 1) for gate in by_gate])
+    return grad if total is None else total.add_(grad)
+
+
+# Layer normalisation.
+
+EPS = 1e-5
+aten_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+def normalised(x: Tensor) -> Tensor:
+    return layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def normalised_backward(dn: Tensor, x: Tensor) -> Tensor:
+    """dx, of dn the gradient of n."""
+    centred = x - x.mean(-1, keepdim=True)
+    s = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+    n = centred / s
+    return (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True)) / s
+
+
+def normed_input(
+    x: Tensor,  # [..., D, G*H]
+    gains: list[Tensor],  # D times [G*H]
+    biases: list[Tensor | None],  # D times [G*H]
+) -> Tensor:
+    """gain n + bias of every direction, [..., D, G*H]."""
+    by_direction = zip(x.split(1, -2), gains, biases, strict=True)
+    found = [layer_norm(own, own.shape[-1:], gain, bias, EPS) for own, gain, bias in by_direction]
+    return found[0] if len(found) == 1 else torch.cat(found, -2)
+
+
+def normed_input_backward(
+    grad: Tensor,  # [R, G*H] of the norm's output
+    x: Tensor,  # [R, G*H]
+    gain: Tensor,  # [G*H]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the gain, [G*H]."""
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, None, EPS)
+    return aten_backward(grad, x, x.shape[-1:], mean, rstd, gain, None, [True, True, False])[:2]
+
+
+# Several tensors in one.
+
+
+def joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """One tensor of several; of one, itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """The same along a new first axis; of one, a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
