@@ -112,7 +112,7 @@ MUTANTS = {
         "kernels/recurrence_fwd.py",
         "rows_store[:, None] & (unit < DHP)[None, :]",
         "rows_store[:, None] & (unit < DH)[None, :]",
-        "tests/kernels/test_exchange.py",
+        "tests/kernels/test_recurrence_fwd.py",
     ),
     "aligned rows: the weights' padding is not zero": (
         "fusedlstm/engines/launch.py",
