@@ -101,7 +101,7 @@ def predicted(shape: Shape, dtype: str, mode: str, device: str, provider: str) -
 
 
 def _launches(shape: Shape, dtype: str, mode: str, limits, passes: tuple[str, ...], waves: bool, layout: str, **heads):
-    """Plan, steps in a row and operations of input products inside of every launch, as `functional.stack` makes them.
+    """Plan, steps in a row and operations of input products inside of every launch, as `functional.run` makes them.
 
     `waves`: whether layers may share a launch.
     """

@@ -184,14 +184,11 @@ class Recurrent(nn.RNNBase):
             lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
         if return_cell_states:
             checks.has_cell_states(self.cell)
-        options = {
-            "cell_states": return_cell_states,
-            "grad_clip": checks.grad_clip(self.grad_clip if grad_clip is None else grad_clip),
-        }
+        spec = self._spec(return_cell_states, grad_clip)
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._zeros(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
-            output, states, c_seq = self._run(data, hx, batch_sizes=batch_sizes, resets=resets, **options)
+            output, states, c_seq = self._run(spec, data, hx, batch_sizes=batch_sizes, resets=resets)
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             c_seq = [PackedSequence(c, batch_sizes, sorted_indices, unsorted_indices) for c in c_seq]
             states = self.permute_hidden(states, unsorted_indices)
@@ -204,7 +201,7 @@ class Recurrent(nn.RNNBase):
                 hx = self._zeros(input, input.size(batch_dim))
             elif not batched:
                 hx = tuple(s.unsqueeze(1) for s in as_states(hx))
-            output, states, c_seq = self._run(input, hx, lengths=lengths, resets=resets, **options)
+            output, states, c_seq = self._run(spec, input, hx, lengths=lengths, resets=resets)
             if not batched:
                 output, c_seq = output.squeeze(batch_dim), [c.squeeze(batch_dim) for c in c_seq]
                 states = tuple(s.squeeze(1) for s in states)
@@ -217,26 +214,29 @@ class Recurrent(nn.RNNBase):
         h = zeros[..., : self.proj_size] if self.proj_size else zeros
         return (h, *[zeros] * cells.CELLS[self.cell].num_cell_states)
 
-    def _run(self, input: Tensor, hx: State, **options) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Output, final states, and the states beside h of every step if they are wanted."""
-        output, states, c_seq = functional.stack(
-            self.cell,
-            input,
-            as_states(hx),
-            self._flat_weights,
-            bias=self.bias,
-            num_layers=self.num_layers,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            proj_size=self.proj_size,
-            save=self.save,
-            backend=self.backend,
-            rates=self.rates,
-            **options,
+    def _run(
+        self, spec: functional.Spec, input: Tensor, hx: State, **rows
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Output, final states, and the states beside h of every step if they are wanted; `rows` are those of `functional.Rows`."""
+        output, states, c_seq = functional.run(
+            spec, input, as_states(hx), self._flat_weights, functional.Rows(self.batch_first, **rows)
         )
         return output, states, () if c_seq is None else c_seq.unbind(0)
+
+    def _spec(self, cell_states: bool, grad_clip: float | None) -> functional.Spec:
+        return functional.Spec(
+            cell=cells.CELLS[self.cell],
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            proj_size=self.proj_size,
+            dropout=self.dropout,
+            rates=self.rates,
+            training=self.training,
+            cell_states=cell_states,
+            grad_clip=checks.grad_clip(self.grad_clip if grad_clip is None else grad_clip),
+            save=self.save,
+            backend=self.backend,
+        )
 
     def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:
         """States in another order of the batch; code for `torch.nn` calls it too."""
@@ -319,7 +319,7 @@ class RecurrentCell(nn.RNNCellBase):
             states = as_states(hx) if batched else tuple(s.unsqueeze(0) for s in as_states(hx))
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *of.vectors)
         weights = [w for name in names if (w := getattr(self, name)) is not None]
-        states = functional.step(self.cell, input, states, weights, backend=self.backend)
+        states = functional.step(functional.Spec(of, backend=self.backend), input, states, weights)
         return _state(states if batched else tuple(s.squeeze(0) for s in states))
 
 

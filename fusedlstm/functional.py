@@ -1,244 +1,164 @@
-"""How a stack is made of recurrences: layers, directions, dropout, projections, packing, batch_first, autocast."""
+"""A call of a module: put into one form, run by an engine that is chosen once, and put back into the caller's form.
+
+    run: canonical form -> choose an engine -> compute layer by layer, or by ATen -> restore
+
+What a module asks of every call is a `Spec`, which has no tensors. How the sequences of a call lie is `Rows`.
+"""
 
 import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import autograd, cells, engines, noise, transforms, wave
+from fusedlstm import autograd, engines, noise, transforms, wave
+from fusedlstm.cells import Cell
 from fusedlstm.engines import aten, reference
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.plan import tuned
 from fusedlstm.products import joined, product, stacked
 
+Results = tuple[Tensor, tuple[Tensor, ...], Tensor | None]  # output, final states, c_seq
 
-def stack(
-    cell: str,
+
+class Spec(NamedTuple):
+    """What a module asks of every call."""
+
+    cell: Cell
+    num_layers: int = 1
+    bidirectional: bool = False
+    # P, the size of a projected h of an LSTM; 0 is none, and P is then H.
+    proj_size: int = 0
+    # The probability of zeroing an element of every layer's output but the last, and those of noise inside of the steps; both
+    # in training.
+    dropout: float = 0.0
+    rates: Rates = NO_RATES
+    training: bool = False
+    # Whether the states beside h are wanted of every step, of the last layer.
+    cell_states: bool = False
+    # The largest element of the gradient of a state that enters a step; None: any.
+    grad_clip: float | None = None
+    # What our own loops keep for the backward, "gates" or "states". Where ATen or the specification serves the call, they decide.
+    save: str = "gates"
+    backend: str = "auto"
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def in_steps(self) -> tuple[float, ...]:
+        """The rates of noise inside of the steps, as `Noise` has them; none, if there is no noise."""
+        return self.rates.in_steps(self.training)
+
+    @property
+    def between_layers(self) -> float:
+        """The dropout between layers that acts."""
+        return self.dropout if self.training and self.num_layers > 1 else 0.0
+
+
+class Rows(NamedTuple):
+    """How the sequences of a call lie."""
+
+    # Whether `input` is [B, T, I], and `resets` and the results are alike. Packed input has no such axes.
+    batch_first: bool = False
+    # [T] int64 on the CPU: how many sequences have a step t, as in a PackedSequence. `input`, `states` and the results are then
+    # in its sorted order.
+    batch_sizes: Tensor | None = None
+    # [B] integers: steps of every sequence, 0 to T. A number beyond these counts as the nearer. What follows is padding.
+    lengths: Tensor | None = None
+    # bool, the leading axes of `input`: where a sequence is cut, see `fusedlstm.layout`.
+    resets: Tensor | None = None
+
+    @property
+    def masked(self) -> bool:
+        return self.lengths is not None or self.resets is not None
+
+    @property
+    def name(self) -> str:
+        """Of the layout, as a plan has it."""
+        return "packed" if self.batch_sizes is not None else "ragged" if self.masked else "dense"
+
+
+DENSE_ROWS = Rows()
+
+
+class _Call(NamedTuple):
+    """A call on its way: `input` [T, B, I], [B, T, I] or packed [R, I], every state [L * D, B, P or H], h first."""
+
+    spec: Spec
+    input: Tensor
+    states: tuple[Tensor, ...]
+    weights: list[Tensor]
+    rows: Rows
+    dtype: torch.dtype  # of the results
+
+    @property
+    def hidden(self) -> int:
+        return self.states[-1].size(-1)  # h is projected with c beside it only
+
+    @property
+    def heads(self) -> int:
+        return 1 if self.spec.proj_size else self.hidden // self.weights[1].size(1)
+
+    @property
+    def steps(self) -> int:
+        sizes = self.rows.batch_sizes
+        return len(sizes) if sizes is not None else self.input.size(1 if self.rows.batch_first else 0)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.input, *self.states, *self.weights
+
+
+def run(
+    spec: Spec,
     input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I] with batch_sizes
     states: tuple[Tensor, ...],  # h [L * D, B, P] first, the others [L * D, B, H]
     weights: list[Tensor],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh) (, weight_hr), vectors
-    *,
-    batch_sizes: Tensor | None = None,  # [T] int64 on the CPU
-    lengths: Tensor | None = None,  # [B] integers
-    resets: Tensor | None = None,  # bool, the leading axes of `input`
-    bias: bool = True,
-    num_layers: int = 1,
-    dropout: float = 0.0,
-    training: bool = False,
-    bidirectional: bool = False,
-    batch_first: bool = False,
-    proj_size: int = 0,
-    cell_states: bool = False,
-    grad_clip: float | None = None,
-    save: str = "gates",
-    backend: str = "auto",
-    rates: Rates = NO_RATES,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    rows: Rows = DENSE_ROWS,
+) -> Results:
     """Run a stack of recurrent layers over a sequence; differentiable in every tensor argument.
 
     Args:
-        cell: a name of `fusedlstm.cells.CELLS`.
-        input: any strides.
-        states: before the first step, as `Cell.states` has them.
-        weights: in the order of `torch.nn.LSTM._flat_weights`, then the cell's own vectors [H]; rows in the order of
+        input: Any strides.
+        states: Before the first step, as `Cell.states` has them.
+        weights: In the order of `torch.nn.LSTM._flat_weights`, then the cell's own vectors [H]; rows in the order of
             `Cell.gates`. A weight_hh [G*H, DH] with fewer columns than h has H / DH heads (`fusedlstm.products`).
-        batch_sizes: how many sequences have a step t, as in a PackedSequence; `input`, `states` and the results are then in
-            its sorted order, and `batch_first` is ignored.
-        lengths: steps of every sequence, 0 to T, and a number beyond these counts as the nearer; what follows is padding. Not
-            with `batch_sizes`.
-        resets: where a sequence is cut, see `fusedlstm.layout`.
-        dropout: probability of zeroing an element of every layer's output but the last, if `training`.
-        proj_size: P, the size of a projected h of an LSTM; 0 is none, and P is then H.
-        cell_states: whether the states beside h are wanted of every step, of the last layer.
-        grad_clip: the largest element of the gradient of a state that enters a step.
-        save: what the custom ops keep for the backward, "gates" or "states"; see `fusedlstm.memory`. Where ATen or the
-            specification serves the call, they decide.
-        backend: see `fusedlstm.engines`.
-        rates: of zoneout and dropouts inside of the steps, with masks if `training`; see `fusedlstm.noise`. Not with
-            `proj_size`.
 
     Returns:
-        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; the final states, the given ones
-        of a sequence without steps; the S states beside h of every step [S, T, B, D * H] or the like, zero in padding, or
-        None. In the dtype of `input`, under autocast in that of autocast.
+        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; the final states, the given ones of a sequence
+        without steps; the S states beside h of every step [S, T, B, D * H] or the like, zero in padding, or None. They have the
+        dtype of `input`, under autocast that of autocast.
 
     Precision: products in the dtype of the results; on a CPU float16, and bfloat16 where the CPU has no instructions
         for it, are computed in float32.
     """
-    dtype = _result_dtype(input)
-    directions = 2 if bidirectional else 1
     if not torch.is_grad_enabled():
-        grad_clip = None
-    clips_projection = grad_clip is not None and proj_size > 0
-    masked = lengths is not None or resets is not None
-    rows = "packed" if batch_sizes is not None else "ragged" if masked else "dense"
-    hidden = states[-1].size(-1)  # h is projected with c beside it only
-    heads = 1 if proj_size else hidden // weights[1].size(1)
-    in_steps = rates.in_steps(training)
-    engine = engines.choose(backend, input.device, dtype, cell, hidden, directions, clips_projection, rows, heads)
-    if transforms.has_tangents((input, *states, *weights)):
-        engine = "reference"  # forward-mode AD: neither kernels nor ATen's layers know of tangents
-    if (
-        engine == "triton"
-        and input.is_cuda
-        and aten.has(cell)  # else there is no rival
-        and engines.requested(backend) == "auto"
-        and save == "gates"  # else memory is asked for, and not time
-        and torch.backends.cudnn.enabled
-        and not (dropout * training and num_layers > 1)  # cuDNN draws its own masks
-        and not (masked or in_steps or cell_states or grad_clip is not None or torch.compiler.is_compiling())
-        and not transforms.transformed()  # ATen's layers have no rules for them
-    ):
-        sizes = (batch_sizes, masked, num_layers, directions, proj_size)
-        call = tuned_call(cell, input, states, weights, dtype, *sizes)
-        steps = input.size(1 if batch_first else 0) if batch_sizes is None else len(batch_sizes)
-        if call is not None and 1 < steps <= aten.CUDNN_STEPS:
-            engine, _ = engines.fastest(call, input.device.index)
-    options = {
-        "bias": bias,
-        "num_layers": num_layers,
-        "dropout": dropout,
-        "training": training,
-        "bidirectional": bidirectional,
-        "proj_size": proj_size,
-        "cell_states": cell_states,
-        "grad_clip": grad_clip,
-        "save": save,
-        "backend": backend,
-        "rates": rates,
-    }
-    if engine == "torch" and masked and not in_steps and _has_steps(input, lengths):
-        return _in_pieces(cell, input, states, weights, batch_sizes, lengths, resets, batch_first, options)
-    if batch_sizes is not None and _equal_lengths(batch_sizes):
-        input, resets = (None if x is None else x.unflatten(0, (len(batch_sizes), -1)) for x in (input, resets))
-        output, states, c_seq = stack(cell, input, states, weights, resets=resets, **options)
-        return output.flatten(0, 1), states, c_seq if c_seq is None else c_seq.flatten(1, 2)
-
-    seed, count = None, len(weights) // (num_layers * directions)
-    if training and any(rates):
-        seed = noise.draw(input.device)
-        if rates.weight:
-            weights = [
-                noise.drop_weight(w, rates.weight, seed, k // count) if k % count == 1 else w
-                for k, w in enumerate(weights)
-            ]
-    batch_first = batch_first and batch_sizes is None
-    # The ops know that nobody asked for the kernels by name, and go on without them where a launch fails.
-    ops = "auto" if engine == "triton" and engines.requested(backend) == "auto" else engine
-    schedule, compute_dtype = "loop", dtype
-    if engine == "torch":
-        transformed = transforms.transformed()
-        if not (
-            masked or in_steps or cell_states or grad_clip is not None or heads > 1 or transformed
-        ):  # which ATen does not serve
-            schedule = aten.schedule(cell, input, dtype, batch_sizes, batch_first, hidden, proj_size)
-        compute_dtype = aten.compute_dtype(cell, input.device, dtype, schedule, dense=batch_sizes is None)
-    if compute_dtype != input.dtype or _autocasts(input):  # else all of them have it
-        input, states, weights = _cast((input, states, weights), compute_dtype)
-    c_seq = None
-    with _autocast_off(input):
-        if schedule != "loop":
-            output, states = aten.stack(
-                cell,
-                schedule,
-                input,
-                batch_sizes,
-                states,
-                weights,
-                bias,
-                num_layers,
-                dropout,
-                training,
-                bidirectional,
-                batch_first,
-            )
-        else:
-            if batch_first:
-                input, resets = (None if x is None else x.transpose(0, 1) for x in (input, resets))
-            layout = _layout(input, states[0].size(1), batch_sizes, lengths, resets)
-            parameters = [weights[k : k + count] for k in range(0, len(weights), count)]  # per layer and direction
-            between = dropout * training
-            one_step = autograd.is_one_step(cell, engine, input, layout)
-            if one_step and not (
-                proj_size or in_steps or cell_states or between or transforms.followed((input, *states, *weights))
-            ):
-                h, cx = states[0], autograd._stacked(states)
-                output, h_n, c_n, _, _ = autograd.step_fwd(
-                    cell, input[0], h, cx, weights, directions, False, False, ops
-                )
-                output, states = output.unsqueeze(0), (h_n, *c_n.unbind(0))
-            else:
-                layer = _layer_of(
-                    cell,
-                    ops,
-                    directions,
-                    proj_size,
-                    grad_clip,
-                    cell_states,
-                    save,
-                    noise.Noise(seed if in_steps else None, in_steps),
-                )
-                together = 1
-                alone = one_step or num_layers == 1 or directions == 2 or proj_size or between or in_steps
-                if engine == "triton" and save == "gates" and not alone:
-                    together = wave.layers_together(cell, input, states, weights, num_layers, layout)
-                output, states, c_seq = _layers(
-                    layer, input, layout, states, parameters, directions * together, between
-                )
-            if batch_first:
-                output = output.transpose(0, 1)
-                c_seq = None if c_seq is None else c_seq.transpose(1, 2)
-    results = (output, states, c_seq)
-    return results if compute_dtype == dtype else _cast(results, dtype)
-
-
-def tuned_call(
-    cell: str,
-    input: Tensor,
-    states: tuple[Tensor, ...],  # h first, each [L * D, B, H]
-    weights: list[Tensor],
-    dtype: torch.dtype,
-    batch_sizes: Tensor | None,
-    masked: bool,
-    num_layers: int,
-    directions: int,
-    proj_size: int,
-) -> tuned.Call | None:
-    """What an engine is chosen for, of arguments of `stack` and the dtype of its results; None if ATen does not serve it."""
-    _, batch, hidden = states[-1].shape
-    if batch == 0 or not aten.has(cell) or (not proj_size and weights[1].size(1) < hidden):  # heads
-        return None
-    from fusedlstm.engines import launch
-
-    return tuned.Call(
-        cell=cell,
-        batch=batch,
-        input_size=input.size(-1),
-        hidden=hidden,
-        proj_size=proj_size,
-        layers=num_layers,
-        directions=directions,
-        dtype=launch.DTYPES[dtype],
-        precision=launch.precision_of(dtype),
-        layout="packed" if batch_sizes is not None else "ragged" if masked else "dense",
-        training=torch.is_grad_enabled() and any(x.requires_grad for x in (input, *states, *weights)),
-    )
+        spec = spec._replace(grad_clip=None)
+    call = _Call(spec, input, states, weights, rows, _result_dtype(input))
+    call, restore = _dense_if_equal(call)
+    engine = _engine(call)
+    if engine == "torch" and call.rows.masked and not spec.in_steps and _has_steps(call.input, call.rows.lengths):
+        call, restore_pieces = _in_pieces(call)
+        call, restore_equal = _dense_if_equal(call)
+        restore = _after(restore_equal, restore_pieces, restore)
+    return restore(*_computed(call, engine))
 
 
 def step(
-    cell: str,
+    spec: Spec,
     input: Tensor,  # [B, I]
     states: tuple[Tensor, ...],  # each [B, H]
     weights: list[Tensor],  # weight_ih, weight_hh (, bias_ih, bias_hh), vectors
-    *,
-    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Run one step of one layer; differentiable in every tensor argument. Returns the states. Dtypes as in `stack`."""
-    dtype, hidden = _result_dtype(input), states[0].size(-1)
+    """Run one step of one layer; differentiable in every tensor argument. Returns the states. Dtypes as in `run`."""
+    cell, dtype, hidden = spec.cell.name, _result_dtype(input), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
-    engine = engines.choose(backend, input.device, dtype, cell, hidden, heads=heads)
+    engine = engines.choose(spec.backend, input.device, dtype, cell, hidden, heads=heads)
     derived = transforms.transformed() or transforms.has_tangents((input, *states, *weights))
     if engine == "torch" and heads == 1 and aten.has(cell) and not derived:
         compute_dtype = aten.compute_dtype(cell, input.device, dtype, "cell", dense=False)
@@ -246,45 +166,80 @@ def step(
         with _autocast_off(input):
             return _cast(aten.cell(cell, input, states, *weights), dtype)
     states = tuple(s.unsqueeze(0) for s in states)
-    options = {"bias": cells.CELLS[cell].has_bias(weights), "backend": backend}
-    _, states, _ = stack(cell, input.unsqueeze(0), states, weights, **options)
+    _, states, _ = run(spec, input.unsqueeze(0), states, weights)
     return tuple(s.squeeze(0) for s in states)
 
 
-def _in_pieces(
-    cell: str,
-    input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I] with batch_sizes
-    states: tuple[Tensor, ...],
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_first: bool,
-    options: dict,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """A batch with lengths and resets as the packed batch of its uncut pieces: so all that serves packed batches serves it."""
-    if batch_first and batch_sizes is None:
-        input, resets = (None if x is None else x.transpose(0, 1) for x in (input, resets))
-    leading, directions = input.shape[:-1], 2 if options["bidirectional"] else 1
-    layout = _layout(input, states[0].size(1), batch_sizes, lengths, resets)
+# The form of a call, and back.
+
+
+def _same(*results):
+    return results
+
+
+def _after(*steps: Callable) -> Callable:
+    """The steps one after another, each of the results of the one before."""
+
+    def restore(*results):
+        for step in steps:
+            results = step(*results)
+        return results
+
+    return restore
+
+
+def _dense_if_equal(call: _Call) -> tuple[_Call, Callable[..., Results]]:
+    """A packed batch of equal lengths as a dense one, and the way back."""
+    sizes = call.rows.batch_sizes
+    # A graph is for any lengths, so a compiler may not ask.
+    if sizes is None or torch.compiler.is_compiling() or sizes[0] != sizes[-1]:
+        return call, _same
+    input, resets = (None if x is None else x.unflatten(0, (len(sizes), -1)) for x in (call.input, call.rows.resets))
+
+    def restore(output, states, c_seq):
+        return output.flatten(0, 1), states, None if c_seq is None else c_seq.flatten(1, 2)
+
+    return call._replace(input=input, rows=Rows(resets=resets)), restore
+
+
+def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:
+    """A batch with lengths and resets as the packed batch of its uncut pieces, so that all that serves packed batches serves it."""
+    spec, rows = call.spec, call.rows
+    input, resets = _time_major(rows, call.input, rows.resets)
+    leading, initial = input.shape[:-1], call.states
+    layout = _layout(input, initial[0].size(1), rows.batch_sizes, rows.lengths, resets)
     pieces = Pieces.of(layout, tuple(leading), input.device)
-    own = tuple(torch.stack([pieces.enter(s, k % directions) for k, s in enumerate(state)]) for state in states)
-    rows = pieces.gather(input.flatten(0, -2))
-    output, own, c_seq = stack(cell, rows, own, weights, batch_sizes=pieces.batch_sizes, **options)
+
+    def enter(state):
+        return torch.stack([pieces.enter(s, k % spec.directions) for k, s in enumerate(state)])
 
     def leave(state, initial):
         final = zip(state, initial.to(state.dtype), strict=True)
-        return torch.stack([pieces.leave(s, i, k % directions) for k, (s, i) in enumerate(final)])
+        return torch.stack([pieces.leave(s, i, k % spec.directions) for k, (s, i) in enumerate(final)])
 
     def scatter(x):
         return pieces.scatter(x, leading.numel()).unflatten(0, leading)
 
-    output, states = scatter(output), tuple(leave(s, i) for s, i in zip(own, states, strict=True))
-    c_seq = None if c_seq is None else torch.stack([scatter(c) for c in c_seq])
-    if batch_first and batch_sizes is None:
-        output = output.transpose(0, 1)
-        c_seq = None if c_seq is None else c_seq.transpose(1, 2)
-    return output, states, c_seq
+    def restore(output, states, c_seq):
+        states = tuple(leave(s, i) for s, i in zip(states, initial, strict=True))
+        return _as_given(rows, scatter(output), states, None if c_seq is None else torch.stack([*map(scatter, c_seq)]))
+
+    input, states = pieces.gather(input.flatten(0, -2)), tuple(map(enter, initial))
+    return call._replace(input=input, states=states, rows=Rows(batch_sizes=pieces.batch_sizes)), restore
+
+
+def _time_major(rows: Rows, *tensors: Tensor | None) -> list[Tensor | None]:
+    """[T, B, ...] of tensors like `input`; a packed one is as it is."""
+    if not rows.batch_first or rows.batch_sizes is not None:
+        return [*tensors]
+    return [None if x is None else x.transpose(0, 1) for x in tensors]
+
+
+def _as_given(rows: Rows, output: Tensor, states: tuple[Tensor, ...], c_seq: Tensor | None) -> Results:
+    """And back."""
+    if not rows.batch_first or rows.batch_sizes is not None:
+        return output, states, c_seq
+    return output.transpose(0, 1), states, None if c_seq is None else c_seq.transpose(1, 2)
 
 
 def _layout(
@@ -316,66 +271,207 @@ def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Te
     return x.to(device, dtype, non_blocking=device.type == "cuda" and unpinned)
 
 
-def _layers(
-    layer,
-    x: Tensor,  # [T, B, I] or packed [R, I]
-    layout: Layout,
-    states: tuple[Tensor, ...],  # each [L * D, B, P or H]
-    parameters: list[list[Tensor]],  # per layer and direction
-    at_once: int,
-    dropout: float,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """A stack of which `layer(x, layout, states, parameters, first, is_last)` does `at_once` directions or layers."""
-    finals, c_seq = [], None
-    for k in range(0, len(parameters), at_once):
-        if k > 0 and dropout > 0:
-            x = dropout_fn(x, dropout)
-        rows, is_last = slice(k, k + at_once), k + at_once >= len(parameters)
-        x, final, c_seq = layer(x, layout, tuple(s[rows] for s in states), parameters[rows], k, is_last)
-        finals.append(final)
-    return x, finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True)), c_seq
+# Which engine.
 
 
-def _layer_of(
+def _engine(call: _Call) -> str:
+    """The engine that serves a call: "triton", "torch" or "reference"."""
+    spec, rows = call.spec, call.rows
+    clips_projection = spec.grad_clip is not None and spec.proj_size > 0
+    layer = (spec.cell.name, call.hidden, spec.directions, clips_projection, rows.name, call.heads)
+    engine = engines.choose(spec.backend, call.input.device, call.dtype, *layer)
+    if transforms.has_tangents(call.tensors):
+        return "reference"  # forward-mode AD: neither kernels nor ATen's layers know of tangents
+    if engine == "triton" and _has_rival(call) and 1 < call.steps <= aten.CUDNN_STEPS:
+        sizes = (rows.batch_sizes, rows.masked, spec.num_layers, spec.directions, spec.proj_size)
+        asked = tuned_call(spec.cell.name, call.input, call.states, call.weights, call.dtype, *sizes)
+        if asked is not None:
+            engine, _ = engines.fastest(asked, call.input.device.index)
+    return engine
+
+
+def _has_rival(call: _Call) -> bool:
+    """Whether cuDNN could serve a call in the kernels' place, and nobody asked for these."""
+    spec = call.spec
+    return (
+        call.input.is_cuda
+        and aten.has(spec.cell.name)
+        and engines.requested(spec.backend) == "auto"
+        and spec.save == "gates"  # else memory is asked for, and not time
+        and torch.backends.cudnn.enabled
+        and not spec.between_layers  # cuDNN draws its own masks
+        and not (call.rows.masked or spec.in_steps or spec.cell_states or spec.grad_clip is not None)
+        and not torch.compiler.is_compiling()
+        and not transforms.transformed()  # ATen's layers have no rules for them
+    )
+
+
+def tuned_call(
     cell: str,
-    engine: str,
+    input: Tensor,
+    states: tuple[Tensor, ...],  # h first, each [L * D, B, H]
+    weights: list[Tensor],
+    dtype: torch.dtype,
+    batch_sizes: Tensor | None,
+    masked: bool,
+    num_layers: int,
     directions: int,
     proj_size: int,
-    clip: float | None,
-    cell_states: bool,
-    save: str,
-    regularised: noise.Noise,
-):
-    """What does one layer, or a wave of them, for `_layers`."""
+) -> tuned.Call | None:
+    """What an engine is chosen for, of arguments of `run` and the dtype of its results; None if ATen does not serve it."""
+    _, batch, hidden = states[-1].shape
+    if batch == 0 or not aten.has(cell) or (not proj_size and weights[1].size(1) < hidden):  # heads
+        return None
+    from fusedlstm.engines import launch
+
+    return tuned.Call(
+        cell=cell,
+        batch=batch,
+        input_size=input.size(-1),
+        hidden=hidden,
+        proj_size=proj_size,
+        layers=num_layers,
+        directions=directions,
+        dtype=launch.DTYPES[dtype],
+        precision=launch.precision_of(dtype),
+        layout="packed" if batch_sizes is not None else "ragged" if masked else "dense",
+        training=torch.is_grad_enabled() and any(x.requires_grad for x in (input, *states, *weights)),
+    )
+
+
+def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
+    """The schedule of ATen that takes a call, or "loop", and the dtype in which to compute."""
+    if engine != "torch":
+        return "loop", call.dtype
+    spec, rows, cell = call.spec, call.rows, call.spec.cell.name
+    asks_more = rows.masked or spec.in_steps or spec.cell_states or spec.grad_clip is not None or call.heads > 1
+    schedule = "loop"
+    if not asks_more and not transforms.transformed():
+        sizes = (rows.batch_sizes, rows.batch_first, call.hidden, spec.proj_size)
+        schedule = aten.schedule(cell, call.input, call.dtype, *sizes)
+    dense = rows.batch_sizes is None
+    return schedule, aten.compute_dtype(cell, call.input.device, call.dtype, schedule, dense=dense)
+
+
+# The computation.
+
+
+def _computed(call: _Call, engine: str) -> Results:
+    """The results of a call by an engine, in the form of the call."""
+    spec, rows = call.spec, call.rows
+    drawn, call = _with_noise(call)
+    schedule, compute_dtype = _ways(call, engine)
+    if compute_dtype != call.input.dtype or _autocasts(call.input):  # else all of them have it
+        input, states, weights = _cast((call.input, call.states, call.weights), compute_dtype)
+        call = call._replace(input=input, states=states, weights=weights)
+    with _autocast_off(call.input):
+        if schedule == "loop":
+            results = _by_layers(call, engine, drawn)
+        else:
+            output, states = aten.stack(
+                spec.cell.name,
+                schedule,
+                call.input,
+                rows.batch_sizes,
+                call.states,
+                call.weights,
+                _has_bias(call),
+                spec.num_layers,
+                spec.dropout,
+                spec.training,
+                spec.bidirectional,
+                rows.batch_first and rows.batch_sizes is None,
+            )
+            results = (output, states, None)
+    return results if compute_dtype == call.dtype else _cast(results, call.dtype)
+
+
+def _has_bias(call: _Call) -> bool:
+    own = _per_layer_and_direction(call)[0]
+    return call.spec.cell.has_bias(own[:-1] if call.spec.proj_size else own)
+
+
+def _per_layer_and_direction(call: _Call) -> list[list[Tensor]]:
+    count = len(call.weights) // (call.spec.num_layers * call.spec.directions)
+    return [call.weights[k : k + count] for k in range(0, len(call.weights), count)]
+
+
+def _with_noise(call: _Call) -> tuple[noise.Noise, _Call]:
+    """What regularises the steps, and the call with the weights that are left of its own."""
+    spec, seed = call.spec, None
+    if spec.training and any(spec.rates):
+        seed = noise.draw(call.input.device)
+        if spec.rates.weight:
+            weights = _per_layer_and_direction(call)
+            for k, (_, weight_hh, *_) in enumerate(weights):
+                weights[k][1] = noise.drop_weight(weight_hh, spec.rates.weight, seed, k)
+            call = call._replace(weights=[w for own in weights for w in own])
+    return noise.Noise(seed if spec.in_steps else None, spec.in_steps), call
+
+
+def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
+    """By our own loops, layer by layer or several layers in one launch."""
+    spec, cell = call.spec, call.spec.cell.name
+    # The ops know that nobody asked for the kernels by name, and go on without them where a launch fails.
+    ops = "auto" if engine == "triton" and engines.requested(spec.backend) == "auto" else engine
+    input, resets = _time_major(call.rows, call.input, call.rows.resets)
+    states, parameters = call.states, _per_layer_and_direction(call)
+    layout = _layout(input, states[0].size(1), call.rows.batch_sizes, call.rows.lengths, resets)
+    alone = spec.proj_size or spec.in_steps or spec.between_layers
+    one_step = autograd.is_one_step(cell, engine, input, layout)
+    if one_step and not (alone or spec.cell_states or transforms.followed((input, *states, *call.weights))):
+        saves = (False, False)
+        cx = autograd._stacked(states)
+        output, h_n, c_n, _, _ = autograd.step_fwd(
+            cell, input[0], states[0], cx, call.weights, spec.directions, *saves, ops
+        )
+        return _as_given(call.rows, output.unsqueeze(0), (h_n, *c_n.unbind(0)), None)
+    together = spec.directions
+    if (
+        engine == "triton"
+        and spec.save == "gates"
+        and spec.num_layers > 1
+        and together == 1
+        and not (alone or one_step)
+    ):
+        together = wave.layers_together(cell, input, states, call.weights, spec.num_layers, layout)
+    layer = _layer_of(spec, ops, drawn)
+    finals, c_seq = [], None
+    for k in range(0, len(parameters), together):
+        if k > 0 and spec.between_layers > 0:
+            input = dropout_fn(input, spec.between_layers)
+        own, is_last = slice(k, k + together), k + together >= len(parameters)
+        input, final, c_seq = layer(input, layout, tuple(s[own] for s in states), parameters[own], k, is_last)
+        finals.append(final)
+    states = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
+    return _as_given(call.rows, input, states, c_seq)
+
+
+def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
+    """What does one layer, or a wave of them: a function of x, layout, states, parameters, number of the first, and whether it is
+    the last."""
+    cell, clip = spec.cell.name, spec.grad_clip
 
     def fused(x, layout, states, parameters, first, is_last):
-        wants_c_seq = cell_states and is_last
-        if proj_size:
-            return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, save)
-        if len(parameters) > directions:
+        wants_c_seq = spec.cell_states and is_last
+        if spec.proj_size:
+            return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, spec.save)
+        if len(parameters) > spec.directions:
             return wave.stack(cell, engine, x, states, parameters, layout, clip, wants_c_seq)
-        drawn = regularised._replace(place=(first, 0))
-        return autograd.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=save, noise=drawn)
+        own = drawn._replace(place=(first, 0))
+        return autograd.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=spec.save, noise=own)
 
     def specified(x, layout, states, parameters, first, is_last):
         """The specification, projection and all; plain autograd differentiates it."""
-        weight_hr = [p[-1] for p in parameters] if proj_size else None
-        parameters = [p[:-1] for p in parameters] if proj_size else parameters
-        output, h_n, c_n, c_seq = reference.layer(
-            cell,
-            x,
-            states[0],
-            autograd._stacked(states),
-            parameters,
-            layout,
-            weight_hr,
-            clip,
-            regularised._replace(place=(first, 0)),
-        )
-        return output, (h_n, *c_n.unbind(0)), c_seq if cell_states and is_last else None
+        weight_hr = [p[-1] for p in parameters] if spec.proj_size else None
+        parameters = [p[:-1] for p in parameters] if spec.proj_size else parameters
+        own = drawn._replace(place=(first, 0))
+        cx = autograd._stacked(states)
+        output, h_n, c_n, c_seq = reference.layer(cell, x, states[0], cx, parameters, layout, weight_hr, clip, own)
+        return output, (h_n, *c_n.unbind(0)), c_seq if spec.cell_states and is_last else None
 
     # The loop over o tanh(c) has no gradient of a projected h to clip.
-    return specified if engine == "reference" or (proj_size and clip is not None) else fused
+    return specified if engine == "reference" or (spec.proj_size and clip is not None) else fused
 
 
 def _projected_layer(
@@ -409,6 +505,9 @@ def _projected_layer(
     return output.unflatten(0, y.shape[:-1]), (h_n, c_n), c_seq
 
 
+# Dtypes.
+
+
 def _result_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the results: that of the input, or of autocast where it is on, which leaves float64 alone."""
     if _autocasts(input) and input.dtype != torch.float64:
@@ -417,7 +516,8 @@ def _result_dtype(input: Tensor) -> torch.dtype:
 
 
 def _autocasts(input: Tensor) -> bool:
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+    kind = input.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _autocast_off(input: Tensor):
@@ -446,8 +546,3 @@ def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
 def _traced(input: Tensor) -> bool:
     """Whether the values of tensors are not to be had."""
     return torch.compiler.is_compiling() or input.is_meta
-
-
-def _equal_lengths(batch_sizes: Tensor) -> bool:
-    # A graph is for any lengths, so a compiler may not ask.
-    return not torch.compiler.is_compiling() and bool(batch_sizes[0] == batch_sizes[-1])

@@ -1,4 +1,4 @@
-"""Calls of `functional.stack` under torch's transforms, each beside what it must give, found by plain loops of autograd."""
+"""Calls of `functional.run` under torch's transforms, each beside what it must give, found by plain loops of autograd."""
 
 from collections.abc import Callable
 
@@ -38,11 +38,12 @@ class Call:
     """f(x, w): everything that a case's call returns, as one vector, of its input and the first recurrent weight."""
 
     def __init__(self, case: dict, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
-        self.options = dict(case)
-        cell, P = self.options.pop("cell"), self.options.get("proj_size") or H
-        heads, steps, of = self.options.pop("heads", 1), self.options.pop("steps", T), cells.CELLS[cell]
-        layers = self.options.get("num_layers", 1)
-        directions = 2 if self.options.get("bidirectional") else 1
+        options = dict(case)
+        of, P = cells.CELLS[options.pop("cell")], options.get("proj_size") or H
+        heads, steps = options.pop("heads", 1), options.pop("steps", T)
+        self.rows = functional.Rows(**{k: options.pop(k) for k in functional.Rows._fields if k in options})
+        self.spec = functional.Spec(of, backend=backend, **options)
+        layers, directions = self.spec.num_layers, self.spec.directions
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int) -> Tensor:
@@ -55,8 +56,8 @@ class Call:
             self.weights += [randn(P, H)] if P != H else []
             self.weights += [randn(blocks * H) for blocks in of.vector_blocks.values()]
         states = [randn(layers * directions, B, P), *(randn(layers * directions, B, H).abs() for _ in of.states[1:])]
-        self.cell, self.states, self.backend = cell, tuple(states), backend
-        rows = (int(self.options["batch_sizes"].sum()),) if "batch_sizes" in self.options else (steps, B)
+        self.states = tuple(states)
+        rows = (steps, B) if self.rows.batch_sizes is None else (int(self.rows.batch_sizes.sum()),)
         self.x, self.t_x, self.xs = randn(*rows, I), randn(*rows, I), randn(MANY, *rows, I)
         self.w, self.t_w, self.ws = self.weights[1], *(randn(*n, *self.weights[1].shape) for n in ((), (MANY,)))
         with torch.no_grad():
@@ -65,9 +66,7 @@ class Call:
 
     def __call__(self, x: Tensor, w: Tensor) -> Tensor:
         weights = [self.weights[0], w, *self.weights[2:]]
-        output, states, c_seq = functional.stack(
-            self.cell, x, self.states, weights, backend=self.backend, **self.options
-        )
+        output, states, c_seq = functional.run(self.spec, x, self.states, weights, self.rows)
         return torch.cat([y.flatten() for y in (output, *states, *(() if c_seq is None else [c_seq]))])
 
     def loss(self, x: Tensor, w: Tensor) -> Tensor:

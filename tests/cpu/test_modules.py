@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedlstm
-from fusedlstm import functional
+from fusedlstm import cells, functional
 from support import assert_accurate
 
 OPTIONS = [
@@ -293,9 +293,8 @@ def test_float16_on_a_cpu_computes_in_float32(monkeypatch):
 def test_functional_is_the_module():
     _, ours = pair(5, 7, 2, bidirectional=True)
     x, zeros = torch.randn(4, 3, 5), torch.zeros(4, 3, 7)
-    output, (h_n, c_n), _ = functional.stack(
-        "lstm", x, (zeros, zeros), ours._flat_weights, num_layers=2, bidirectional=True
-    )
+    spec = functional.Spec(cells.CELLS["lstm"], num_layers=2, bidirectional=True)
+    output, (h_n, c_n), _ = functional.run(spec, x, (zeros, zeros), ours._flat_weights)
     expected, (h, c) = ours(x)
     assert torch.equal(output, expected) and torch.equal(h_n, h) and torch.equal(c_n, c)
 

@@ -323,7 +323,10 @@ def assert_asked(calls, module, options, asked):
     input = torch.randn(3, 2, 5).as_subclass(OnGPU)
     states = tuple(torch.zeros(2, 2, 7) for _ in cells.CELLS[module.cell].states)
     with pytest.raises(KeyboardInterrupt):
-        functional.stack(module.cell, input, states, module._flat_weights, num_layers=2, **options)
+        options = dict(options)
+        rows = functional.Rows(**{name: options.pop(name) for name in functional.Rows._fields if name in options})
+        spec = functional.Spec(cells.CELLS[module.cell], num_layers=2, **options)
+        functional.run(spec, input, states, module._flat_weights, rows)
     expected = Call(module.cell, 2, 5, 7, 0, 2, 1, "fp32", launch.precision_of(torch.float32), "dense", True)
     assert calls == ([expected] if asked else [])
 
