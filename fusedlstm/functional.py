@@ -6,6 +6,7 @@ What a module asks of every call is a `Spec`, which has no tensors. How the sequ
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -141,7 +142,9 @@ def run(
         spec = spec._replace(grad_clip=None)
     call = _Call(spec, input, states, weights, rows, _result_dtype(input))
     call, restore = _dense_if_equal(call)
-    engine = _engine(call)
+    engine, why = _engine(call)
+    if not torch.compiler.is_compiling() and engines.LOGGER.isEnabledFor(logging.DEBUG):
+        engines.LOGGER.debug("%s, %s: engine %s: %s", spec.cell.name, call.rows.name, engine, why)
     if engine == "torch" and call.rows.masked and not spec.in_steps and _has_steps(call.input, call.rows.lengths):
         call, restore_pieces = _in_pieces(call)
         call, restore_equal = _dense_if_equal(call)
@@ -252,7 +255,7 @@ def _layout(
     if resets is not None:
         resets = _moved("resets", resets, input.device, torch.bool)
     if batch_sizes is not None:
-        engines.not_captured(
+        transforms.not_captured(
             "input", input.device, "a packed batch, whose tables are copied from the host at every call"
         )
         return Layout.of_packed(batch_sizes, batch, input.device, resets)
@@ -266,7 +269,7 @@ def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Te
     """`x` there, in that type. To a GPU without waiting for it, but for pinned memory: the caller may write that again."""
     if x.device == device:
         return x.to(dtype)
-    engines.not_captured(name, device, f"a tensor on {x.device}, which is copied at every call")
+    transforms.not_captured(name, device, f"a tensor on {x.device}, which is copied at every call")
     unpinned = not torch.compiler.is_compiling() and not x.is_pinned()
     return x.to(device, dtype, non_blocking=device.type == "cuda" and unpinned)
 
@@ -274,20 +277,20 @@ def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Te
 # Which engine.
 
 
-def _engine(call: _Call) -> str:
-    """The engine that serves a call: "triton", "torch" or "reference"."""
+def _engine(call: _Call) -> tuple[str, str]:
+    """The engine that serves a call, "triton", "torch" or "reference"; and why, in words."""
     spec, rows = call.spec, call.rows
     clips_projection = spec.grad_clip is not None and spec.proj_size > 0
     layer = (spec.cell.name, call.hidden, spec.directions, clips_projection, rows.name, call.heads)
-    engine = engines.choose(spec.backend, call.input.device, call.dtype, *layer)
+    engine, why = engines.choice(spec.backend, call.input.device, call.dtype, *layer)
     if transforms.has_tangents(call.tensors):
-        return "reference"  # forward-mode AD: neither kernels nor ATen's layers know of tangents
+        return "reference", "forward-mode AD, of whose tangents neither the kernels nor ATen's layers know"
     if engine == "triton" and _has_rival(call) and 1 < call.steps <= aten.CUDNN_STEPS:
         sizes = (rows.batch_sizes, rows.masked, spec.num_layers, spec.directions, spec.proj_size)
         asked = tuned_call(spec.cell.name, call.input, call.states, call.weights, call.dtype, *sizes)
         if asked is not None:
-            engine, _ = engines.fastest(asked, call.input.device.index)
-    return engine
+            return engines.fastest(asked, call.input.device.index)
+    return engine, why
 
 
 def _has_rival(call: _Call) -> bool:
@@ -539,7 +542,7 @@ def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
     if _traced(input):
         return False
     if lengths is not None:
-        engines.not_captured("lengths", lengths.device, "the engine 'torch', which looks at their values")
+        transforms.not_captured("lengths", lengths.device, "the engine 'torch', which looks at their values")
     return input.numel() > 0 and (lengths is None or bool((lengths > 0).any()))
 
 

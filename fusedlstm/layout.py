@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import engines, transforms
+from fusedlstm import transforms
 
 
 class Layout(NamedTuple):
@@ -141,7 +141,7 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, layout: Layout, leading: tuple[int, ...], device: torch.device) -> "Pieces":
         """`leading` is (T, B), or (R,) if packed."""
-        engines.not_captured("lengths and resets", device, "a loop of torch operations, which looks at their values")
+        transforms.not_captured("lengths and resets", device, "a loop of torch operations, which looks at their values")
         if layout.first_row is not None:
             B, T = len(layout.lengths), len(layout.first_row) - 1
             first_row, resets = layout.first_row, torch.zeros(T, B, dtype=torch.bool, device=device)
@@ -236,5 +236,5 @@ def spans(first_row: Tensor | None, leading: tuple[int, ...]) -> list[tuple[int,
     if first_row is None:
         T, B = leading
         return [(t * B, B) for t in range(T)]
-    engines.not_captured("input", first_row.device, "a packed batch for a loop of torch operations")
+    transforms.not_captured("input", first_row.device, "a packed batch for a loop of torch operations")
     return [(row, later - row) for row, later in itertools.pairwise(first_row.tolist())]

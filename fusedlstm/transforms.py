@@ -183,3 +183,16 @@ def _sample(x, dim, k: int):
         dims = dim if isinstance(dim, tuple | list) else [dim] * len(x)
         return [_sample(y, d, k) for y, d in zip(x, dims, strict=True)]
     return x if dim is None else x.select(dim, k)
+
+
+def not_captured(name: str, device: torch.device, came: str) -> None:
+    """That no CUDA graph is being captured, where the work on `device` needs what only the host can do.
+
+    Raises:
+        RuntimeError: one is; `came` says what needs the host.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch whose lengths and "
+            "resets are on the device can be captured with backend='triton'"
+        )

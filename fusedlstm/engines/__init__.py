@@ -14,6 +14,7 @@ then on, with one warning (`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` ov
 
 import functools
 import importlib.util
+import logging
 import os
 
 import torch
@@ -21,6 +22,7 @@ import torch
 from fusedlstm.engines import failures
 from fusedlstm.plan import devices, tuned
 
+LOGGER = logging.getLogger("fusedlstm")
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDNN_WITH_BFLOAT16 = 91300
@@ -73,7 +75,12 @@ def why_not_triton(
     return None
 
 
-def choose(
+def choose(*arguments, **more) -> str:
+    """The engine of `choice`, whose arguments these are."""
+    return choice(*arguments, **more)[0]
+
+
+def choice(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -83,8 +90,8 @@ def choose(
     clipped_projection: bool = False,
     layout: str = "dense",
     heads: int = 1,
-) -> str:
-    """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference".
+) -> tuple[str, str]:
+    """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference"; and why, in words.
 
     Raises:
         RuntimeError: `triton` was asked for and cannot serve; the text names the reason.
@@ -92,12 +99,16 @@ def choose(
     engine = requested(backend)
     call = (device, dtype, cell, hidden, directions, clipped_projection, layout, heads)
     if engine == "auto":
-        if device.type != "cuda" or why_not_triton(*call):
-            return "torch"
-        return "torch" if failures.reason(device, cell, hidden, dtype, directions, layout, heads) else "triton"
+        if device.type != "cuda":
+            return "torch", "auto takes the kernels on a GPU only"
+        if reason := why_not_triton(*call):
+            return "torch", reason
+        if reason := failures.reason(device, cell, hidden, dtype, directions, layout, heads):
+            return "torch", reason
+        return "triton", "the kernels serve this call"
     if engine == "triton" and (reason := why_not_triton(*call)):
         raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
-    return engine
+    return engine, "asked for by name"
 
 
 def fastest(call: tuned.Call, index: int | None) -> tuple[str, str]:
@@ -131,16 +142,3 @@ def predicted(call: tuned.Call, index: int | None) -> tuple[str, str]:
     ours, cudnn = plan.beside_cudnn(*sizes, call.precision, call.training, call.layout, call.proj_size)
     words = f"predicted: kernels {ours:.3g} us a step, cuDNN {cudnn:.3g}"
     return "torch" if ours > plan.CLEARLY * cudnn else "triton", words
-
-
-def not_captured(name: str, device: torch.device, came: str) -> None:
-    """That no CUDA graph is being captured, where the work on `device` needs what only the host can do.
-
-    Raises:
-        RuntimeError: one is; `came` says what needs the host.
-    """
-    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch whose lengths and "
-            "resets are on the device can be captured with backend='triton'"
-        )

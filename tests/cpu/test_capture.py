@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedlstm import autograd, cells, engines, functional, noise
+from fusedlstm import autograd, cells, functional, noise, transforms
 from fusedlstm.engines import torch_loop
 from fusedlstm.layout import DENSE, Layout, Pieces, spans
 
@@ -57,14 +57,14 @@ class OnGPU:
 
 def test_nothing_is_asked_without_a_gpu_or_in_a_compiled_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked"))
-    engines.not_captured("x", torch.device("cpu"), "y")
+    transforms.not_captured("x", torch.device("cpu"), "y")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    engines.not_captured("x", GPU, "y")
+    transforms.not_captured("x", GPU, "y")
 
 
 def test_nothing_is_captured_and_nothing_is_wrong(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    engines.not_captured("x", GPU, "y")
+    transforms.not_captured("x", GPU, "y")
 
 
 class NoHost(TorchDispatchMode):

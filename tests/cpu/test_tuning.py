@@ -308,7 +308,7 @@ def test_auto_asks_for_the_fastest_engine_where_cudnn_serves(monkeypatch, option
         calls.append(call)
         raise KeyboardInterrupt  # no kernel runs here
 
-    monkeypatch.setattr(engines, "choose", lambda *args, **kwargs: "triton")
+    monkeypatch.setattr(engines, "choice", lambda *args, **kwargs: ("triton", "for this test"))
     monkeypatch.setattr(engines, "fastest", fastest)
     monkeypatch.setattr(functional, "_layout", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert_asked(calls, fusedlstm.LSTM(5, 7, 2), options, asked)

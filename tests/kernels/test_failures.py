@@ -33,7 +33,9 @@ def tried(monkeypatch):
         return inner(self, arguments, varying)
 
     monkeypatch.setattr(bound.Bound, "launcher", launcher)
-    monkeypatch.setattr(engines, "choose", lambda *args, **kwargs: "triton" if args[0] == "auto" else args[0])
+    monkeypatch.setattr(
+        engines, "choice", lambda *args, **kwargs: ("triton" if args[0] == "auto" else args[0], "for this test")
+    )
     monkeypatch.setattr(engines, "fastest", lambda *args: ("triton", "for this test"))
     failures.forget()
     yield names
