@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
-from fusedlstm import autograd, engines, noise, transforms, wave
+from fusedlstm import autograd, engines, noise, ops, transforms
 from fusedlstm.cells import Cell
 from fusedlstm.engines import aten, reference
 from fusedlstm.layout import Layout, Pieces
@@ -416,17 +416,17 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
     """By our own loops, layer by layer or several layers in one launch."""
     spec, cell = call.spec, call.spec.cell.name
     # The ops know that nobody asked for the kernels by name, and go on without them where a launch fails.
-    ops = "auto" if engine == "triton" and engines.requested(spec.backend) == "auto" else engine
+    of_ops = "auto" if engine == "triton" and engines.requested(spec.backend) == "auto" else engine
     input, resets = _time_major(call.rows, call.input, call.rows.resets)
     states, parameters = call.states, _per_layer_and_direction(call)
     layout = _layout(input, states[0].size(1), call.rows.batch_sizes, call.rows.lengths, resets)
     alone = spec.proj_size or spec.in_steps or spec.between_layers
-    one_step = autograd.is_one_step(cell, engine, input, layout)
+    one_step = ops.is_one_step(cell, engine, input, layout)
     if one_step and not (alone or spec.cell_states or transforms.followed((input, *states, *call.weights))):
         saves = (False, False)
-        cx = autograd._stacked(states)
-        output, h_n, c_n, _, _ = autograd.step_fwd(
-            cell, input[0], states[0], cx, call.weights, spec.directions, *saves, ops
+        cx = ops.states_beside_h(states)
+        output, h_n, c_n, _, _ = ops.step_fwd(
+            cell, input[0], states[0], cx, call.weights, spec.directions, *saves, of_ops
         )
         return _as_given(call.rows, output.unsqueeze(0), (h_n, *c_n.unbind(0)), None)
     together = spec.directions
@@ -437,8 +437,8 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
         and together == 1
         and not (alone or one_step)
     ):
-        together = wave.layers_together(cell, input, states, call.weights, spec.num_layers, layout)
-    layer = _layer_of(spec, ops, drawn)
+        together = autograd.layers_together(cell, input, states, call.weights, spec.num_layers, layout)
+    layer = _layer_of(spec, of_ops, drawn)
     finals, c_seq = [], None
     for k in range(0, len(parameters), together):
         if k > 0 and spec.between_layers > 0:
@@ -460,7 +460,7 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         if spec.proj_size:
             return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, spec.save)
         if len(parameters) > spec.directions:
-            return wave.stack(cell, engine, x, states, parameters, layout, clip, wants_c_seq)
+            return autograd.wave(cell, engine, x, states, parameters, layout, clip, wants_c_seq)
         own = drawn._replace(place=(first, 0))
         return autograd.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=spec.save, noise=own)
 
@@ -469,7 +469,7 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         weight_hr = [p[-1] for p in parameters] if spec.proj_size else None
         parameters = [p[:-1] for p in parameters] if spec.proj_size else parameters
         own = drawn._replace(place=(first, 0))
-        cx = autograd._stacked(states)
+        cx = ops.states_beside_h(states)
         output, h_n, c_n, c_seq = reference.layer(cell, x, states[0], cx, parameters, layout, weight_hr, clip, own)
         return output, (h_n, *c_n.unbind(0)), c_seq if spec.cell_states and is_last else None
 

@@ -181,7 +181,8 @@ def _sample(x, dim, k: int):
     """The k-th sample of a tensor that has samples along `dim`, or of such within tuples and lists."""
     if isinstance(x, tuple | list):
         dims = dim if isinstance(dim, tuple | list) else [dim] * len(x)
-        return [_sample(y, d, k) for y, d in zip(x, dims, strict=True)]
+        found = [_sample(y, d, k) for y, d in zip(x, dims, strict=True)]
+        return type(x)(*found) if hasattr(x, "_fields") else found
     return x if dim is None else x.select(dim, k)
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contract
-from fusedlstm import autograd, products, wave
+from fusedlstm import ops, products
 from fusedlstm.engines import bound
 
 # Not the current device, so that an allocation or a launch that forgets its device shows.
@@ -149,7 +149,7 @@ def gpu():
 # What custom ops do, which fake tensors never reach.
 BODIES = {
     op._opoverload: op._init_fn
-    for module in (products, autograd, wave)
+    for module in (products, ops)
     for op in vars(module).values()
     if isinstance(op, torch.library.CustomOpDef)
 }

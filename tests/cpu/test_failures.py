@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fusedlstm
-from fusedlstm import autograd, cells, engines, wave
+from fusedlstm import autograd, cells, engines, ops
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import bound, failures, launch, reference
 from fusedlstm.noise import NO_NOISE, Noise
@@ -73,13 +73,13 @@ def test_the_loop_returns_what_the_kernels_would(cell, dtype, layout, directions
     grads = [torch.randn(same[k].shape, generator=generator).to(dtype) for k in (0, 4, 1, 2)]
     own = (inputs["vectors"], inputs["hx"], inputs["cx"], *inputs["layout"], *noise)
     with falls_back():
-        ours = autograd.recurrence_fwd(cell, "auto", inputs["preact_x"], inputs["weight_hh"], *own, True, True)
+        ours = ops.recurrence_fwd(cell, "auto", inputs["preact_x"], inputs["weight_hh"], *own, True, True)
     failures.forget()
     with falls_back():
-        ours_bwd = autograd.recurrence_bwd(
+        ours_bwd = ops.recurrence_bwd(
             cell, "auto", *grads, inputs["weight_hh"], *own[:3], *saved.values(), *own[3:], clip
         )
-    shapes = autograd.recurrence_fwd(cell, "auto", inputs["preact_x"].to("meta"), *to_meta(inputs, own), True, True)
+    shapes = ops.recurrence_fwd(cell, "auto", inputs["preact_x"].to("meta"), *to_meta(inputs, own), True, True)
     assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in shapes], "as of the kernels"
     same_bwd, exact_bwd = (
         reference.recurrence_bwd(cell, *cast(grads, p), **cast(states, p), **cast(saved, p), noise=noise, clip=clip)
@@ -197,7 +197,8 @@ def test_a_wave_that_fails_says_nothing_about_one_layer(kernels_chosen, tried, m
     for ours, *grads in zip(module.parameters(), same.parameters(), exact.parameters(), strict=True):
         assert_accurate("gradient", *(p.grad for p in (ours, *grads)))
     assert (
-        wave.layers_together(module.cell, input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, autograd.DENSE) == 1
+        autograd.layers_together(module.cell, input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, autograd.DENSE)
+        == 1
     )
 
 
@@ -213,9 +214,9 @@ def test_ops_that_go_on_pass_opcheck(cell):
     weight_ih, bias = torch.randn(1, G * H, H).to(half), torch.zeros(1, G * H, dtype=half)
     parameters = [x for w in weight_hh for x in (weight_ih[0], w, bias[0], bias[0])]
     arguments = (cell, torch.randn(B, H).to(half), hx, cx, parameters, 1, True, True, "auto")
-    torch.library.opcheck(autograd.step_fwd, arguments, test_utils=checks)
+    torch.library.opcheck(ops.step_fwd, arguments, test_utils=checks)
     own = (weight_ih, bias, weight_hh, given["vectors"], hx, cx, None, None, None)
-    torch.library.opcheck(wave.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
+    torch.library.opcheck(ops.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
     output, gates = torch.randn(2, T, B, H).to(half), torch.rand(2, T, B, K * H).to(half)
     grads = output[0], None, hx, cx
     arguments = (
@@ -232,7 +233,7 @@ def test_ops_that_go_on_pass_opcheck(cell):
         None,
         "auto",
     )
-    torch.library.opcheck(wave.wave_bwd, arguments, test_utils=checks)
+    torch.library.opcheck(ops.wave_bwd, arguments, test_utils=checks)
 
 
 def only_waves(tried):

@@ -93,14 +93,14 @@ def test_saved_tensors_mean_what_they_say():
 
 def test_custom_ops_without_a_gpu():
     """The ops as a loop of torch operations: gradcheck holds through them, twice."""
-    from fusedlstm.autograd import RecurrenceFunction
+    from fusedlstm.autograd import Layer, LoopFunction
 
     (input, hx, cx), parameters = random_layer(2)
     flat = [p for direction in parameters for p in direction]
 
     def run(*tensors):
-        return RecurrenceFunction.apply(
-            "lstm", "torch", 2, None, "gates", False, *[None] * 4, [], [0, 0], *tensors[:3], None, *tensors[3:]
+        return LoopFunction.apply(
+            Layer("lstm", "torch", 2, None, False, "gates"), *[None] * 4, [], [0, 0], *tensors[:3], None, *tensors[3:]
         )[:3]
 
     assert torch.autograd.gradcheck(run, (input[:2].detach().requires_grad_(), hx, cx, *flat))
@@ -108,7 +108,7 @@ def test_custom_ops_without_a_gpu():
 
 
 def test_custom_ops_pass_opcheck():
-    from fusedlstm import autograd
+    from fusedlstm import ops
 
     generator = torch.Generator().manual_seed(3)
     preact_x = torch.randn(2, 3, B, 4 * H, generator=generator)
@@ -120,10 +120,8 @@ def test_custom_ops_pass_opcheck():
     states = ("lstm", "torch", preact_x, weight_hh, None, hx, cx)
     for layout in ((None, None, None), (lengths, None, resets)):
         for saves in ((True, True), (False, True), (False, False)):
-            torch.library.opcheck(
-                autograd.recurrence_fwd, (*states, *layout, None, [], [0, 0], *saves), test_utils=checks
-            )
-        output, h_n, c_n, gates, c_seq = autograd.recurrence_fwd(*states, *layout, None, [], [0, 0], True, True)
+            torch.library.opcheck(ops.recurrence_fwd, (*states, *layout, None, [], [0, 0], *saves), test_utils=checks)
+        output, h_n, c_n, gates, c_seq = ops.recurrence_fwd(*states, *layout, None, [], [0, 0], True, True)
         for grads, clip in (((output, None, h_n, c_n), None), ((None, c_seq, h_n, c_n), 0.5)):
             arguments = (
                 "lstm",
@@ -142,4 +140,4 @@ def test_custom_ops_pass_opcheck():
                 [0, 0],
                 clip,
             )
-            torch.library.opcheck(autograd.recurrence_bwd, arguments, test_utils=checks)
+            torch.library.opcheck(ops.recurrence_bwd, arguments, test_utils=checks)

@@ -1,4 +1,4 @@
-"""wave.py: stacks of layers in one launch, through fusedlstm.LSTM, against one layer after another in the specification."""
+"""A wave: stacks of layers in one launch, through fusedlstm.LSTM, against one layer after another in the specification."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusedlstm
-from fusedlstm import wave
+from fusedlstm import autograd
 from fusedlstm.engines import launch
 from support import DTYPES, assert_accurate
 from twins import SEQUENCES, case_id, dense_twin, outcome, pairwise, with_heads
@@ -26,13 +26,13 @@ def launches(monkeypatch):
     """How many layers each launch of a wave takes; whatever the plan predicts, it takes all."""
     counts = []
     monkeypatch.setattr(launch, "layers_together", lambda cell, like, hx, layers, *_: layers)
-    wave_fwd = wave.wave_fwd
+    wave_fwd = autograd.wave_fwd
 
     def counted(cell, preact_x, weight_ih, bias, weight_hh, *arguments):
         counts.append(len(weight_hh))
         return wave_fwd(cell, preact_x, weight_ih, bias, weight_hh, *arguments)
 
-    monkeypatch.setattr(wave, "wave_fwd", counted)
+    monkeypatch.setattr(autograd, "wave_fwd", counted)
     return counts
 
 
@@ -55,7 +55,7 @@ def test_a_device_without_room_takes_them_in_parts(device, launches, monkeypatch
     stock = torch.nn.LSTM(5, 20, 5)
     ours = fusedlstm.LSTM(5, 20, 5, backend="triton").to(device)
     ours.load_state_dict(stock.state_dict())
-    monkeypatch.setattr(wave, "layers_together", lambda *arguments: 2)
+    monkeypatch.setattr(autograd, "layers_together", lambda *arguments: 2)
     x = torch.randn(4, 3, 5)
     with torch.no_grad():
         expected, (h_n, c_n) = stock.double()(x.double())

@@ -1,0 +1,442 @@
+"""The custom ops: what must be done step by step, as PyTorch sees it, and the input product that comes before.
+
+| op | what it does |
+|---|---|
+| `recurrence_fwd`, `recurrence_bwd` | the time loop of one layer in all directions |
+| `wave_fwd`, `wave_bwd` | the same of several layers in one launch: layer l does step t beside layer l + 1 doing step t - 1 |
+| `step_fwd` | one step of a stack, its input products included |
+| `recompute` | what the forward did not keep, from its output |
+
+An op runs on the engine "triton", the kernels; "torch", a loop of torch operations; or "auto", the kernels, and that loop where
+they cannot be launched (`fusedlstm.engines.failures`). It then returns what the kernels would have, so that a backward may follow the
+forward of the other. G gates, K kept blocks, V vectors and S states beside h are those of the cell (`fusedlstm.cells`). Sequences
+have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one axis, so that both directions
+share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.products`).
+"""
+
+import functools
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fusedlstm import cells, transforms
+from fusedlstm.engines import failures, reference, torch_loop
+from fusedlstm.layout import DENSE, Layout
+from fusedlstm.noise import NO_NOISE, Noise
+from fusedlstm.products import joined, product
+
+KERNELS = ("triton", "auto")  # engines that run them, if they can
+
+
+@transforms.op("fusedlstm::recurrence_fwd")
+def recurrence_fwd(
+    cell: str,
+    engine: str,
+    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
+    vectors: Tensor | None,  # [D, V, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+    seed: Tensor | None,  # these three: a `Noise`
+    rates: list[float],
+    place: list[int],
+    save_gates: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """output [T, B, D*H], h_n [D, B, H], c_n [S, D, B, H], gates [T, B, D*K*H], c_seq [S, T, B, D*H]; [R, ...] if packed.
+
+    gates and c_seq are empty unless saved; of padding, output and c_seq are zero, and gates have no meaning.
+    """
+    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
+    given = (preact_x, weight_hh, hx, cx, layout, vectors, noise)
+
+    def kernels():
+        from fusedlstm.engines import launch
+
+        return launch.recurrence_fwd(cell, *given, save_gates=save_gates, save_states=save_states)
+
+    at = partial(failures.where, hx.device, cell, preact_x.dtype, weight_hh, hx, layout)
+    return failures.attempt(engine, at, kernels, lambda: loop_fwd(cell, engine, *given, save_gates, save_states))
+
+
+def loop_fwd(cell, engine, preact_x, weight_hh, hx, cx, layout, vectors, noise, save_gates, save_states):
+    """`recurrence_fwd` by torch operations; in the place of kernels computed in float32, as they do."""
+    dtypes = (preact_x.dtype, hx.dtype, cx.dtype, preact_x.dtype, c_seq_dtype(engine, preact_x))
+    preact_x, weight_hh, hx, cx, vectors = _widened(engine, (preact_x, weight_hh, hx, cx, vectors))
+    if noise.rates:
+        found = reference.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors=vectors, noise=noise)
+        *results, gates, c_seq = found
+        found = *results, gates if save_gates else gates.new_empty(0), c_seq if save_states else c_seq.new_empty(0)
+    else:
+        found = torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, save_gates, save_states, vectors)
+    return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
+
+
+@recurrence_fwd.register_fake
+def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, resets, seed, rates, place, *saves):
+    save_gates, save_states = saves
+    D, *rows, _ = preact_x.shape
+    S, H = cx.size(0), hx.size(-1)
+    gates = preact_x.new_empty((*rows, D * cells.CELLS[cell].num_kept * H) if save_gates else 0)
+    c_seq = preact_x.new_empty((S, *rows, D * H) if save_states else 0, dtype=c_seq_dtype(engine, preact_x))
+    return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
+
+
+@transforms.op("fusedlstm::recurrence_bwd")
+def recurrence_bwd(
+    cell: str,
+    engine: str,
+    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
+    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
+    grad_h_n: Tensor,  # [D, B, H]
+    grad_c_n: Tensor,  # [S, D, B, H]
+    weight_hh: list[Tensor],  # D times [G*H, DH]
+    vectors: Tensor | None,  # [D, V, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    output: Tensor,  # [T, B, D*H] or [R, D*H]
+    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
+    c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+    seed: Tensor | None,  # these three: a `Noise`
+    rates: list[float],
+    place: list[int],
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H].
+
+    `clip`: the largest element of the gradient of a state that enters a step.
+    """
+    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
+    grads, states = (grad_output, grad_c_seq, grad_h_n, grad_c_n), (weight_hh, hx, cx, output, gates, c_seq)
+
+    def kernels():
+        from fusedlstm.engines import launch
+
+        return launch.recurrence_bwd(cell, *grads, *states, layout, clip, vectors, noise)
+
+    at = partial(failures.where, hx.device, cell, gates.dtype, weight_hh, hx, layout)
+    own = (cell, engine, grads, states, layout, clip, vectors, noise)
+    return failures.attempt(engine, at, kernels, lambda: loop_bwd(*own))
+
+
+def loop_bwd(cell, engine, grads, states, layout, clip, vectors, noise):
+    """`recurrence_bwd` by torch operations, from what either engine saved; as `loop_fwd`."""
+    _, hx, cx, _, gates, _ = states
+    dtypes = (gates.dtype, hx.dtype, cx.dtype)
+    grads, states, vectors = _widened(engine, (grads, states, vectors))
+    if noise.rates:
+        of = zip(grads, (states[3], states[5]), strict=False)
+        none = (torch.zeros_like(x) if g is None else g for g, x in of)
+        found = reference.recurrence_bwd(cell, *none, *grads[2:], *states, layout, clip, vectors, noise)
+    else:
+        found = torch_loop.recurrence_bwd(cell, *grads, *states, layout, clip, vectors)
+    return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
+
+
+@recurrence_bwd.register_fake
+def _(cell, engine, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vectors, hx, cx, output, gates, *_):
+    return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+
+
+@transforms.op("fusedlstm::step_fwd")
+def step_fwd(
+    cell: str,
+    input: Tensor,  # [B, I]
+    hx: Tensor,  # [L*D, B, H]
+    cx: Tensor,  # [S, L*D, B, H]
+    parameters: list[Tensor],  # layer by layer and direction by direction, as in `fusedlstm.products`
+    directions: int,
+    save_gates: bool,
+    save_states: bool,
+    engine: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of a stack by kernels, input products and all: one launch a layer.
+
+    output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*K*H] and c_seq
+    [S, B, D*H], empty unless saved.
+    """
+    parameters = grouped(parameters, len(hx))
+
+    def kernels():
+        from fusedlstm.engines import launch
+
+        saves = {"save_gates": save_gates, "save_states": save_states}
+        return launch.step_fwd(cell, input, hx, cx, parameters, directions, **saves)
+
+    def loop():
+        h_n, c_n, x = [], [], input.unsqueeze(0)
+        for k in range(0, len(hx), directions):
+            own, rows = parameters[k : k + directions], slice(k, k + directions)
+            preact_x = input_product(cell, x, own, None, DENSE)
+            given = (
+                preact_x,
+                [p[1] for p in own],
+                hx[rows],
+                cx[:, rows],
+                DENSE,
+                cells.CELLS[cell].step_vectors(own),
+                NO_NOISE,
+            )
+            x, h, c, gates, c_seq = loop_fwd(cell, engine, *given, save_gates, save_states)
+            h_n.append(h)
+            c_n.append(c)
+        gates, c_seq = gates.squeeze(0) if save_gates else gates, c_seq.squeeze(1) if save_states else c_seq
+        return x.squeeze(0), torch.cat(h_n), torch.cat(c_n, 1), gates, c_seq
+
+    at = partial(failures.where, hx.device, cell, input.dtype, [parameters[0][1]] * directions, hx, DENSE)
+    return failures.attempt(engine, at, kernels, loop)
+
+
+@step_fwd.register_fake
+def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engine="triton"):
+    (_, B, H), D = hx.shape, directions
+    gates = input.new_empty((B, D * cells.CELLS[cell].num_kept * hx.size(-1)) if save_gates else 0)
+    c_seq = input.new_empty((cx.size(0), B, D * H) if save_states else 0, dtype=state_dtype(input.dtype))
+    return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
+
+
+@transforms.op("fusedlstm::recompute")
+def recompute(
+    cell: str,
+    engine: str,
+    preact: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H], the recurrent part included
+    vectors: Tensor | None,  # [D, V, H]
+    hx: Tensor,  # [D, B, H]
+    cx: Tensor,  # [S, D, B, H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+    seed: Tensor | None,  # these three: a `Noise`
+    rates: list[float],
+    place: list[int],
+) -> tuple[Tensor, Tensor]:
+    """gates and c_seq as `recurrence_fwd` saves them, from its output: elementwise, so that nothing is waited for.
+
+    Of cells that add both parts of a preactivation.
+    """
+    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
+
+    def kernels():
+        from fusedlstm.engines import launch
+
+        return launch.recompute(cell, preact, hx, cx, layout, vectors, noise)
+
+    def loop():
+        nothing = [preact.new_zeros(preact.size(-1), hx.size(-1))] * len(hx) if rates else []
+        return loop_fwd(cell, engine, preact, nothing, hx, cx, layout, vectors, noise, True, True)[3:]
+
+    # A launch of its own: nothing waits in it, and what fails here says nothing about the loops.
+    at = partial(failures.where, hx.device, f"{cell}, recomputed", preact.dtype, [], hx, layout)
+    return failures.attempt(engine, at, kernels, loop)
+
+
+@recompute.register_fake
+def _(cell, engine, preact, vectors, hx, cx, *_):
+    D, *rows, GH = preact.shape
+    c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=c_seq_dtype(engine, preact))
+    return preact.new_empty(*rows, D * GH), c_seq
+
+
+@transforms.op("fusedlstm::wave_fwd")
+def wave_fwd(
+    cell: str,
+    preact_x: Tensor,  # [1, T, B, G*H] or packed [1, R, G*H]: the first layer's
+    weight_ih: Tensor,  # [L-1, G*H, H] of the layers above the first
+    bias: Tensor,  # [L-1, G*H]
+    weight_hh: list[Tensor],  # L times [G*H, H]
+    vectors: Tensor | None,  # [L, V, H]
+    hx: Tensor,  # [L, B, H]
+    cx: Tensor,  # [S, L, B, H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+    save_gates: bool,
+    save_states: bool,
+    engine: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """output [L, T, B, H], h_n [L, B, H], c_n [S, L, B, H], gates [L, T, B, K*H], c_seq [S, L, T, B, H]; [R] if packed.
+
+    `engine` is "triton" or "auto", as in `recurrence`.
+    """
+    layout = Layout(lengths, first_row, resets)
+
+    def kernels():
+        from fusedlstm.engines import launch
+
+        stack, saves = launch.Stack(weight_ih, bias), {"save_gates": save_gates, "save_states": save_states}
+        return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves, stack=stack)
+
+    def loop():
+        found, x = [], preact_x
+        for k, w in enumerate(weight_hh):
+            own = slice(k, k + 1)
+            if k > 0:
+                x = product(found[-1][0].flatten(0, -2), weight_ih[k - 1].t(), bias[k - 1]).view(preact_x.shape)
+            given = (x, [w], hx[own], cx[:, own], layout, None if vectors is None else vectors[own], NO_NOISE)
+            found.append(loop_fwd(cell, engine, *given, save_gates, save_states))
+        output, h_n, c_n, gates, c_seq = zip(*found, strict=True)
+        gates = torch.stack(gates) if save_gates else gates[0]
+        c_seq = torch.stack(c_seq, 1) if save_states else c_seq[0]
+        return torch.stack(output), torch.cat(h_n), torch.cat(c_n, 1), gates, c_seq
+
+    at = functools.partial(failures.where, hx.device, failures.as_wave(cell), preact_x.dtype, weight_hh[:1], hx, layout)
+    return failures.attempt(engine, at, kernels, loop)
+
+
+@wave_fwd.register_fake
+def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, first_row, resets, *saves):
+    save_gates, save_states, *_ = saves
+    _, *rows, _ = preact_x.shape
+    L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
+    gates = preact_x.new_empty((L, *rows, cells.CELLS[cell].num_kept * H) if save_gates else 0)
+    c_seq = preact_x.new_empty((S, L, *rows, H) if save_states else 0, dtype=state_dtype(preact_x.dtype))
+    return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
+
+
+@transforms.op("fusedlstm::wave_bwd")
+def wave_bwd(
+    cell: str,
+    grad_output: Tensor | None,  # [T, B, H] or packed [R, H]: of the last layer
+    grad_c_seq: Tensor | None,  # [S, T, B, H] or [S, R, H]: the same
+    grad_h_n: Tensor,  # [L, B, H]
+    grad_c_n: Tensor,  # [S, L, B, H]
+    weight_ih: Tensor,  # [L-1, G*H, H] of the layers above the first, gates in the order of their gradients
+    weight_hh: list[Tensor],  # L times [G*H, H]
+    vectors: Tensor | None,  # [L, V, H]
+    hx: Tensor,  # [L, B, H]
+    cx: Tensor,  # [S, L, B, H]
+    output: Tensor,  # [L, T, B, H] or [L, R, H]
+    gates: Tensor,  # [L, T, B, K*H] or [L, R, K*H]
+    c_seq: Tensor,  # [S, L, T, B, H] or [S, L, R, H]
+    lengths: Tensor | None,  # these three: a `Layout`
+    first_row: Tensor | None,
+    resets: Tensor | None,
+    clip: float | None,
+    engine: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_preact like gates, grad_hx [L, B, H], grad_cx [S, L, B, H]; `engine` as in `wave_fwd`."""
+    layout = Layout(lengths, first_row, resets)
+
+    def kernels():
+        from fusedlstm.engines import launch
+
+        return launch.recurrence_bwd(
+            cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors,
+            stack=launch.Stack(weight_ih),
+        )  # fmt: skip
+
+    def loop():
+        found, grads = [], (grad_output, grad_c_seq)
+        for k in reversed(range(len(weight_hh))):
+            own = slice(k, k + 1)
+            states = ([weight_hh[k]], hx[own], cx[:, own], output[k], gates[k], c_seq[:, k])
+            arguments = (layout, clip, None if vectors is None else vectors[own], NO_NOISE)
+            found.append(loop_bwd(cell, engine, (*grads, grad_h_n[own], grad_c_n[:, own]), states, *arguments))
+            if k > 0:  # the gradient of the input's preactivations comes first (`ParameterGradients`)
+                of_x = found[-1][0][..., : weight_ih.size(1)]
+                grads = product(of_x.flatten(0, -2), weight_ih[k - 1]).view(output[k].shape), None
+        grad_preact, grad_hx, grad_cx = zip(*reversed(found), strict=True)
+        return torch.stack(grad_preact), torch.cat(grad_hx), torch.cat(grad_cx, 1)
+
+    at = functools.partial(failures.where, hx.device, failures.as_wave(cell), gates.dtype, weight_hh[:1], hx, layout)
+    return failures.attempt(engine, at, kernels, loop)
+
+
+@wave_bwd.register_fake
+def _(cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, weight_hh, vectors, hx, cx, output, gates, *_):
+    return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+
+
+def is_one_step(cell: str, engine: str, input: Tensor, layout: Layout) -> bool:
+    """Whether one kernel can take an input [T, B, I] whole: a single step, without masks, in which no program waits."""
+    waits = cells.CELLS[cell].norms
+    return engine in KERNELS and not waits and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
+
+
+def states_beside_h(state: tuple[Tensor, ...]) -> Tensor:
+    """The states beside h as one tensor, [S, D, B, H]."""
+    if len(state) == 2:
+        return state[1].unsqueeze(0)
+    return torch.stack(state[1:]) if len(state) > 2 else state[0].new_empty(0, *state[0].shape)
+
+
+def c_seq_dtype(engine: str, like: Tensor) -> torch.dtype:
+    """Of the states beside h of every step: the loop of torch operations keeps one dtype."""
+    return state_dtype(like.dtype) if engine in KERNELS else like.dtype
+
+
+def _widened(engine: str, tree):
+    """Tensors in nested tuples and lists; in float32 if they come from kernels, or go where these would."""
+    if engine != "auto" or tree is None:
+        return tree
+    if isinstance(tree, Tensor):
+        return tree.float()
+    return type(tree)(_widened(engine, x) for x in tree)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states beside h are saved."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def grouped(parameters, directions: int) -> list:
+    count = len(parameters) // directions
+    return [parameters[k * count : (k + 1) * count] for k in range(directions)]
+
+
+# The input product.
+
+
+def is_batch_major(input: Tensor) -> bool:
+    return input.dim() == 3 and input.stride(0) < input.stride(1)
+
+
+def input_product(cell: str, input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
+    """preact_x [D, T, B, G*H] or [D, R, G*H] of all steps and directions: one product, in the order of `input` in memory."""
+    return preact_from(cell, input, input_products(cell, input, parameters), parameters, preact_0, layout)
+
+
+def input_products(cell: str, input: Tensor, parameters: list) -> Tensor:
+    """W x of all directions, [T, B, D, G*H] or [R, D, G*H], in the order of `input` in memory; with biases unless norms follow."""
+    by_batch = is_batch_major(input)
+    ordered = input.transpose(0, 1) if by_batch else input
+    weight_ih = joined([p[0] for p in parameters])  # [D*G*H, I]
+    adds_bias = cells.CELLS[cell].has_bias(parameters[0]) and not cells.CELLS[cell].norms
+    bias = joined([cells.CELLS[cell].input_bias(p) for p in parameters]) if adds_bias else None
+    products = product(ordered.flatten(0, -2), weight_ih.t(), bias)
+    products = products.view(*ordered.shape[:-1], len(parameters), parameters[0][0].size(0))
+    return products.transpose(0, 1) if by_batch else products
+
+
+def preact_from(
+    cell: str, input: Tensor, products: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout
+) -> Tensor:
+    """preact_x from the products: normed where the cell has norms, else the products themselves, of which the first steps' change."""
+    preact = products
+    if cells.CELLS[cell].norms:
+        by_batch = is_batch_major(input)
+        preact = cells.CELLS[cell].normed(products.transpose(0, 1) if by_batch else products, parameters)
+        preact = preact.transpose(0, 1) if by_batch else preact
+    preact = preact.movedim(-2, 0)
+    for d in range(0 if preact_0 is None else len(parameters)):
+        added, dropped = preact_0[d], layout.drops_hx(input.shape[:-1], d)
+        if dropped is not None:
+            added = added.masked_fill(dropped.unsqueeze(1), 0)
+        if d == 0 and layout.first_row is not None:
+            preact[d, : len(added)].add_(added)
+        elif d == 0 or layout.lengths is None:
+            preact[d, -d].add_(added)  # step 0, and in reverse the last one
+        else:
+            begin = layout.begin_rows(input.shape[:-1], d, input.device)
+            if layout.first_row is None:
+                preact[d, begin // input.size(1), begin % input.size(1)] += added
+            else:
+                preact[d].index_add_(0, begin, added)
+    return preact
