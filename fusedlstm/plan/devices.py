@@ -185,6 +185,7 @@ _SHEETS = (
     _Sheet("NVIDIA A10", "sm_86", 72, 99, 6, 24, 0.600),
     _Sheet("NVIDIA A10G", "sm_86", 80, 99, 6, 24, 0.600),
     _Sheet("NVIDIA A40", "sm_86", 84, 99, 6, 48, 0.696),
+    _Sheet("NVIDIA RTX A6000", "sm_86", 84, 99, 6, 48, 0.768),
     _Sheet("NVIDIA GeForce RTX 3090", "sm_86", 82, 99, 6, 24, 0.936),
     _Sheet("NVIDIA L4", "sm_89", 58, 99, 48, 24, 0.300),
     _Sheet("NVIDIA L40S", "sm_89", 142, 99, 96, 48, 0.864),
