@@ -22,8 +22,9 @@ from rich.table import Table
 
 from bench.shapes import BY_ID, SHAPES, Shape
 from fusedlstm import cells
-from fusedlstm.plan import LAYOUTS, Plan, cost, plan, spills, wave
+from fusedlstm.plan import LAYOUTS, Plan, allowed_bytes, cost, plan, wave
 from fusedlstm.plan.devices import DEVICES
+from fusedlstm.plan.tiles import SPILLS, known_spills
 
 OTHER_LAYOUTS = ("sm_80", "sm_90")  # targets for which more is compiled than dense batches in bfloat16 and float32
 MOST = ("bf16", "fp32")  # of what is not compiled for all of `DTYPES`
@@ -177,7 +178,7 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
 
 def is_unfit(p: Plan, numbers: Numbers) -> bool:
     """It spills more than the target allows, which is nothing where plans are tuned; or it does not compile, or to a trap."""
-    return numbers.regs < 0 or numbers.spill_bytes > spills.allowed_bytes(p.arch) or _lost_matrix(p, numbers)
+    return numbers.regs < 0 or numbers.spill_bytes > allowed_bytes(p.arch) or _lost_matrix(p, numbers)
 
 
 def _lost_matrix(p: Plan, numbers: Numbers) -> bool:
@@ -191,7 +192,7 @@ def faults(p: Plan, numbers: Numbers) -> list[str]:
     if regs < 0:
         return [f"does not compile: {mma}"]
     found = []
-    if spill_bytes > spills.allowed_bytes(p.arch):
+    if spill_bytes > allowed_bytes(p.arch):
         found.append(f"spills {spill_bytes} bytes a thread")
     if smem_bytes > p.smem_bytes:
         found.append(f"{smem_bytes} bytes of shared memory, {p.smem_bytes} expected at most")
@@ -212,11 +213,11 @@ def settle(numbers: dict[str, Numbers], targets: set[str]) -> tuple[list[tuple[s
         rows = [(s, d, p) for s, d, p in plans() if p.arch in targets]
         distinct = {p.code: p for _, _, p in rows}
         numbers |= compile_all({code: p for code, p in distinct.items() if code not in numbers})
-        found = {code for code, p in distinct.items() if is_unfit(p, numbers[code])} - spills.known()
+        found = {code for code, p in distinct.items() if is_unfit(p, numbers[code])} - known_spills()
         if not found:
             return rows, numbers
-        spills.FILE.write_text(json.dumps(sorted(spills.known() | found), indent=0) + "\n")
-        spills.known.cache_clear()
+        SPILLS.write_text(json.dumps(sorted(known_spills() | found), indent=0) + "\n")
+        known_spills.cache_clear()
 
 
 def main() -> int:
@@ -227,8 +228,8 @@ def main() -> int:
     parser.add_argument("--spills", action="store_true", help="write the list of spills, and no table")
     args = parser.parse_args()
     if not (args.refresh or args.spills or args.target):  # of other kernels, perhaps
-        spills.FILE.write_text("[]\n")
-        spills.known.cache_clear()
+        SPILLS.write_text("[]\n")
+        known_spills.cache_clear()
     known = known_numbers(args.out, plans()) if args.refresh and args.out.exists() else {}
     rows, numbers = settle(known, {args.target} if args.target else {*(OTHER_LAYOUTS if args.spills else DEVICES)})
     distinct = {p.code: p for _, _, p in rows}

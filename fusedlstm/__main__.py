@@ -1,23 +1,29 @@
 """`python -m fusedlstm`: train the demo, say what runs here, explain a plan, measure the best one."""
 
 import argparse
+import importlib
+import os
 import platform
-import sys
-from importlib import metadata, util
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-PLAN_DTYPES = ("fp32", "fp16", "bf16")
-LAYERS = {  # by the name of the cell
-    "lstm": ("LSTM", {}),
-    "gru": ("GRU", {}),
-    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-    "peephole": ("PeepholeLSTM", {}),
-    "coupled": ("CoupledLSTM", {}),
-    "layernorm": ("LayerNormLSTM", {}),
-    "slstm": ("SLSTM", {}),
-}
+import torch
+from torch.utils import collect_env
+
+import fusedlstm
+from fusedlstm import cells, checks, engines, plan, train
+from fusedlstm.plan import tuned
+from fusedlstm.plan.choice import table
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    """Every error is one line that says what is wrong and one that says what to do next."""
+
+    def error(self, message: str, then: str = "") -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{then or f'{self.prog} --help lists what it takes.'}\n")
 
 
 def positive(text: str) -> int:
@@ -28,8 +34,6 @@ def positive(text: str) -> int:
 
 
 def device(text: str) -> str:
-    import torch
-
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, ValueError) as error:  # torch built without it, no driver, no such number
@@ -37,105 +41,171 @@ def device(text: str) -> str:
     return text
 
 
-def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="python -m fusedlstm", description=__doc__)
+def parser() -> Parser:
+    main = Parser(prog="python -m fusedlstm", description=__doc__)
+    main.add_argument("--version", action="version", version=f"fusedlstm {fusedlstm.__version__}")
     commands = main.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser("train", help="train an LSTM on handwritten digits, and time it beside torch.nn.LSTM")
-    train.add_argument("--epochs", type=positive, default=50, help="passes over the data (50)")
-    train.add_argument("--hidden", type=positive, default=128, help="units (128)")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--backend", choices=("auto", "triton", "torch", "reference"), default="auto")
-    train.add_argument("--device", type=device, help="cuda if there is one, else cpu")
-    train.add_argument("--out", type=Path, default=Path("out"), help="folder for digits.png (out)")
-    train.set_defaults(run=run_train)
+    def command(name: str, run: Callable, help: str) -> Callable:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(run=run, parser=made)
+        return made.add_argument
 
-    info = commands.add_parser("info", help="versions, devices, and which engine serves them")
-    info.set_defaults(run=run_info)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    where = {"type": device, "default": here, "help": "cpu, cuda or cuda:1 (here %(default)s)"}
 
-    plan = commands.add_parser("plan", help="how the kernels would run a recurrence, and why; needs no GPU")
-    plan.add_argument("--cell", choices=LAYERS, default="lstm")
-    plan.add_argument("--hidden", type=positive, required=True)
-    plan.add_argument("--batch", type=positive, default=32)
-    plan.add_argument("--steps", type=positive, default=100)
-    plan.add_argument("--dtype", choices=PLAN_DTYPES, default="fp32")
-    plan.add_argument("--arch", choices=ARCHS, default="sm_90")
-    plan.add_argument("--directions", type=int, choices=(1, 2), default=1)
-    plan.add_argument("--heads", type=positive, default=1, help="blocks of a block-diagonal weight_hh (1)")
-    plan.set_defaults(run=run_plan)
+    add = command("train", run_train, "train a model that reads handwritten digits, and time it beside torch.nn's")
+    add("--epochs", type=positive, default=50, help="passes over the data (%(default)s)")
+    add("--hidden", type=positive, default=128, help="hidden units (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, batches and noise (%(default)s)")
+    add("--backend", choices=engines.BACKENDS, default="auto", help="the engine (%(default)s)")
+    add("--device", **where)
+    add("--out", type=Path, default=Path("out"), help="folder for digits.png (%(default)s)")
 
-    tune = commands.add_parser("tune", help="measure the best plans and cuDNN on this GPU, and keep the choice")
-    tune.add_argument("--cell", choices=LAYERS, default="lstm")
-    tune.add_argument("--hidden", type=positive, help="units; needed but for --show and --clear")
-    tune.add_argument("--batch", type=positive, default=32)
-    tune.add_argument("--steps", type=positive, default=100)
-    tune.add_argument("--input", type=positive, help="input size (that of --hidden)")
-    tune.add_argument("--layers", type=positive, default=1)
-    tune.add_argument("--directions", type=int, choices=(1, 2), default=1)
-    tune.add_argument("--dtype", choices=PLAN_DTYPES, default="fp32")
-    tune.add_argument("--seconds", type=float, default=20.0, help="to measure for (20); compiling comes on top")
-    tune.add_argument("--device", type=device, help="cuda if there is one, else cpu")
-    tune.add_argument("--show", action="store_true", help="print the choices that are kept, and nothing else")
-    tune.add_argument("--clear", action="store_true", help="forget all choices, and nothing else")
-    tune.set_defaults(run=run_tune)
+    command("info", run_info, "versions, devices and settings, for a bug report; and which engine serves here")
+
+    def add_layer(add: Callable) -> None:
+        """The arguments that `plan` and `tune` share."""
+        add("--cell", choices=[*cells.CELLS], default=next(iter(cells.CELLS)), help="the cell (%(default)s)")
+        add("--batch", type=positive, default=32, help="sequences (%(default)s)")
+        add("--steps", type=positive, default=100, help="steps of each (%(default)s)")
+        add("--dtype", choices=DTYPES, default="fp32", help="of input and weights (%(default)s)")
+        add("--directions", type=int, choices=(1, 2), default=1, help="2 if bidirectional (%(default)s)")
+
+    add = command("plan", run_plan, "how the kernels would run a layer, and why; needs no GPU")
+    add("--hidden", type=positive, required=True, help="hidden units; must be given")
+    add_layer(add)
+    add("--heads", type=positive, default=1, help="blocks of a block-diagonal weight_hh (%(default)s)")
+    add("--arch", default="sm_90", help="the GPU, such as h100, a100, 4090, l4, mi300x or sm_89 (%(default)s)")
+
+    add = command("tune", run_tune, "measure the best plans and cuDNN on this GPU, and keep the choice")
+    add("--hidden", type=positive, help="hidden units; must be given but for --show and --clear")
+    add_layer(add)
+    add("--input", type=positive, help="input size (that of --hidden)")
+    add("--layers", type=positive, default=1, help="layers of the module (%(default)s)")
+    add("--seconds", type=float, default=20.0, help="to measure for (%(default)s); compiling comes on top")
+    add("--device", **where)
+    add("--show", action="store_true", help="print the choices that are kept, and nothing else")
+    add("--clear", action="store_true", help="forget all choices, and nothing else")
     return main
 
 
 def run_train(args: argparse.Namespace) -> None:
-    import torch
-
-    from fusedlstm import engines, train
-
-    where = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        engines.choose(args.backend, torch.device(where), torch.float32)
+        engines.choose(args.backend, torch.device(args.device), torch.float32)
+    except (RuntimeError, ValueError) as error:
+        args.parser.error(
+            str(error), "--backend auto takes what serves here; python -m fusedlstm info says what that is."
+        )
+    try:
         args.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        fail(error)
+    except OSError as error:
+        args.parser.error(f"--out: {error}", "Name another folder by --out.")
     settings = train.Settings(
-        epochs=args.epochs, hidden_size=args.hidden, seed=args.seed, backend=args.backend, device=where
+        epochs=args.epochs, hidden_size=args.hidden, seed=args.seed, backend=args.backend, device=args.device
     )
     try:
         train.run(settings, args.out, say=print)
     except ModuleNotFoundError as error:
-        fail(error)
+        args.parser.error(str(error), "Install it and run the same command again.")
 
 
 def run_info(args: argparse.Namespace) -> None:
-    import torch
-
-    import fusedlstm
-    from fusedlstm import engines
-
-    triton = metadata.version("triton") if util.find_spec("triton") else "not installed"
-    print(f"fusedlstm {fusedlstm.__version__}, torch {torch.__version__}, triton {triton}, ", end="")
-    print(f"Python {platform.python_version()}")
-    devices = [("cpu", f"{torch.get_num_threads()} threads")]
-    if torch.cuda.is_available():
-        devices += [(f"cuda:{k}", torch.cuda.get_device_name(k)) for k in range(torch.cuda.device_count())]
-    for name, words in devices:
-        print(f"{name} ({words})")
-        for dtype in engines.TRITON_DTYPES:
-            print(f"  {str(dtype).removeprefix('torch.'):9} {engine_line(torch.device(name), dtype)}")
+    for name, ask in facts().items():
+        print(f"{name:14} {told(ask)}")
+    print("engine         that backend='auto' takes for a default layer")
+    for where in ["cpu", *(f"cuda:{k}" for k in gpus())]:
+        by_line: dict[str, list[str]] = {}
+        for name, dtype in DTYPES.items():
+            line = told(lambda where=where, dtype=dtype: engine_line(torch.device(where), dtype))
+            by_line.setdefault(line, []).append(name)
+        for line, names in by_line.items():
+            print(f"  {where}, {', '.join(names)}: {line}")
 
 
-def engine_line(where, dtype) -> str:
-    """What `auto` picks, and why not the kernels."""
-    from fusedlstm import engines
+def facts() -> dict[str, Callable[[], object]]:
+    """What a bug report should say, and how to find out."""
+    return {
+        "fusedlstm": lambda: fusedlstm.__version__,
+        "Python": platform.python_version,
+        "torch": lambda: f"{torch.__version__}, {built_for()}",
+        "Triton": lambda: version("triton"),
+        "numpy": lambda: version("numpy"),
+        "platform": platform.platform,
+        "threads": torch.get_num_threads,
+        **{f"cuda:{k}": lambda k=k: gpu(k) for k in gpus()},
+        **({} if gpus() else {"GPU": lambda: "none that torch can use"}),
+        "driver": lambda: collect_env.get_nvidia_driver_version(collect_env.run) or "no NVIDIA driver found",
+        "cuDNN": cudnn,
+        "environment": environment,
+        "tuning file": tuning_file,
+    }
 
+
+def told(ask: Callable[[], object]) -> str:
+    """The answer, or what went wrong: a report is written where something is broken."""
+    try:
+        return str(ask())
+    except Exception as error:
+        return f"unknown, {type(error).__name__}: {error}"
+
+
+def built_for() -> str:
+    if torch.version.hip:
+        return f"HIP {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA and HIP"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.import_module(package).__version__
+    except ModuleNotFoundError:
+        return "not installed"
+
+
+def gpus() -> range:
+    """Indices of those that torch can use."""
+    return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    kind = properties.gcnArchName if torch.version.hip else f"compute capability {properties.major}.{properties.minor}"
+    return f"{properties.name}, {kind}, {properties.multi_processor_count} multiprocessors"
+
+
+def cudnn() -> str:
+    if not torch.backends.cudnn.is_available():
+        return "none in this torch"
+    return f"{torch.backends.cudnn.version()}, {'enabled' if torch.backends.cudnn.enabled else 'switched off'}"
+
+
+def environment() -> str:
+    names = sorted(name for name in os.environ if name.startswith("FUSEDLSTM_") or name == "TRITON_INTERPRET")
+    return " ".join(f"{name}={os.environ[name]}" for name in names) or "no FUSEDLSTM_* and no TRITON_INTERPRET"
+
+
+def tuning_file() -> str:
+    kept = tuned.everything()
+    places = {tuned._words(tuned.place(k)) for k in gpus() or [None]}
+    return f"{tuned.path()}, {sum(len(kept.get(place, {})) for place in places)} choices for this machine"
+
+
+def engine_line(where: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` picks, and why."""
     try:
         engine = engines.choose("auto", where, dtype)
     except (RuntimeError, ValueError) as error:  # FUSEDLSTM_BACKEND asks for what cannot be
         return f"error: {error}"
+    if os.environ.get("FUSEDLSTM_BACKEND", "auto") not in ("", "auto"):
+        return f"{engine}: FUSEDLSTM_BACKEND asks for it"
     if engine == "triton":
-        return engine
+        return f"{engine}: the kernels serve; of what cuDNN serves too, the faster by measurement or prediction"
     reason = engines.why_not_triton(where, dtype) or "the kernels serve only when asked for: backend='triton'"
     return f"{engine}: {reason}"
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from fusedlstm import checks, plan
-
     try:
         checks.num_heads(args.heads, args.hidden)
         text = plan.explain(
@@ -148,62 +218,58 @@ def run_plan(args: argparse.Namespace) -> None:
             heads=args.heads,
             cell=args.cell,
         )
-    except (ValueError, NotImplementedError, plan.PlanError) as error:
-        fail(error)
+    except plan.PlanError as error:
+        args.parser.error(str(error), "Fewer hidden units, or another --arch, may fit.")
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        args.parser.error(str(error))
     print(text)
 
 
 def run_tune(args: argparse.Namespace) -> None:
-    from fusedlstm import tables
-    from fusedlstm.plan import tuned
-
     try:
-        tuned.path()
+        file = tuned.path()
     except RuntimeError as error:
-        fail(error)
+        args.parser.error(str(error), "Set FUSEDLSTM_CACHE to a folder that you can write to.")
     if args.clear:
-        print(f"{tuned.path()}: {'removed' if tuned.clear() else 'there was none'}")
-        return
-    if args.show:
-        for place, choices in tuned.everything().items():
-            print(f"\n{place}")
-            rows = []
-            for what, choice in choices.items():
-                ms = choice.get("ms", {})
-                fastest = min(ms, key=ms.get, default="")
-                rows.append((what, fastest, f"{ms[fastest]:.3g}" if ms else ""))
-            print(tables.text(["what", "fastest", "ms"], rows))
-        if not tuned.everything():
-            print(f"{tuned.path()}: no choices")
-        return
-    if args.hidden is None:
-        fail(ValueError("--hidden: expected a number of units (or --show, or --clear)"))
-    import torch
+        print(f"{file}: {'removed' if tuned.clear() else 'there was none'}")
+    elif args.show:
+        print(kept_choices() or f"{file}: no choices")
+    elif args.hidden is None:
+        args.parser.error("--hidden: expected a number of units, got none", "Or ask for --show or --clear.")
+    else:
+        measure(args)
+        print(f"kept in {file}")
 
-    import fusedlstm
 
-    where = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    features = args.input or args.hidden
-    name, options = LAYERS[args.cell]
-    options = {"bidirectional": args.directions == 2, "device": where, "dtype": dtype, **options}
-    module = getattr(fusedlstm, name)(features, args.hidden, args.layers, **options)
-    input = torch.randn(args.steps, args.batch, features, device=where, dtype=dtype)
+def kept_choices() -> str:
+    text = []
+    for place, choices in tuned.everything().items():
+        rows = []
+        for what, choice in choices.items():
+            ms = choice.get("ms", {})
+            fastest = min(ms, key=ms.get, default="")
+            rows.append((what, fastest, f"{ms[fastest]:.3g}" if ms else ""))
+        text.append(f"{place}\n{table(['what', 'fastest', 'ms'], rows)}")
+    return "\n\n".join(text)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Tune a module with random weights and input, and print what was found."""
+
+    class Layers(fusedlstm.Recurrent):
+        cell = args.cell
+
+    features, like = args.input or args.hidden, {"device": args.device, "dtype": DTYPES[args.dtype]}
     try:
-        found = fusedlstm.tune(module, input, seconds=args.seconds)
+        module = Layers(features, args.hidden, args.layers, bidirectional=args.directions == 2, **like)
+        found = fusedlstm.tune(module, torch.randn(args.steps, args.batch, features, **like), seconds=args.seconds)
     except (OSError, RuntimeError, ValueError) as error:
-        fail(error)
+        args.parser.error(str(error), "python -m fusedlstm plan shows the plans without a GPU.")
     for measured in found:
         kind = "engine" if isinstance(measured.what, tuned.Call) else f"plan {measured.what.pass_}"
         print(f"\n{kind}: {measured.chosen} (predicted: {measured.predicted})")
-        print(
-            tables.text(["tried", "ms"], [[k, f"{v:.3f}"] for k, v in sorted(measured.ms.items(), key=lambda x: x[1])])
-        )
-    print(f"kept in {tuned.path()}")
-
-
-def fail(error: Exception) -> None:
-    sys.exit(f"python -m fusedlstm: error: {error}")
+        rows = [(name, f"{ms:.3f}") for name, ms in sorted(measured.ms.items(), key=lambda item: item[1])]
+        print(table(["tried", "ms"], rows))
 
 
 def main(argv: list[str] | None = None) -> None:

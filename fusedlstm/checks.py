@@ -376,4 +376,5 @@ def needs(library: str, extra: str):
         if error.name != package:
             raise
         pip = {"sklearn": "scikit-learn"}.get(package, package)
-        raise ModuleNotFoundError(f'{pip} is not installed: pip install "fusedlstm[{extra}]"', name=package) from None
+        text = f'{pip} is not installed: pip install ".[{extra}]" in a checkout of fusedlstm'
+        raise ModuleNotFoundError(text, name=package) from None

@@ -18,11 +18,9 @@ prediction's constants are not fitted to measurements (`fusedlstm.plan.devices`)
 a choice measured by `fusedlstm.tune` overrides it.
 """
 
-from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, plan, step_plan, step_plans, wave
-from fusedlstm.plan.explain import explain
+from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, explain, plan, step_plan, step_plans, wave
 from fusedlstm.plan.problem import ATTEMPT_LIMIT, COUNTER_STRIDE, LAYOUTS, SPIN_LIMIT, Plan, PlanError
-from fusedlstm.plan.spills import allowed_bytes
-from fusedlstm.plan.time_loop import variants
+from fusedlstm.plan.tiles import allowed_bytes, variants
 
 __all__ = [
     "ATTEMPT_LIMIT",

@@ -1,9 +1,11 @@
-"""Which plan: of those that fit and compile well, the one with the least predicted time."""
+"""Which plan: of those that fit and compile well, the one with the least predicted time; and a plan in words."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
+from fusedlstm import cells
 from fusedlstm.plan import cost as costs
-from fusedlstm.plan import one_step, time_loop
+from fusedlstm.plan import devices, tiles
 from fusedlstm.plan.devices import DeviceLimits
 from fusedlstm.plan.problem import Plan, PlanError, Problem
 
@@ -57,8 +59,8 @@ def candidates(
             f"heads and stack: expected one head and one layer a launch of {cell}, whose norms are over all units of a layer, got "
             f"{heads} head(s){' and a stack' if stack else ''}"
         )
-    found = _ranked(time_loop.fitting(of), of)
-    stepped = [] if of.masked or stack or of.norms else _ranked(one_step.fitting(of), of)
+    found = _ranked(tiles.of_a_loop(of), of)
+    stepped = [] if of.masked or stack or of.norms else _ranked(tiles.of_a_step(of), of)
     if not found and not stepped:
         raise PlanError(
             f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a group must be on "
@@ -100,7 +102,7 @@ def step_plans(
         )
     problem = (cell, batch, hidden, dtype, directions, limits, pass_, _precision(limits, precision))
     of = Problem(*problem, heads=heads, input_size=input_size)
-    return _ranked(one_step.fitting(of), of)
+    return _ranked(tiles.of_a_step(of), of)
 
 
 def _precision(limits: DeviceLimits, precision: str) -> str:
@@ -168,7 +170,7 @@ def beside_cudnn(
 ) -> tuple[float, float]:
     """Predicted microseconds a step of the kernels and of cuDNN (`cost.cudnn_step_us`); training: of both passes.
 
-    Of a packed batch, that of a step that all sequences have. Of a projection the kernels know nothing (docs/lstm.md).
+    Of a packed batch, that of a step that all sequences have. The kernels know nothing of a projection.
     """
     ours = cudnn = 0.0
     for pass_ in ("fwd", "bwd") if training else ("fwd",):
@@ -176,3 +178,93 @@ def beside_cudnn(
         ours += plan(cell, 1, *sizes, layout).step_us
         cudnn += costs.cudnn_step_us(cell, *sizes, saves=training, proj_size=proj_size)
     return ours, cudnn
+
+
+GLOSSARY = """\
+Words: a tile is the batch rows and hidden units that one program computes. A group is the programs that need each other's
+results at every step. An exchange is the moment when they pass them on. The schedule says where weight_hh is: all of it
+in one program (single), a slice in each program (resident), read at every step (streamed), or one launch a step (stepped)."""
+
+
+def explain(
+    hidden: int,
+    batch: int = 64,
+    steps: int = 100,
+    dtype: str = "bf16",
+    arch: str = "sm_90",
+    directions: int = 1,
+    heads: int = 1,
+    runners_up: int = 4,
+    cell: str = next(iter(cells.CELLS)),
+) -> str:
+    """Both plans of a layer in words, as `python -m fusedlstm plan` prints them. `arch` as of `devices.find`.
+
+    Raises:
+        ValueError: nothing is known of `arch`, or `FUSEDLSTM_SMS` is wrong.
+        RuntimeError: the kernels do not serve the device, or no plan fits.
+    """
+    whole = devices.find(arch)
+    limits = devices.capped(whole, devices.sms())
+    title = f"{cell} layer: T={steps} B={batch} H={hidden} {dtype}, {directions} direction(s)"
+    title += f", {heads} heads" if heads > 1 else ""
+    text = [f"{title}, {devices.described(limits)}"]
+    if limits.num_sms < whole.num_sms:
+        text[0] += f", {limits.num_sms} of {whole.num_sms} multiprocessors (FUSEDLSTM_SMS)"
+    for pass_, name in (("fwd", "forward"), ("bwd", "backward")):
+        plans = candidates(cell, steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
+        cost = costs.cost(plans[0], steps, batch, limits)
+        bound = costs.bound(cell, steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
+        text += [f"\n{name}: {plans[0].schedule} - {plans[0].why}", *_lines(plans[0], cost, bound, limits)]
+        text.append(_compared(plans[: 1 + runners_up]))
+    if heads == 1 and cells.CELLS[cell].aten:
+        text.append("")
+        for training, name in ((True, "training"), (False, "inference")):
+            ours, cudnn = beside_cudnn(cell, batch, hidden, dtype, directions, limits, training=training)
+            engine = "torch" if ours > CLEARLY * cudnn else "triton"
+            text.append(
+                f"auto, {name}: {engine} - predicted {ours:.2f} us a step, cuDNN {cudnn:.2f} (a product and a pointwise "
+                f"kernel a step); torch is taken from {CLEARLY} times its time on, or where `fusedlstm.tune` measured it faster"
+            )
+    return "\n".join([*text, "", GLOSSARY])
+
+
+def _lines(p: Plan, cost: costs.Cost, bound: costs.Bound, limits: DeviceLimits) -> list[str]:
+    return [
+        f"  tile           {p.block_b} batch rows x {p.block_h} hidden units, reduction in chunks of {p.block_k}"
+        + (", transposed dot" if p.transposed else ""),
+        f"  grid           {p.group} programs a group x {p.grid[1]} groups x {p.grid[2]} direction(s), "
+        f"{p.num_warps} warps each; {p.walked} batch tile(s) a group, one after another",
+        f"  shared memory  at most {p.smem_bytes / 1024:.0f} of {limits.smem_bytes >> 10} KiB; "
+        f"about {p.regs} registers a thread",
+        f"  synchronised   {p.barriers_per_step} exchange(s) a step, protocol {p.protocol}",
+        f"  predicted      {cost.step:.2f} us a step, set by {cost.limit}; {cost.total / 1000:.3f} ms in all "
+        "(an ordering of candidates, not a measurement)",
+        f"                 wait {cost.wait:.2f}, operand {cost.operand:.2f}, product {cost.product:.2f}, issue "
+        f"{cost.issue:.2f}, x {cost.walked} walked; memory {cost.traffic:.2f}; launch and weights {cost.launch:.1f}",
+        f"  bound          {bound.step:.2f} us a step, set by {bound.limit}: arithmetic {bound.arithmetic:.2f}, "
+        f"memory {bound.memory:.2f}, latency {bound.latency:.2f}",
+    ]
+
+
+def _compared(plans: list[Plan]) -> str:
+    rows = [
+        (
+            f"{k}.",
+            p.schedule,
+            f"{p.block_b}x{p.block_h}x{p.block_k}{'T' if p.transposed else ''}",
+            p.num_warps,
+            "x".join(map(str, p.grid)),
+            p.walked,
+            f"{p.smem_bytes / 1024:.0f}",
+            f"{p.step_us:.2f}",
+        )
+        for k, p in enumerate(plans, 1)
+    ]
+    return table(["", "schedule", "tiles", "warps", "grid", "walked", "smem KiB", "us a step"], rows)
+
+
+def table(columns: list[str], rows: Iterable[Sequence]) -> str:
+    """Rows in columns under their names, without a trailing newline."""
+    lines = [columns, *([str(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -5,7 +5,7 @@ Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a 
     wait       = the exchange: barrier_us (counter), exchange_us and half an operand, loaded too early (data), launch_us or
                  host_us (a launch a step), or nothing; and an exchange_us for every norm
     operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps; at least L2_US for every
-                 round of loads (`plan.work`)
+                 round of loads (`work`)
     product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the instruction;
                  at least LINK_US for every instruction along K, of which each waits for the sum of the one before
     issue      = instructions of a warp x warps / SCHEDULERS x ISSUE_US + barriers x SYNC_US + waits for wgmma x WGMMA_US
@@ -26,7 +26,6 @@ from typing import NamedTuple
 from fusedlstm import cells
 from fusedlstm.plan.devices import DeviceLimits
 from fusedlstm.plan.problem import ITEMSIZE, Plan
-from fusedlstm.plan.work import work
 
 STATE_ITEMSIZE = 4  # states beside h are saved in float32
 SCHEDULERS = 4  # of a multiprocessor; each issues an instruction a cycle at most
@@ -35,6 +34,58 @@ L2_US = 0.25  # assumed: from a load to its data, from the L2
 LINK_US = 0.018  # assumed: from one matrix instruction to the next that adds to its result, some 32 cycles
 LINK_K = {"fp32": 8, "fp16": 16, "bf16": 16}  # of the reduction, an instruction
 GEMM_EFFICIENCY = 0.7  # assumed: of a large product's share of the peak
+# Instructions of a warp, fitted to resident plans of sm_90 by least squares of the relative error (2026-11-29): nine of ten
+# are within 15 %.
+BASE = {"fwd": 203.0, "bwd": 215.0}
+OF_ELEMENT = {"fwd": 68.0, "bwd": 5.0}  # of the cell, a thread
+OF_LOAD = {"fwd": 10.3, "bwd": 1.8}  # of 16 bytes of an operand, a thread
+OF_PRODUCT = {"fwd": 0.0, "bwd": 4.7}  # a matrix instruction of 16 x 8, whose operands a warp loads itself
+BY_DATA, LOOK_OF_LOAD = 39.0, 3.2  # the test whether all has come, and what of it goes with what is loaded
+SYNCS, SYNCS_OF_ROUND, SYNCS_OF_NORM = 5, 2, 8  # barriers of a program's threads
+
+
+class Work(NamedTuple):
+    """Of one iteration and batch tile."""
+
+    instructions: float  # of a warp
+    bar_sync: float
+    wgmma_waits: int
+    load_rounds: float  # loads of what the group exchanges that wait for each other
+
+
+def work(p: Plan, wide_mma: bool) -> Work:
+    """Estimate the instructions, barriers, waits and rounds of loads of one step of the time loop.
+
+    The estimate follows machine code: `bench/results/kernels.csv` has the counted numbers of every plan, in columns of the
+    same names (`fusedlstm.engines.offline.Loop`), and `tests/cpu/test_cost.py` compares the two. The body of a loop over
+    chunks is counted once for every time that it runs. `wide_mma` as of `devices.DeviceLimits`.
+    """
+    products = 2 if p.stack else 1  # of a stack's layer also the input product
+    threads = 32 * p.num_warps
+    streamed = p.schedule in ("streamed", "stepped")
+    by_itself = wide_mma and (p.columns if p.transposed else p.block_b) >= 64  # wgmma
+    elements = max(1.0, p.block_b * p.block_h / threads)
+    operands = (0 if p.local and not streamed else p.block_b) + (p.columns if streamed else 0)
+    loads = operands * p.padded_reduction * ITEMSIZE[p.dtype] / 16 / threads * products
+    link = 8 if p.dtype == "fp32" else 16
+    matrix = 0.0 if by_itself else p.block_b * p.columns * p.padded_reduction / (128 * link) / p.num_warps * products
+    instructions = BASE[p.pass_] + OF_ELEMENT[p.pass_] * elements + OF_LOAD[p.pass_] * loads
+    instructions += OF_PRODUCT[p.pass_] * matrix
+    if p.protocol == "data":
+        rounds = 1.0
+        instructions += BY_DATA + LOOK_OF_LOAD * loads
+    elif streamed:
+        rounds = p.chunks / max(1, p.stages - 1)
+    else:
+        rounds = 0.0 if p.local else float(math.ceil(p.chunks / p.ahead))
+    return Work(
+        instructions=instructions,
+        bar_sync=SYNCS
+        + SYNCS_OF_ROUND * (p.chunks if streamed else max(1.0, rounds)) * products
+        + SYNCS_OF_NORM * p.norms_per_step,
+        wgmma_waits=p.chunks * products if by_itself else 0,
+        load_rounds=rounds * products + p.norms_per_step,
+    )
 
 
 class Cost(NamedTuple):
@@ -205,8 +256,9 @@ def cudnn_step_us(
     product   = max(launch_us, operations / GEMM_EFFICIENCY of the matrix rate, weights / l2_tbps or memory_tbps)
     pointwise = max(launch_us, bytes of gates and states / memory_tbps)
 
-    With a projection of h to P the product is of P values a row, and a second one, of H and P, follows the pointwise kernel. Directions run one after another. cuDNN's kernels for small H (192 forward, 128 backward) and its persistent kernels for
-    float16 are faster than this; a measured choice (`fusedlstm.tune`) knows of them.
+    With a projection of h to P the product is of P values a row, and a second one, of H and P, follows the pointwise
+    kernel. Directions run one after another. cuDNN's kernels for small H (192 forward, 128 backward) and its persistent
+    kernels for float16 are faster than this; a measured choice (`fusedlstm.tune`) knows of them.
     """
     item, gates = ITEMSIZE[dtype], cells.CELLS[cell].num_gates
     factors = [(gates * hidden, proj_size or hidden), *([(proj_size, hidden)] if proj_size else [])]

@@ -13,8 +13,10 @@ import functools
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MEASURED = Path(__file__).parent / "measured.json"
 
@@ -167,6 +169,39 @@ _TABLE = (
 )
 
 
+class _Sheet(NamedTuple):
+    """The data sheet of a device that has no row, as far as the device itself would tell torch the same."""
+
+    name: str  # as torch has it
+    arch: str
+    num_sms: int
+    smem_kib: int  # a program may have
+    l2_mib: int
+    memory_gb: int
+    memory_tbps: float
+
+
+_SHEETS = (
+    _Sheet("NVIDIA A10", "sm_86", 72, 99, 6, 24, 0.600),
+    _Sheet("NVIDIA A10G", "sm_86", 80, 99, 6, 24, 0.600),
+    _Sheet("NVIDIA A40", "sm_86", 84, 99, 6, 48, 0.696),
+    _Sheet("NVIDIA RTX A6000", "sm_86", 84, 99, 6, 48, 0.768),
+    _Sheet("NVIDIA GeForce RTX 3090", "sm_86", 82, 99, 6, 24, 0.936),
+    _Sheet("NVIDIA L4", "sm_89", 58, 99, 48, 24, 0.300),
+    _Sheet("NVIDIA L40S", "sm_89", 142, 99, 96, 48, 0.864),
+    _Sheet("NVIDIA GeForce RTX 4090", "sm_89", 128, 99, 72, 24, 1.008),
+)
+# Devices that people have and the kernels do not serve.
+_UNSERVED = {
+    "P100": "sm_60",
+    "V100": "sm_70",
+    "T4": "sm_75",
+    "RTX 2080 Ti": "sm_75",
+    "MI100": "gfx908",
+    "MI210": "gfx90a",
+    "MI250": "gfx90a",
+    "MI250X": "gfx90a",
+}
 ARCHS = tuple(dict.fromkeys(row.arch for row in _TABLE))
 SERVED = "the kernels serve NVIDIA from compute capability 8.0 on and AMD gfx942 (MI300)"
 
@@ -187,10 +222,9 @@ def of_properties(properties, hip: bool) -> DeviceLimits:
         if arch not in ARCHS:
             raise UnsupportedDevice(f"{SERVED}, {name} is {arch}")
     else:
-        major = properties.major
-        if major < 8:
-            raise UnsupportedDevice(f"{SERVED}, {name} has {major}.{properties.minor}")
-        arch = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+        if properties.major < 8:
+            raise UnsupportedDevice(f"{SERVED}, {name} has {properties.major}.{properties.minor}")
+        arch = _planned_as(properties.major)
     # Older versions of torch do not tell all of them, and a driver may tell 0.
     clock, width = (getattr(properties, field, 0) for field in ("memory_clock_rate", "memory_bus_width"))
     told = {
@@ -203,6 +237,68 @@ def of_properties(properties, hip: bool) -> DeviceLimits:
     if _row(name):  # the data sheet's
         sizes.pop("memory_tbps", None)
     return named(name, arch, properties.multi_processor_count, **sizes)
+
+
+def _planned_as(major: int) -> str:
+    """The architecture of the table for a compute capability."""
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+
+
+def find(text: str) -> DeviceLimits:
+    """A device by what people call it: "h100", "RTX 4090", "sm_89", or torch's name for it. Case does not matter.
+
+    One without a row in the table gets the numbers that `of_properties` would find on it. An architecture stands for its
+    first device.
+
+    Raises:
+        ValueError: nothing is known of it; the text lists what is accepted.
+        UnsupportedDevice: the kernels do not serve it.
+    """
+    known = {_word(arch): limits for arch, limits in DEVICES.items()}
+    for row in _TABLE:
+        known[_word(row.name)] = known[_short(row.name)] = with_measured(row)
+    for sheet in _SHEETS:
+        limits = named(
+            sheet.name,
+            _planned_as(int(sheet.arch[3:-1])),
+            sheet.num_sms,
+            smem_bytes=sheet.smem_kib << 10,
+            l2_bytes=sheet.l2_mib << 20,
+            memory_bytes=sheet.memory_gb * 10**9,
+            memory_tbps=sheet.memory_tbps,
+        )
+        known[_word(sheet.name)] = known[_short(sheet.name)] = limits
+        known.setdefault(_word(sheet.arch), limits)
+    word = _word(text)
+    if word in known:
+        return known[word]
+    unserved = {_word(name): arch for name, arch in _UNSERVED.items()}
+    old = re.fullmatch(r"sm[1-7]\d|gfx\w+", word)
+    if old or word in unserved:
+        raise UnsupportedDevice(
+            f"arch: {SERVED}, got {text!r}{'' if old else f', which is {unserved[word]}'}; "
+            "there backend='auto' takes torch's engine, which needs no plan"
+        )
+    archs = sorted({*ARCHS, *(sheet.arch for sheet in _SHEETS)}, key=lambda arch: (arch[0] != "s", len(arch), arch))
+    names = [_short(device.name) for device in (*_TABLE, *_SHEETS)]
+    raise ValueError(f"arch: expected one of {', '.join(archs + names)}, or torch's name of one of these, got {text!r}")
+
+
+def described(limits: DeviceLimits) -> str:
+    """A device in words, and where its rates come from if it has no row."""
+    if _row(limits.name):
+        return f"{limits.name} ({limits.arch})"
+    return f"{limits.name} (planned as {limits.arch}, with rates scaled from those of {DEVICES[limits.arch].name})"
+
+
+def _word(name: str) -> str:
+    """What is left of a name without its maker and spaces."""
+    return re.sub(r"nvidia|geforce|rtx|tesla|amd|instinct|[\s_-]", "", name.lower())
+
+
+def _short(name: str) -> str:
+    """The number by which people call it: h100 for an NVIDIA H100 80GB HBM3."""
+    return re.search(r"[a-z]*\d+[a-z]*", name.lower())[0]
 
 
 def named(name: str, arch: str, num_sms: int | None = None, **told: float) -> DeviceLimits:

@@ -15,7 +15,7 @@ from bench.shapes import BY_ID
 from fusedlstm import cells
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import offline
-from fusedlstm.plan import plan, spills
+from fusedlstm.plan import allowed_bytes, plan
 from fusedlstm.plan.devices import DEVICES
 
 ROWS = kernels.rows_of(kernels.RESULTS)
@@ -58,7 +58,7 @@ def test_the_family_compiles(cell, pass_):
     assert numbers[2] <= p.smem_bytes
     noises = {"DROPS_CANDIDATE": True, "DROPS_H": True, "TRAINING": True}
     noises |= {"HOLDS": True} if EQUATIONS[cell].update else {}
-    assert offline.compile_plan(p, **noises).spill_bytes <= spills.allowed_bytes("sm_120")
+    assert offline.compile_plan(p, **noises).spill_bytes <= allowed_bytes("sm_120")
 
 
 def test_the_committed_table_is_of_these_plans():

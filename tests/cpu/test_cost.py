@@ -11,7 +11,6 @@ from bench import kernels
 from fusedlstm import plan
 from fusedlstm.plan import cost, devices
 from fusedlstm.plan.devices import DEVICES, DeviceLimits
-from fusedlstm.plan.work import work
 
 PROBLEMS = list(
     itertools.product(
@@ -95,7 +94,7 @@ def test_parts_by_hand():
     unit_bytes = 4 * 2 + 2 + 4 * 2 + 4  # preactivations, h, gates, c
     assert c.traffic == pytest.approx(64 * 1024 * unit_bytes / 4.8e6)
     assert c.wait == SLOW.barrier_us and c.walked == 1
-    done = work(p, wide_mma=True)
+    done = cost.work(p, wide_mma=True)
     cycles = done.instructions * p.num_warps / 4
     assert c.issue == pytest.approx(0.00057 * cycles + 0.02 * done.bar_sync + 0.03 * done.wgmma_waits)
     assert c.step == c.chain == pytest.approx(c.wait + c.operand + c.product + c.issue)
@@ -130,7 +129,7 @@ def test_what_each_choice_changes():
 
 
 def test_what_a_step_consists_of_is_what_the_compiler_made():
-    """The estimates of `plan.work` beside the columns of bench/results/kernels.csv: a shorter step is predicted shorter."""
+    """The estimates of `cost.work` beside the columns of bench/results/kernels.csv: a shorter step is predicted shorter."""
     estimated, compiled, same_rounds = [], [], []
     rows = kernels.rows_of(kernels.RESULTS)
     for shape, dtype, p in kernels.plans():
@@ -143,7 +142,7 @@ def test_what_a_step_consists_of_is_what_the_compiler_made():
             or p.arch not in ("sm_80", "sm_90")
         ):
             continue
-        found, done = kernels.numbers_of(row), work(p, DEVICES[p.arch].wide_mma)
+        found, done = kernels.numbers_of(row), cost.work(p, DEVICES[p.arch].wide_mma)
         assert found.wgmma_waits == done.wgmma_waits, p
         same_rounds.append(found.load_rounds == done.load_rounds)
         estimated.append(done.instructions * (2 if p.norms_per_step else 1))

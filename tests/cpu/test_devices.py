@@ -88,6 +88,54 @@ def test_other_amd_devices_are_not_served(monkeypatch, properties):
     assert arch in command_line.engine_line(where, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("texts", "name", "arch"),
+    [
+        (("sm_80", "a100", "A100", "NVIDIA A100-SXM4-80GB"), "NVIDIA A100-SXM4-80GB", "sm_80"),
+        (("sm_90", "SM90", "h200"), "NVIDIA H200", "sm_90"),
+        (("h100", "H100", "NVIDIA H100 80GB HBM3"), "NVIDIA H100 80GB HBM3", "sm_90"),
+        (("sm_100", "b200"), "NVIDIA B200", "sm_100"),
+        (("sm_120", "5090", "RTX 5090"), "NVIDIA GeForce RTX 5090", "sm_120"),
+        (("gfx942", "mi300x", "MI300X"), "AMD Instinct MI300X", "gfx942"),
+        (("4090", "rtx4090", "RTX-4090", "NVIDIA GeForce RTX 4090"), "NVIDIA GeForce RTX 4090", "sm_80"),
+        (("sm_86", "a10"), "NVIDIA A10", "sm_80"),
+        (("sm_89", "l4"), "NVIDIA L4", "sm_80"),
+    ],
+    ids=str,
+)
+def test_a_device_is_found_by_what_people_call_it(texts, name, arch):
+    for text in texts:
+        found = devices.find(text)
+        assert (found.name, found.arch) == (name, arch), text
+        assert devices.described(found).startswith(name)
+        assert ("scaled from those of NVIDIA A100" in devices.described(found)) == (devices._row(name) is None)
+
+
+@pytest.mark.parametrize("sheet", devices._SHEETS, ids=lambda sheet: sheet.name)
+def test_a_device_found_by_name_is_the_one_that_torch_would_tell(sheet):
+    """So that `plan` prints what would run there."""
+    clock = round(sheet.memory_tbps * 1e12 * 8 / 256 / 2 / 1e3)
+    sizes = {"smem": sheet.smem_kib << 10, "l2": sheet.l2_mib << 20, "memory": sheet.memory_gb * 10**9}
+    properties = told(sheet.name, int(sheet.arch[3]), int(sheet.arch[4]), sheet.num_sms, clock, 256, **sizes)
+    there = devices.of_properties(properties, hip=False)
+    assert dataclasses.replace(there, memory_tbps=sheet.memory_tbps) == devices.find(sheet.name)
+    assert there.memory_tbps == pytest.approx(sheet.memory_tbps, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["t4", "Tesla T4", "sm_75", "SM_70", "v100", "gfx90a", "gfx1100", "MI250X"])
+def test_a_device_that_is_not_served_says_what_to_do_instead(text):
+    with pytest.raises(
+        devices.UnsupportedDevice, match=f"compute capability 8.0 .*got '{text}'.*backend='auto' takes torch"
+    ):
+        devices.find(text)
+
+
+@pytest.mark.parametrize("text", ["toaster", "", "sm_87", "9.0", "h1000"])
+def test_an_unknown_device_is_answered_with_those_that_are_known(text):
+    with pytest.raises(ValueError, match=f"arch: expected one of sm_80, sm_86, .*h100.*, got '{text}'"):
+        devices.find(text)
+
+
 def test_a_gfx942_is_served(monkeypatch):
     on_gpu(monkeypatch, MI300X, hip="7.2")
     assert engines.choose("auto", torch.device("cuda", 0), torch.float16, "lstm", 64) == "triton"
@@ -138,12 +186,13 @@ def test_a_part_of_a_device_is_as_fast_as_its_share():
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "half", " 12", "٣"])
-def test_a_wrong_cap_is_named(monkeypatch, value):
+def test_a_wrong_cap_is_named(monkeypatch, capsys, value):
     monkeypatch.setenv("FUSEDLSTM_SMS", value)
     with pytest.raises(ValueError, match="FUSEDLSTM_SMS: expected a whole number of multiprocessors from 1, got"):
         launch.device_limits(None)
-    with pytest.raises(SystemExit, match="FUSEDLSTM_SMS: expected"):
+    with pytest.raises(SystemExit, match="2"):
         command_line.main(["plan", "--hidden", "64"])
+    assert "plan: error: FUSEDLSTM_SMS: expected" in capsys.readouterr().err
 
 
 def test_what_was_measured_on_all_is_not_for_a_part(monkeypatch):

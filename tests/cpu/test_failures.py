@@ -12,7 +12,7 @@ from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import bound, failures, launch, reference
 from fusedlstm.noise import NO_NOISE, Noise
 from fusedlstm.plan import devices
-from fusedlstm.plan.time_loop import MOST_VARIANTS
+from fusedlstm.plan.tiles import MOST_VARIANTS
 from grids import pairwise
 from support import DTYPES, assert_accurate, cast, recurrence_inputs, without_padding
 

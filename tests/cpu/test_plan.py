@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-import fusedlstm
 from fusedlstm import __main__ as command_line
 from fusedlstm import cells
 from fusedlstm.engines import aten
@@ -169,9 +168,7 @@ def test_command_line_prints_the_plan(capsys):
 
 
 def test_command_line_knows_every_cell(capsys):
-    assert list(command_line.LAYERS) == list(cells.CELLS)
-    for cell, (name, options) in command_line.LAYERS.items():
-        assert getattr(fusedlstm, name)(2, 3, **options).cell == cell
+    for cell in cells.CELLS:
         command_line.main(["plan", "--cell", cell, "--hidden", "512"])
         printed = capsys.readouterr().out
         p = plan(cell, 100, 32, 512, "fp32", 1, DEVICES["sm_90"], "bwd")

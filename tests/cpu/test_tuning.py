@@ -16,7 +16,7 @@ import fusedlstm
 from fusedlstm import __main__ as command_line
 from fusedlstm import cells, engines, functional, tuning
 from fusedlstm.engines import launch
-from fusedlstm.plan import devices, tuned
+from fusedlstm.plan import choice, devices, tuned
 from fusedlstm.plan.devices import DEVICES
 from fusedlstm.plan.tuned import Call, Problem
 
@@ -145,7 +145,7 @@ def test_the_file_can_be_read_by_others(monkeypatch):
     assert os.name == "nt" or stat.S_IMODE(file.stat().st_mode) == 0o644
 
 
-def test_without_a_home_directory_a_forward_does_without_choices(monkeypatch):
+def test_without_a_home_directory_a_forward_does_without_choices(monkeypatch, capsys):
     predicted = plan_of()
 
     def no_home():
@@ -158,8 +158,9 @@ def test_without_a_home_directory_a_forward_does_without_choices(monkeypatch):
     assert once("FUSEDLSTM_CACHE: expected a folder .* home directory") == predicted
     with pytest.raises(RuntimeError, match="FUSEDLSTM_CACHE: expected a folder"):
         tuned.store(0, {PROBLEM: stored(second_best())})
-    with pytest.raises(SystemExit, match="FUSEDLSTM_CACHE: expected a folder"):
+    with pytest.raises(SystemExit, match="2"):
         command_line.main(["tune", "--show"])
+    assert "tune: error: FUSEDLSTM_CACHE: expected a folder" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_told_has_no_choices(monkeypatch):
@@ -386,35 +387,48 @@ def test_command_line_shows_and_clears(capsys):
     assert "device=gpu 0" in printed and "batch=64" in printed and "torch" in printed
     command_line.main(["tune", "--clear"])
     assert "removed" in capsys.readouterr().out and not tuned.path().exists()
-    with pytest.raises(SystemExit, match="--hidden: expected"):
+    with pytest.raises(SystemExit, match="2"):
         command_line.main(["tune"])
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="need a CUDA or ROCm device"):
-            command_line.main(["tune", "--hidden", "8"])
+    assert "--hidden: expected" in capsys.readouterr().err
+
+
+def test_command_line_measures_any_cell(monkeypatch, capsys):
+    """A module of the cell on the options' sizes; where the kernels cannot run, the error says what can be had."""
+    seen = []
+    measured = tuning.Measured(PROBLEM, "a plan", "another", {"slow": 2.0, "fast": 1.0})
+    monkeypatch.setattr(fusedlstm, "tune", lambda *args, **more: seen.append((*args, more)) or [measured])
+    for cell in cells.CELLS:
+        command_line.main(
+            f"tune --cell {cell} --hidden 8 --input 3 --steps 5 --batch 2 --directions 2 --layers 2 --dtype bf16 --device cpu".split()
+        )
+        module, input, more = seen.pop()
+        assert (module.cell, module.hidden_size, module.num_layers, module.bidirectional) == (cell, 8, 2, True)
+        assert input.shape == (5, 2, 3) and input.dtype == torch.bfloat16 and more == {"seconds": 20.0}
+        printed = capsys.readouterr().out
+        assert "plan fwd: a plan (predicted: another)" in printed and printed.index("fast") < printed.index("slow")
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["tune", "--hidden", "8", "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert "need a CUDA or ROCm device" in said and "python -m fusedlstm plan shows" in said
 
 
 def test_command_line_explains_bound_runners_up_and_engine(capsys):
     command_line.main(["plan", "--hidden", "1024", "--batch", "128", "--dtype", "bf16"])
     printed = capsys.readouterr().out
     assert "bound" in printed and "set by arithmetic" in printed
+    for word in ("tile", "group", "exchange", "schedule"):
+        assert word in printed.partition("Words: ")[2]
     assert printed.count("1. ") == 2 and printed.count("3. ") == 2, "runners-up of both passes"
     for title in ("training", "inference"):
         assert f"auto, {title}: t" in printed
     with pytest.raises(SystemExit):
         command_line.main(["plan", "--hidden", "0"])
     assert "--hidden: expected a whole number from 1, got '0'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"num_heads: expected a positive divisor of hidden_size \(100\), got 7"):
+    with pytest.raises(SystemExit, match="2"):
         command_line.main(["plan", "--hidden", "100", "--heads", "7"])
+    assert "num_heads: expected a positive divisor of hidden_size (100), got 7" in capsys.readouterr().err
 
 
-def test_tables_without_rich(monkeypatch):
-    from fusedlstm import tables
-
-    rows = [("a", 1), ("long", 2.5)]
-    with_rich = tables.text(["name", "value"], rows)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    plain = tables.text(["name", "value"], rows)
-    assert plain == "name  value\na     1\nlong  2.5"
-    assert [line.split() for line in with_rich.splitlines() if "─" not in line] == [
-        x.split() for x in plain.splitlines()
-    ]
+def test_a_table_has_columns():
+    assert choice.table(["name", "value"], [("a", 1), ("long", 2.5)]) == "name  value\na     1\nlong  2.5"

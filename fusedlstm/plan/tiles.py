@@ -1,24 +1,47 @@
-"""Plans for the kernels that run all steps in one launch: which tiles are considered, and what a program with them needs.
+"""Plans that fit a device: which tiles are considered, and what a program with them needs.
 
-For every choice of schedule, tiles and protocol there are variants. They compute the same, but are compiled differently:
-with another number of warps, length of the chunks of the reduction, or number of chunks loaded at once. The variants are in
-an order of preference. The plan is the first variant that is not known to spill (`fusedlstm.plan.spills`).
+The kernels of a loop run all steps in one launch. For every choice of schedule, tiles and protocol there are variants of
+them. They compute the same, but are compiled differently: with another number of warps, length of the chunks of the
+reduction, or number of chunks loaded at once. The variants are in an order of preference. The plan is the first variant
+that is not known to spill.
+
+A thread has 255 registers. A kernel that needs more moves values to memory and back at every step; that is a spill.
+Whether a kernel spills is known only after it is compiled. So `make kernels` compiles the plans for the benchmark shapes
+(`bench/shapes.py`) with both versions of Triton that CI tests, and `spills.json` names the kernels that spilled. For all
+other sizes the launch on a GPU checks the compiled kernel, and takes the next variant if it spills
+(`fusedlstm.engines.launch`).
 """
 
 import dataclasses
+import functools
 import itertools
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+from fusedlstm import cells
 from fusedlstm.plan.devices import DeviceLimits
 from fusedlstm.plan.problem import Plan, Problem, power_of_2
-from fusedlstm.plan.spills import spills
 
+SPILLS = Path(__file__).parent / "spills.json"
+WITHOUT_SPILLS = ("sm_80", "sm_90")  # the plans of these are chosen so that none spills
 DATA_REGISTERS = 96  # of a thread, at most, for what is awaited by data: all of it is loaded at once
 AHEAD_REGISTERS = 64  # the same for chunks that are loaded at once after a wait by counter
 MOST_VARIANTS = 6  # of a tiling
 PADDING = 1 / 8  # of a reduction, at most, if shorter chunks have less
+
+
+@functools.cache
+def known_spills() -> frozenset[str]:
+    """`Plan.code` of every kernel that was found to spill."""
+    return frozenset(json.loads(SPILLS.read_text()))
+
+
+def allowed_bytes(arch: str) -> int:
+    """What a thread may spill: nothing where plans are chosen so that none spills, a little elsewhere."""
+    return 0 if arch in WITHOUT_SPILLS else 64
 
 
 class Tiling(NamedTuple):
@@ -40,10 +63,10 @@ class Variant(NamedTuple):
     ahead: int
 
 
-def fitting(of: Problem) -> list[Plan]:
+def of_a_loop(of: Problem) -> list[Plan]:
     """All that fit and compile, in no order: of every tiling the first variant that does not spill."""
-    by_tiling = [plans for t in _tilings(of) if (plans := _plans(of, t))]
-    clean = [p for plans in by_tiling if (p := next((p for p in plans if not spills(p)), None))]
+    by_tiling = [plans for t in _loop_tilings(of) if (plans := _plans(of, t))]
+    clean = [p for plans in by_tiling if (p := next((p for p in plans if p.code not in known_spills()), None))]
     return clean or [plans[0] for plans in by_tiling]
 
 
@@ -60,10 +83,10 @@ def variants(p: Plan, limits: DeviceLimits) -> list[Plan]:
 
 def _plans(of: Problem, t: Tiling) -> list[Plan]:
     """Of a tiling, in the order of preference: few, since where several spill the others do, too."""
-    return [*itertools.islice((p for v in _variants(of, t) if (p := _fit(of, t, v))), MOST_VARIANTS)]
+    return [*itertools.islice((p for v in _variants(of, t) if (p := _loop_fit(of, t, v))), MOST_VARIANTS)]
 
 
-def _tilings(of: Problem) -> Iterator[Tiling]:
+def _loop_tilings(of: Problem) -> Iterator[Tiling]:
     for block_b in (16, 32, 64):
         if block_b > 16 and block_b >= 2 * of.batch:
             continue
@@ -108,8 +131,9 @@ def _warps(of: Problem, t: Tiling, columns: int, split: bool) -> tuple[int, ...]
         return (4,)  # two groups of warps would share the columns of a matrix instruction, and take twice the registers
     if of.ieee and of.pass_ == "bwd":
         large = t.block_h > 8
-    elif of.cell != "lstm" and t.schedule != "streamed":
-        large = True  # more lives through their steps
+    elif of.cell != next(iter(cells.CELLS)) and t.schedule != "streamed":
+        # What follows was tried for the first cell; through the steps of most others more values live.
+        large = True
     else:
         narrow = of.ieee or not of.limits.wide_mma
         large = columns >= 128 or t.block_b * max(columns, 4 * t.block_h) >= 8192 or (narrow and t.block_b >= 64)
@@ -163,7 +187,7 @@ def _count_of_chunks(of: Problem, t: Tiling, block_k: int) -> int:
     return reduction // segment * math.ceil(segment / block_k)
 
 
-def _fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
+def _loop_fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
     """The plan with these tiles, or None if it does not fit."""
     limits, itemsize = of.limits, of.itemsize
     local = t.schedule == "single"
@@ -242,3 +266,81 @@ def _why(schedule: str, slice_bytes: int, group: int, weights_in_registers: bool
     if schedule == "resident":
         return f"{group} programs hold {slice_bytes >> 10} KiB of weight_hh each in {place} for all steps"
     return f"a slice of weight_hh ({slice_bytes >> 10} KiB a program) is read from L2 at every step"
+
+
+def of_a_step(of: Problem) -> list[Plan]:
+    """All that fit, in no order. Nobody waits, so there may be more programs than the device holds at once."""
+    return [p for tiling in _step_tilings(of) if (p := _step_fit(of, *tiling))]
+
+
+def _step_tilings(of: Problem) -> list[tuple[int, int]]:
+    """(block_b, block_h)"""
+    if of.batch == 1:
+        return [(1, _units_of_a_row(of.hidden * of.directions, of.limits, of.pass_))]
+    # An element of the cell needs a dozen registers; unaligned rows need more, and so do two products at once.
+    unaligned = of.head * of.itemsize % 16 or of.ieee
+    most = 2048 if unaligned or of.input_size or of.limits.arch.startswith("gfx") else 4096
+    return [
+        (block_b, block_h)
+        for block_b in (16, 32, 64, 128)
+        for block_h in (4, 8, 16, 32, 64)
+        if (block_b == 16 or block_b < 2 * of.batch)
+        and block_b * block_h <= most
+        and block_h < max(5, 2 * of.hidden // of.heads)
+    ]
+
+
+def _units_of_a_row(units: int, limits: DeviceLimits, pass_: str) -> int:
+    """Hidden units of a program for a single sequence: as many as leave four programs to a multiprocessor.
+
+    Backward at least 32: those lie side by side in memory.
+    """
+    most = max(1, units // (4 * limits.num_sms))
+    block_h = min(8, power_of_2(most + 1) // 2)
+    return max(32, block_h) if pass_ == "bwd" else block_h
+
+
+def _step_fit(of: Problem, block_b: int, block_h: int) -> Plan | None:
+    """The plan with these tiles, or None if it does not fit."""
+    limits, itemsize = of.limits, of.itemsize
+    columns, reduction = of.product(block_h)
+    longest = power_of_2(max(of.head if of.heads > 1 else reduction, of.input_size))
+    row_bytes = math.gcd(of.head, of.input_size) * itemsize  # at these the rows of weights are aligned
+    if block_b == 1:
+        most = 8192 if itemsize == 2 and row_bytes % 16 == 0 else 4096  # products that are summed apart
+        block_k, stages, transposed = min(longest, 1024, most // columns), 2, False
+        smem_bytes = stages * columns * block_k * itemsize
+        num_warps = max(1, min(4, columns * block_k // (limits.warp_size * 8)))
+        regs = 64 + 2 * columns * block_k // (limits.warp_size * num_warps)
+    else:
+        transposed = limits.wide_mma and not of.ieee and block_b < 64 <= columns
+        num_warps = 8 if block_b * columns >= 4096 or block_b * block_h >= 2048 else 4
+        threads = num_warps * limits.warp_size
+        widest = 16 if of.ieee else min(128, max(32, (16 << 10) // (itemsize * max(columns, block_b))))
+        at_once = math.gcd(row_bytes, 16) // itemsize  # elements of a load
+        few_loads = power_of_2(32 * threads * at_once // (columns + block_b) + 1) // 2  # of a thread and chunk: 32
+        block_k = max(16, min(widest, few_loads, longest))
+        stages = 2 if of.ieee else 3
+        smem_bytes = stages * block_k * (columns + block_b) * itemsize + 4 * block_b * columns
+        products = 2 if of.input_size else 1
+        regs = 48 + (products * block_b * columns + 6 * block_b * block_h) // threads
+    if smem_bytes > limits.smem_bytes:
+        return None
+    group, tiles_b = math.ceil(of.head / block_h) * of.heads, math.ceil(of.batch / block_b)
+    return of.planned(
+        schedule="stepped",
+        block_b=block_b,
+        block_h=block_h,
+        block_k=block_k,
+        protocol="none",
+        transposed=transposed,
+        split=1,
+        ahead=1,
+        num_warps=num_warps,
+        stages=stages,
+        grid=(group, tiles_b, of.directions),
+        tiles_b=tiles_b,
+        smem_bytes=smem_bytes,
+        regs=regs,
+        why="one launch a step: weights pass by once, h goes through memory, nobody waits",
+    )
