@@ -15,7 +15,7 @@ test: .venv/ready  ## every test that this machine can run, in four processes
 	$(BIN)/pytest tests/compiled -n $(WORKERS)
 	$(BIN)/pytest tests/fake_cuda -n $(WORKERS)
 
-test-whole:  ## the same with every grid whole (tests/grids.py)
+test-whole:  ## the same with every grid whole (tests/helpers/grids.py)
 	FUSEDLSTM_WHOLE_GRIDS=1 $(MAKE) test
 
 test-triton36: .venv-triton36/ready  ## kernel tests in bfloat16, the exchange, and the LSTM's kernels for sm_90, with Triton 3.6.0
