@@ -7,26 +7,52 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fusedlstm" / "__init__.py").read_text(), re.M)[1]
+KERNELS = ["fusedlstm.kernels", *(f"fusedlstm.kernels.{name}" for name in find_packages("kernels"))]
 
+# Triton is an extra and no requirement: torch for CUDA and torch for ROCm bring their own, and PyPI's would overwrite
+# the one of ROCm, which is a distribution of another name. Below 3.8: with 3.9, which `make test-triton39` tests, results
+# are right, but some loads that wait for other programs are 4 bytes wide in place of 16.
+TRITON = ['triton>=3.6,<3.8; platform_system == "Linux"']
+INTERPRET = [*TRITON, "numpy"]
 DEMO = ["matplotlib", "scikit-learn", "tqdm"]
-BENCH = ["rich"]
+BENCH = [*INTERPRET, "matplotlib", "rich"]
+TOOLS = ["build", "mypy", "ruff", "setuptools>=64", "twine", "wheel"]
+TESTS = ["expecttest", "pytest", "pytest-xdist"]
 
 setup(
     name="fusedlstm",
     version=VERSION,
-    description="A faster drop-in for torch.nn.LSTM: fused Triton kernels, forward and backward",
+    description="A drop-in for torch.nn.LSTM, GRU and RNN: recurrent layers as fused Triton kernels, forward and backward",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The fusedlstm authors",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=["pytorch", "triton", "lstm", "gru", "rnn", "recurrent neural network", "fused kernels"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["fusedlstm", "fusedlstm.*"]), "fusedlstm.kernels", "fusedlstm.kernels.cells"],
+    packages=[*find_packages(include=["fusedlstm", "fusedlstm.*"], exclude=["fusedlstm.kernels*"]), *KERNELS],
     # A top-level package called `kernels` would overwrite Hugging Face's.
     package_dir={"fusedlstm.kernels": "kernels"},
-    package_data={"fusedlstm": ["plan/measured.json", "plan/spills.json"]},
-    install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
+    package_data={"fusedlstm": ["py.typed"], "fusedlstm.plan": ["*.json"]},
+    install_requires=["torch>=2.11"],
     extras_require={
+        "triton": TRITON,
+        "interpret": INTERPRET,
         "demo": DEMO,
         "bench": BENCH,
-        "dev": [*DEMO, *BENCH, "build", "expecttest", "numpy", "pytest", "pytest-xdist", "ruff", "setuptools>=64"],
+        "dev": sorted({*DEMO, *BENCH, *TOOLS, *TESTS}),
     },
 )

@@ -28,6 +28,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDNN_WITH_BFLOAT16 = 91300
 # Looked up once: it takes longer than the rest of a choice, and a compiler cannot.
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+NUMPY_IS_INSTALLED = importlib.util.find_spec("numpy") is not None
 
 
 def interpreting() -> bool:
@@ -55,6 +56,8 @@ def why_not_triton(
     heads: int = 1,
 ) -> str | None:
     """The reason why the kernels cannot serve a call, or None if they can. `hidden` None: any size."""
+    if not TRITON_IS_INSTALLED:
+        return 'the package triton is not installed (it exists for Linux only): pip install ".[triton]"'
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return (
             f"the kernels need a CUDA or ROCm device, got tensors on {device.type!r} "
@@ -64,8 +67,8 @@ def why_not_triton(
         return f"the kernels serve float32, float16 and bfloat16, got {dtype}"
     if clipped_projection:
         return "the kernels do not clip the gradient of a projected h (grad_clip with proj_size)"
-    if not TRITON_IS_INSTALLED:
-        return "the package triton is not installed"
+    if interpreting() and not NUMPY_IS_INSTALLED:
+        return 'Triton interprets with numpy, which is not installed: pip install ".[interpret]"'
     from fusedlstm.engines import launch
 
     if cell not in launch.STEPS:

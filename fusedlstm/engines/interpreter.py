@@ -1,7 +1,7 @@
 """Triton's interpreter, made fit for these kernels: right bfloat16, and programs that run side by side.
 
-Used when `TRITON_INTERPRET=1` was set before triton was imported. Two things are wrong in the stock interpreter (3.6 and
-3.7) for us, and both without an error:
+Used when `TRITON_INTERPRET=1` was set before triton was imported. Two things are wrong in the stock interpreter (3.6 to
+3.9) for us, and both without an error:
 
 - bfloat16: `tl.dot` multiplies bit patterns, and a cast from float32 truncates. `repair_bfloat16` mends both. Other
   arithmetic on bfloat16 stays wrong, so the kernels compute in float32.
@@ -55,6 +55,27 @@ def repair_bfloat16() -> None:
 
     stock.InterpreterBuilder.create_dot = create_dot
     stock._convert_float = convert_float
+    if hasattr(stock.InterpreterBuilder, "get_cache_policy"):
+        _repair_memory()
+
+
+def _repair_memory() -> None:
+    """What Triton 3.9 needs: it refuses masks of integers, and forgets how a load is cached."""
+    builder = stock.InterpreterBuilder
+
+    def with_mask_at(place, operation):
+        def masked(self, *args, **kwargs):
+            args = list(args)
+            args[place] = stock.TensorHandle(args[place].data.astype(bool), tl.int1)
+            return operation(self, *args, **kwargs)
+
+        return masked
+
+    builder.create_masked_load = with_mask_at(1, builder.create_masked_load)
+    builder.create_masked_store = with_mask_at(2, builder.create_masked_store)
+    # `_poll` finds the modifier among the arguments of a load, as in 3.6 and 3.7.
+    modifiers = {"cg": ir.CACHE_MODIFIER.CG}
+    builder.get_cache_policy = lambda self, cache_modifier, eviction_policy: modifiers.get(cache_modifier)
 
 
 class _Scheduler:

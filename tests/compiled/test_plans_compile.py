@@ -93,8 +93,8 @@ def test_resident_weights_are_loaded_outside_the_loop(resident):
 def test_barrier_instructions(resident):
     """One release a step after a CTA barrier with no store between, an acquiring poll, every exchanged load past L1."""
     ptx = resident.asm["ptx"]
-    assert ptx.count("atom.global.gpu.release.add") == 1
-    before = ptx.partition("atom.global.gpu.release.add")[0]
+    (release,) = re.finditer(r"\b(atom|red)\.global\.gpu\.release\.add", ptx)  # `red` drops what was there before
+    before = ptx[: release.start()]
     assert "st.global" not in before[before.rindex("bar.sync") :]
     assert ptx.count("ld.global.gpu.acquire") == 1
     assert ptx.count("ld.global.cg.v4") >= 4  # what the group exchanges, 16 bytes at a time
@@ -113,7 +113,8 @@ def test_inference_compiles():
 
 def test_a_clipped_gradient_that_is_nan_stays_nan():
     ptx = offline.compile_plan(sm_90("bwd"), CLIP=True).asm["ptx"]
-    assert "min.NaN.f32" in ptx and "max.NaN.f32" in ptx
+    # From Triton 3.9 on both are one instruction, of the absolute value, which puts the sign back.
+    assert ("min.NaN.f32" in ptx and "max.NaN.f32" in ptx) or "min.NaN.xorsign.abs.f32" in ptx
 
 
 def test_nothing_is_specialised_on_length_or_batch():

@@ -17,7 +17,7 @@ def test_the_cell_is_one_file_of_under_60_lines():
 
 
 def test_what_the_page_points_to_is_there():
-    root = page.Path(page.__file__).parents[1]
+    root = page.Path(page.__file__).parents[2]
     paths = re.findall(r"`((?:fusedlstm|kernels|tests)/[\w/]+\.py)`", page.TEXT)
     assert len(paths) >= 4 and all((root / path).exists() for path in paths)
 

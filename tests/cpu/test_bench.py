@@ -271,12 +271,13 @@ def test_overview_and_memory():
     assert "| S1 | float32 | 30 | 20 |" in told and report.memory([row()]) == ""
 
 
-def test_rounds_interleave_and_ratios_are_paired():
-    order = []
+def test_rounds_interleave_and_ratios_are_paired(monkeypatch):
+    order, now = [], [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def work(name, seconds):
         order.append(name)
-        time.sleep(seconds)
+        now[0] += seconds
 
     calls = {"torch": lambda: work("torch", 0.004), "twice": lambda: work("twice", 0.002)}
     samples = timing.time_cpu(calls, budget_s=0.1)
@@ -284,7 +285,7 @@ def test_rounds_interleave_and_ratios_are_paired():
     timed = order[2 * 4 :]  # behind the warm-up of each
     assert timed[:4] == ["torch", "twice", "twice", "torch"]
     p50, p20, p80 = timing.percentiles(timing.ratios(samples, "torch", "twice"))
-    assert p20 <= p50 <= p80 and 1.2 < p50 < 2.5
+    assert [p20, p50, p80] == pytest.approx([2.0] * 3)
     assert timing.percentiles([float(v) for v in range(11)]) == (5.0, 2.0, 8.0)
 
 
@@ -340,8 +341,9 @@ def _(shape, dtype, device, weights):
 
 @provider("hangs")
 def _(shape, dtype, device, weights):
-    import time
-    time.sleep(600)
+    import pathlib, time
+    pathlib.Path(__file__).with_name("hangs").write_text(str(os.getpid()))
+    time.sleep(3600)
 
 @provider("raises")
 def _(shape, dtype, device, weights):
@@ -354,11 +356,27 @@ def _(shape, dtype, device, weights):
 """
 
 
+class RunThatKnows(bench_run.Run):
+    """Loses patience with a worker that is known to hang and with no other, however busy the machine is."""
+
+    def __init__(self, settings, folder):
+        super().__init__(settings, folder / "r.csv", folder / "log", math.inf, 0.0)
+        self.hangs = folder / "hangs"
+
+    @property
+    def case_limit_s(self):
+        return 1.0 if self.hangs.exists() and Path(f"/proc/{self.hangs.read_text()}").exists() else 3600.0
+
+    @case_limit_s.setter
+    def case_limit_s(self, value):
+        pass
+
+
 def test_run_survives_providers_that_fail(tmp_path, capsys):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(PLUGIN)
     settings = Settings("cpu", threads=1, seconds_per_case=0.02, plugin=str(plugin))
-    run = bench_run.Run(settings, tmp_path / "r.csv", tmp_path / "log", time.monotonic() + 180, case_limit_s=10)
+    run = RunThatKnows(settings, tmp_path)
     cases = [Case("R1", "float32", "fwdbwd", ("torch", "raises", "wrong", "dies", "hangs", "fusedlstm"))]
     cases += [Case("R2", "float32", "infer", ("torch", "fusedlstm"))]
     run.run(cases)
@@ -367,7 +385,7 @@ def test_run_survives_providers_that_fail(tmp_path, capsys):
     assert "FAILED R1 float32 fwdbwd raises: ValueError: no such kernel" in said
     assert "FAILED R1 float32 fwdbwd wrong: wrong result" in said
     assert "FAILED R1 float32 fwdbwd dies: the process ended with 9" in said
-    assert "FAILED R1 float32 fwdbwd hangs: no answer in 10 s" in said
+    assert re.search(r"FAILED R1 float32 fwdbwd hangs: no answer in \d+ s", said)
     assert "Traceback" in log
     measured = {(r["shape"], r["provider"], r["metric"]) for r in rows.read(tmp_path / "r.csv")}
     both = [(shape, provider) for shape in ("R1", "R2") for provider in ("torch", "fusedlstm")]
@@ -516,7 +534,7 @@ def test_a_loop_that_does_not_fit_is_left_out(monkeypatch, capsys):
 def test_rehearsal(tmp_path):
     """The GPU run from end to end: every part passes, or is skipped for a reason that the summary names."""
     command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {path.name for path in tmp_path.iterdir()}
     assert {"summary.md", "rehearsal.csv", "log-correctness.txt", "log-table.txt"} <= files and len(files) <= 8
@@ -548,19 +566,29 @@ def test_rehearsal(tmp_path):
     assert done.stdout.rstrip().splitlines()[-1].startswith(f"{len(measured)} rows; ")
 
 
+def runs(state):
+    """Whether a process, whose /proc/…/stat this is, is there and no zombie."""
+    try:
+        return state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_nothing_of_a_part_outlives_it(tmp_path):
     """Neither what a process that ended has started, nor does one that cannot be killed keep the run waiting."""
-    child = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
-    running = gpu.Running(gpu.Part("ends", [sys.executable, "-c", child], 20.0, "log.txt"), 20.0, tmp_path)
+    child = (
+        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)']).pid)"
+    )
+    running = gpu.Running(gpu.Part("ends", [sys.executable, "-c", child], 600.0, "log.txt"), 600.0, tmp_path)
     outcome = running.end()
     assert outcome.verdict == gpu.PASSED
     state = Path(f"/proc/{int(outcome.line)}/stat")
-    deadline = time.monotonic() + 5
-    while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z" and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while runs(state) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    assert not runs(state)
 
-    running = gpu.Running(gpu.Part("stays", [sys.executable, "-c", ""], 20.0, "log.txt"), 20.0, tmp_path)
+    running = gpu.Running(gpu.Part("stays", [sys.executable, "-c", ""], 600.0, "log.txt"), 600.0, tmp_path)
     process, waits = running.process, []
 
     def wait(timeout=None):
@@ -569,7 +597,7 @@ def test_nothing_of_a_part_outlives_it(tmp_path):
 
     running.process = SimpleNamespace(pid=process.pid, wait=wait)
     outcome = running.end(0.1)
-    process.wait(20)
+    process.wait()
     assert outcome.verdict == gpu.FAILED and "it is still there" in outcome.line
     assert waits == [0.1, gpu.KILL_S]
     assert gpu._output(sys.executable, "-c", "print(1)") == "1\n" and gpu._output("/no/such/program") == ""
@@ -621,40 +649,39 @@ def test_a_row_always_says_which_code_made_it(tmp_path, monkeypatch):
 
 
 def test_a_broken_part_stops_no_other(tmp_path, monkeypatch, capsys):
-    def part(name, code, limit_s=20.0, **options):
+    def part(name, code, limit_s=600.0, **options):
         return gpu.Part(name, [sys.executable, "-c", code], limit_s, f"log-{name}.txt", **options)
 
     def parts(out, csv, rehearse):
         return [
             part("smoke", "print('done T3')", correctness=True, judge=gpu.judge_smoke),
             part("tests", "raise SystemExit('broken on purpose')", correctness=True),
-            part("compile", "import time; time.sleep(60)", background=True),
-            gpu.Part("memcheck", ["/no/such/program"], 20.0, "log-memcheck.txt", True),
-            gpu.Part("racecheck", [], 20.0, "log-racecheck.txt", True, skip="no such checker"),
-            gpu.Part("ceilings", [sys.executable, "-c", "import time; time.sleep(60)"], 1.0, "log-ceilings.txt"),
+            part("compile", "import time; time.sleep(3600)", background=True),
+            gpu.Part("memcheck", ["/no/such/program"], 600.0, "log-memcheck.txt", True),
+            gpu.Part("racecheck", [], 600.0, "log-racecheck.txt", True, skip="no such checker"),
+            part("ceilings", "import time; time.sleep(3600)", limit_s=1.0),
             part("table", "import sys; print(sys.argv[1:])"),
             part("report", "print('reported')"),
         ]
 
     monkeypatch.setattr(gpu, "parts", parts)
+    monkeypatch.setattr(gpu, "TABLE_AT_S", gpu.TOTAL_S / 60)  # the table begins after ten seconds
     monkeypatch.setattr(gpu, "LEAST_S", 0.5)
-    start = time.monotonic()
-    status = gpu.main(["--out", str(tmp_path), "--rehearse", "--seconds", "10"])
+    assert gpu.main(["--out", str(tmp_path), "--rehearse", "--seconds", "600"]) == 1
     summary = (tmp_path / "summary.md").read_text()
-    assert status == 1 and time.monotonic() - start < 9
     for told in (
         "passed   smoke ",
         "FAILED   tests ",
         "broken on purpose",
         "FAILED   memcheck       0 s  FileNotFoundError",
         "skipped  racecheck      0 s  no such checker",
-        "FAILED   ceilings       1 s  stopped after 1 s",
-        "FAILED   compile ",  # stopped when the table began
         "passed   table ",
         "['--time-limit', ",
-        "passed   report         0 s  reported",
+        "passed   report ",
     ):
         assert told in summary, summary
+    for part in ("ceilings", "compile"):  # the one by its limit, the other when the table began
+        assert re.search(rf"FAILED   {part} +\d+ s  stopped after \d+ s", summary), summary
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("0 rows; ")
 
 
@@ -685,11 +712,27 @@ def test_kernels_are_interpreted_where_there_is_no_gpu(monkeypatch, has_a_gpu):
     assert os.environ.get("TRITON_INTERPRET") == (None if has_a_gpu else "1")
 
 
-def test_make_runs_every_folder_and_leaves_interpretation_to_the_tests():
-    told = subprocess.run(["make", "-n", "test", "test-triton36"], cwd=ROOT, capture_output=True, text=True, check=True)
+def test_make_runs_every_folder_whatever_fails(tmp_path):
+    """A stand-in for pytest notes the folders and what the environment says of interpretation, and fails in one."""
+    told = tmp_path / "told"
+    pytest_ = tmp_path / "pytest"
+    pytest_.write_text(f'#!/bin/sh\necho "$1 $TRITON_INTERPRET" >> {told}\ntest "$1" != tests/$BROKEN\n')
+    pytest_.chmod(0o755)
     folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))} - {"thirdparty"}
-    assert {*re.findall(r"pytest tests/(\w+)", told.stdout)} == folders
-    assert "TRITON_INTERPRET" not in told.stdout
+
+    def make(broken):
+        of_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TRITON_INTERPRET"}  # this test may run under make itself
+        environment = {name: value for name, value in os.environ.items() if name not in of_make}
+        command = ["make", "-s", "-o", ".venv/ready", "test", f"BIN={tmp_path}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**environment, "BROKEN": broken})
+        ran = told.read_text().splitlines()
+        told.unlink()
+        assert sorted(ran) == sorted(f"tests/{folder} " for folder in folders)
+        return done.returncode, done.stdout.splitlines()[-1]
+
+    assert make("") == (0, "passed: cpu kernels compiled fake_cuda; failed: none")
+    code, last = make("kernels")
+    assert code and last == "passed: cpu compiled fake_cuda; failed: kernels"
 
 
 def test_a_gpu_run_has_all_tests_that_want_a_gpu():

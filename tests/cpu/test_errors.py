@@ -338,6 +338,23 @@ def test_triton_without_a_gpu(monkeypatch):
     fusedlstm.LSTM(3, 4, backend="torch")(X)  # a backend asked for by name is not overridden
 
 
+def test_what_the_kernels_need_is_named_before_the_device(monkeypatch):
+    lstm = fusedlstm.LSTM(3, 4, backend="triton")
+    with monkeypatch.context() as without_triton:
+        without_triton.setattr(engines, "TRITON_IS_INSTALLED", False)
+        with pytest.raises(
+            RuntimeError, match="the package triton is not installed .it exists for Linux only.: pip install"
+        ):
+            lstm(X)
+    monkeypatch.setattr(engines, "NUMPY_IS_INSTALLED", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(
+        RuntimeError, match=re.escape('interprets with numpy, which is not installed: pip install ".[interpret]"')
+    ):
+        lstm(X)
+    fusedlstm.LSTM(3, 4)(X)  # `auto` has no need of either
+
+
 def test_choice_of_engine(monkeypatch):
     from fusedlstm.engines import launch
 

@@ -90,7 +90,7 @@ def test_heads_are_groups_of_their_own(protocol, tiles):
 
 @contextlib.contextmanager
 def as_processes(limit_s=60):
-    """One forked process a program; the interpreter's atomics are atomic across them."""
+    """One forked process a program, of so many seconds of computing; the interpreter's atomics are atomic across them."""
     from triton.runtime import interpreter as stock
 
     from fusedlstm.engines import interpreter
@@ -102,7 +102,7 @@ def as_processes(limit_s=60):
             if child == 0:
                 code = 1
                 try:
-                    signal.alarm(limit_s)
+                    signal.setitimer(signal.ITIMER_PROF, limit_s)
                     stock.interpreter_builder.set_grid_idx(*program)
                     fn(**args)
                     code = 0
@@ -111,7 +111,7 @@ def as_processes(limit_s=60):
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
-            raise interpreter.Deadlock(f"exit codes {codes}; {-signal.SIGALRM} is a wait without end")
+            raise interpreter.Deadlock(f"exit codes {codes}; {-signal.SIGPROF} is a wait without end")
 
     call, atomic = stock.GridExecutor.__call__, stock.InterpreterBuilder.create_atomic_rmw
 

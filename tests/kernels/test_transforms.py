@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import transforms
 
+import transforms
 from fusedlstm.engines import launch
 from support import assert_accurate
 

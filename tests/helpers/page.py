@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from fusedlstm import cells
 from fusedlstm.cells.cell import EQUATIONS
 
-TEXT = (Path(__file__).resolve().parents[1] / "docs" / "add_a_cell.md").read_text()
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "add_a_cell.md").read_text()
 FILES = dict(re.findall(r"^`(\w+\.py)`\n\n```python\n(.*?)^```", TEXT, re.S | re.M))
 
 LENGTHS = [3, 5, 0, 2]
