@@ -4,6 +4,7 @@ from fusedlstm import cells, inits, sequences
 from fusedlstm.base import Recurrent, RecurrentCell
 from fusedlstm.cells import register_cell
 from fusedlstm.conversion import convert, dense_weight, patch_torch, restore
+from fusedlstm.inspect import explain
 from fusedlstm.modules import (
     GRU,
     LSTM,
@@ -45,6 +46,7 @@ __all__ = [
     "cells",
     "convert",
     "dense_weight",
+    "explain",
     "inits",
     "patch_torch",
     "register_cell",

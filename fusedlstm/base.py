@@ -178,34 +178,45 @@ class Recurrent(nn.RNNBase):
         Raises:
             ValueError, RuntimeError: a shape, dtype or device disagrees; type and text are those of `torch.nn`.
         """
+        spec = self._spec(return_cell_states, grad_clip)
+        data, states, rows, restore = self._prepared(input, hx, lengths, resets)
+        output, states, c_seq = restore(*functional.run(spec, data, states, self._flat_weights, rows))
+        return (output, states, c_seq) if return_cell_states else (output, states)
+
+    def _prepared(self, input, hx, lengths, resets):
+        """Arguments of `forward`, checked, as `functional.run` takes them; and what makes of its results those of `forward`."""
         self._update_flat_weights()
         checks.sequence(self, input, hx)
         if lengths is not None or resets is not None:
             lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
-        if return_cell_states:
-            checks.has_cell_states(self.cell)
-        spec = self._spec(return_cell_states, grad_clip)
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._zeros(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
-            output, states, c_seq = self._run(spec, data, hx, batch_sizes=batch_sizes, resets=resets)
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            c_seq = [PackedSequence(c, batch_sizes, sorted_indices, unsorted_indices) for c in c_seq]
-            states = self.permute_hidden(states, unsorted_indices)
-        else:
-            batched = input.dim() == 3
-            batch_dim = 0 if self.batch_first else 1
-            if not batched:
-                input, resets = input.unsqueeze(batch_dim), None if resets is None else resets.unsqueeze(batch_dim)
-            if hx is None:
-                hx = self._zeros(input, input.size(batch_dim))
-            elif not batched:
-                hx = tuple(s.unsqueeze(1) for s in as_states(hx))
-            output, states, c_seq = self._run(spec, input, hx, lengths=lengths, resets=resets)
+
+            def restore(output, states, c_seq):
+                output, *c_seq = (
+                    PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
+                    for x in (output, *(() if c_seq is None else c_seq.unbind(0)))
+                )
+                return output, _state(self.permute_hidden(states, unsorted_indices)), _state(c_seq)
+
+            return data, as_states(hx), functional.Rows(batch_sizes=batch_sizes, resets=resets), restore
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        if not batched:
+            input, resets = input.unsqueeze(batch_dim), None if resets is None else resets.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zeros(input, input.size(batch_dim))
+        elif not batched:
+            hx = tuple(s.unsqueeze(1) for s in as_states(hx))
+
+        def restore(output, states, c_seq):
+            c_seq = () if c_seq is None else c_seq.unbind(0)
             if not batched:
                 output, c_seq = output.squeeze(batch_dim), [c.squeeze(batch_dim) for c in c_seq]
                 states = tuple(s.squeeze(1) for s in states)
-        return (output, _state(states), _state(c_seq)) if return_cell_states else (output, _state(states))
+            return output, _state(states), _state(c_seq)
+
+        return input, as_states(hx), functional.Rows(self.batch_first, None, lengths, resets), restore
 
     def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
         """The initial states where none are given."""
@@ -214,16 +225,9 @@ class Recurrent(nn.RNNBase):
         h = zeros[..., : self.proj_size] if self.proj_size else zeros
         return (h, *[zeros] * cells.CELLS[self.cell].num_cell_states)
 
-    def _run(
-        self, spec: functional.Spec, input: Tensor, hx: State, **rows
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Output, final states, and the states beside h of every step if they are wanted; `rows` are those of `functional.Rows`."""
-        output, states, c_seq = functional.run(
-            spec, input, as_states(hx), self._flat_weights, functional.Rows(self.batch_first, **rows)
-        )
-        return output, states, () if c_seq is None else c_seq.unbind(0)
-
     def _spec(self, cell_states: bool, grad_clip: float | None) -> functional.Spec:
+        if cell_states:
+            checks.has_cell_states(self.cell)
         return functional.Spec(
             cell=cells.CELLS[self.cell],
             num_layers=self.num_layers,

@@ -173,6 +173,35 @@ def step(
     return tuple(s.squeeze(0) for s in states)
 
 
+class Explanation(NamedTuple):
+    """Which engine serves a call, why, and how it goes about it; all in words."""
+
+    engine: str
+    why: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"engine {self.engine}: {self.why}; {self.how}"
+
+
+def explain(spec: Spec, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], rows: Rows) -> Explanation:
+    """What `run` would do with these arguments; nothing is computed."""
+    call, _ = _dense_if_equal(_Call(spec, input, states, weights, rows, _result_dtype(input)))
+    engine, why = _engine(call)
+    if engine == "reference":
+        return Explanation(engine, why, "the specification in plain torch, step by step")
+    if engine == "torch":
+        if call.rows.masked and not spec.in_steps and _has_steps(call.input, call.rows.lengths):
+            call, _ = _dense_if_equal(_in_pieces(call)[0])
+        return Explanation(engine, why, aten.IN_WORDS[_ways(call, engine)[0]])
+    from fusedlstm.engines import launch
+
+    like_weight_hh = [call.input.new_empty(0, call.hidden // call.heads)]
+    like_hx = call.states[-1][: spec.directions]
+    plan = launch.plan_for(spec.cell.name, call.input, like_weight_hh, like_hx, "fwd", call.rows.name)
+    return Explanation(engine, why, f"forward {plan.schedule}, {plan.why}")
+
+
 # The form of a call, and back.
 
 

@@ -1,11 +1,13 @@
-"""What a trained layer does inside: its gates and states, step by step, and their picture."""
+"""What a layer does inside: which engine runs it and why, its gates and states step by step, and their picture."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import checks
+from fusedlstm import checks, functional
+from fusedlstm.base import Recurrent, State
 from fusedlstm.engines import reference
 
 
@@ -18,6 +20,40 @@ class GateTrace(NamedTuple):
     o: Tensor  # [T, B, H]  output gate, 0 to 1
     h: Tensor  # [T, B, P]  hidden state after the step, -1 to 1; P is H, or any value and proj_size if projected
     c: Tensor  # [T, B, H]  cell state after the step, unbounded
+
+
+def explain(
+    module: Recurrent,
+    input: Tensor | PackedSequence,  # [T, B, I], [B, T, I] with the module's batch_first, or [T, I], or packed
+    hx: State | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | PackedSequence | None = None,
+    return_cell_states: bool = False,
+    grad_clip: float | None = None,
+) -> functional.Explanation:
+    """Say which engine would run a call of a layer, why, and how. Nothing is computed.
+
+    Example::
+
+        lstm = fusedlstm.LSTM(10, 20)
+        print(fusedlstm.explain(lstm, torch.randn(5, 3, 10)))  # engine torch: auto takes the kernels on a GPU only; ...
+
+    Args:
+        module: A layer of this package.
+        input, hx, lengths, resets, return_cell_states, grad_clip: The arguments of the call.
+
+    Returns:
+        A named tuple of three texts: `engine` ("triton", "torch" or "reference"), `why` it was chosen, and `how` it runs.
+        `print` shows them as one sentence.
+
+    Raises:
+        TypeError: `module` is none of ours. Other errors are those of the call.
+    """
+    checks.instance("module", module, Recurrent)
+    spec = module._spec(return_cell_states, grad_clip)
+    data, states, rows, _ = module._prepared(input, hx, lengths, resets)
+    return functional.explain(spec, data, states, module._flat_weights, rows)
 
 
 @torch.no_grad()

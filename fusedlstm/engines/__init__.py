@@ -10,6 +10,8 @@
 faster, measured (`fusedlstm.tune`) or clearly by prediction (`fastest`). An engine asked for by name serves the call or
 raises: nothing falls back in silence. Where a launch of the kernels fails that `auto` chose, `torch` takes that layer from
 then on, with one warning (`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
+
+The logger `fusedlstm` tells at level DEBUG which engine ran a call and why. `FUSEDLSTM_LOG=1` writes that to stderr.
 """
 
 import functools
@@ -29,6 +31,11 @@ CUDNN_WITH_BFLOAT16 = 91300
 # Looked up once: it takes longer than the rest of a choice, and a compiler cannot.
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 NUMPY_IS_INSTALLED = importlib.util.find_spec("numpy") is not None
+
+
+if os.environ.get("FUSEDLSTM_LOG") == "1":
+    LOGGER.addHandler(logging.StreamHandler())
+    LOGGER.setLevel(logging.DEBUG)
 
 
 def interpreting() -> bool:

@@ -25,6 +25,15 @@ STEP_OF_INFERENCE = 8
 SHORTEST_LOOP = 32
 
 
+IN_WORDS = {
+    "stack": "ATen's layers take the stack whole",
+    "runs": "ATen's layers take runs of steps that the same sequences have",
+    "stretches": "ATen's layers take stretches of steps in which few sequences end",
+    "step": "ATen's cells take the only step",
+    "loop": "a loop of torch operations with the backward written out takes it",
+}
+
+
 def has(cell: str) -> bool:
     """Whether ATen has the cell."""
     return _name(cell) is not None
