@@ -30,8 +30,8 @@ test-triton36 test-triton39: test-%: .venv-%/ready
 	.venv-$*/bin/pytest tests/kernels -n $(WORKERS) -k "$(SOME_KERNELS)"
 	.venv-$*/bin/pytest tests/compiled -n $(WORKERS) -k "$(MACHINE_CODE)"
 
-# The ends of what setup.py claims: tests/cpu, and of the others as much as above. PyPI has these versions of torch with CUDA
-# alone, gigabytes; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has small ones. PYTHON says which Python.
+# The ends of what setup.py claims: tests/cpu, and of the others as much as above. PyPI has these torches only with
+# CUDA, gigabytes; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has small ones. PYTHON says which Python.
 test-oldest test-newest: test-%: .venv-%/ready
 	.venv-$*/bin/pytest tests/cpu -n $(WORKERS)
 	.venv-$*/bin/pytest tests/kernels -n $(WORKERS) -k "$(SOME_KERNELS)"
@@ -51,7 +51,7 @@ fmt: .venv/ready  ## rewrite
 typecheck: .venv/ready  ## annotations; [tool.mypy] in pyproject.toml says of what
 	$(BIN)/mypy
 
-kernels: .venv/ready .venv-triton36/ready  ## compile every plan for every target; rewrites bench/results/kernels.csv and the list of spills
+kernels: .venv/ready .venv-triton36/ready  ## compile every plan; rewrites kernels.csv and the list of spills
 	$(BIN)/python -m bench.kernels
 	.venv-triton36/bin/python -m bench.kernels --spills
 	$(BIN)/python -m bench.kernels --refresh
@@ -61,7 +61,7 @@ bench: .venv/ready  ## the CPU rows and README's table
 	$(BIN)/python -m bench.run --set cpu
 	$(BIN)/python -m bench.report bench/results/cpu.csv --readme README.md --block cpu
 
-gpu:  ## on a machine with a GPU, with its own Python and torch: tests, ceilings, checkers, table, profile; results in OUT
+gpu:  ## on a machine with a GPU, with its own torch: tests, ceilings, checkers, table, profile; results in OUT
 	$(PYTHON) -m bench.gpu --out $(or $(OUT),out/gpu)
 
 rehearse: .venv/ready  ## the parts of `make gpu` on a CPU, interpreted, tiny: a minute

@@ -10,8 +10,8 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fusedlstm" / "__init__.py
 KERNELS = ["fusedlstm.kernels", *(f"fusedlstm.kernels.{name}" for name in find_packages("kernels"))]
 
 # Triton is an extra and no requirement: torch for CUDA and torch for ROCm bring their own, and PyPI's would overwrite
-# the one of ROCm, which is a distribution of another name. Below 3.8: with 3.9, which `make test-triton39` tests, results
-# are right, but some loads that wait for other programs are 4 bytes wide in place of 16.
+# the one of ROCm, which has another name. Below 3.8: `make test-triton39` shows that 3.9 computes right,
+# but some loads that wait for other programs are 4 bytes wide in place of 16.
 TRITON = ['triton>=3.6,<3.8; platform_system == "Linux"']
 INTERPRET = [*TRITON, "numpy"]
 DEMO = ["matplotlib", "scikit-learn", "tqdm"]
@@ -22,7 +22,7 @@ TESTS = ["expecttest", "pytest", "pytest-xdist"]
 setup(
     name="fusedlstm",
     version=VERSION,
-    description="A drop-in for torch.nn.LSTM, GRU and RNN: recurrent layers as fused Triton kernels, forward and backward",
+    description="A drop-in for torch.nn.LSTM, GRU and RNN: fused Triton kernels, forward and backward",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     author="The fusedlstm authors",
