@@ -21,7 +21,7 @@ from fusedlstm import cells, transforms
 from fusedlstm.engines import reference
 from fusedlstm.gradients import ParameterGradients, of_first_steps
 from fusedlstm.layout import DENSE, Layout
-from fusedlstm.noise import NO_NOISE, Noise, entering
+from fusedlstm.noise import NO_NOISE, Batch, Noise, entering
 from fusedlstm.ops import (
     c_seq_dtype,
     grouped,
@@ -52,8 +52,8 @@ class LoopFunction(torch.autograd.Function):
     @staticmethod
     def forward(loop, lengths, first_row, resets, seed, rates, place, input, hx, cx, preact_0, *parameters):
         """input [T, B, I] or [R, I], hx [D, B, H], cx [S, D, B, H]; returns what `loop.forward` does."""
-        layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
-        return loop.forward(input, hx, cx, preact_0, grouped(parameters, loop.recurrences), layout, noise)
+        batch = Batch.of((lengths, first_row, resets, seed), rates, place)
+        return loop.forward(input, hx, cx, preact_0, grouped(parameters, loop.recurrences), batch)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -71,8 +71,7 @@ class LoopFunction(torch.autograd.Function):
 
     @staticmethod
     def tangents(ctx, *tangents):
-        *tables, seed = ctx.saved_tensors[:4]
-        call = ctx.loop.specified(Layout(*tables), Noise(seed, ctx.rates, ctx.place), None)
+        call = ctx.loop.specified(Batch.of(ctx.saved_tensors[:4], ctx.rates, ctx.place), None)
         output, h_n, c_n, c_seq = transforms.tangents(call, ctx.saved_tensors[4:], tangents[7:])
         output, c_seq = ctx.loop.whole(output, c_seq)
         return output, h_n, c_n, None, c_seq if ctx.loop.wants_c_seq else None, None, None
@@ -80,19 +79,19 @@ class LoopFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
         saved = ctx.saved_tensors  # once: a checkpoint gives them once
-        *tables, seed, input, hx, cx, preact_0, output, kept, c_kept, products = saved[:12]
-        loop, parameters, layout, noise = ctx.loop, saved[12:], Layout(*tables), Noise(seed, ctx.rates, ctx.place)
+        input, hx, cx, preact_0, output, kept, c_kept, products = saved[4:12]
+        loop, parameters, batch = ctx.loop, saved[12:], Batch.of(saved[:4], ctx.rates, ctx.place)
         needs = ctx.needs_input_grad[7:]
         if not loop.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
         grad_output, grad_c_seq = loop.last(grad_output, grad_c_seq)
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
         if transforms.wanted(grads):
-            tensors, call = (input, hx, cx, preact_0, *parameters), loop.specified(layout, noise, loop.clip)
+            tensors, call = (input, hx, cx, preact_0, *parameters), loop.specified(batch, loop.clip)
             return *[None] * 7, *transforms.gradients(call, tensors, needs, grads)
         tensors = (input, hx, cx, preact_0, output, kept, c_kept, products)
         parameters = grouped(parameters, loop.recurrences)
-        return *[None] * 7, *loop.backward(grads, tensors, parameters, layout, noise, needs)
+        return *[None] * 7, *loop.backward(grads, tensors, parameters, batch, needs)
 
 
 class Layer(NamedTuple):
@@ -109,18 +108,18 @@ class Layer(NamedTuple):
     wants_c_seq: bool
     save: str
 
-    def forward(self, input, hx, cx, preact_0, parameters, layout, noise) -> tuple[Tensor, ...]:
+    def forward(self, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...]:
         """What `recurrence_fwd` returns; c of all steps that begin a block but the first, [blocks - 1, S, D, B, H]; and the
         products of `_block_fwd`."""
-        blocks = self._blocks(input, layout)
+        blocks = self._blocks(input, batch.layout)
         keeps_gates, saves_states = self.save == "gates", self.save == "gates" or self.wants_c_seq
         output, c_seq, borders = None, None, []
         h, c = hx, cx if keeps_gates else cx.to(state_dtype(input.dtype))
         for k, steps in enumerate(blocks):
-            x, (own, drawn) = input[steps], _of_block(layout, noise, steps, h.size(1))
+            x, own = input[steps], batch.of_steps(steps, h.size(1))
             first = preact_0 if k == 0 else None
             part, h, c, gates, c_part, products = _block_fwd(
-                self.cell, self.engine, x, parameters, h, c, first, own, drawn, keeps_gates, saves_states
+                self.cell, self.engine, x, parameters, h, c, first, own, keeps_gates, saves_states
             )
             output = _placed(output, part, steps, len(input))
             c_seq = _placed(c_seq, c_part, steps, len(input), dim=1) if saves_states else c_part
@@ -141,66 +140,64 @@ class Layer(NamedTuple):
         """And back."""
         return output, c_seq
 
-    def specified(self, layout: Layout, noise: Noise, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    def specified(self, batch: Batch, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
         """The specification, in operations that autograd can differentiate again; returns what has gradients."""
         cell = cells.CELLS[self.cell]
 
         def call(input, hx, cx, preact_0, *parameters):
             per_direction = grouped(parameters, self.recurrences)
-            preact_x = input_product(self.cell, input, per_direction, preact_0, layout)
+            preact_x = input_product(self.cell, input, per_direction, preact_0, batch.layout)
             weight_hh, vectors = [p[1] for p in per_direction], cell.step_vectors(per_direction)
             output, h_n, c_n, _, c_seq = reference.recurrence_fwd(
-                self.cell, preact_x, weight_hh, hx, cx, layout, clip=clip, vectors=vectors, noise=noise
+                self.cell, preact_x, weight_hh, hx, cx, batch.layout, clip=clip, vectors=vectors, noise=batch.noise
             )
             return output, h_n, c_n, c_seq.to(state_dtype(c_seq.dtype))
 
         return call
 
-    def backward(self, grads, tensors, parameters, layout, noise, needs) -> tuple[Tensor | None, ...]:
+    def backward(self, grads, tensors, parameters, batch, needs) -> tuple[Tensor | None, ...]:
         """The gradients of input, hx, cx, preact_0 and the parameters."""
         grad_output, grad_h_n, grad_c_n, grad_c_seq = grads
         input, hx, cx, preact_0, output, kept, c_kept, products = tensors
         weight_hh, vectors = [p[1] for p in parameters], cells.CELLS[self.cell].step_vectors(parameters)
         gradients = ParameterGradients(self.cell, parameters, grouped(needs[4:], self.recurrences))
-        blocks = self._blocks(input, layout)
+        blocks = self._blocks(input, batch.layout)
         of_states = cx.dtype if self.save == "gates" else state_dtype(input.dtype)
         grad_h = torch.zeros_like(hx) if grad_h_n is None else grad_h_n
         grad_c = torch.zeros_like(cx, dtype=of_states) if grad_c_n is None else grad_c_n.to(of_states)
         grad_input = grad_preact_0 = None
         for k, steps in reversed([*enumerate(blocks)]):
-            own, drawn = _of_block(layout, noise, steps, hx.size(1))
+            own = batch.of_steps(steps, hx.size(1))
             h, c = (hx, cx.to(of_states)) if k == 0 else (output[steps.start - 1].unsqueeze(0), kept[k - 1])
             x, y = input[steps], output[steps]
             if self.save == "gates":
                 gates, c_seq = kept, c_kept
             else:
                 first = preact_0 if k == 0 else None
-                gates, c_seq = _recomputed(self.cell, self.engine, x, parameters, first, h, c, y, own, drawn)
+                gates, c_seq = _recomputed(self.cell, self.engine, x, parameters, first, h, c, y, own)
+            of_rows = (
+                None if grad_output is None else grad_output[steps],
+                None if grad_c_seq is None else grad_c_seq[:, steps],
+            )
             grad_preact, grad_h, grad_c = recurrence_bwd(
                 self.cell,
                 self.engine,
-                None if grad_output is None else grad_output[steps],
-                None if grad_c_seq is None else grad_c_seq[:, steps],
-                grad_h,
-                grad_c,
+                [*of_rows, grad_h, grad_c],
                 weight_hh,
                 vectors,
                 h,
                 c,
-                y,
-                gates,
-                c_seq,
-                *own,
-                *drawn,
+                [y, gates, c_seq],
+                *own.flat,
                 self.clip,
             )
-            gradients.add(grad_preact, x, y, gates, c_seq, h, c, own, drawn, products)
+            gradients.add(grad_preact, x, y, gates, c_seq, h, c, *own, products)
             del gates, c_seq  # what a block needs does not live beside the next one's
             if needs[0]:
                 grad_input = _placed(grad_input, gradients.of_input(grad_preact, x), steps, len(input))
             if needs[3] and k == 0:
                 by_direction = enumerate(grad_preact.chunk(self.recurrences, -1))
-                grad_preact_0 = torch.stack([of_first_steps(g, d, own) for d, g in by_direction])
+                grad_preact_0 = torch.stack([of_first_steps(g, d, own.layout) for d, g in by_direction])
             grad_preact = by_direction = None
         return grad_input, grad_h, grad_c.to(cx.dtype), grad_preact_0, *gradients.flat()
 
@@ -221,12 +218,12 @@ class Wave(NamedTuple):
     clip: float | None
     wants_c_seq: bool
 
-    def forward(self, input, hx, cx, preact_0, parameters, layout, noise, *saves: bool) -> tuple[Tensor, ...]:
+    def forward(self, input, hx, cx, preact_0, parameters, batch, *saves: bool) -> tuple[Tensor, ...]:
         """What `wave_fwd` returns, of all layers, and two that are empty; `saves`: gates and states, both if nothing is said."""
         cell = cells.CELLS[self.cell]
-        preact_x = input_product(self.cell, input, parameters[:1], None, layout)
+        preact_x = input_product(self.cell, input, parameters[:1], None, batch.layout)
         weights = (*_above_first(cell, parameters, input), [p[1] for p in parameters], cell.step_vectors(parameters))
-        found = wave_fwd(self.cell, preact_x, *weights, hx, cx, *layout, *(saves or (True, True)), self.engine)
+        found = wave_fwd(self.cell, preact_x, *weights, hx, cx, batch.flat[0], *(saves or (True, True)), self.engine)
         return *found, input.new_empty(0), input.new_empty(0)
 
     def kept(self, gates, c_seq, borders, products) -> tuple[Tensor | None, ...]:
@@ -243,14 +240,14 @@ class Wave(NamedTuple):
             for dim, x in ((0, output), (1, c_seq))
         )
 
-    def specified(self, layout: Layout, noise: Noise, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    def specified(self, batch: Batch, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
         """As that of a layer, of the last one."""
 
         def call(x, hx, cx, preact_0, *flat):
             h_n, c_n = [], []
             for k, own in enumerate(grouped(flat, self.recurrences)):
                 x, h, c, c_seq = reference.layer(
-                    self.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], layout, clip=clip
+                    self.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], batch.layout, clip=clip
                 )
                 h_n.append(h)
                 c_n.append(c)
@@ -258,26 +255,26 @@ class Wave(NamedTuple):
 
         return call
 
-    def backward(self, grads, tensors, parameters, layout, noise, needs) -> tuple[Tensor | None, ...]:
+    def backward(self, grads, tensors, parameters, batch, needs) -> tuple[Tensor | None, ...]:
         grad_output, grad_h_n, grad_c_n, grad_c_seq = grads
         input, hx, cx, _, output, gates, c_seq, _ = tensors
         of_layers = zip(parameters, grouped(needs[4:], self.recurrences), strict=True)
         layers = [ParameterGradients(self.cell, [p], [n]) for p, n in of_layers]
         grad_preact, grad_hx, grad_cx = wave_bwd(
             self.cell,
-            grad_output,
-            grad_c_seq,
-            torch.zeros_like(hx) if grad_h_n is None else grad_h_n,
-            torch.zeros_like(cx) if grad_c_n is None else grad_c_n,
+            [
+                grad_output,
+                grad_c_seq,
+                torch.zeros_like(hx) if grad_h_n is None else grad_h_n,
+                torch.zeros_like(cx) if grad_c_n is None else grad_c_n,
+            ],
             stacked([layers[0].in_blocks(p[0]) for p in parameters[1:]]),
             [p[1] for p in parameters],
             cells.CELLS[self.cell].step_vectors(parameters),
             hx,
             cx,
-            output,
-            gates,
-            c_seq,
-            *layout,
+            [output, gates, c_seq],
+            batch.flat[0],
             self.clip,
             self.engine,
         )
@@ -285,7 +282,7 @@ class Wave(NamedTuple):
         gradients = []
         for k, own in enumerate(layers):
             x = input if k == 0 else output[k - 1]
-            own.add(grad_preact[k], x, output[k], gates[k], c_seq[:, k], hx[k : k + 1], cx[:, k : k + 1], layout)
+            own.add(grad_preact[k], x, output[k], gates[k], c_seq[:, k], hx[k : k + 1], cx[:, k : k + 1], batch.layout)
             gradients += own.flat()
         return grad_input, grad_hx, grad_cx, None, *gradients
 
@@ -319,10 +316,10 @@ def layer(
         output [T, B, D*H] or [R, D*H], the final states, and c_seq [S, T, B, D*H] or [S, R, D*H] in the dtype of `input`.
     """
     hx, cx = state[0], states_beside_h(state)
-    loop = Layer(cell, engine, len(parameters), clip, wants_c_seq, save)
-    found = _followed(loop, input, hx, cx, preact_0, parameters, layout, noise)
+    loop, batch = Layer(cell, engine, len(parameters), clip, wants_c_seq, save), Batch(layout, noise)
+    found = _followed(loop, input, hx, cx, preact_0, parameters, batch)
     if found is None:
-        found = _block_fwd(cell, engine, input, parameters, hx, cx, preact_0, layout, noise, False, wants_c_seq)
+        found = _block_fwd(cell, engine, input, parameters, hx, cx, preact_0, batch, False, wants_c_seq)
     output, h_n, c_n, _, c_seq, *_ = found
     return output, (h_n, *c_n.unbind(0)), c_seq.to(output.dtype) if wants_c_seq else None
 
@@ -340,20 +337,20 @@ def wave(
     """All layers over a sequence, differentiable in every tensor; returns as `layer` does, of the last one."""
     hx, cx = state[0], states_beside_h(state)
     loop = Wave(cell, engine, len(parameters), clip, wants_c_seq)
-    found = _followed(loop, input, hx, cx, None, parameters, layout, NO_NOISE)
+    found = _followed(loop, input, hx, cx, None, parameters, Batch(layout))
     if found is None:
-        found = loop.forward(input, hx, cx, None, parameters, layout, NO_NOISE, False, wants_c_seq)
+        found = loop.forward(input, hx, cx, None, parameters, Batch(layout), False, wants_c_seq)
     output, h_n, c_n, _, c_seq, *_ = found
     return output[-1], (h_n, *c_n.unbind(0)), c_seq[:, -1].to(output.dtype) if wants_c_seq else None
 
 
-def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, layout, noise) -> tuple[Tensor, ...] | None:
+def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...] | None:
     """The results with a gradient; None if nobody follows them."""
     flat = [p for own in parameters for p in own]
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
     if not transforms.followed(tensors):
         return None
-    return transforms.apply(LoopFunction, loop, *layout, *noise, input, hx, cx, preact_0, *flat)
+    return transforms.apply(LoopFunction, loop, *batch.layout, *batch.noise, input, hx, cx, preact_0, *flat)
 
 
 def layers_together(
@@ -392,8 +389,7 @@ def _block_fwd(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     preact_0: Tensor | None,  # [D, B, G*H]
-    layout: Layout,
-    noise: Noise,
+    batch: Batch,
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -401,7 +397,7 @@ def _block_fwd(
 
     And the products [T, B, D, G*H] or [R, D, G*H] that the backward of input norms takes; empty unless gates are saved.
     """
-    if preact_0 is None and not noise.rates and is_one_step(cell, engine, input, layout):
+    if preact_0 is None and not batch.noise.rates and is_one_step(cell, engine, input, batch.layout):
         flat = [p for direction in parameters for p in direction]
         output, h_n, c_n, gates, c_seq = step_fwd(
             cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states, engine
@@ -409,10 +405,10 @@ def _block_fwd(
         gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
         return output.unsqueeze(0), h_n, c_n, gates, c_seq, input.new_empty(0)
     products = input_products(cell, input, parameters)
-    preact_x = preact_from(cell, input, products, parameters, preact_0, layout)
+    preact_x = preact_from(cell, input, products, parameters, preact_0, batch.layout)
     if not (cells.CELLS[cell].norms and save_gates):
         products = input.new_empty(0)
-    own = ([p[1] for p in parameters], cells.CELLS[cell].step_vectors(parameters), hx, cx, *layout, *noise)
+    own = ([p[1] for p in parameters], cells.CELLS[cell].step_vectors(parameters), hx, cx, *batch.flat)
     return *recurrence_fwd(cell, engine, preact_x, *own, save_gates, save_states), products
 
 
@@ -441,29 +437,30 @@ def _recomputed(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
-    layout: Layout,
-    noise: Noise,
+    batch: Batch,
 ) -> tuple[Tensor, Tensor]:
     """gates and c_seq of a forward: since its output is known, the recurrent products are one product of all steps."""
-    preact = input_product(cell, input, parameters, preact_0, layout)
+    preact = input_product(cell, input, parameters, preact_0, batch.layout)
     if is_batch_major(input):
         preact = preact.contiguous()
-    taken, factor = cells.CELLS[cell].step_vectors(parameters), noise.of_sequences(*hx.shape, hx.dtype)
+    taken, factor = cells.CELLS[cell].step_vectors(parameters), batch.noise.of_sequences(*hx.shape, hx.dtype)
     by_direction = output.chunk(len(parameters), -1)
 
     def before(d: int) -> Tensor:
         """The h that enters the recurrent product, [R, H]."""
         y, h_0 = by_direction[d], hx[d]
-        return layout.states_before(*((y, h_0) if factor is None else entering(y, h_0, factor[d], layout)), d)
+        return batch.layout.states_before(
+            *((y, h_0) if factor is None else entering(y, h_0, factor[d], batch.layout)), d
+        )
 
     if cells.CELLS[cell].norms:
-        return _recomputed_with_norms(engine, preact, parameters, taken, before, hx, cx, output, layout, noise)
+        return _recomputed_with_norms(engine, preact, parameters, taken, before, hx, cx, output, batch)
     if not cells.CELLS[cell].adds:
         gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
         return gates, output.new_empty(0, *output.shape, dtype=c_seq_dtype(engine, output))
     for d, p in enumerate(parameters):
         add_recurrent_product(preact[d].view(-1, preact.size(-1)), before(d), p[1])
-    return recompute(cell, engine, preact, taken, hx, cx, *layout, *noise)
+    return recompute(cell, engine, preact, taken, hx, cx, *batch.flat)
 
 
 def _recomputed_with_norms(
@@ -475,22 +472,21 @@ def _recomputed_with_norms(
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [1, D, B, H]
     output: Tensor,  # [T, B, D*H] or [R, D*H]
-    layout: Layout,
-    noise: Noise,
+    batch: Batch,
 ) -> tuple[Tensor, Tensor]:
     """Of the LSTM with layer normalisation: with the recurrent products normalised too, gates and c are those of an LSTM."""
     D, H = len(parameters), hx.size(-1)
     recurrent = [product(before(d), p[1].t()) for d, p in enumerate(parameters)]  # [R, 4*H]
     for x, u, own in zip(preact_x, recurrent, vectors, strict=True):
         x += (normalised(u) * own[:4].flatten()).view(x.shape)
-    gates, c_seq = recompute("lstm", engine, preact_x, None, hx, cx, *layout, *noise)
+    gates, c_seq = recompute("lstm", engine, preact_x, None, hx, cx, *batch.flat)
     kept = []
     for d, (u, own) in enumerate(zip(recurrent, vectors, strict=True)):
         of_d, c = gates.chunk(D, -1)[d].flatten(0, -2), c_seq[0].chunk(D, -1)[d]
-        if noise.holds:  # the c that the step itself made
-            drop = noise.of_rows(len(u), d, H, hx)[2]
+        if batch.noise.holds:  # the c that the step itself made
+            drop = batch.noise.of_rows(len(u), d, H, hx)[2]
             c = cells.CELLS["lstm"].equations.update(
-                of_d.chunk(4, -1), (None, layout.states_before(c, cx[0, d], d)), drop
+                of_d.chunk(4, -1), (None, batch.layout.states_before(c, cx[0, d], d)), drop
             )[1]
         m = torch.tanh(own[4] * normalised(c.flatten(0, -2)) + own[5]).to(output.dtype)
         kept += [of_d, m, u]
@@ -517,10 +513,3 @@ def _recomputed_at_once(
         kept, _ = cells.CELLS[cell].equations.step(*parts, (h.to(dtype),), own, 1.0)
         gates.append(torch.cat(kept, -1))
     return joined(gates, -1).to(output.dtype).unflatten(0, output.shape[:-1])
-
-
-def _of_block(layout: Layout, noise: Noise, steps: slice, batch: int) -> tuple[Layout, Noise]:
-    """Of a block of steps."""
-    if steps.start is None:  # the only one
-        return layout, noise
-    return layout.of_steps(steps.start, steps.stop), noise.of_steps(steps.start * batch)

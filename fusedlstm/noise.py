@@ -13,12 +13,13 @@ direction, a row is where its layout puts a step of a sequence (`fusedlstm.layou
 `fusedlstm.kernels.noise`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedlstm.layout import Layout
+from fusedlstm.layout import DENSE, Layout
 
 OF_ROWS, OF_SEQUENCES, OF_WEIGHTS = range(3)  # what a counter counts
 RESOLUTION = 24  # bits of a probability
@@ -28,8 +29,8 @@ class Noise(NamedTuple):
     """Of the recurrences of one launch."""
 
     seed: Tensor | None = None  # [1] int64, on the device of the data; None: the expectation
-    rates: tuple[float, ...] = ()  # p of zoneout of h, of the other states, of candidate, of recurrent; none: nothing
-    place: tuple[int, ...] = (0, 0)  # number of the first recurrence, and of the first row
+    rates: Sequence[float] = ()  # p of zoneout of h, of the other states, of candidate, of recurrent; none: nothing
+    place: Sequence[int] = (0, 0)  # number of the first recurrence, and of the first row
 
     @property
     def holds(self) -> bool:
@@ -88,6 +89,33 @@ class Noise(NamedTuple):
 
 
 NO_NOISE = Noise()
+
+
+class Batch(NamedTuple):
+    """Which rows a batch has, and what masks they get."""
+
+    layout: Layout = DENSE
+    noise: Noise = NO_NOISE
+
+    @classmethod
+    def of(cls, tables: Sequence[Tensor | None], rates: Sequence[float] = (), place: Sequence[int] = (0, 0)) -> "Batch":
+        """From what is in `flat`."""
+        *layout, seed = tables
+        return cls(Layout(*layout), Noise(seed, rates, place))
+
+    @property
+    def flat(self) -> tuple[list[Tensor | None], Sequence[float], Sequence[int]]:
+        """As custom ops take it: lengths, first_row, resets and seed, or None; rates; place."""
+        return [*self.layout, self.noise.seed], self.noise.rates, self.noise.place
+
+    def of_steps(self, steps: slice, batch: int) -> "Batch":
+        """Of a block of steps of so many sequences."""
+        if steps.start is None:  # the only one
+            return self
+        return Batch(self.layout.of_steps(steps.start, steps.stop), self.noise.of_steps(steps.start * batch))
+
+
+EVERY_ROW = Batch()
 
 
 class Rates(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor
 from fusedlstm import cells, transforms
 from fusedlstm.engines import failures, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
-from fusedlstm.noise import NO_NOISE, Noise
+from fusedlstm.noise import NO_NOISE, Batch
 from fusedlstm.products import joined, product
 
 KERNELS = ("triton", "auto")  # engines that run them, if they can
@@ -38,10 +38,7 @@ def recurrence_fwd(
     vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    lengths: Tensor | None,  # these three: a `Layout`
-    first_row: Tensor | None,
-    resets: Tensor | None,
-    seed: Tensor | None,  # these three: a `Noise`
+    tables: list[Tensor | None],  # these three: `Batch.flat`
     rates: list[float],
     place: list[int],
     save_gates: bool,
@@ -51,7 +48,7 @@ def recurrence_fwd(
 
     gates and c_seq are empty unless saved; of padding, output and c_seq are zero, and gates have no meaning.
     """
-    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
+    layout, noise = Batch.of(tables, rates, place)
     given = (preact_x, weight_hh, hx, cx, layout, vectors, noise)
 
     def kernels():
@@ -77,8 +74,7 @@ def loop_fwd(cell, engine, preact_x, weight_hh, hx, cx, layout, vectors, noise, 
 
 
 @recurrence_fwd.register_fake
-def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, resets, seed, rates, place, *saves):
-    save_gates, save_states = saves
+def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, tables, rates, place, save_gates, save_states):
     D, *rows, _ = preact_x.shape
     S, H = cx.size(0), hx.size(-1)
     gates = preact_x.new_empty((*rows, D * cells.CELLS[cell].num_kept * H) if save_gates else 0)
@@ -90,21 +86,13 @@ def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, lengths, first_row, re
 def recurrence_bwd(
     cell: str,
     engine: str,
-    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
-    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
-    grad_h_n: Tensor,  # [D, B, H]
-    grad_c_n: Tensor,  # [S, D, B, H]
+    grads: list[Tensor | None],  # of output and c_seq, or None, and of h_n and c_n; each of its shape
     weight_hh: list[Tensor],  # D times [G*H, DH]
     vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D*H] or [R, D*H]
-    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
-    c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
-    lengths: Tensor | None,  # these three: a `Layout`
-    first_row: Tensor | None,
-    resets: Tensor | None,
-    seed: Tensor | None,  # these three: a `Noise`
+    saved: list[Tensor],  # output, gates and c_seq of `recurrence_fwd`
+    tables: list[Tensor | None],  # these three: `Batch.flat`
     rates: list[float],
     place: list[int],
     clip: float | None,
@@ -113,15 +101,15 @@ def recurrence_bwd(
 
     `clip`: the largest element of the gradient of a state that enters a step.
     """
-    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
-    grads, states = (grad_output, grad_c_seq, grad_h_n, grad_c_n), (weight_hh, hx, cx, output, gates, c_seq)
+    layout, noise = Batch.of(tables, rates, place)
+    states = (weight_hh, hx, cx, *saved)
 
     def kernels():
         from fusedlstm.engines import launch
 
         return launch.recurrence_bwd(cell, *grads, *states, layout, clip, vectors, noise)
 
-    at = partial(failures.where, hx.device, cell, gates.dtype, weight_hh, hx, layout)
+    at = partial(failures.where, hx.device, cell, saved[1].dtype, weight_hh, hx, layout)
     own = (cell, engine, grads, states, layout, clip, vectors, noise)
     return failures.attempt(engine, at, kernels, lambda: loop_bwd(*own))
 
@@ -141,8 +129,8 @@ def loop_bwd(cell, engine, grads, states, layout, clip, vectors, noise):
 
 
 @recurrence_bwd.register_fake
-def _(cell, engine, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vectors, hx, cx, output, gates, *_):
-    return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_):
+    return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
 @transforms.op("fusedlstm::step_fwd")
@@ -151,7 +139,7 @@ def step_fwd(
     input: Tensor,  # [B, I]
     hx: Tensor,  # [L*D, B, H]
     cx: Tensor,  # [S, L*D, B, H]
-    parameters: list[Tensor],  # layer by layer and direction by direction, as in `fusedlstm.products`
+    parameters: list[Tensor],  # layer by layer and direction by direction, as in `fusedlstm.cells.cell`
     directions: int,
     save_gates: bool,
     save_states: bool,
@@ -210,10 +198,7 @@ def recompute(
     vectors: Tensor | None,  # [D, V, H]
     hx: Tensor,  # [D, B, H]
     cx: Tensor,  # [S, D, B, H]
-    lengths: Tensor | None,  # these three: a `Layout`
-    first_row: Tensor | None,
-    resets: Tensor | None,
-    seed: Tensor | None,  # these three: a `Noise`
+    tables: list[Tensor | None],  # these three: `Batch.flat`
     rates: list[float],
     place: list[int],
 ) -> tuple[Tensor, Tensor]:
@@ -221,7 +206,7 @@ def recompute(
 
     Of cells that add both parts of a preactivation.
     """
-    layout, noise = Layout(lengths, first_row, resets), Noise(seed, rates, place)
+    layout, noise = Batch.of(tables, rates, place)
 
     def kernels():
         from fusedlstm.engines import launch
@@ -254,9 +239,7 @@ def wave_fwd(
     vectors: Tensor | None,  # [L, V, H]
     hx: Tensor,  # [L, B, H]
     cx: Tensor,  # [S, L, B, H]
-    lengths: Tensor | None,  # these three: a `Layout`
-    first_row: Tensor | None,
-    resets: Tensor | None,
+    tables: list[Tensor | None],  # of `Batch.flat`: there is no noise
     save_gates: bool,
     save_states: bool,
     engine: str = "triton",
@@ -265,7 +248,7 @@ def wave_fwd(
 
     `engine` is "triton" or "auto", as in `recurrence`.
     """
-    layout = Layout(lengths, first_row, resets)
+    layout, _ = Batch.of(tables)
 
     def kernels():
         from fusedlstm.engines import launch
@@ -291,8 +274,7 @@ def wave_fwd(
 
 
 @wave_fwd.register_fake
-def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, first_row, resets, *saves):
-    save_gates, save_states, *_ = saves
+def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, tables, save_gates, save_states, *_):
     _, *rows, _ = preact_x.shape
     L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
     gates = preact_x.new_empty((L, *rows, cells.CELLS[cell].num_kept * H) if save_gates else 0)
@@ -303,45 +285,37 @@ def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, lengths, firs
 @transforms.op("fusedlstm::wave_bwd")
 def wave_bwd(
     cell: str,
-    grad_output: Tensor | None,  # [T, B, H] or packed [R, H]: of the last layer
-    grad_c_seq: Tensor | None,  # [S, T, B, H] or [S, R, H]: the same
-    grad_h_n: Tensor,  # [L, B, H]
-    grad_c_n: Tensor,  # [S, L, B, H]
+    grads: list[Tensor | None],  # of output and c_seq of the last layer, or None, and of h_n and c_n of all
     weight_ih: Tensor,  # [L-1, G*H, H] of the layers above the first, gates in the order of their gradients
     weight_hh: list[Tensor],  # L times [G*H, H]
     vectors: Tensor | None,  # [L, V, H]
     hx: Tensor,  # [L, B, H]
     cx: Tensor,  # [S, L, B, H]
-    output: Tensor,  # [L, T, B, H] or [L, R, H]
-    gates: Tensor,  # [L, T, B, K*H] or [L, R, K*H]
-    c_seq: Tensor,  # [S, L, T, B, H] or [S, L, R, H]
-    lengths: Tensor | None,  # these three: a `Layout`
-    first_row: Tensor | None,
-    resets: Tensor | None,
+    saved: list[Tensor],  # output, gates and c_seq of `wave_fwd`
+    tables: list[Tensor | None],  # of `Batch.flat`: there is no noise
     clip: float | None,
     engine: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_preact like gates, grad_hx [L, B, H], grad_cx [S, L, B, H]; `engine` as in `wave_fwd`."""
-    layout = Layout(lengths, first_row, resets)
+    layout, _ = Batch.of(tables)
+    output, gates, c_seq = saved
 
     def kernels():
         from fusedlstm.engines import launch
 
-        return launch.recurrence_bwd(
-            cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, layout, clip, vectors,
-            stack=launch.Stack(weight_ih),
-        )  # fmt: skip
+        stack = launch.Stack(weight_ih)
+        return launch.recurrence_bwd(cell, *grads, weight_hh, hx, cx, *saved, layout, clip, vectors, stack=stack)
 
     def loop():
-        found, grads = [], (grad_output, grad_c_seq)
+        found, (*of_rows, grad_h_n, grad_c_n) = [], grads
         for k in reversed(range(len(weight_hh))):
             own = slice(k, k + 1)
             states = ([weight_hh[k]], hx[own], cx[:, own], output[k], gates[k], c_seq[:, k])
             arguments = (layout, clip, None if vectors is None else vectors[own], NO_NOISE)
-            found.append(loop_bwd(cell, engine, (*grads, grad_h_n[own], grad_c_n[:, own]), states, *arguments))
+            found.append(loop_bwd(cell, engine, (*of_rows, grad_h_n[own], grad_c_n[:, own]), states, *arguments))
             if k > 0:  # the gradient of the input's preactivations comes first (`ParameterGradients`)
                 of_x = found[-1][0][..., : weight_ih.size(1)]
-                grads = product(of_x.flatten(0, -2), weight_ih[k - 1]).view(output[k].shape), None
+                of_rows = product(of_x.flatten(0, -2), weight_ih[k - 1]).view(output[k].shape), None
         grad_preact, grad_hx, grad_cx = zip(*reversed(found), strict=True)
         return torch.stack(grad_preact), torch.cat(grad_hx), torch.cat(grad_cx, 1)
 
@@ -350,8 +324,8 @@ def wave_bwd(
 
 
 @wave_bwd.register_fake
-def _(cell, grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_ih, weight_hh, vectors, hx, cx, output, gates, *_):
-    return gates.new_empty(gates.shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_):
+    return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
 def is_one_step(cell: str, engine: str, input: Tensor, layout: Layout) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedlstm import autograd, cells, functional, noise, transforms
+from fusedlstm import cells, functional, noise, transforms
 from fusedlstm.engines import torch_loop
 from fusedlstm.layout import DENSE, Layout, Pieces, spans
 
@@ -129,4 +129,4 @@ def test_lengths_and_resets_on_the_device_are_taken_as_they_are(capturing, reset
         for direction in (0, 1):
             layout.states_before(torch.empty(3, 2, 4, device="meta"), torch.empty(2, 4, device="meta"), direction)
             layout.drops_hx((3, 2), direction)
-        autograd._of_block(layout, noise.NO_NOISE, slice(0, 2), 2)
+        noise.Batch(layout).of_steps(slice(0, 2), 2)

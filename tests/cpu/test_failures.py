@@ -10,7 +10,7 @@ import fusedlstm
 from fusedlstm import autograd, cells, engines, ops
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import bound, failures, launch, reference
-from fusedlstm.noise import NO_NOISE, Noise
+from fusedlstm.noise import NO_NOISE, Batch, Noise
 from fusedlstm.plan import devices
 from fusedlstm.plan.tiles import MOST_VARIANTS
 from grids import pairwise
@@ -71,13 +71,13 @@ def test_the_loop_returns_what_the_kernels_would(cell, dtype, layout, directions
     saved = {"output": same[0], "gates": same[3], "c_seq": same[4].float()}
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(same[k].shape, generator=generator).to(dtype) for k in (0, 4, 1, 2)]
-    own = (inputs["vectors"], inputs["hx"], inputs["cx"], *inputs["layout"], *noise)
+    own = (inputs["vectors"], inputs["hx"], inputs["cx"], *Batch(inputs["layout"], noise).flat)
     with falls_back():
         ours = ops.recurrence_fwd(cell, "auto", inputs["preact_x"], inputs["weight_hh"], *own, True, True)
     failures.forget()
     with falls_back():
         ours_bwd = ops.recurrence_bwd(
-            cell, "auto", *grads, inputs["weight_hh"], *own[:3], *saved.values(), *own[3:], clip
+            cell, "auto", grads, inputs["weight_hh"], *own[:3], [*saved.values()], *own[3:], clip
         )
     shapes = ops.recurrence_fwd(cell, "auto", inputs["preact_x"].to("meta"), *to_meta(inputs, own), True, True)
     assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in shapes], "as of the kernels"
@@ -215,24 +215,11 @@ def test_ops_that_go_on_pass_opcheck(cell):
     parameters = [x for w in weight_hh for x in (weight_ih[0], w, bias[0], bias[0])]
     arguments = (cell, torch.randn(B, H).to(half), hx, cx, parameters, 1, True, True, "auto")
     torch.library.opcheck(ops.step_fwd, arguments, test_utils=checks)
-    own = (weight_ih, bias, weight_hh, given["vectors"], hx, cx, None, None, None)
+    own = (weight_ih, bias, weight_hh, given["vectors"], hx, cx, [None] * 4)
     torch.library.opcheck(ops.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
     output, gates = torch.randn(2, T, B, H).to(half), torch.rand(2, T, B, K * H).to(half)
-    grads = output[0], None, hx, cx
-    arguments = (
-        cell,
-        *grads,
-        weight_ih,
-        *own[2:6],
-        output,
-        gates,
-        torch.rand(S, 2, T, B, H) + 1,
-        None,
-        None,
-        None,
-        None,
-        "auto",
-    )
+    grads, saved = [output[0], None, hx, cx], [output, gates, torch.rand(S, 2, T, B, H) + 1]
+    arguments = (cell, grads, weight_ih, *own[2:6], saved, own[6], None, "auto")
     torch.library.opcheck(ops.wave_bwd, arguments, test_utils=checks)
 
 

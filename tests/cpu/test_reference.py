@@ -120,22 +120,19 @@ def test_custom_ops_pass_opcheck():
     states = ("lstm", "torch", preact_x, weight_hh, None, hx, cx)
     for layout in ((None, None, None), (lengths, None, resets)):
         for saves in ((True, True), (False, True), (False, False)):
-            torch.library.opcheck(ops.recurrence_fwd, (*states, *layout, None, [], [0, 0], *saves), test_utils=checks)
-        output, h_n, c_n, gates, c_seq = ops.recurrence_fwd(*states, *layout, None, [], [0, 0], True, True)
+            torch.library.opcheck(ops.recurrence_fwd, (*states, [*layout, None], [], [0, 0], *saves), test_utils=checks)
+        output, h_n, c_n, gates, c_seq = ops.recurrence_fwd(*states, [*layout, None], [], [0, 0], True, True)
         for grads, clip in (((output, None, h_n, c_n), None), ((None, c_seq, h_n, c_n), 0.5)):
             arguments = (
                 "lstm",
                 "torch",
-                *grads,
+                [*grads],
                 weight_hh,
                 None,
                 hx,
                 cx,
-                output,
-                gates,
-                c_seq,
-                *layout,
-                None,
+                [output, gates, c_seq],
+                [*layout, None],
                 [],
                 [0, 0],
                 clip,

@@ -146,7 +146,7 @@ def test_compiles(short_blocks, monkeypatch, T):
 def test_the_op_passes_opcheck():
     preact, hx, cx = torch.randn(2, 3, 4, 4 * H), torch.randn(2, 4, H), torch.randn(1, 2, 4, H)
     for layout in (DENSE, Layout(lengths(2, 0, 3, 1), None, resets(3, 4))):
-        arguments = ("lstm", "torch", preact, None, hx, cx, *layout, None, [], [0, 0])
+        arguments = ("lstm", "torch", preact, None, hx, cx, [*layout, None], [], [0, 0])
         torch.library.opcheck(ops.recompute, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
