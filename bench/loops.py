@@ -118,9 +118,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--cell", choices=CASES, action="append")
     parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--wait", choices=("passive", "active"), default="passive", help="what idle threads do")
     options = parser.parse_args(arguments)
-    os.environ["OMP_WAIT_POLICY"] = options.wait  # read when torch is imported
     import torch
 
     from bench import registry, timing

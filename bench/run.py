@@ -245,9 +245,6 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out
     if out is None:
         out = Path("out/rehearsal.csv") if options.set == "rehearsal" else Path(f"bench/results/{gpu or 'cpu'}.csv")
-    if gpu is None:
-        # Threads that spin while they wait lose a hundred milliseconds a call when anything else runs on their cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     present = [p for p in providers if not p.missing()]
     cases = plan_cases(chosen, present, options.dtype, options.mode, device)
     warm = options.warm if options.warm is not None else (max(1, min(12, (os.cpu_count() or 1) - 2)) if gpu else 0)

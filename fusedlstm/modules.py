@@ -32,7 +32,7 @@ class LSTM(Recurrent):
     Precision: products in the dtype of `input`; on the Triton engine sums, gates and c in float32.
     Memory: beside its output the Triton engine keeps T * B * H * D * (4 * itemsize + 4) bytes a layer for the backward;
         with save="states" 4 * B * H for each of at most nine borders between blocks of steps, in two directions and
-        packed none. `fusedlstm.memory` has kept and peak bytes as functions of the shapes.
+        packed none. `bench/memory.py` has kept and peak bytes as functions of the shapes.
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000, as `torch.nn.LSTM` writes it.
     """
 

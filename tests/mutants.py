@@ -372,8 +372,8 @@ MUTANTS = {
     ),
     "the gradient of c begins anew in every block": (
         "fusedlstm/autograd.py",
-        "                grad_c,\n                weight_hh,",
-        "                0 * grad_c,\n                weight_hh,",
+        "[*of_rows, grad_h, grad_c],",
+        "[*of_rows, grad_h, 0 * grad_c],",
         "tests/kernels/test_recompute.py",
     ),
     "heads: grad_weight_hh takes the states of another head": (

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = {
     f"{name} {k}": code
-    for name in ("README.md", "docs/lstm.md", "docs/family.md")
+    for name in ("README.md", "docs/lstm.md", "docs/family.md", "docs/on_a_gpu.md")
     for k, code in enumerate(re.findall(r"```python\n(import.*?)```", (ROOT / name).read_text(), re.S))
 }
 

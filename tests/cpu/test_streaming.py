@@ -1,4 +1,4 @@
-"""streaming.py: chunks equal one run; what is detached, what is not, and what begins anew."""
+"""Stream: chunks equal one run; what is detached, what is not, and what begins anew."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""recurrence.py and the module above it: outputs and every gradient, kernels against torch.nn.LSTM and float64.
+"""autograd.py and the module above it: outputs and every gradient, kernels against torch.nn.LSTM and float64.
 
 Each case forces the tiles, so that the group, its weights and the form of its dot are what the test names.
 """
