@@ -255,7 +255,8 @@ def _packed_data(input: PackedSequence) -> Tensor:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if not torch.compiler.is_compiling() and (steps := int(batch_sizes.sum())) != len(data):
         raise ValueError(
-            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length given to "
+            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length "
+            f"given to "
             "pack_padded_sequence larger than its input is long?"
         )
     return data
@@ -266,8 +267,8 @@ def lengths_and_resets(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check the `lengths` and `resets` of a sequence that was checked before; returns them as tensors.
 
-    Values are looked at on the host, and on a device only with `FUSEDLSTM_DEBUG=1`: that waits for it. Else lengths beyond 0 to T
-    count there as the nearer of these.
+    Values are looked at on the host, and on a device only with `FUSEDLSTM_DEBUG=1`: that waits for it. Else lengths
+    beyond 0 to T count there as the nearer of these.
     """
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:
