@@ -14,7 +14,19 @@ State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
 Init = Callable[[nn.Module], None] | Sequence[Callable[[nn.Module], None]] | None
 
 
-class Recurrent(nn.RNNBase):
+class _CheckedAttributes(nn.Module):
+    """What is set after construction is checked like what the constructor is given."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in _CHECKS:
+            value = _CHECKS[name](value)
+        super().__setattr__(name, value)
+
+
+_CHECKS = {"backend": checks.backend, "grad_clip": checks.grad_clip, "save": checks.save}
+
+
+class Recurrent(_CheckedAttributes, nn.RNNBase):
     """A stack of recurrent layers over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
 
     Example::
@@ -72,7 +84,6 @@ class Recurrent(nn.RNNBase):
         device=None,
         dtype=None,
         *,
-        proj_size: int | None = None,
         backend: str = "auto",
         grad_clip: float | None = None,
         save: str = "gates",
@@ -83,8 +94,7 @@ class Recurrent(nn.RNNBase):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
     ) -> None:
-        cell = checks.cell(self.cell)
-        size = checks.proj_size(proj_size, cell)
+        cell, size = checks.cell(self.cell), getattr(self, "proj_size", 0)  # which a subclass has set, if it has one
         # By name, for a subclass may have a class of torch.nn between this one and nn.RNNBase; and as an LSTM on the
         # meta device, for torch checks the arguments, but knows neither all cells nor heads.
         nn.RNNBase.__init__(
@@ -102,9 +112,7 @@ class Recurrent(nn.RNNBase):
             dtype,
         )
         self.mode = cell.upper()
-        self.backend = checks.backend(backend)
-        self.grad_clip = checks.grad_clip(grad_clip)
-        self.save = checks.save(save)
+        self.backend, self.grad_clip, self.save = backend, grad_clip, save
         self.num_heads = checks.num_heads(num_heads, hidden_size, size, cell)
         self.init = checks.init(init)
         self.rates = checks.rates(cell, zoneout, candidate_dropout, recurrent_dropout, weight_dropout, size)
@@ -147,8 +155,7 @@ class Recurrent(nn.RNNBase):
         return _shapes(self.cell, input_size, self.hidden_size, self.bias, self.num_heads, self.proj_size)
 
     def extra_repr(self) -> str:
-        text = _with_heads(super().extra_repr(), self.num_heads)
-        return f"{text}, {self.rates}" if any(self.rates) else text
+        return ", ".join([super().extra_repr(), *_differing(self), *([str(self.rates)] if any(self.rates) else [])])
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
@@ -257,7 +264,7 @@ class Recurrent(nn.RNNBase):
         return tuple(s.index_select(1, permutation) for s in hx)
 
 
-class RecurrentCell(nn.RNNCellBase):
+class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
     """One step over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
 
     Args:
@@ -288,7 +295,7 @@ class RecurrentCell(nn.RNNCellBase):
         nn.RNNCellBase.__init__(  # by name and on the meta device, as in Recurrent
             self, input_size, hidden_size, bias, num_chunks=num_chunks, device="meta", dtype=dtype
         )
-        self.backend = checks.backend(backend)
+        self.backend = backend
         self.num_heads = checks.num_heads(num_heads, hidden_size, cell=self.cell)
         self.init = checks.init(init)
         for name, shape in self._shapes().items():
@@ -309,7 +316,7 @@ class RecurrentCell(nn.RNNCellBase):
         return _shapes(self.cell, self.input_size, self.hidden_size, self.bias, self.num_heads)
 
     def extra_repr(self) -> str:
-        return _with_heads(super().extra_repr(), self.num_heads)
+        return ", ".join([super().extra_repr(), *_differing(self)])
 
     def forward(
         self,
@@ -353,5 +360,10 @@ def _state(states: Sequence[Tensor]) -> State:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def _with_heads(text: str, num_heads: int) -> str:
-    return text if num_heads == 1 else f"{text}, num_heads={num_heads}"
+def _differing(module: Recurrent | RecurrentCell) -> list[str]:
+    """The options of a module that differ from their defaults, as `repr` shows them."""
+    defaults = {"num_heads": 1, "backend": "auto", "grad_clip": None, "save": "gates"}
+    differing = {k: getattr(module, k, default) for k, default in defaults.items()}
+    texts = [f"{k}={v}" for k, v in differing.items() if v != defaults[k]]
+    names = [getattr(change, "__name__", repr(change)) for change in module.init]
+    return [*texts, f"init={names[0] if len(names) == 1 else names}"] if names else texts

@@ -70,12 +70,6 @@ def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) 
     return Rates(*map(float, found.values()))
 
 
-def proj_size(value: int | None, cell: str) -> int:
-    if value is not None and cell != "lstm":
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-    return value or 0
-
-
 def nonlinearity(value: str) -> str:
     if value not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{value}'. Select from 'tanh' or 'relu'.")

@@ -3,7 +3,7 @@
 from torch import nn
 
 from fusedlstm import checks
-from fusedlstm.base import Recurrent, RecurrentCell
+from fusedlstm.base import Init, Recurrent, RecurrentCell
 
 # nn.RNNBase and not nn.LSTM: Dynamo breaks the graph at nn.LSTM, nn.GRU and nn.RNN, and at their subclasses.
 
@@ -23,8 +23,8 @@ class LSTM(Recurrent):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
             `torch.nn.LSTM`, with the same parameter names, shapes, gate order (i, f, g, o) and values under a seed.
-        options: backend, grad_clip, save, num_heads and init, by name; as in :class:`Recurrent`. Heads not with
-            `proj_size`.
+        backend, grad_clip, save, num_heads, init, zoneout, candidate_dropout, recurrent_dropout, weight_dropout: as in
+            :class:`Recurrent`. Neither heads nor the last four with `proj_size`.
 
     Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
         [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
@@ -51,8 +51,18 @@ class LSTM(Recurrent):
         proj_size: int = 0,
         device=None,
         dtype=None,
-        **options,
+        *,
+        backend: str = "auto",
+        grad_clip: float | None = None,
+        save: str = "gates",
+        num_heads: int = 1,
+        init: Init = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        candidate_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
+        self.proj_size = proj_size  # before the constructor, which makes the parameters
         super().__init__(
             input_size,
             hidden_size,
@@ -63,8 +73,15 @@ class LSTM(Recurrent):
             bidirectional,
             device,
             dtype,
-            proj_size=proj_size,
-            **options,
+            backend=backend,
+            grad_clip=grad_clip,
+            save=save,
+            num_heads=num_heads,
+            init=init,
+            zoneout=zoneout,
+            candidate_dropout=candidate_dropout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )
 
     # What code for torch.nn.LSTM calls beside forward.
@@ -141,7 +158,16 @@ class RNN(Recurrent):
         bidirectional: bool = False,
         device=None,
         dtype=None,
-        **options,
+        *,
+        backend: str = "auto",
+        grad_clip: float | None = None,
+        save: str = "gates",
+        num_heads: int = 1,
+        init: Init = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        candidate_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         self.nonlinearity = checks.nonlinearity(nonlinearity)
         self.mode = f"RNN_{nonlinearity.upper()}"
@@ -155,7 +181,15 @@ class RNN(Recurrent):
             bidirectional,
             device,
             dtype,
-            **options,
+            backend=backend,
+            grad_clip=grad_clip,
+            save=save,
+            num_heads=num_heads,
+            init=init,
+            zoneout=zoneout,
+            candidate_dropout=candidate_dropout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )
 
     @property
@@ -180,10 +214,13 @@ class RNNCell(RecurrentCell):
         nonlinearity: str = "tanh",
         device=None,
         dtype=None,
-        **options,
+        *,
+        backend: str = "auto",
+        num_heads: int = 1,
+        init: Init = None,
     ) -> None:
         self.nonlinearity = nonlinearity
-        super().__init__(input_size, hidden_size, bias, device, dtype, **options)
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend, num_heads=num_heads, init=init)
 
     @property
     def cell(self) -> str:

@@ -135,6 +135,10 @@ class Stream:
             self.detach()
         return (output, *more) if more else output
 
+    def __repr__(self) -> str:
+        state = "at the beginning" if self.state is None else "carrying a state"
+        return f"Stream({self.module!r}, detach={self.detaches}), {state}"
+
     def detach(self) -> None:
         """Let no gradient flow further back than here."""
         self._change(Tensor.detach)
