@@ -127,10 +127,7 @@ def test_repr_shows_what_is_no_default():
     assert repr(fusedlstm.GRUCell(5, 8, num_heads=4)) == "GRUCell(5, 8, num_heads=4)"
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [("backend", "cuda", ValueError), ("grad_clip", -1, ValueError), ("save", 1, ValueError)],
-)
+@pytest.mark.parametrize(("name", "value"), [("backend", "cuda"), ("grad_clip", -1), ("save", 1)])
 def test_attributes_are_checked_like_arguments(name, value):
     module = fusedlstm.LSTM(5, 7)
     before = getattr(module, name)
