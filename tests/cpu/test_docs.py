@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 import fusedlstm
 import page
+from bench import report, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +41,14 @@ def test_files_that_a_page_names_are_there(path):
     named = re.findall(r"`((?:fusedlstm|kernels|tests|bench|examples|docs)/[\w/.]+)`", text)
     missing = [name for name in links if not (path.parent / name).exists()]
     assert not missing + [name for name in named if not (ROOT / name).exists()]
+
+
+def test_table_and_picture_are_those_of_the_rows(tmp_path):
+    measured = rows.read(ROOT / "bench" / "results" / "cpu.csv")
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert report.markdown(measured, "python -m bench.run --set cpu") in text
+    report.plot(measured, tmp_path / "picture.png")
+    assert imread(tmp_path / "picture.png").shape == imread(ROOT / "docs" / "benchmarks.png").shape
 
 
 def examples() -> dict[str, str]:
