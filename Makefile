@@ -57,9 +57,10 @@ kernels: .venv/ready .venv-triton36/ready  ## compile every plan; rewrites kerne
 	$(BIN)/python -m bench.kernels --refresh
 	.venv-triton36/bin/python -m bench.kernels --spills
 
-bench: .venv/ready  ## the CPU rows and the table of docs/benchmarks.md
+bench: .venv/ready  ## the CPU rows, and table and picture of docs/benchmarks.md
 	$(BIN)/python -m bench.run --set cpu
-	$(BIN)/python -m bench.report bench/results/cpu.csv --readme docs/benchmarks.md --block cpu
+	$(BIN)/python -m bench.report bench/results/cpu.csv --readme docs/benchmarks.md --block cpu \
+	--picture docs/benchmarks.png
 
 gpu:  ## on a machine with a GPU, with its own torch: tests, ceilings, checkers, table, profile; results in OUT
 	$(PYTHON) -m bench.gpu --out $(or $(OUT),out/gpu)

@@ -1,6 +1,6 @@
-"""Tables from rows: `python -m bench.report bench/results/cpu.csv`, with `--readme README.md` also into the README.
+"""Tables from rows: `python -m bench.report bench/results/cpu.csv`, with `--readme docs/benchmarks.md` also into that page.
 
-`--overview` is one line a shape and mode with all dtypes, and the geometric means; `--plot FILE.png` draws it.
+`--overview` is one line a shape and mode with all dtypes, and the geometric means; `--picture FILE.png` draws the ratios.
 
 Every ratio is the baseline's time over the provider's, taken within rounds: above 1 is faster than `torch.nn.LSTM`.
 """
@@ -153,37 +153,76 @@ def memory(measured: list[rows.Row]) -> str:
     return _markdown_table(header, lines, left=2) if lines else ""
 
 
+def _group(shape: str, row: rows.Row) -> str:
+    """The kind of work, which has a colour in the picture."""
+    if (known := BY_ID.get(shape)) and known.lengths:
+        return "packed, lengths differ"
+    if known and known.resets:
+        return "resets (torch.nn.LSTM: none)"
+    return "a single step" if row["T"] == "1" else "dense"
+
+
 def plot(measured: list[rows.Row], path: Path) -> str:
-    """Draw the ratios of every shape, forward + backward and inference; returns what was done, in a line."""
+    """Draw the ratios of every shape, forward + backward and inference; returns what was done, in a line.
+
+    A grey bar is the noise of a shape: the ratio of a second copy of `torch.nn.LSTM`.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return "plot: skipped, matplotlib is not installed"
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     cases, own = _cases(measured), ours(measured)
-    points = {case: float(found[own, "speedup"]["p50"]) for case, found in cases.items() if (own, "speedup") in found}
-    modes = [mode for mode in ("fwdbwd", "infer") if any(case[1] == mode for case in points)]
+    cases = {case: found for case, found in cases.items() if (own, "speedup") in found}
+    modes = [mode for mode in ("fwdbwd", "infer") if any(case[1] == mode for case in cases)]
     if not modes:
         return "plot: skipped, there are no ratios"
-    figure, axes = pyplot.subplots(1, len(modes), figsize=(5.5 * len(modes), 8), squeeze=False, layout="constrained")
+    groups = {shape: _group(shape, next(iter(found.values()))) for (shape, _, _), found in cases.items()}
+    sizes = {shape: _sizes(next(iter(found.values()))) for (shape, _, _), found in cases.items()}
+    shapes = sorted(groups, key=lambda shape: groups[shape], reverse=True)  # stable, from below
+    labels = [f"{shape}   {sizes[shape].split(', packed')[0].split(', resets')[0]}" for shape in shapes]
+    colours = {group: f"C{k}" for k, group in enumerate(dict.fromkeys(groups[shape] for shape in shapes[::-1]))}
+    dtypes = [dtype for dtype in DTYPES if any(case[2] == dtype for case in cases)]
+    figure, axes = pyplot.subplots(
+        1,
+        len(modes),
+        figsize=(2.5 + 4.5 * len(modes), 1.6 + 0.3 * len(shapes)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
     for axis, mode in zip(axes[0], modes, strict=True):
-        shapes = list(dict.fromkeys(case[0] for case in points if case[1] == mode))[::-1]
-        for dtype, marker in zip(DTYPES, "os^", strict=True):
-            found = [
-                (points[shape, mode, dtype], k) for k, shape in enumerate(shapes) if (shape, mode, dtype) in points
-            ]
-            if found:
-                axis.scatter(*zip(*found, strict=True), marker=marker, s=22, label=dtype)
-        axis.axvline(1, color="gray", linewidth=1)
+        for (shape, _, dtype), found in ((case, found) for case, found in cases.items() if case[1] == mode):
+            y, marker = shapes.index(shape), "os^"[DTYPES.index(dtype)] if len(dtypes) > 1 else "o"
+            if noise := found.get((AGAIN, "speedup")):
+                axis.plot([float(noise["p20"]), float(noise["p80"])], [y, y], color="0.8", linewidth=7, zorder=1)
+            ratio = float(found[own, "speedup"]["p50"])
+            axis.scatter(ratio, y, marker=marker, s=36, color=colours[groups[shape]], zorder=3)
+            if len(dtypes) == 1:
+                axis.text(
+                    0.98, y, f"{ratio:.2f}", transform=axis.get_yaxis_transform(), ha="right", va="center", fontsize=8
+                )
+        axis.axvline(1, color="black", linewidth=1, zorder=2)
         axis.set_xscale("log", base=2)
-        axis.set_yticks(range(len(shapes)), shapes, fontsize=7)
-        axis.set_xlabel(f"time of torch.nn.LSTM / {own}")
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.grid(axis="x", color="0.92", zorder=0)
+        axis.set_yticks(range(len(shapes)), labels, fontsize=8)
+        axis.set_xlabel("parity at 1; to the right ours is faster")
         axis.set_title(MODE_NAMES[mode])
-        axis.legend(fontsize=7)
-    figure.suptitle(_sources(measured), fontsize=6)
-    figure.savefig(path, dpi=110)
+    low, high = axes[0][0].get_xlim()
+    axes[0][0].set_xlim(min(low, 0.7), max(high * 1.4, 1.5))  # the numbers stand to the right of the points
+    marks = [("o", colour, group) for group, colour in colours.items()] + [("s", "0.8", "noise")]
+    marks += [("os^"[DTYPES.index(dtype)], "black", dtype) for dtype in dtypes if len(dtypes) > 1]
+    handles = [
+        pyplot.Line2D([], [], marker=marker, linestyle="", color=colour, label=text) for marker, colour, text in marks
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    title = f"Time of torch.nn.LSTM / time of {own}, by shape: T, B, I, H"
+    figure.suptitle(f"{title}\n{', '.join(dtypes)}; {_sources(measured)}", fontsize=9)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return f"plot: {path.name}"
 
@@ -274,7 +313,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block", default="cpu", help="name in the marker <!-- bench:NAME -->")
     parser.add_argument("--markdown", action="store_true", help="print markdown")
     parser.add_argument("--overview", action="store_true", help="one line a shape; the default for the block gpu")
-    parser.add_argument("--plot", type=Path, help="PNG file for the ratios; without matplotlib it is left out")
+    parser.add_argument(
+        "--picture", "--plot", dest="plot", type=Path, help="PNG file for the ratios; without matplotlib it is left out"
+    )
     options = parser.parse_args(argv)
     measured = rows.read(options.csv)
     if not measured:

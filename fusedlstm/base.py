@@ -31,10 +31,10 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
 
     Example::
 
-        class MGU(fusedlstm.Recurrent):
-            cell = "mgu"  # one of `fusedlstm.cells.CELLS`, or of `fusedlstm.register_cell`
+        class MyGRU(fusedlstm.Recurrent):
+            cell = "gru"  # or a cell of your own, made known by `fusedlstm.register_cell`
 
-        output, h_n = MGU(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
+        output, h_n = MyGRU(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
