@@ -1,7 +1,8 @@
-"""pytest, a process a file and several at once, where pytest-xdist is missing: `python -m bench.by_file PATH... -- OPTIONS`.
+"""pytest, a process a file and several at once, where pytest-xdist is missing: `python -m bench.by_file PATH... --
+OPTIONS`.
 
-Verdicts of tests are printed as they come, the rest of a file's output when the file ends, and last one line of counts as
-pytest's own. A process that an assertion on the device ends takes no other file with it. Exit status as pytest's.
+Verdicts of tests are printed as they come, the rest of a file's output when the file ends, and last one line of counts
+as pytest's own. A process that an assertion on the device ends takes no other file with it. Exit status as pytest's.
 """
 
 import argparse

@@ -3,16 +3,17 @@
 | metric | unit | what |
 |---|---|---|
 | `barrier` | us | one arrival and wait of `kernels/barrier.py`, P programs |
-| `exchange` | us | one step in which each of P programs hands a tile to all: by counter, and with the data as its own flag |
+| `exchange` | us | one step in which each of P programs hands a tile to all, by counter or by data |
 | `loop` | us | one step of our recurrence, forward and backward, by each protocol |
 | `launch` | us | an empty kernel: host time, device time of many in a row, in a CUDA graph, cooperative |
-| `l2_shared`, `l2_sliced` | TB/s | `.cg` loads of a buffer in the L2, by all multiprocessors: all of it each, or a slice each |
+| `l2_shared`, `l2_sliced` | TB/s | `.cg` loads of a buffer in the L2: each multiprocessor all of it, or a slice |
 | `copy` | GB/s | a large copy, read plus written |
 | `matmul` | TFLOP/s | a large product of torch |
 | `step_matmul` | us | the product of one step, [B, H] x [H, 4H], in a CUDA graph |
 
-The rates of barriers and exchanges are differences between a long and a short launch, over the steps between them, so that the
-launch is not in them. On a CPU the same runs interpreted, tiny, by the host clock: a rehearsal, its numbers mean nothing.
+The rates of barriers and exchanges are differences between a long and a short launch, over the steps between them, so
+that the launch is not in them. On a CPU the same runs interpreted, tiny, by the host clock: a rehearsal, its numbers
+mean nothing.
 """
 
 import argparse
@@ -113,7 +114,9 @@ def read_kernel(
     REPEATS,
     BLOCK: tl.constexpr,
 ):
-    """Every program reads COUNT blocks, REPEATS times, one further on each time; the next program begins APART further on."""
+    """Every program reads COUNT blocks, REPEATS times, one further on each time; the next program begins APART further
+    on.
+    """
     pid = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)
@@ -220,7 +223,9 @@ def barriers(machine: Machine):
 
 
 def loops(machine: Machine):
-    """A step of our own loops, forward and backward, by each protocol of the exchange; both must give the same numbers."""
+    """A step of our own loops, forward and backward, by each protocol of the exchange; both must give the same
+    numbers.
+    """
     from fusedlstm import plan
     from fusedlstm.engines import launch
 
@@ -231,7 +236,8 @@ def loops(machine: Machine):
         by_data = [plan.plan("lstm", many, B, H, "bf16", 1, limits, p, protocol="data") for p in ("fwd", "bwd")]
         if any(p.schedule == "stepped" for p in by_data):
             print(
-                f"loop of B{B} H{H}: skipped, no group of programs fits on {limits.name} with {limits.num_sms} multiprocessors"
+                f"loop of B{B} H{H}: skipped, no group of programs fits on {limits.name} with {limits.num_sms} "
+                f"multiprocessors"
             )
             continue
         for protocol in ("counter", "data"):

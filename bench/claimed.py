@@ -1,4 +1,6 @@
-"""A driver for Triton that only claims to have a GPU: its just-in-time path goes on to the launch, which does nothing."""
+"""A driver for Triton that only claims to have a GPU: its just-in-time path goes on to the launch, which does
+nothing.
+"""
 
 import torch
 from triton.backends.compiler import GPUTarget

@@ -27,7 +27,8 @@ def _output(*command: str) -> str | None:
 def commit() -> tuple[str, str]:
     """Short commit and whether code is uncommitted, "true" or "false".
 
-    A tree without git has no commit: it is named by its sources, "tree-" and `digest`, and is "unknown" to be committed.
+    A tree without git has no commit: it is named by its sources, "tree-" and `digest`, and is "unknown" to be
+    committed.
     """
     top = _output("git", "rev-parse", "--show-toplevel")
     sha = _output("git", "rev-parse", "--short=10", "HEAD") if top and Path(top).resolve() == ROOT else None
@@ -38,7 +39,9 @@ def commit() -> tuple[str, str]:
 
 
 def digest(root: Path) -> str:
-    """Ten digits of a SHA-1 of all sources under `CODE`, the same of every copy: `python -m bench.environment` prints a checkout's."""
+    """Ten digits of a SHA-1 of all sources under `CODE`, the same of every copy: `python -m bench.environment` prints a
+    checkout's.
+    """
     found = hashlib.sha1(usedforsecurity=False)
     for folder in CODE:
         for directory, folders, names in os.walk(root / folder):  # no links: fusedlstm/kernels may be one

@@ -33,8 +33,8 @@ def rates(measured: list[dict]) -> Rates:
 def bound_ms(row: dict, known: Rates) -> tuple[float, str] | None:
     """Lower bound of a case in milliseconds and what sets it: "matrix", "memory" or "barrier"; None without rates.
 
-    The largest of: products over the matrix rate, bytes over the bandwidth, exchanges in a row times the barrier among as
-    few programs as can hold `weight_hh`. Layers of a stack may overlap: L layers take T + L - 1 steps in a row.
+    The largest of: products over the matrix rate, bytes over the bandwidth, exchanges in a row times the barrier among
+    as few programs as can hold `weight_hh`. Layers of a stack may overlap: L layers take T + L - 1 steps in a row.
     """
     shape = BY_ID.get(row["shape"])
     rate, bandwidth = known.get(("matmul", row["dtype"])), known.get(("copy", "float32"))

@@ -1,10 +1,11 @@
-"""Everything that a GPU machine has to show, in one command that needs nobody beside it: `python -m bench.gpu --out DIR`.
+"""Everything that a GPU machine has to show, in one command that needs nobody beside it: `python -m bench.gpu --out
+DIR`.
 
-Facts about the machine, a first run of the kernels, GPU tests, the machine's ceilings, memory and race checkers where present, then
-the table with the time that is left, the profile of its slowest row, and tables and a plot from all rows. Each part is a
-process with a limit and a log; a part that fails or hangs does not stop the next, and every row is written when it is
-measured. DIR is flat and holds at most eight files: summary.md, <gpu>.csv, speedup.png and logs. Runs with the machine's own
-Python, torch and Triton, offline. Exit status 0 means that every correctness part passed.
+Facts about the machine, a first run of the kernels, GPU tests, the machine's ceilings, memory and race checkers where
+present, then the table with the time that is left, the profile of its slowest row, and tables and a plot from all rows.
+Each part is a process with a limit and a log; a part that fails or hangs does not stop the next, and every row is
+written when it is measured. DIR is flat and holds at most eight files: summary.md, <gpu>.csv, speedup.png and logs.
+Runs with the machine's own Python, torch and Triton, offline. Exit status 0 means that every correctness part passed.
 
 `--rehearse` walks the same parts on a CPU: kernels interpreted, sizes tiny.
 """
@@ -35,8 +36,8 @@ STOP_S = 8  # for the table to end by itself
 KILL_S = 10  # for a process to go when it is killed: one that waits for a driver may never
 MAX_LOG_BYTES = 4 << 20
 
-# On the GPU TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled; in a rehearsal it is set.
-# -vv: the configuration's own -q takes one away, and a name a line tells how far a run that was stopped had come.
+# On the GPU TRITON_INTERPRET is taken out of the environment, so the kernel tests run compiled; in a rehearsal it is
+# set. -vv: the configuration's own -q takes one away, and a name a line tells how far a run that was stopped had come.
 PYTEST_OPTIONS = ("-p", "no:cacheprovider", "--tb=short", "-vv", "--maxfail=25")
 PYTEST_WORKERS = 12  # nearly all of the time goes into compiling kernels
 BY_FILE = ("-m", "bench.by_file", "--at-once", str(PYTEST_WORKERS))
@@ -48,7 +49,10 @@ MODULE_TESTS = tuple(
 REHEARSAL_PATHS = ("tests/kernels/test_recurrence_fwd.py", "tests/kernels/test_activations.py")
 REHEARSAL_PYTEST_OPTIONS = (*PYTEST_OPTIONS, "-k", "two_directions or saturation")
 TABLE_ARGS = "--set gpu --warm 0 --seconds-per-case 0.4 --case-limit 60"
-REHEARSAL_TABLE_ARGS = "--set rehearsal --seconds-per-case 0.01 --min-rounds 2 --threads 1 --provider fusedlstm-triton --provider fusedlstm-states"
+REHEARSAL_TABLE_ARGS = (
+    "--set rehearsal --seconds-per-case 0.01 --min-rounds 2 --threads 1 "
+    "--provider fusedlstm-triton --provider fusedlstm-states"
+)
 OUR_KERNELS = "recurrence"  # in the name of every kernel that racecheck shall look at
 MACHINE_LOG, CORRECTNESS_LOG, TABLE_LOG, LAST_LOG = (
     f"log-{name}.txt" for name in ("machine", "correctness", "table", "slowest")
@@ -68,7 +72,7 @@ def found():
         return False
 ok = found()
 if not ok:
-    # kernels/ is mapped to fusedlstm.kernels by an editable install; where that is refused, a link (ignored by git) does.
+    # An editable install maps kernels/ to fusedlstm.kernels; where that is refused, a link (ignored by git) does.
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."])
     done = subprocess.run([sys.executable, "-c", "import fusedlstm.kernels"])
     if done.returncode:
@@ -81,7 +85,8 @@ sys.exit(not ok)
 FACTS = """
 import importlib.metadata, os, platform, shutil, subprocess, sys
 print("python", sys.version.split()[0], platform.platform(), os.cpu_count(), "cores")
-for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "rich", "matplotlib", "flashrnn", "haste_pytorch", "fastlstm", "torchrl"):
+rivals = ("flashrnn", "haste_pytorch", "fastlstm", "torchrl")
+for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "rich", "matplotlib", *rivals):
     try: print(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError: print(name, "absent")
 for tool in ("compute-sanitizer", "nvcc", "cuobjdump", "git", "gcc"):
@@ -160,7 +165,9 @@ def judge_sanitizer(status: int, log: str) -> tuple[str, str]:
 
 
 def only_our_kernels() -> list[str]:
-    """Options that keep racecheck off the libraries' kernels, whose hazards are not ours; the name changed over time."""
+    """Options that keep racecheck off the libraries' kernels, whose hazards are not ours; the name changed over
+    time.
+    """
     text = _output("compute-sanitizer", "--help")
     for option in ("--kernel-name", "--kernel-regex"):
         if option in text:

@@ -1,7 +1,7 @@
 """What the compiler makes of every plan for the field's shapes, on every target, without a GPU.
 
-`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. A kernel that spills is
-named in `fusedlstm/plan/spills.json`, the plan takes its next variant, and that is compiled, until none spills. With
+`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. A kernel that spills
+is named in `fusedlstm/plan/spills.json`, the plan takes its next variant, and that is compiled, until none spills. With
 `--refresh` only the plans that are not in the table yet are compiled: for a change of the cost model or of the device
 table, not of the kernels. With `--spills` nothing but the list of spills is written, and only for the
 targets that are tuned for: for a second version of Triton.
@@ -56,7 +56,9 @@ COLUMNS = [
 
 
 class Numbers(NamedTuple):
-    """What the compiler made of a plan; the last four are of an iteration of the time loop (`offline.Loop`), none on AMD."""
+    """What the compiler made of a plan; the last four are of an iteration of the time loop (`offline.Loop`), none on
+    AMD.
+    """
 
     regs: int
     spill_bytes: int
@@ -74,11 +76,14 @@ def shapes() -> list[Shape]:
 
 
 def plans() -> list[tuple[str, str, Plan]]:
-    """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, all layouts and stacks as a wave."""
+    """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, all layouts and stacks as a
+    wave.
+    """
     found = []
     for s, (name, precision), limits in itertools.product(shapes(), DTYPES.items(), DEVICES.values()):
         sizes = (s.H, name.split("-")[0])
-        # float16 has the machine code of bfloat16, and IEEE products that of TF32 but for the dot: they are compiled dense.
+        # float16 has the machine code of bfloat16, and IEEE products that of TF32 but for the dot: they are compiled
+        # dense.
         layouts = LAYOUTS if limits.arch in OTHER_LAYOUTS and name in MOST else LAYOUTS[:1]
         if limits.arch not in OTHER_LAYOUTS and name not in MOST:
             continue
@@ -177,7 +182,9 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
 
 
 def is_unfit(p: Plan, numbers: Numbers) -> bool:
-    """It spills more than the target allows, which is nothing where plans are tuned; or it does not compile, or to a trap."""
+    """It spills more than the target allows, which is nothing where plans are tuned; or it does not compile, or to a
+    trap.
+    """
     return numbers.regs < 0 or numbers.spill_bytes > allowed_bytes(p.arch) or _lost_matrix(p, numbers)
 
 
@@ -275,7 +282,8 @@ def main() -> int:
     for p, found in bad:
         for fault in found:
             console.print(
-                f"[red]{p.cell} {p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} w{p.num_warps} "
+                f"[red]{p.cell} {p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} "
+                f"w{p.num_warps} "
                 f"{layout(p)}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))

@@ -1,19 +1,19 @@
-"""The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward, against ATen's
-(GRU, RNN, LSTM), or against two loops of torch operations that autograd differentiates, both with the input product taken before:
-"indexed" as it is written down, step t is `preact_x[t] + linear(h, weight_hh)`; "unbound" by one who knows what the gradient of
-indexing costs, and that the sum fits into the product.
+"""The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward,
+against ATen's (GRU, RNN, LSTM), or against two loops of torch operations that autograd differentiates, both with the
+input product taken before: "indexed" as it is written down, step t is `preact_x[t] + linear(h, weight_hh)`; "unbound"
+by one who knows what the gradient of indexing costs, and that the sum fits into the product.
 
-Weights and input are the same, all gradients are taken and compared first, rounds take turns (`bench.timing`). LSTM is not ours to
+Weights and input are the same, all gradients are taken and compared first, rounds take turns (`bench.timing`). LSTM is
+not ours to
 win there, oneDNN has it whole: its row shows what a loop costs beside the best there is.
 
-A block of 31 MB is freed before all else, on behalf of every side. glibc gives what lies free at the end of the heap back to the
-system if it is more than twice the largest block freed so far, and every page of it then costs a fault anew; without that
-block the order of the cases would decide who pays (layer norm pays 4 to 14 thousand faults a call, a tenth of its time). A
-process that trains has freed such a block, with its data or weights.
+A block of 31 MB is freed before all else, on behalf of every side. glibc gives what lies free at the end of the heap
+back to the system if it is more than twice the largest block freed so far, and every page of it then costs a fault
+anew; without that block the order of the cases would decide who pays (layer norm pays 4 to 14 thousand faults a call, a
+tenth of its time). A process that trains has freed such a block, with its data or weights.
 """
 
 import argparse
-import os
 
 from rich.console import Console
 from rich.table import Table

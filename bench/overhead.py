@@ -1,8 +1,8 @@
 """What the host pays: `python -m bench.overhead`, on a CPU.
 
-First `fusedlstm.LSTM` over `torch.nn.LSTM` where both run ATen. Then a launch of a kernel of ours, as `fusedlstm.engines.bound` does it
-and as Triton's `kernel[grid](...)` does, down to a driver that launches nothing: what the driver itself takes comes on top of
-both. The two take turns, and in turns go first; medians over all rounds.
+First `fusedlstm.LSTM` over `torch.nn.LSTM` where both run ATen. Then a launch of a kernel of ours, as
+`fusedlstm.engines.bound` does it and as Triton's `kernel[grid](...)` does, down to a driver that launches nothing: what
+the driver itself takes comes on top of both. The two take turns, and in turns go first; medians over all rounds.
 """
 
 import contextlib

@@ -103,7 +103,9 @@ def _or_dash(value: float | None, form: str | None = None) -> str:
 
 
 def overview(measured: list[rows.Row]) -> str:
-    """Markdown: per mode one line a shape, with ours in milliseconds and the ratio for every dtype, and geometric means."""
+    """Markdown: per mode one line a shape, with ours in milliseconds and the ratio for every dtype, and geometric
+    means.
+    """
     cases, own = _cases(measured), ours(measured)
     present = [dtype for dtype in DTYPES if any(case[2] == dtype for case in cases)]
     parts = []

@@ -6,7 +6,8 @@ import torch
 
 import fusedlstm
 
-# One group and several, below and above the smallest tiles, odd sizes; kept tiny: a checker slows a kernel a hundredfold.
+# One group and several, below and above the smallest tiles, odd sizes; kept tiny: a checker slows a kernel a
+# hundredfold.
 SIZES = ((3, 2, 5, 7), (4, 17, 16, 33), (3, 33, 24, 136))  # T, B, I, H
 
 

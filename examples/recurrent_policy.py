@@ -1,12 +1,13 @@
 """A recurrent policy learns to remember: policy gradients over batches in which episodes end in the middle.
 
-The task: an episode shows one of four cues, then nothing for 4 to 12 steps, then a bell. The action at the bell must name
-the cue, for a reward of 1. A new episode begins at once, so a batch of T steps holds several of each environment's, and
-nothing may leak from one to the next. The policy is an LSTM whose state is reset where an episode begins.
+The task: an episode shows one of four cues, then nothing for 4 to 12 steps, then a bell. The action at the bell must
+name the cue, for a reward of 1. A new episode begins at once, so a batch of T steps holds several of each
+environment's, and nothing may leak from one to the next. The policy is an LSTM whose state is reset where an episode
+begins.
 
-The same training runs twice from the same seed, and prints the same learning curve up to rounding: with `resets=`, all steps in one call;
-and with a loop over `torch.nn.LSTMCell`, as it is written by hand. Rollouts are alike in both; the time printed is that of
-the updates (forward, backward and optimiser).
+The same training runs twice from the same seed, and prints the same learning curve up to rounding: with `resets=`, all
+steps in one call; and with a loop over `torch.nn.LSTMCell`, as it is written by hand. Rollouts are alike in both; the
+time printed is that of the updates (forward, backward and optimiser).
 
     python examples/recurrent_policy.py
 """
@@ -185,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     (ours, _), (by_hand, _) = found.values()
     apart = max(abs(a - b) for a, b in zip(ours, by_hand, strict=True))
     console.print(
-        f"The curves are at most {apart:.2%} apart; an update by the loop takes {medians[1] / medians[0]:.2f} times as long."
+        f"The curves are at most {apart:.2%} apart; an update by the loop takes {medians[1] / medians[0]:.2f} "
+        f"times as long."
     )
 
 

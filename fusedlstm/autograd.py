@@ -1,12 +1,13 @@
 """Layers with their gradients: one `autograd.Function` for a layer, and for several layers in one launch.
 
 Around the ops (`fusedlstm.ops`), which hold what must be done step by step, are the large products: that of the input
-before the loop, and those of the weights, biases and input after it (`fusedlstm.gradients`). `LoopFunction` knows what autograd
-must know. What is computed is told by its first argument, a value without tensors: a `Layer` or a `Wave`.
+before the loop, and those of the weights, biases and input after it (`fusedlstm.gradients`). `LoopFunction` knows what
+autograd must know. What is computed is told by its first argument, a value without tensors: a `Layer` or a `Wave`.
 
-A wave is one launch in which layer l does step t beside layer l + 1 doing step t - 1. So a stack of L layers waits T + L - 1
-times for an exchange and not L * T times, where the device has room for all of them (`fusedlstm.plan.wave`). The numbers are those
-of one layer after another, except that what a layer takes from the one below is not rounded in between.
+A wave is one launch in which layer l does step t beside layer l + 1 doing step t - 1. So a stack of L layers waits T +
+L - 1 times for an exchange and not L * T times, where the device has room for all of them (`fusedlstm.plan.wave`). The
+numbers are those of one layer after another, except that what a layer takes from the one below is not rounded in
+between.
 """
 
 import functools
@@ -41,8 +42,8 @@ from fusedlstm.ops import (
 )
 from fusedlstm.products import add_recurrent_product, joined, normalised, product, stacked
 
-# Blocks of steps with save="states": with more of them the borders grow as the buffers shrink. A product of fewer rows is slow, and
-# what it saves is little.
+# Blocks of steps with save="states": with more of them the borders grow as the buffers shrink. A product of fewer rows
+# is slow, and what it saves is little.
 MOST_BLOCKS, FEWEST_STEPS, FEWEST_ROWS = 10, 4, 256
 
 
@@ -97,8 +98,8 @@ class LoopFunction(torch.autograd.Function):
 class Layer(NamedTuple):
     """One layer in all its directions, over blocks of steps (`begins_of_blocks`).
 
-    With `save` "gates" that is one block, which keeps gates and c_seq. With "states" a block keeps the c that enters it, and the
-    backward recomputes the rest from the output.
+    With `save` "gates" that is one block, which keeps gates and c_seq. With "states" a block keeps the c that enters
+    it, and the backward recomputes the rest from the output.
     """
 
     cell: str
@@ -109,8 +110,8 @@ class Layer(NamedTuple):
     save: str
 
     def forward(self, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...]:
-        """What `recurrence_fwd` returns; c of all steps that begin a block but the first, [blocks - 1, S, D, B, H]; and the
-        products of `_block_fwd`."""
+        """What `recurrence_fwd` returns; c of all steps that begin a block but the first, [blocks - 1, S, D, B, H]; and
+        the products of `_block_fwd`."""
         blocks = self._blocks(input, batch.layout)
         keeps_gates, saves_states = self.save == "gates", self.save == "gates" or self.wants_c_seq
         output, c_seq, borders = None, None, []
@@ -219,7 +220,9 @@ class Wave(NamedTuple):
     wants_c_seq: bool
 
     def forward(self, input, hx, cx, preact_0, parameters, batch, *saves: bool) -> tuple[Tensor, ...]:
-        """What `wave_fwd` returns, of all layers, and two that are empty; `saves`: gates and states, both if nothing is said."""
+        """What `wave_fwd` returns, of all layers, and two that are empty; `saves`: gates and states, both if nothing is
+        said.
+        """
         cell = cells.CELLS[self.cell]
         preact_x = input_product(self.cell, input, parameters[:1], None, batch.layout)
         weights = (*_above_first(cell, parameters, input), [p[1] for p in parameters], cell.step_vectors(parameters))
@@ -313,7 +316,8 @@ def layer(
         noise: Zoneout and dropouts inside of the steps.
 
     Returns:
-        output [T, B, D*H] or [R, D*H], the final states, and c_seq [S, T, B, D*H] or [S, R, D*H] in the dtype of `input`.
+        output [T, B, D*H] or [R, D*H], the final states, and c_seq [S, T, B, D*H] or [S, R, D*H] in the dtype of
+        `input`.
     """
     hx, cx = state[0], states_beside_h(state)
     loop, batch = Layer(cell, engine, len(parameters), clip, wants_c_seq, save), Batch(layout, noise)
@@ -474,7 +478,9 @@ def _recomputed_with_norms(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Of the LSTM with layer normalisation: with the recurrent products normalised too, gates and c are those of an LSTM."""
+    """Of the LSTM with layer normalisation: with the recurrent products normalised too, gates and c are those of an
+    LSTM.
+    """
     D, H = len(parameters), hx.size(-1)
     recurrent = [product(before(d), p[1].t()) for d, p in enumerate(parameters)]  # [R, 4*H]
     for x, u, own in zip(preact_x, recurrent, vectors, strict=True):

@@ -14,7 +14,19 @@ State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
 Init = Callable[[nn.Module], None] | Sequence[Callable[[nn.Module], None]] | None
 
 
-class Recurrent(nn.RNNBase):
+class _CheckedAttributes(nn.Module):
+    """What is set after construction is checked like what the constructor is given."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in _CHECKS:
+            value = _CHECKS[name](value)
+        super().__setattr__(name, value)
+
+
+_CHECKS = {"backend": checks.backend, "grad_clip": checks.grad_clip, "save": checks.save}
+
+
+class Recurrent(_CheckedAttributes, nn.RNNBase):
     """A stack of recurrent layers over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
 
     Example::
@@ -25,32 +37,34 @@ class Recurrent(nn.RNNBase):
         output, h_n = MyGRU(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `torch.nn.GRU`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
+            `torch.nn.GRU`.
         backend: "auto", "triton", "torch" or "reference"; see `fusedlstm.engines`. An engine asked for by name
             serves the call or raises.
         grad_clip: in the backward, every element of the gradient of a state that enters a step is kept within
             -grad_clip and grad_clip; None is no limit. Of scaled losses (`GradScaler`) it bounds the scaled gradient.
-        save: what our own loops, the kernels' above all, keep for the backward: "gates" is faster; "states" is lean, the
-            backward recomputes the gates with one more product. Where ATen serves the call, ATen decides.
-        num_heads: n, how many groups of DH = H / n hidden units there are, each of which sees only its own h: the recurrent
-            weight is block diagonal. Unit u is of head u // DH, and `weight_hh_l*` is [G*H, DH], a column for every unit of
-            the row's head. 1 is the usual layer.
-        init: a function of the module that changes its initial values, or several; see `fusedlstm.inits`. Before it they
-            are torch's, uniform in 1 / sqrt(H).
+        save: what our own loops, the kernels' above all, keep for the backward: "gates" is faster; "states" is lean,
+            the backward recomputes the gates with one more product. Where ATen serves the call, ATen decides.
+        num_heads: n, how many groups of DH = H / n hidden units there are, each of which sees only its own h: the
+            recurrent weight is block diagonal. Unit u is of head u // DH, and `weight_hh_l*` is [G*H, DH], a column for
+            every unit of the row's head. 1 is the usual layer.
+        init: a function of the module that changes its initial values, or several; see `fusedlstm.inits`. Before it
+            they are torch's, uniform in 1 / sqrt(H).
         zoneout: probability with which a unit's state stays what it was, of all states, or two numbers, of h and of the
             others; evaluation takes the mean of both (Krueger et al. 2016).
-        candidate_dropout: probability of dropping what a unit offers to its memory, step by step (Semeniuta et al. 2016).
-        recurrent_dropout: of dropping an element of the h that enters the recurrent product, the same ones at all steps of
-            a sequence (Gal & Ghahramani 2016).
-        weight_dropout: of dropping an element of `weight_hh`, once a call (Merity et al. 2017). These three divide what is
-            left by 1 - p, and do nothing in evaluation. Masks are those of `torch.manual_seed`, the same on every engine of
-            a device; see `fusedlstm.noise`. None of the four with `proj_size`.
+        candidate_dropout: probability of dropping what a unit offers to its memory, step by step (Semeniuta et al.
+            2016).
+        recurrent_dropout: of dropping an element of the h that enters the recurrent product, the same ones at all steps
+            of a sequence (Gal & Ghahramani 2016).
+        weight_dropout: of dropping an element of `weight_hh`, once a call (Merity et al. 2017). These three divide what
+            is left by 1 - p, and do nothing in evaluation. Masks are those of `torch.manual_seed`, the same on every
+            engine of a device; see `fusedlstm.noise`. None of the four with `proj_size`.
 
-    Parameters: per layer and direction `weight_ih_l*` [G*H, I], `weight_hh_l*` [G*H, H / n], `bias_ih_l*` and `bias_hh_l*`
-        [G*H], then the cell's own vectors [H]; rows in the order of the cell's gates.
-    Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; every initial state [L * D, B, H] (or
-        without B), zero if not given; output [T, B, D * H] (or like input); final states like the initial ones. A cell
-        that has only h takes and returns a tensor, others a tuple, h first.
+    Parameters: per layer and direction `weight_ih_l*` [G*H, I], `weight_hh_l*` [G*H, H / n], `bias_ih_l*` and
+        `bias_hh_l*` [G*H], then the cell's own vectors [H]; rows in the order of the cell's gates.
+    Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; every initial state [L * D, B,
+        H] (or without B), zero if not given; output [T, B, D * H] (or like input); final states like the initial ones.
+        A cell that has only h takes and returns a tensor, others a tuple, h first.
     Precision: products in the dtype of `input`; on the Triton engine sums, gates and states beside h in float32.
     """
 
@@ -70,7 +84,6 @@ class Recurrent(nn.RNNBase):
         device=None,
         dtype=None,
         *,
-        proj_size: int | None = None,
         backend: str = "auto",
         grad_clip: float | None = None,
         save: str = "gates",
@@ -81,10 +94,9 @@ class Recurrent(nn.RNNBase):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
     ) -> None:
-        cell = checks.cell(self.cell)
-        size = checks.proj_size(proj_size, cell)
-        # By name, for a subclass may have a class of torch.nn between this one and nn.RNNBase; and as an LSTM on the meta
-        # device, for torch checks the arguments, but knows neither all cells nor heads.
+        cell, size = checks.cell(self.cell), getattr(self, "proj_size", 0)  # which a subclass has set, if it has one
+        # By name, for a subclass may have a class of torch.nn between this one and nn.RNNBase; and as an LSTM on the
+        # meta device, for torch checks the arguments, but knows neither all cells nor heads.
         nn.RNNBase.__init__(
             self,
             "LSTM",
@@ -100,9 +112,7 @@ class Recurrent(nn.RNNBase):
             dtype,
         )
         self.mode = cell.upper()
-        self.backend = checks.backend(backend)
-        self.grad_clip = checks.grad_clip(grad_clip)
-        self.save = checks.save(save)
+        self.backend, self.grad_clip, self.save = backend, grad_clip, save
         self.num_heads = checks.num_heads(num_heads, hidden_size, size, cell)
         self.init = checks.init(init)
         self.rates = checks.rates(cell, zoneout, candidate_dropout, recurrent_dropout, weight_dropout, size)
@@ -128,9 +138,9 @@ class Recurrent(nn.RNNBase):
             change(self)
 
     def num_parameters(self) -> int:
-        """How many numbers all parameters have: over L layers the sum of D (G H (I_l + H / n) + 2 G H + V H), I_l being I for
-        the first and D H for the others. G gates and V vectors of the cell, n heads; no 2 G H without biases. With a
-        projection P stands for H / n and in I_l for H, and P H is added.
+        """How many numbers all parameters have: over L layers the sum of D (G H (I_l + H / n) + 2 G H + V H), I_l being
+        I for the first and D H for the others. G gates and V vectors of the cell, n heads; no 2 G H without biases.
+        With a projection P stands for H / n and in I_l for H, and P H is added.
         """
         shapes = [shape for layer in range(self.num_layers) for shape in self._shapes(layer).values()]
         return self._directions * sum(map(math.prod, shapes))
@@ -145,8 +155,7 @@ class Recurrent(nn.RNNBase):
         return _shapes(self.cell, input_size, self.hidden_size, self.bias, self.num_heads, self.proj_size)
 
     def extra_repr(self) -> str:
-        text = _with_heads(super().extra_repr(), self.num_heads)
-        return f"{text}, {self.rates}" if any(self.rates) else text
+        return ", ".join([super().extra_repr(), *_differing(self), *([str(self.rates)] if any(self.rates) else [])])
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
@@ -164,15 +173,17 @@ class Recurrent(nn.RNNBase):
         """Run the stack over a sequence; see the class for shapes.
 
         Args:
-            lengths: how many steps every sequence has, 0 to T, on any device. The rest is padding: output is zero there,
-                final states are those of the last step before it (hx, where there is none), and the reverse direction
-                begins before it. The same numbers as packing; what the padding holds should be finite. A number below 0 or
-                above T is an error where `lengths` are on the host. On a device they are not looked at, since that would wait for
-                it, unless `FUSEDLSTM_DEBUG=1` is set, nor inside of a compiled graph: there it counts as 0 or T.
-            resets: a true at step t cuts the sequence between t - 1 and t: forward, the state that enters step t is zero
-                (at t = 0 hx is dropped); in the reverse direction, that which enters step t - 1. No gradient crosses.
-            return_cell_states: return also the states beside h of every step of the last layer, each [T, B, D * H] or like
-                the output: a tensor if there is one, else a tuple.
+            lengths: how many steps every sequence has, 0 to T, on any device. The rest is padding: output is zero
+                there, final states are those of the last step before it (hx, where there is none), and the reverse
+                direction begins before it. The same numbers as packing; what the padding holds should be finite. A
+                number below 0 or above T is an error where `lengths` are on the host. On a device they are not looked
+                at, since that would wait for it, unless `FUSEDLSTM_DEBUG=1` is set, nor inside of a compiled graph:
+                there it counts as 0 or T.
+            resets: a true at step t cuts the sequence between t - 1 and t: forward, the state that enters step t is
+                zero (at t = 0 hx is dropped); in the reverse direction, that which enters step t - 1. No gradient
+                crosses.
+            return_cell_states: return also the states beside h of every step of the last layer, each [T, B, D * H] or
+                like the output: a tensor if there is one, else a tuple.
             grad_clip: for this call, in place of the module's.
 
         Raises:
@@ -184,7 +195,9 @@ class Recurrent(nn.RNNBase):
         return (output, states, c_seq) if return_cell_states else (output, states)
 
     def _prepared(self, input, hx, lengths, resets):
-        """Arguments of `forward`, checked, as `functional.run` takes them; and what makes of its results those of `forward`."""
+        """Arguments of `forward`, checked, as `functional.run` takes them; and what makes of its results those of
+        `forward`.
+        """
         self._update_flat_weights()
         checks.sequence(self, input, hx)
         if lengths is not None or resets is not None:
@@ -251,7 +264,7 @@ class Recurrent(nn.RNNBase):
         return tuple(s.index_select(1, permutation) for s in hx)
 
 
-class RecurrentCell(nn.RNNCellBase):
+class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
     """One step over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
 
     Args:
@@ -259,8 +272,8 @@ class RecurrentCell(nn.RNNCellBase):
         backend, num_heads, init: as in :class:`Recurrent`.
 
     Parameters: those of one layer of :class:`Recurrent`, without `_l0`.
-    Shapes: input [B, I] or [I]; every state [B, H] or [H], zero if not given; returns the new ones. A cell that has only h
-        takes and returns a tensor, others a tuple, h first.
+    Shapes: input [B, I] or [I]; every state [B, H] or [H], zero if not given; returns the new ones. A cell that has
+        only h takes and returns a tensor, others a tuple, h first.
     """
 
     cell: str
@@ -282,7 +295,7 @@ class RecurrentCell(nn.RNNCellBase):
         nn.RNNCellBase.__init__(  # by name and on the meta device, as in Recurrent
             self, input_size, hidden_size, bias, num_chunks=num_chunks, device="meta", dtype=dtype
         )
-        self.backend = checks.backend(backend)
+        self.backend = backend
         self.num_heads = checks.num_heads(num_heads, hidden_size, cell=self.cell)
         self.init = checks.init(init)
         for name, shape in self._shapes().items():
@@ -303,7 +316,7 @@ class RecurrentCell(nn.RNNCellBase):
         return _shapes(self.cell, self.input_size, self.hidden_size, self.bias, self.num_heads)
 
     def extra_repr(self) -> str:
-        return _with_heads(super().extra_repr(), self.num_heads)
+        return ", ".join([super().extra_repr(), *_differing(self)])
 
     def forward(
         self,
@@ -347,5 +360,10 @@ def _state(states: Sequence[Tensor]) -> State:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def _with_heads(text: str, num_heads: int) -> str:
-    return text if num_heads == 1 else f"{text}, num_heads={num_heads}"
+def _differing(module: Recurrent | RecurrentCell) -> list[str]:
+    """The options of a module that differ from their defaults, as `repr` shows them."""
+    defaults = {"num_heads": 1, "backend": "auto", "grad_clip": None, "save": "gates"}
+    differing = {k: getattr(module, k, default) for k, default in defaults.items()}
+    texts = [f"{k}={v}" for k, v in differing.items() if v != defaults[k]]
+    names = [getattr(change, "__name__", repr(change)) for change in module.init]
+    return [*texts, f"init={names[0] if len(names) == 1 else names}"] if names else texts

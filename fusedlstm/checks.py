@@ -70,12 +70,6 @@ def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) 
     return Rates(*map(float, found.values()))
 
 
-def proj_size(value: int | None, cell: str) -> int:
-    if value is not None and cell != "lstm":
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-    return value or 0
-
-
 def nonlinearity(value: str) -> str:
     if value not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{value}'. Select from 'tanh' or 'relu'.")
@@ -255,7 +249,8 @@ def _packed_data(input: PackedSequence) -> Tensor:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if not torch.compiler.is_compiling() and (steps := int(batch_sizes.sum())) != len(data):
         raise ValueError(
-            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length given to "
+            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length "
+            f"given to "
             "pack_padded_sequence larger than its input is long?"
         )
     return data
@@ -266,8 +261,8 @@ def lengths_and_resets(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check the `lengths` and `resets` of a sequence that was checked before; returns them as tensors.
 
-    Values are looked at on the host, and on a device only with `FUSEDLSTM_DEBUG=1`: that waits for it. Else lengths beyond 0 to T
-    count there as the nearer of these.
+    Values are looked at on the host, and on a device only with `FUSEDLSTM_DEBUG=1`: that waits for it. Else lengths
+    beyond 0 to T count there as the nearer of these.
     """
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:

@@ -120,12 +120,14 @@ def convert(model: nn.Module, *, backend: str = "auto") -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Make every layer and cell of ours in `model` that `torch.nn` has one of `torch.nn` again. Changes `model` in place.
+    """Make every layer and cell of ours in `model` that `torch.nn` has one of `torch.nn` again. Changes `model` in
+    place.
 
     The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
-    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend`, `save` and `init` is lost.
-    A module with `grad_clip`, zoneout or heads, or of a cell that torch has not, stays. What
-    was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one piece.
+    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend`, `save` and `init`
+    is lost. A module with `grad_clip`, zoneout or heads, or of a cell that torch has not, stays. What
+    was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one
+    piece.
 
     Returns:
         What was replaced, and for every other module of ours why it was not.
@@ -157,7 +159,8 @@ def restore(model: nn.Module) -> Report:
 
 @contextlib.contextmanager
 def patch_torch(*, backend: str = "auto"):
-    """Inside, `torch.nn.LSTM(...)`, `GRU(...)`, `RNN(...)` and their cells build ours, however their names were imported.
+    """Inside, `torch.nn.LSTM(...)`, `GRU(...)`, `RNN(...)` and their cells build ours, however their names were
+    imported.
 
     For third-party code that builds its own layers. What it builds is an instance of `torch.nn.LSTM` and of
     `fusedlstm.LSTM`. Subclasses of `torch.nn.LSTM`, copies and loaded files stay what they are. For the whole process,

@@ -33,8 +33,8 @@ class Spec(NamedTuple):
     bidirectional: bool = False
     # P, the size of a projected h of an LSTM; 0 is none, and P is then H.
     proj_size: int = 0
-    # The probability of zeroing an element of every layer's output but the last, and those of noise inside of the steps; both
-    # in training.
+    # The probability of zeroing an element of every layer's output but the last, and those of noise inside of the
+    # steps; both in training.
     dropout: float = 0.0
     rates: Rates = NO_RATES
     training: bool = False
@@ -42,7 +42,8 @@ class Spec(NamedTuple):
     cell_states: bool = False
     # The largest element of the gradient of a state that enters a step; None: any.
     grad_clip: float | None = None
-    # What our own loops keep for the backward, "gates" or "states". Where ATen or the specification serves the call, they decide.
+    # What our own loops keep for the backward, "gates" or "states". Where ATen or the specification serves the call,
+    # they decide.
     save: str = "gates"
     backend: str = "auto"
 
@@ -66,10 +67,11 @@ class Rows(NamedTuple):
 
     # Whether `input` is [B, T, I], and `resets` and the results are alike. Packed input has no such axes.
     batch_first: bool = False
-    # [T] int64 on the CPU: how many sequences have a step t, as in a PackedSequence. `input`, `states` and the results are then
-    # in its sorted order.
+    # [T] int64 on the CPU: how many sequences have a step t, as in a PackedSequence. `input`, `states` and the results
+    # are then in its sorted order.
     batch_sizes: Tensor | None = None
-    # [B] integers: steps of every sequence, 0 to T. A number beyond these counts as the nearer. What follows is padding.
+    # [B] integers: steps of every sequence, 0 to T. A number beyond these counts as the nearer. What follows is
+    # padding.
     lengths: Tensor | None = None
     # bool, the leading axes of `input`: where a sequence is cut, see `fusedlstm.layout`.
     resets: Tensor | None = None
@@ -131,9 +133,9 @@ def run(
             `Cell.gates`. A weight_hh [G*H, DH] with fewer columns than h has H / DH heads (`fusedlstm.products`).
 
     Returns:
-        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; the final states, the given ones of a sequence
-        without steps; the S states beside h of every step [S, T, B, D * H] or the like, zero in padding, or None. They have the
-        dtype of `input`, under autocast that of autocast.
+        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; the final states, the given ones of a
+        sequence without steps; the S states beside h of every step [S, T, B, D * H] or the like, zero in padding, or
+        None. They have the dtype of `input`, under autocast that of autocast.
 
     Precision: products in the dtype of the results; on a CPU float16, and bfloat16 where the CPU has no instructions
         for it, are computed in float32.
@@ -235,7 +237,9 @@ def _dense_if_equal(call: _Call) -> tuple[_Call, Callable[..., Results]]:
 
 
 def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:
-    """A batch with lengths and resets as the packed batch of its uncut pieces, so that all that serves packed batches serves it."""
+    """A batch with lengths and resets as the packed batch of its uncut pieces, so that all that serves packed batches
+    serves it.
+    """
     spec, rows = call.spec, call.rows
     input, resets = _time_major(rows, call.input, rows.resets)
     leading, initial = input.shape[:-1], call.states
@@ -295,7 +299,9 @@ def _layout(
 
 
 def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`x` there, in that type. To a GPU without waiting for it, but for pinned memory: the caller may write that again."""
+    """`x` there, in that type. To a GPU without waiting for it, but for pinned memory: the caller may write that
+    again.
+    """
     if x.device == device:
         return x.to(dtype)
     transforms.not_captured(name, device, f"a tensor on {x.device}, which is copied at every call")
@@ -350,7 +356,9 @@ def tuned_call(
     directions: int,
     proj_size: int,
 ) -> tuned.Call | None:
-    """What an engine is chosen for, of arguments of `run` and the dtype of its results; None if ATen does not serve it."""
+    """What an engine is chosen for, of arguments of `run` and the dtype of its results; None if ATen does not serve
+    it.
+    """
     _, batch, hidden = states[-1].shape
     if batch == 0 or not aten.has(cell) or (not proj_size and weights[1].size(1) < hidden):  # heads
         return None
@@ -480,8 +488,8 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
 
 
 def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
-    """What does one layer, or a wave of them: a function of x, layout, states, parameters, number of the first, and whether it is
-    the last."""
+    """What does one layer, or a wave of them: a function of x, layout, states, parameters, number of the first, and
+    whether it is the last."""
     cell, clip = spec.cell.name, spec.grad_clip
 
     def fused(x, layout, states, parameters, first, is_last):

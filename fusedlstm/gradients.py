@@ -1,4 +1,6 @@
-"""The gradients of a layer's parameters from those of its preactivations: what the backward does for all steps at once."""
+"""The gradients of a layer's parameters from those of its preactivations: what the backward does for all steps at
+once.
+"""
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ ROWS_OF_BLOCK = 512  # of passes over all rows on a CPU
 class ParameterGradients:
     """The gradients of a layer's parameters, summed over blocks of steps: one product each.
 
-    `grad_preact` [T, B, D*K*H] or [R, D*K*H] has for every direction K blocks: the first G of them are the gradients of the
-    input's preactivations, the last G those of the recurrent ones.
+    `grad_preact` [T, B, D*K*H] or [R, D*K*H] has for every direction K blocks: the first G of them are the gradients of
+    the input's preactivations, the last G those of the recurrent ones.
     """
 
     def __init__(self, cell: str, per_direction: list, needs: list) -> None:
@@ -49,7 +51,9 @@ class ParameterGradients:
         noise: Noise = NO_NOISE,
         products: Tensor | None = None,  # W x [T, B, D, G*H] or [R, D, G*H]; with norms, None: not kept
     ) -> None:
-        """The part of some steps. With norms the gradients of the input's preactivations become those of their products."""
+        """The part of some steps. With norms the gradients of the input's preactivations become those of their
+        products.
+        """
         factor = noise.of_sequences(*hx.shape, hx.dtype)
         D, H, of_x = len(self.needs), self.H, self._of_x(grad_preact)
         if self.has_bias and any(n[2] or n[3] for n in self.needs):
@@ -79,7 +83,9 @@ class ParameterGradients:
             ]
 
     def _of_vectors(self, grad_preact, gates, states, initial, direction: int, layout: Layout, noise: Noise) -> Tensor:
-        """The gradients of vectors [V, H] in one direction, of tensors [T, B, ...] or [R, ...] and initial states [B, H]."""
+        """The gradients of vectors [V, H] in one direction, of tensors [T, B, ...] or [R, ...] and initial states [B,
+        H].
+        """
         before = [layout.states_before(s, i, direction) for s, i in zip(states, initial, strict=True)]
         after = [s.flatten(0, -2) for s in states]
         if layout.lengths is not None and layout.first_row is None:  # gates of padding have no meaning
@@ -152,7 +158,9 @@ class ParameterGradients:
 
 
 def _row_blocks(rows: int, device: torch.device) -> list[slice]:
-    """Blocks of rows that fit a CPU's cache; one on a GPU, whose passes want to be long, and in a graph, which is for any number."""
+    """Blocks of rows that fit a CPU's cache; one on a GPU, whose passes want to be long, and in a graph, which is for
+    any number.
+    """
     if device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(0, rows)]
     return [slice(begin, begin + ROWS_OF_BLOCK) for begin in range(0, max(rows, 1), ROWS_OF_BLOCK)]
@@ -180,7 +188,8 @@ def _add_recurrent_weight_gradient(
     num_heads: int,
 ) -> Tensor:
     """total + sum over t of grad_preact_t^T h_{t-1}, within heads: [G*H, DH]."""
-    # Else the states before are views: output is zero where a sequence has no later step, grad_preact where it has no step.
+    # Else the states before are views: output is zero where a sequence has no later step, grad_preact where it has no
+    # step.
     if layout.first_row is not None or layout.resets is not None:
         before = layout.states_before(output, hx, direction)
         return recurrent_weight_gradient(grad_preact.flatten(0, -2), before, num_heads, total)

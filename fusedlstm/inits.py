@@ -1,12 +1,14 @@
-"""Initial values: functions that change a layer or a cell in place, and what the argument `init` of their constructors takes.
+"""Initial values: functions that change a layer or a cell in place, and what the argument `init` of their constructors
+takes.
 
     lstm = fusedlstm.LSTM(10, 20, init=[inits.orthogonal_, inits.forget_bias_])
     gru = fusedlstm.GRU(10, 20, init=functools.partial(inits.chrono_, longest=784))
     inits.chrono_(gru, longest=784)  # later, the same
 
-Without `init` values are torch's, `uniform_`; what `init` has follows it, in order, and again in `reset_parameters`. Biases
-are known by the names of the gates (`fusedlstm.cells`): f of an LSTM and z of a GRU keep the state, 1 - i of coupled gates
-does. torch's layers have two biases, which are added: what is said of the sum is written to `bias_ih`, and `bias_hh` is zero.
+Without `init` values are torch's, `uniform_`; what `init` has follows it, in order, and again in `reset_parameters`.
+Biases are known by the names of the gates (`fusedlstm.cells`): f of an LSTM and z of a GRU keep the state, 1 - i of
+coupled gates does. torch's layers have two biases, which are added: what is said of the sum is written to `bias_ih`,
+and `bias_hh` is zero.
 """
 
 import math
@@ -21,7 +23,8 @@ KEEPS = {"f": 1, "z": 1, "i": -1}
 
 
 def uniform_(module: nn.Module) -> None:
-    """Every parameter uniform in 1 / sqrt(H), drawn in the order of `parameters()`: the values of `torch.nn` under a seed.
+    """Every parameter uniform in 1 / sqrt(H), drawn in the order of `parameters()`: the values of `torch.nn` under a
+    seed.
 
     Gains and biases of norms are 1 and 0, as those of `torch.nn.LayerNorm`.
     """
@@ -35,7 +38,8 @@ def uniform_(module: nn.Module) -> None:
 
 
 def forget_bias_(module: nn.Module, value: float = 1.0) -> None:
-    """The bias of the gate that keeps the state: at 1, a step keeps three quarters (Gers et al. 2000; Jozefowicz et al. 2015).
+    """The bias of the gate that keeps the state: at 1, a step keeps three quarters (Gers et al. 2000; Jozefowicz et al.
+    2015).
 
     Raises:
         ValueError: no gate of the cell keeps the state, or the module has no biases.

@@ -44,8 +44,8 @@ def explain(
         input, hx, lengths, resets, return_cell_states, grad_clip: The arguments of the call.
 
     Returns:
-        A named tuple of three texts: `engine` ("triton", "torch" or "reference"), `why` it was chosen, and `how` it runs.
-        `print` shows them as one sentence.
+        A named tuple of three texts: `engine` ("triton", "torch" or "reference"), `why` it was chosen, and `how` it
+        runs. `print` shows them as one sentence.
 
     Raises:
         TypeError: `module` is none of ours. Other errors are those of the call.
@@ -74,8 +74,8 @@ def gate_trace(
         direction: 0 is forward, 1 is reverse.
 
     Returns:
-        i, f, g, o, h and c, each [T, B, H], h [T, B, P] (B = 1 if `input` is not batched), without gradients. Dropout between
-        layers is off, as in `eval()`.
+        i, f, g, o, h and c, each [T, B, H], h [T, B, P] (B = 1 if `input` is not batched), without gradients. Dropout
+        between layers is off, as in `eval()`.
 
     Raises:
         TypeError: `module` is not an LSTM, or `input` is packed.

@@ -5,11 +5,12 @@ A row is one step of one sequence. Sequence tensors are matrices of rows:
 | layout | row (t, b) | |
 |---|---|---|
 | dense | t * B + b | all sequences have T steps |
-| ragged | t * B + b | sequence b has `lengths[b]` steps, 0 to T, and a number beyond these counts as the nearer; what follows is padding |
+| ragged | t * B + b | sequence b has `lengths[b]` steps, and then padding |
 | packed | first_row[t] + b | as in `torch.nn.utils.rnn.PackedSequence`: longest first, no padding, R rows in all |
 
-In every one of them a reset at row (t, b) cuts sequence b between the steps t - 1 and t: the state that enters the later of
-the two, in the order of the direction, is zero. A reset in the padding is none.
+A length beyond 0 to T counts as the nearer of the two. In every layout a reset at row (t, b) cuts sequence b between
+the steps t - 1 and t: the state that enters the later of the two, in the order of the direction, is zero. A reset in
+the padding is none.
 """
 
 import itertools
@@ -127,8 +128,8 @@ DENSE = Layout()
 class Pieces(NamedTuple):
     """A batch with lengths and resets as a packed batch of its uncut pieces, longest first.
 
-    A sequence cut into two is two sequences, of which one begins with hx and the other with zeros. So what serves packed
-    batches serves these. Waits for the device of lengths and resets.
+    A sequence cut into two is two sequences, of which one begins with hx and the other with zeros. So what serves
+    packed batches serves these. Waits for the device of lengths and resets.
     """
 
     batch_sizes: Tensor  # [steps of the longest piece] int64 on the CPU
@@ -193,7 +194,9 @@ class Pieces(NamedTuple):
         return torch.cat([state, state.new_zeros(1, state.size(1))]).index_select(0, self.enters[direction])
 
     def leave(self, state: Tensor, initial: Tensor, direction: int) -> Tensor:
-        """The final states of the sequences, [B, H], from those of the pieces, [pieces, H]; `initial` where there is none."""
+        """The final states of the sequences, [B, H], from those of the pieces, [pieces, H]; `initial` where there is
+        none.
+        """
         return torch.cat([state, initial]).index_select(0, self.leaves[direction])
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from fusedlstm import checks
-from fusedlstm.base import Recurrent, RecurrentCell
+from fusedlstm.base import Init, Recurrent, RecurrentCell
 
 # nn.RNNBase and not nn.LSTM: Dynamo breaks the graph at nn.LSTM, nn.GRU and nn.RNN, and at their subclasses.
 
@@ -23,7 +23,8 @@ class LSTM(Recurrent):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
             `torch.nn.LSTM`, with the same parameter names, shapes, gate order (i, f, g, o) and values under a seed.
-        options: backend, grad_clip, save, num_heads and init, by name; as in :class:`Recurrent`. Heads not with `proj_size`.
+        backend, grad_clip, save, num_heads, init, zoneout, candidate_dropout, recurrent_dropout, weight_dropout: as in
+            :class:`Recurrent`. Neither heads nor the last four with `proj_size`.
 
     Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
         [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
@@ -50,8 +51,18 @@ class LSTM(Recurrent):
         proj_size: int = 0,
         device=None,
         dtype=None,
-        **options,
+        *,
+        backend: str = "auto",
+        grad_clip: float | None = None,
+        save: str = "gates",
+        num_heads: int = 1,
+        init: Init = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        candidate_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
+        self.proj_size = proj_size  # before the constructor, which makes the parameters
         super().__init__(
             input_size,
             hidden_size,
@@ -62,8 +73,15 @@ class LSTM(Recurrent):
             bidirectional,
             device,
             dtype,
-            proj_size=proj_size,
-            **options,
+            backend=backend,
+            grad_clip=grad_clip,
+            save=save,
+            num_heads=num_heads,
+            init=init,
+            zoneout=zoneout,
+            candidate_dropout=candidate_dropout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )
 
     # What code for torch.nn.LSTM calls beside forward.
@@ -94,8 +112,8 @@ class GRU(Recurrent):
         gru = fusedlstm.GRU(10, 20, num_layers=2)
         output, h_n = gru(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
 
-    Args and shapes: as in :class:`Recurrent`; parameter names, shapes, gate order (r, z, n) and values under a seed are those of
-        `torch.nn.GRU`. h_0 is a tensor.
+    Args and shapes: as in :class:`Recurrent`; parameter names, shapes, gate order (r, z, n) and values under a seed are
+        those of `torch.nn.GRU`. h_0 is a tensor.
     Source: Cho et al. 2014, with the reset gate after the product as `torch.nn.GRU` has it (Chung et al. 2014).
     """
 
@@ -123,8 +141,8 @@ class RNN(Recurrent):
         rnn = fusedlstm.RNN(10, 20, nonlinearity="relu")
         output, h_n = rnn(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
 
-    Args and shapes: as in :class:`Recurrent`, with `nonlinearity`, "tanh" or "relu", after `num_layers`; parameter names, shapes
-        and values under a seed are those of `torch.nn.RNN`. h_0 is a tensor.
+    Args and shapes: as in :class:`Recurrent`, with `nonlinearity`, "tanh" or "relu", after `num_layers`; parameter
+        names, shapes and values under a seed are those of `torch.nn.RNN`. h_0 is a tensor.
     Source: Elman 1990; with the rectifier Le et al. 2015.
     """
 
@@ -140,7 +158,16 @@ class RNN(Recurrent):
         bidirectional: bool = False,
         device=None,
         dtype=None,
-        **options,
+        *,
+        backend: str = "auto",
+        grad_clip: float | None = None,
+        save: str = "gates",
+        num_heads: int = 1,
+        init: Init = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        candidate_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         self.nonlinearity = checks.nonlinearity(nonlinearity)
         self.mode = f"RNN_{nonlinearity.upper()}"
@@ -154,7 +181,15 @@ class RNN(Recurrent):
             bidirectional,
             device,
             dtype,
-            **options,
+            backend=backend,
+            grad_clip=grad_clip,
+            save=save,
+            num_heads=num_heads,
+            init=init,
+            zoneout=zoneout,
+            candidate_dropout=candidate_dropout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )
 
     @property
@@ -179,10 +214,13 @@ class RNNCell(RecurrentCell):
         nonlinearity: str = "tanh",
         device=None,
         dtype=None,
-        **options,
+        *,
+        backend: str = "auto",
+        num_heads: int = 1,
+        init: Init = None,
     ) -> None:
         self.nonlinearity = nonlinearity
-        super().__init__(input_size, hidden_size, bias, device, dtype, **options)
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend, num_heads=num_heads, init=init)
 
     @property
     def cell(self) -> str:
@@ -199,8 +237,9 @@ class PeepholeLSTM(Recurrent):
     .. math::
         o_t = \sigma(W x_t + U h_{t-1} + b + p_o \odot c_t), \quad h_t = o_t \odot \tanh(c_t)
 
-    Args and shapes: as in :class:`Recurrent`; states h and c. Parameters are those of `torch.nn.LSTM`, gate order i, f, g, o, and
-        after them, per layer and direction, `weight_ci_l*`, `weight_cf_l*` and `weight_co_l*`, each [H]: p is diagonal.
+    Args and shapes: as in :class:`Recurrent`; states h and c. Parameters are those of `torch.nn.LSTM`, gate order i, f,
+        g, o, and after them, per layer and direction, `weight_ci_l*`, `weight_cf_l*` and `weight_co_l*`, each [H]: p is
+        diagonal.
     Source: Gers & Schmidhuber 2000, "Recurrent nets that time and count".
     """
 
@@ -220,7 +259,8 @@ class CoupledLSTM(Recurrent):
         i_t, o_t = \sigma(W x_t + U h_{t-1} + b), \quad g_t = \tanh(W x_t + U h_{t-1} + b), \quad
         c_t = (1 - i_t) \odot c_{t-1} + i_t \odot g_t, \quad h_t = o_t \odot \tanh(c_t)
 
-    Args and shapes: as in :class:`Recurrent`; states h and c; three gates in the order i, g, o, so `weight_ih_l0` is [3H, I].
+    Args and shapes: as in :class:`Recurrent`; states h and c; three gates in the order i, g, o, so `weight_ih_l0` is
+        [3H, I].
     Source: Greff et al. 2015, "LSTM: a search space odyssey".
     """
 
@@ -247,9 +287,9 @@ class SLSTM(Recurrent):
 
     with a tilde for W x_t + U h_{t-1} + b.
 
-    Args and shapes: as in :class:`Recurrent`; gate order i, f, g, o; states h, c, n and m, so hx is a tuple of four. A state
-        with n = 0 holds nothing, and its m is not looked at: zeros are a beginning, and so is what a reset leaves. The paper
-        has `num_heads` heads.
+    Args and shapes: as in :class:`Recurrent`; gate order i, f, g, o; states h, c, n and m, so hx is a tuple of four. A
+        state with n = 0 holds nothing, and its m is not looked at: zeros are a beginning, and so is what a reset
+        leaves. The paper has `num_heads` heads.
     Source: Beck et al. 2024, "xLSTM: extended long short-term memory", with the forget gate a sigmoid.
     """
 
@@ -273,13 +313,13 @@ class LayerNormLSTM(Recurrent):
         c_t = f_t \odot c_{t-1} + i_t \odot g_t, \quad h_t = o_t \odot \tanh(\gamma_c N(c_t) + b_c)
 
     N makes a vector's mean 0 and its variance 1: of all 4H preactivations together, and of the H numbers of c
-    (`torch.nn.LayerNorm`, with its epsilon of 1e-5). c itself is carried to the next step, as in the paper; PyTorch's fastrnns
-    benchmark carries the normalised one.
+    (`torch.nn.LayerNorm`, with its epsilon of 1e-5). c itself is carried to the next step, as in the paper; PyTorch's
+    fastrnns benchmark carries the normalised one.
 
-    Args and shapes: as in :class:`Recurrent`, but for `num_heads`, of which there is one; states h and c. Parameters are those
-        of `torch.nn.LSTM`, gate order i, f, g, o, and after them, per layer and direction, `gain_ih_l*` and `gain_hh_l*` [4H],
-        `gain_c_l*` and `bias_c_l*` [H]. b is the sum of `bias_ih_l*` and `bias_hh_l*`: the biases of the first two norms.
-        Gains begin as 1 and these biases as 0; without `bias` only the first two are left out.
+    Args and shapes: as in :class:`Recurrent`, but for `num_heads`, of which there is one; states h and c. Parameters
+        are those of `torch.nn.LSTM`, gate order i, f, g, o, and after them, per layer and direction, `gain_ih_l*` and
+        `gain_hh_l*` [4H], `gain_c_l*` and `bias_c_l*` [H]. b is the sum of `bias_ih_l*` and `bias_hh_l*`: the biases of
+        the first two norms. Gains begin as 1 and these biases as 0; without `bias` only the first two are left out.
     Source: Ba, Kiros & Hinton 2016, "Layer normalization".
     """
 

@@ -2,15 +2,15 @@
 
 | | in training | in evaluation | source |
 |---|---|---|---|
-| zoneout | a unit's state stays what it was with probability p, h and the other states each by themselves | p s + (1 - p) s' | Krueger et al. 2016 |
-| candidate | what a unit offers to its memory is dropped with probability p, else divided by 1 - p, at every step anew | nothing | Semeniuta et al. 2016 |
-| recurrent | the h that enters the recurrent product, one mask for all steps of a sequence, divided by 1 - p | nothing | Gal & Ghahramani 2016 |
+| zoneout | a unit's state stays what it was with probability p, each state by itself | p s + (1 - p) s' |
+| candidate | what a unit offers to its memory is dropped, at every step anew | nothing |
+| recurrent | the h that enters the recurrent product, one mask for all steps of a sequence | nothing |
 | weight | elements of `weight_hh`, one mask for a call, divided by 1 - p | nothing | Merity et al. 2017 |
 
-The masks are functions of (seed, recurrence, row or sequence, unit): Philox4x32-10 (Salmon et al. 2011) in counter mode. So nothing
-is stored, and forward, backward, recomputation, blocks of steps and all engines see the same ones. A recurrence is a layer in one
-direction, a row is where its layout puts a step of a sequence (`fusedlstm.layout`). The kernels have the same in
-`fusedlstm.kernels.noise`.
+The masks are functions of (seed, recurrence, row or sequence, unit): Philox4x32-10 (Salmon et al. 2011) in counter
+mode. So nothing is stored, and forward, backward, recomputation, blocks of steps and all engines see the same ones. A
+recurrence is a layer in one direction, a row is where its layout puts a step of a sequence (`fusedlstm.layout`). The
+kernels have the same in `fusedlstm.kernels.noise`.
 """
 
 from collections.abc import Sequence
@@ -145,7 +145,9 @@ def draw(device: torch.device) -> Tensor:
 
 
 def drop_weight(weight: Tensor, rate: float, seed: Tensor, recurrence: int) -> Tensor:
-    """`weight` [G*H, DH] with elements dropped with probability `rate`, the others divided by 1 - rate; differentiable."""
+    """`weight` [G*H, DH] with elements dropped with probability `rate`, the others divided by 1 - rate;
+    differentiable.
+    """
     row = torch.arange(len(weight), device=weight.device).unsqueeze(1)
     column = torch.arange(weight.size(1), device=weight.device)
     dropped = _below(philox(seed, column, row, 0, _stream(recurrence, OF_WEIGHTS))[0], rate)
@@ -168,7 +170,9 @@ _AT_ONCE = 1 << 14  # counters: what ten rounds need of them stays in a cache
 
 
 def philox(seed: Tensor, *counter) -> list[Tensor]:
-    """Philox4x32-10: the four words of a counter of four, 32 bits each in int64 tensors; `seed` [1] int64 is the key."""
+    """Philox4x32-10: the four words of a counter of four, 32 bits each in int64 tensors; `seed` [1] int64 is the
+    key.
+    """
     # A number is filled in on the device: a copy from the host waits, and no CUDA graph captures it.
     words = (x if isinstance(x, Tensor) else torch.full((), x, device=seed.device) for x in counter)
     c = list(torch.broadcast_tensors(*words))

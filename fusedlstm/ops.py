@@ -3,15 +3,16 @@
 | op | what it does |
 |---|---|
 | `recurrence_fwd`, `recurrence_bwd` | the time loop of one layer in all directions |
-| `wave_fwd`, `wave_bwd` | the same of several layers in one launch: layer l does step t beside layer l + 1 doing step t - 1 |
+| `wave_fwd`, `wave_bwd` | the same of several layers in one launch, each a step behind the one below |
 | `step_fwd` | one step of a stack, its input products included |
 | `recompute` | what the forward did not keep, from its output |
 
-An op runs on the engine "triton", the kernels; "torch", a loop of torch operations; or "auto", the kernels, and that loop where
-they cannot be launched (`fusedlstm.engines.failures`). It then returns what the kernels would have, so that a backward may follow the
-forward of the other. G gates, K kept blocks, V vectors and S states beside h are those of the cell (`fusedlstm.cells`). Sequences
-have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and features on one axis, so that both directions
-share each product. A recurrent weight [G*H, DH] has H / DH heads (`fusedlstm.products`).
+An op runs on the engine "triton", the kernels; "torch", a loop of torch operations; or "auto", the kernels, and that
+loop where they cannot be launched (`fusedlstm.engines.failures`). It then returns what the kernels would have, so that
+a backward may follow the forward of the other. G gates, K kept blocks, V vectors and S states beside h are those of the
+cell (`fusedlstm.cells`). Sequences have rows, [T, B] or packed [R] (`fusedlstm.layout`), and then directions and
+features on one axis, so that both directions share each product. A recurrent weight [G*H, DH] has H / DH heads
+(`fusedlstm.products`).
 """
 
 import functools
@@ -44,7 +45,8 @@ def recurrence_fwd(
     save_gates: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """output [T, B, D*H], h_n [D, B, H], c_n [S, D, B, H], gates [T, B, D*K*H], c_seq [S, T, B, D*H]; [R, ...] if packed.
+    """output [T, B, D*H], h_n [D, B, H], c_n [S, D, B, H], gates [T, B, D*K*H], c_seq [S, T, B, D*H]; [R, ...] if
+    packed.
 
     gates and c_seq are empty unless saved; of padding, output and c_seq are zero, and gates have no meaning.
     """
@@ -147,8 +149,8 @@ def step_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of a stack by kernels, input products and all: one launch a layer.
 
-    output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*K*H] and c_seq
-    [S, B, D*H], empty unless saved.
+    output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*K*H] and
+    c_seq [S, B, D*H], empty unless saved.
     """
     parameters = grouped(parameters, len(hx))
 
@@ -373,12 +375,16 @@ def is_batch_major(input: Tensor) -> bool:
 
 
 def input_product(cell: str, input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
-    """preact_x [D, T, B, G*H] or [D, R, G*H] of all steps and directions: one product, in the order of `input` in memory."""
+    """preact_x [D, T, B, G*H] or [D, R, G*H] of all steps and directions: one product, in the order of `input` in
+    memory.
+    """
     return preact_from(cell, input, input_products(cell, input, parameters), parameters, preact_0, layout)
 
 
 def input_products(cell: str, input: Tensor, parameters: list) -> Tensor:
-    """W x of all directions, [T, B, D, G*H] or [R, D, G*H], in the order of `input` in memory; with biases unless norms follow."""
+    """W x of all directions, [T, B, D, G*H] or [R, D, G*H], in the order of `input` in memory; with biases unless norms
+    follow.
+    """
     by_batch = is_batch_major(input)
     ordered = input.transpose(0, 1) if by_batch else input
     weight_ih = joined([p[0] for p in parameters])  # [D*G*H, I]
@@ -392,7 +398,9 @@ def input_products(cell: str, input: Tensor, parameters: list) -> Tensor:
 def preact_from(
     cell: str, input: Tensor, products: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout
 ) -> Tensor:
-    """preact_x from the products: normed where the cell has norms, else the products themselves, of which the first steps' change."""
+    """preact_x from the products: normed where the cell has norms, else the products themselves, of which the first
+    steps' change.
+    """
     preact = products
     if cells.CELLS[cell].norms:
         by_batch = is_batch_major(input)

@@ -2,18 +2,20 @@ r"""The products of a layer, how exact they are, and the norms that may follow t
 
 Float32 products on a GPU are as exact as those of `torch.nn.LSTM`, all of a layer's at once. `nn.LSTM` follows
 `torch.backends.cudnn.rnn.fp32_precision` (which `torch.backends.cudnn.allow_tf32` sets), its input product included. A
-matmul of torch follows `torch.backends.cuda.matmul.fp32_precision`. By default the two differ: TF32 and IEEE. So the products
-around the kernels run under the flag of the former; under that of the latter most of a layer's operations would run at a
-seventh of the rate on an H100.
+matmul of torch follows `torch.backends.cuda.matmul.fp32_precision`. By default the two differ: TF32 and IEEE. So the
+products around the kernels run under the flag of the former; under that of the latter most of a layer's operations
+would run at a seventh of the rate on an H100.
 
-No product of torch takes its precision as an argument. So the flag is changed while a product is launched (`as_recurrent`),
-and left alone where both agree. Torch has an elder and a newer interface to it, and reading one raises where only the other
-was set; TunableOp reads the elder. So both are set together, and both are restored. Threads of ours wait for each other. A
-product that another thread launches meanwhile may get our precision, which only torch could prevent.
+No product of torch takes its precision as an argument. So the flag is changed while a product is launched
+(`as_recurrent`), and left alone where both agree. Torch has an elder and a newer interface to it, and reading one
+raises where only the other was set; TunableOp reads the elder. So both are set together, and both are restored. Threads
+of ours wait for each other. A product that another thread launches meanwhile may get our precision, which only torch
+could prevent.
 
-Heads are block-diagonal recurrent weights: n groups of hidden units that see only their own h. With n heads of DH = H / n
-units, unit u belongs to head u // DH. A recurrent weight [G * H, DH] has a row for every gate and unit, in the order of a dense
-one, and a column for every unit of the row's own head. So n follows from the shapes, and one head is the dense weight.
+Heads are block-diagonal recurrent weights: n groups of hidden units that see only their own h. With n heads of DH = H /
+n units, unit u belongs to head u // DH. A recurrent weight [G * H, DH] has a row for every gate and unit, in the order
+of a dense one, and a column for every unit of the row's own head. So n follows from the shapes, and one head is the
+dense weight.
 
 Layer normalisation (Ba et al. 2016) is over the last axis, to mean 0 and variance 1, as `torch.nn.LayerNorm`:
 

@@ -2,7 +2,7 @@
 
 | form | what it is |
 |---|---|
-| padded | a tensor [T, B, ...] or [B, T, ...], and lengths [B]: what `fusedlstm.LSTM(...)(input, lengths=lengths)` takes |
+| padded | a tensor [T, B, ...] or [B, T, ...], and lengths [B]: what `lstm(input, lengths=lengths)` takes |
 | packed | `torch.nn.utils.rnn.PackedSequence`: longest first, no sequence empty |
 | jagged | a tensor of `torch.nested` with `layout=torch.jagged`, [B, *, ...]: sequence after sequence |
 
@@ -113,8 +113,9 @@ class Stream:
             loss.backward()  # through this chunk: truncated backpropagation through time
 
     Args:
-        module: a `fusedlstm.LSTM` or another of the family, or whatever is called as `module(input, hx, ...)` and returns its output first and its
-            state next. In one direction: the reverse one would begin with what has not come yet.
+        module: a `fusedlstm.LSTM` or another of the family, or whatever is called as `module(input, hx, ...)` and
+            returns its output first and its state next. In one direction: the reverse one would begin with what has not
+            come yet.
         detach: whether gradients stop at the beginning of a chunk. If not, the graph grows until `detach()` is called.
     """
 
@@ -133,6 +134,10 @@ class Stream:
         if self.detaches:
             self.detach()
         return (output, *more) if more else output
+
+    def __repr__(self) -> str:
+        state = "at the beginning" if self.state is None else "carrying a state"
+        return f"Stream({self.module!r}, detach={self.detaches}), {state}"
 
     def detach(self) -> None:
         """Let no gradient flow further back than here."""

@@ -164,8 +164,8 @@ def fit(data: Split, settings: Settings) -> tuple[Classifier, Curve]:
 def race(data: Split, settings: Settings, epochs: int = 5) -> Race:
     """Time an epoch of training on `fusedlstm.LSTM` beside `torch.nn.LSTM`, from the same weights.
 
-    Every epoch starts from the same weights, with the same batches and noise, so the losses of the two can be compared step by
-    step. The two take turns, and in turns go first; one epoch of each before that is not timed.
+    Every epoch starts from the same weights, with the same batches and noise, so the losses of the two can be compared
+    step by step. The two take turns, and in turns go first; one epoch of each before that is not timed.
     """
     start = build(settings).state_dict()
     order = batches(data.train, settings.batch_size, torch.Generator().manual_seed(settings.seed))

@@ -1,10 +1,11 @@
-"""What our ops and functions owe to the transforms of torch: gradients of gradients, many at once, forward-mode derivatives.
+"""What our ops and functions owe to the transforms of torch: gradients of gradients, many at once, forward-mode
+derivatives.
 
 | under | a call is served by |
 |---|---|
-| a backward with `create_graph=True` or `is_grads_batched=True`, `torch.func.grad` | the specification (`wanted`, `gradients`) |
+| `create_graph=True`, `is_grads_batched=True`, `torch.func.grad` | the specification (`wanted`, `gradients`) |
 | forward-mode AD | the specification, already forward (`has_tangents`); `tangents` where a transform hides them |
-| `torch.vmap` | the same op or function, once for every sample (`by_sample`); never ATen, which has no rules for layers |
+| `torch.vmap` | the same op, once for every sample (`by_sample`); never ATen, which has no rules for layers |
 | forward-mode AD of a compiled graph without gradients | nobody: an error (`op`) |
 
 `grad_clip` clips gradients, which no derivative knows of: second derivatives clip the parts of a gradient that come by
@@ -76,7 +77,8 @@ def many_at_once(grad: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of `torch.func` runs, which hides from a tensor what is behind it: samples, gradients, tangents.
+    """Whether a transform of `torch.func` runs, which hides from a tensor what is behind it: samples, gradients,
+    tangents.
 
     No public function of torch tells.
     """
@@ -95,7 +97,9 @@ def of_graph(
     grads: Sequence[Tensor | None],
     **options: bool,
 ) -> list[Tensor | None]:
-    """Of a graph that is there, those of the inputs that are needed, None for the others; `options` of `torch.autograd.grad`."""
+    """Of a graph that is there, those of the inputs that are needed, None for the others; `options` of
+    `torch.autograd.grad`.
+    """
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
     found = iter(
@@ -116,13 +120,15 @@ def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
                     return True
         return False
     except RuntimeError:
-        # What cannot be unpacked may have one: so in the graphs of a compiler, below autograd. But samples of vmap cannot be either, and
-        # what is behind them is the affair of `tangents`.
+        # What cannot be unpacked may have one: so in the graphs of a compiler, below autograd. But samples of vmap
+        # cannot be either, and what is behind them is the affair of `tangents`.
         return not transformed()
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, with `function.tangents` as its `jvp`: but for a compiler, since Dynamo takes no function that has one."""
+    """`function.apply`, with `function.tangents` as its `jvp`: but for a compiler, since Dynamo takes no function that
+    has one.
+    """
     return (function if torch.compiler.is_compiling() else _with_jvp(function)).apply(*arguments)
 
 
@@ -137,13 +143,15 @@ def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
     """`torch.library.custom_op` of a function, with what all of ours have in common under transforms.
 
     Raises:
-        NotImplementedError: when called, in forward-mode AD, where torch drops the tangents of an op that does not require grad.
+        NotImplementedError: when called, in forward-mode AD, where torch drops the tangents of an op that does not
+            require grad.
     """
 
     def check(arguments) -> None:
         if has_tangents([x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]):
             raise NotImplementedError(
-                f"{name}: expected tensors without tangents, got a level of forward-mode AD, which is not served in a compiled graph, nor "
+                f"{name}: expected tensors without tangents, got a level of forward-mode AD, which is not served "
+                f"in a compiled graph, nor "
                 "under torch.vmap without gradients; take the derivative inside of the graph, call the module without "
                 "torch.compile and torch.no_grad, or use reverse mode"
             )
@@ -194,6 +202,7 @@ def not_captured(name: str, device: torch.device, came: str) -> None:
     """
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch whose lengths and "
+            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch "
+            f"whose lengths and "
             "resets are on the device can be captured with backend='triton'"
         )

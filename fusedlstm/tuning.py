@@ -1,7 +1,7 @@
 """`fusedlstm.tune`: measure on the user's own GPU what the plan and the choice of an engine only predict.
 
-Nothing here runs inside a forward or a backward: a user calls `tune` once for a module and an input like those to come, and
-later calls of the same sizes, in this process or another, find the choice (`fusedlstm.plan.tuned`).
+Nothing here runs inside a forward or a backward: a user calls `tune` once for a module and an input like those to come,
+and later calls of the same sizes, in this process or another, find the choice (`fusedlstm.plan.tuned`).
 """
 
 import contextlib
@@ -42,26 +42,27 @@ def tune(
     seconds: float = 20.0,
     timer: Timer | None = None,
 ) -> list[Measured]:
-    """Measure the best few plans of a module's loops, forward and backward, and the kernels beside cuDNN; keep the choices.
+    """Measure the best few plans of a module's loops, forward and backward, and the kernels beside cuDNN; keep the
+    choices.
 
-    The choices hold for every module whose calls have these sizes, dtype, directions, layout and precision, with the same
-    GPU, driver and versions; T does not matter, values do not. Whether layers of a stack share a launch is not tuned.
-    The module, its gradients and the random state stay as they are. Hooks do not run.
+    The choices hold for every module whose calls have these sizes, dtype, directions, layout and precision, with the
+    same GPU, driver and versions; T does not matter, values do not. Whether layers of a stack share a launch is not
+    tuned. The module, its gradients and the random state stay as they are. Hooks do not run.
 
     Args:
-        module: any layer of the family, in the mode in which it will run; training is measured too if a parameter requires a gradient. In
-            training mode the forward's plans are timed with what a training step saves.
+        module: any layer of the family, in the mode in which it will run; training is measured too if a parameter
+            requires a gradient. In training mode the forward's plans are timed with what a training step saves.
         input, hx, lengths, resets: of one call, as of its forward, on the GPU.
         seconds: to measure for, in all; compiling the plans comes on top.
-        timer: from functions and a number of seconds to the milliseconds of each; device events in interleaved rounds if
-            not given, and the host's clock where the kernels are interpreted.
+        timer: from functions and a number of seconds to the milliseconds of each; device events in interleaved rounds
+            if not given, and the host's clock where the kernels are interpreted.
 
     Returns:
         What was measured and chosen, which is also in the file `fusedlstm.plan.tuned.path()`.
 
     Raises:
-        RuntimeError: there is no GPU, the input is not on it, the kernels cannot serve the call, or the file of choices is
-            another version's.
+        RuntimeError: there is no GPU, the input is not on it, the kernels cannot serve the call, or the file of choices
+            is another version's.
         TypeError, ValueError: an argument is not what it should be; of the input as the module's forward.
     """
     checks.instance("module", module, Recurrent)
@@ -141,8 +142,8 @@ class _Run:
     def call(self, dtype: torch.dtype, masked: bool, training: bool) -> Call | None:
         """What an engine is chosen for; None if there is no choice, or one that would pass for that of other calls.
 
-        Lengths, resets, clipped gradients and dropouts inside of steps ATen has not, `save="states"` asks for memory, and one
-        step is another kernel.
+        Lengths, resets, clipped gradients and dropouts inside of steps ATen has not, `save="states"` asks for memory,
+        and one step is another kernel.
         """
         module, data = self.module, self.data
         if masked or any(module.rates) or module.save != "gates" or (training and module.grad_clip is not None):

@@ -42,7 +42,8 @@ def end_unless(
 ):
     """End the launch with an error if a program of the group never arrived.
 
-    By an instruction, and not by an assertion: that calls a function, and a kernel that calls one waits for every wgmma.
+    By an instruction, and not by an assertion: that calls a function, and a kernel that calls one waits for every
+    wgmma.
     """
     TRAP: tl.constexpr = EXCHANGE.TRAP
     if TRAP == "":

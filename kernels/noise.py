@@ -1,7 +1,7 @@
 """The masks of zoneout and of the candidate, of one step and tile; `fusedlstm.noise` tells what they are.
 
-Philox4x32-10 with the seed as key and the counter (unit, row, row's upper half, recurrence): the words of an element are the
-same in every program, pass and engine.
+Philox4x32-10 with the seed as key and the counter (unit, row, row's upper half, recurrence): the words of an element
+are the same in every program, pass and engine.
 """
 
 import triton
@@ -41,7 +41,9 @@ def hold_tuple(
     TRAINING: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Zoneout: state by state what entered where it is held, else what the step made of it; without TRAINING the mean."""
+    """Zoneout: state by state what entered where it is held, else what the step made of it; without TRAINING the
+    mean.
+    """
     if TRAINING:
         states = (tl.where(words[0] < below_h, entered[0], stepped[0]),)
     else:

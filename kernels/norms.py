@@ -4,10 +4,10 @@ r"""Sums over all units of a row, when the units lie with the programs of a grou
     n = (x - \mu) / s, \quad s^2 = \mathrm{mean}((x - \mu)^2) + \epsilon, \qquad
     dx = (dn - \mathrm{mean}(dn) - n\, \mathrm{mean}(dn\, n)) / s
 
-Every program sums what it owns, and hands two numbers a row to the others: forward its mean and its sum of squares about
-that, which are put together as Chan, Golub & LeVeque (1983) do it, so that nothing is lost where the mean is large;
-backward both sums. All programs then add the same numbers in the same order, so that all have the same result to the
-last bit, the same from run to run. A group of one hands nothing.
+Every program sums what it owns, and hands two numbers a row to the others: forward its mean and its sum of squares
+about that, which are put together as Chan, Golub & LeVeque (1983) do it, so that nothing is lost where the mean is
+large; backward both sums. All programs then add the same numbers in the same order, so that all have the same result to
+the last bit, the same from run to run. A group of one hands nothing.
 
 The numbers lie in two slots that take turns: exchange k of a launch's batch tile goes through slot k % 2. A number is
 stored with its tag, k + 1, in one word of 64 bits, so that a reader sees from the word itself whether it has come: one
@@ -16,11 +16,11 @@ still being read: before a program writes for exchange k + 2, it has read the wo
 and each of them stored these only after it had read exchange k. On AMD, where
 a load sees what others stored only after an acquire, a counter is awaited before the words are read.
 
-The functions of a cell take a tuple `rows`. It holds pointers to the group's slots and to its second counter, k of the next exchange, this
-program's number in the group, and the mask of its units [1, BLOCK_H]. Then follow mean and 1 / s of this step's
-recurrent product, each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of the product
-are computed before it is split into gates. The tiles of single gates are spread over the threads in such a way that
-summing them would fill all registers.)
+The functions of a cell take a tuple `rows`. It holds pointers to the group's slots and to its second counter, k of the
+next exchange, this program's number in the group, and the mask of its units [1, BLOCK_H]. Then follow mean and 1 / s of
+this step's recurrent product, each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of
+the product are computed before it is split into gates. The tiles of single gates are spread over the threads in such a
+way that summing them would fill all registers.)
 """
 
 import triton

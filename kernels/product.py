@@ -1,15 +1,15 @@
 """The recurrent product of one step, acc[BLOCK_B, N] = x[BLOCK_B, K] @ w[K, N], in chunks of the reduction axis K.
 
 x is what the group exchanges (h forward, the gradients of the preactivations backward); w is the program's slice of
-`weight_hh`. K falls into segments of SEGMENT each, which lie SEGMENT_STRIDE apart in a row of x and in the rows of w: one
-segment is all of K, or one a gate where a program's reduction is a part of every gate. No chunk of BLOCK_K crosses a
-segment's end.
+`weight_hh`. K falls into segments of SEGMENT each, which lie SEGMENT_STRIDE apart in a row of x and in the rows of w:
+one segment is all of K, or one a gate where a program's reduction is a part of every gate. No chunk of BLOCK_K crosses
+a segment's end.
 
 Two places for w: `RESIDENT`, loaded once into a tuple of tiles that stays on chip for all steps, or streamed from L2.
 
-Three forms of the dot. Plain, x @ w. `TRANSPOSED`, (w^T @ x^T)^T, which gives the matrix unit its 64 rows when the batch
-tile has fewer. And in SPLIT parts of every chunk, a warp each, whose sums are added at the end: a small tile has too few
-columns for all warps, and one warp's products of a long reduction wait for each other.
+Three forms of the dot. Plain, x @ w. `TRANSPOSED`, (w^T @ x^T)^T, which gives the matrix unit its 64 rows when the
+batch tile has fewer. And in SPLIT parts of every chunk, a warp each, whose sums are added at the end: a small tile has
+too few columns for all warps, and one warp's products of a long reduction wait for each other.
 """
 
 from dataclasses import dataclass

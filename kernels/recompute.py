@@ -3,9 +3,9 @@ r"""Gates and cell states of all steps, from preactivations that have their recu
 .. math::
     \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact}_t, 0, \mathrm{state}_{t-1}, \mathrm{vectors})
 
-What the backward needs of a forward that kept only h: since all h are known, the recurrent products of all steps are one
-product before this. Nothing is exchanged, so a program is one sequence in one direction with BLOCK_H units, and nobody
-waits. For cells that add both parts of a preactivation.
+What the backward needs of a forward that kept only h: since all h are known, the recurrent products of all steps are
+one product before this. Nothing is exchanged, so a program is one sequence in one direction with BLOCK_H units, and
+nobody waits. For cells that add both parts of a preactivation.
 
 Dimensions, lengths and resets as in `recurrence_fwd.py`.
 """

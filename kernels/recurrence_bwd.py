@@ -4,18 +4,20 @@ r"""All T steps of one layer, backward through time, for any cell.
     \mathrm{dpreact}_t, \mathrm{dstate}_{t-1} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t,
     \mathrm{dstate}_t, \mathrm{vectors}), \qquad dh_{t-1} \mathrel{+}= \mathrm{dpreact}_t U
 
-Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps and of its
-gradients, of which the last G go through U, V vectors, S states beside h, D recurrences of the launch, R rows; where row (t, b) lies, and what PACKED, RAGGED, RESETS and STACK mean, is told in `recurrence_fwd`. With CLIP
-every element of the gradient of a state that enters a step is kept within -clip and clip.
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps and of
+its gradients, of which the last G go through U, V vectors, S states beside h, D recurrences of the launch, R rows;
+where row (t, b) lies, and what PACKED, RAGGED, RESETS and STACK mean, is told in `recurrence_fwd`. With CLIP every
+element of the gradient of a state that enters a step is kept within -clip and clip.
 
-A program owns BLOCK_H hidden units for one batch tile and one recurrence through all steps, and carries the gradients of
-their states in registers. dh of a unit needs the gradients of all preactivations of its batch tile and head: every
+A program owns BLOCK_H hidden units for one batch tile and one recurrence through all steps, and carries the gradients
+of their states in registers. dh of a unit needs the gradients of all preactivations of its batch tile and head: every
 program publishes its part in `grad_preact`, and awaits the whole of it (`exchange`). A group of one keeps them in
 registers. The gradients of the weights and of the input follow from `grad_preact` outside, one product each.
 
-The product with dpreact of one step stands at the beginning of the next iteration, behind the loads of that iteration: so
-these are under way while the program waits, and one exchange a step is enough. An iteration more than there are steps
-brings the gradients of the initial states; there, and before the first step, masks leave nothing to load or to store.
+The product with dpreact of one step stands at the beginning of the next iteration, behind the loads of that iteration:
+so these are under way while the program waits, and one exchange a step is enough. An iteration more than there are
+steps brings the gradients of the initial states; there, and before the first step, masks leave nothing to load or to
+store.
 """
 
 import triton
@@ -67,7 +69,7 @@ def recurrence_bwd_kernel(
     grad_c_seq_ptr,  # [S, R, D*H]  float32; [S, R, H] if STACK; read if HAS_GRAD_C_SEQ
     grad_h_n_ptr,  # [D, B, H]
     grad_c_n_ptr,  # [S, D, B, H]
-    weight_ih_ptr,  # [D-1, G*HP, HP]  read if STACK: of the layers above the first, gates in the order of their gradients
+    weight_ih_ptr,  # [D-1, G*HP, HP]  read if STACK: above the first layer, gates in the order of gradients
     weight_hh_ptr,  # [D, G*HP, DHP]
     vectors_ptr,  # [D, V, H]  read if V
     hx_ptr,  # [D, B, H]
@@ -86,7 +88,7 @@ def recurrence_bwd_kernel(
     grad_hx_ptr,  # [D, B, H]
     grad_cx_ptr,  # [S, D, B, H]
     exchanged_ptr,  # [R, D*KEPT*HP]  grad_preact with aligned rows, for the group; used if HP > H
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and for norms on AMD a second
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: a counter a group, 128 bytes apart
     sums_ptr,  # [D, batch tiles, 4, BLOCK_B, SUMS]  int64, zero: what a step's norms exchange; used if NORMS
     # sizes
     T,
@@ -95,7 +97,7 @@ def recurrence_bwd_kernel(
     R,
     clip,  # float32; used if CLIP
     H: tl.constexpr,
-    HP: tl.constexpr,  # H with what aligns the rows of weights, and of what is exchanged, to 16 bytes; H if there are heads
+    HP: tl.constexpr,  # H with what aligns rows to 16 bytes; H if there are heads
     DH: tl.constexpr,  # hidden units of a head
     G: tl.constexpr,
     KEPT: tl.constexpr,
@@ -212,8 +214,8 @@ def recurrence_bwd_kernel(
         row_seq = (first_row + row) * side_by_side + pid_d * stride_d
         state = load_state(output_ptr + row_seq * H, c_seq_ptr + row_seq * H, offs_seq, mask_first, stride_seq, S)
 
-        # What an iteration leaves to the next: its dpreact, the gradients of the states before it but for dpreact U, and
-        # which sequences those are of.
+        # What an iteration leaves to the next: its dpreact, the gradients of the states before it but for dpreact U,
+        # and which sequences those are of.
         dstate = load_state(
             grad_h_n_ptr + row_state * H, grad_c_n_ptr + row_state * H, offs_state, mask, stride_state, S
         )

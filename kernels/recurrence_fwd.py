@@ -2,17 +2,20 @@ r"""All T steps of one layer, forward, for any cell.
 
 .. math::
     \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
-    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1}, \mathrm{vectors})
+    \mathrm{gates}_t, \mathrm{state}_t = \mathrm{STEP}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1},
+    \mathrm{vectors})
 
-Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps, V vectors, S
-states beside h (`fusedlstm.cells`), D recurrences of the launch, R rows: a row is one step of one sequence. Row (t, b) is t * B + b. Sequences may have lengths of their own, in two
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps, V
+vectors, S states beside h (`fusedlstm.cells`), D recurrences of the launch, R rows: a row is one step of one sequence.
+Row (t, b) is t * B + b. Sequences may have lengths of their own, in two
 ways:
 
 - RAGGED: in any order, zero among them. A row past its sequence's end holds zeros.
 - PACKED: longest first, none zero; row (t, b) is first_row[t] + b for the b that are that long: the layout of
   `torch.nn.utils.rnn.PackedSequence`. So which sequences have a step is a number, and not a mask.
 
-A batch tile ends with its longest sequence. With RESETS a true at row (t, b) cuts its sequence between the steps t - 1 and
+A batch tile ends with its longest sequence. With RESETS a true at row (t, b) cuts its sequence between the steps t - 1
+and
 t: the state that enters the later of them in the order of the direction is zero. HOLDS, DROPS_CANDIDATE and
 DROPS_H are the zoneout and the dropouts of `fusedlstm.noise`.
 
@@ -89,7 +92,7 @@ def recurrence_fwd_kernel(
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity; written if SAVE_GATES
     c_seq_ptr,  # [S, R, D*H]  float32; written if SAVE_STATES
     entering_ptr,  # [R, D*HP]  h of every step times its factor, for the group; used if APART
-    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: one counter a group, 128 bytes apart, and for norms on AMD a second
+    arrived_ptr,  # [D, heads, batch tiles, 32]  int32, zero: a counter a group, 128 bytes apart
     sums_ptr,  # [D, batch tiles, 4, BLOCK_B, SUMS]  int64, zero: what a step's norms exchange; used if NORMS
     # sizes
     T,
@@ -97,7 +100,7 @@ def recurrence_fwd_kernel(
     D,
     R,
     H: tl.constexpr,
-    HP: tl.constexpr,  # H with what aligns the rows of weights, and of what is exchanged, to 16 bytes; H if there are heads
+    HP: tl.constexpr,  # H with what aligns rows to 16 bytes; H if there are heads
     DH: tl.constexpr,  # hidden units of a head
     G: tl.constexpr,
     KEPT: tl.constexpr,

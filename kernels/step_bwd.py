@@ -2,15 +2,17 @@ r"""One step of one layer, backward through time, for any cell: the product firs
 
 .. math::
     dh_t = \mathrm{dpreact}_{t+1} U + \mathrm{grad\_output}_t + \ldots, \qquad
-    \mathrm{dpreact}_t, \mathrm{dstate} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t, \mathrm{dstate}_t, \mathrm{vectors})
+    \mathrm{dpreact}_t, \mathrm{dstate} = \mathrm{STEP}(\mathrm{gates}_t, \mathrm{state}_{t-1}, \mathrm{state}_t,
+    \mathrm{dstate}_t, \mathrm{vectors})
 
-Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps and of its
-gradients, of which the last G go through U, V vectors, S states beside h, D directions. Row (t, b) is t * B + b. A program owns BLOCK_H hidden units of a head for one batch tile and one direction.
+Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps and of
+its gradients, of which the last G go through U, V vectors, S states beside h, D directions. Row (t, b) is t * B + b. A
+program owns BLOCK_H hidden units of a head for one batch tile and one direction.
 
-Launch `step` counts from the last step of the forward order: 0 has no later step, hence no product; T has none of its own, and
-leaves the gradients of the initial states. `dstate` holds what a launch leaves to the next: the gradients of the states that
-do not pass through `weight_hh`, in float32, in two places by turns. With CLIP every element of the gradient of a state that
-enters a step is kept within -clip and clip.
+Launch `step` counts from the last step of the forward order: 0 has no later step, hence no product; T has none of its
+own, and leaves the gradients of the initial states. `dstate` holds what a launch leaves to the next: the gradients of
+the states that do not pass through `weight_hh`, in float32, in two places by turns. With CLIP every element of the
+gradient of a state that enters a step is kept within -clip and clip.
 """
 
 import triton

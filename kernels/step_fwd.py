@@ -2,16 +2,18 @@ r"""One step of one layer, forward, for any cell.
 
 .. math::
     \mathrm{preact\_x} = x W^T + b, \qquad \mathrm{preact\_h} = h U^T, \qquad
-    \mathrm{gates}, \mathrm{state}' = \mathrm{STEP}(\mathrm{preact\_x}, \mathrm{preact\_h}, \mathrm{state}, \mathrm{vectors})
+    \mathrm{gates}, \mathrm{state}' = \mathrm{STEP}(\mathrm{preact\_x}, \mathrm{preact\_h}, \mathrm{state},
+    \mathrm{vectors})
 
 Dimensions: T steps, B batch, I input size, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step
 keeps, V vectors, S states beside h, D directions. Row (t, b) is t * B + b.
 
-A program owns BLOCK_H hidden units of a head, with all their gates, for one batch tile and one direction. It needs h of the step
-before only, so nobody waits, and there may be more programs than the device holds at once. Two uses:
+A program owns BLOCK_H hidden units of a head, with all their gates, for one batch tile and one direction. It needs h of
+the step before only, so nobody waits, and there may be more programs than the device holds at once. Two uses:
 
 - HAS_INPUT: T is 1, and both products are taken here: every weight is read once.
-- else launch `step` of T: preact_x is ready-made, h comes from `output`, c from `c_seq`. Direction 1 runs from the last step to
+- else launch `step` of T: preact_x is ready-made, h comes from `output`, c from `c_seq`. Direction 1 runs from the last
+step to
   the first.
 """
 
@@ -128,7 +130,8 @@ def step_fwd_kernel(
         p_w_x = tl.where(is_reverse, weight_ih_reverse_ptr, weight_ih_ptr) + offs_n * I
         acc_x = no_product(N, BLOCK_B, BLOCK_K, TRANSPOSED)
         acc_x = add_product(
-            acc_x, p_x, mask_b, p_w_x, mask_n, tl.cdiv(I, BLOCK_K), I, 1, BLOCK_B, BLOCK_K, TRANSPOSED, PRECISION, STAGES
+            acc_x, p_x, mask_b, p_w_x, mask_n,
+            tl.cdiv(I, BLOCK_K), I, 1, BLOCK_B, BLOCK_K, TRANSPOSED, PRECISION, STAGES,
         )  # fmt: skip
     else:
         # c of the step before, and of this one, in c_seq

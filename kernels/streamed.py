@@ -1,8 +1,8 @@
 """x[BLOCK_B, K] @ w[K, N] for the kernels of one step: both factors pass by once, in chunks of BLOCK_K.
 
-Three forms. Plain: x @ w. TRANSPOSED: (w^T @ x^T)^T, which gives the matrix unit its 64 rows when the batch tile has fewer.
-And for a single row, BLOCK_B == 1, no matrix unit at all: products are summed in float32 where they lie, element by element of
-a chunk, and once across the chunk at the end, so that a thread has many loads on their way.
+Three forms. Plain: x @ w. TRANSPOSED: (w^T @ x^T)^T, which gives the matrix unit its 64 rows when the batch tile has
+fewer. And for a single row, BLOCK_B == 1, no matrix unit at all: products are summed in float32 where they lie, element
+by element of a chunk, and once across the chunk at the end, so that a thread has many loads on their way.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """The recurrent cells: one file for each, with its declaration, its equations, and its fast step on a CPU.
 
-Our own cells come in as a user's do, by `register_cell`. The device code of a cell is in the file of the same name under
-`fusedlstm.kernels.cells`.
+Our own cells come in as a user's do, by `register_cell`. The device code of a cell is in the file of the same name
+under `fusedlstm.kernels.cells`.
 """
 
 import importlib
@@ -38,11 +38,11 @@ def register_cell(
         equations: Functions of torch tensors: step, step_backward, update and vectors_backward, in this order.
             `fusedlstm.cells.cell` says what they take and return. Without update (None) the cell has no zoneout;
             vectors_backward is needed for the cell's own vectors.
-        kernels: Functions under `triton.jit`: step_fwd, step_bwd and update, in this order, as `fusedlstm.kernels.cells` says.
-            update is needed if the equations have it. Or the name of a module that has them, which is imported where
-            Triton is installed. None: every engine except "triton" serves the cell.
-        loop: Two functions, forward and backward, of a faster step on a CPU than the one that follows from the equations
-            (`fusedlstm.engines.torch_loop`).
+        kernels: Functions under `triton.jit`: step_fwd, step_bwd and update, in this order, as
+            `fusedlstm.kernels.cells` says. update is needed if the equations have it. Or the name of a module that has
+            them, which is imported where Triton is installed. None: every engine except "triton" serves the cell.
+        loop: Two functions, forward and backward, of a faster step on a CPU than the one that follows from the
+            equations (`fusedlstm.engines.torch_loop`).
 
     Raises:
         TypeError, ValueError: A field of the cell or a function is wrong or missing. Then nothing is registered.

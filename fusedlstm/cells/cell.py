@@ -8,13 +8,14 @@ A cell's equations are functions of tuples of tensors [B, H] (of any leading axe
     vectors_backward(dpreact, gates, state_prev, state) -> dvectors
 
 `gates` are what `Cell.kept` names, after the nonlinearities, and `dpreact` are the gradients in their places. In
-`dstate_prev`, h is the part that does not pass through `weight_hh`. `drop` multiplies the candidate, which is what a step offers
-to its memory (g of an LSTM, n of a GRU). It is 1 unless the candidate is dropped; gates keep the candidate without it.
-`update` is what follows when the gates are known: the state that a step would have reached if no zoneout had held it.
-`vectors_backward` gives every row's part of the gradients of the vectors, except biases in the step, which have the gradients of
-the recurrent preactivations.
+`dstate_prev`, h is the part that does not pass through `weight_hh`. `drop` multiplies the candidate, which is what a
+step offers to its memory (g of an LSTM, n of a GRU). It is 1 unless the candidate is dropped; gates keep the candidate
+without it. `update` is what follows when the gates are known: the state that a step would have reached if no zoneout
+had held it. `vectors_backward` gives every row's part of the gradients of the vectors, except biases in the step, which
+have the gradients of the recurrent preactivations.
 
-The parameters of one layer and direction are a list: weight_ih, weight_hh (, bias_ih, bias_hh), then the cell's vectors.
+The parameters of one layer and direction are a list: weight_ih, weight_hh (, bias_ih, bias_hh), then the cell's
+vectors.
 """
 
 from collections.abc import Callable
@@ -49,16 +50,17 @@ class Cell(NamedTuple):
     Attributes:
         gates: The rows of `weight_ih` and `weight_hh`, in order.
         states: h first, which is also the output. The others never leave their program, and are saved in float32.
-        kept: The blocks of H that a step keeps for the backward; the gates, if none are named. The backward puts as many
-            gradients in their places. The gradients of the recurrent preactivations are the last G of them, in the order of the
-            gates. Those of the input's preactivations are the first G, and gate k's is the one at `x_blocks[k]`.
+        kept: The blocks of H that a step keeps for the backward; the gates, if none are named. The backward puts as
+            many gradients in their places. The gradients of the recurrent preactivations are the last G of them, in the
+            order of the gates. Those of the input's preactivations are the first G, and gate k's is the one at
+            `x_blocks[k]`.
         x_blocks: See `kept`.
         vectors: Parameters with one number a unit, beside the four of `torch.nn`.
-        bias_in_step: Whether the step adds `bias_hh` to the recurrent product itself, as vectors before the others. If not,
-            it is a part of the input's preactivations.
-        norms: Whether both products are normalised over all their G*H before they are added, so that units need each other's
-            sums within a step. The first two vectors are then the gains of these norms, G*H each, of which the step takes
-            only the second, as G vectors.
+        bias_in_step: Whether the step adds `bias_hh` to the recurrent product itself, as vectors before the others. If
+            not, it is a part of the input's preactivations.
+        norms: Whether both products are normalised over all their G*H before they are added, so that units need each
+            other's sums within a step. The first two vectors are then the gains of these norms, G*H each, of which the
+            step takes only the second, as G vectors.
         aten: The name of ATen's function of the same cell, or None.
     """
 
@@ -146,7 +148,9 @@ class Cell(NamedTuple):
         return joined(own).view(self.num_vectors, len(weight_hh) // self.num_gates)
 
     def vectors_gradients(self, gradient: Tensor) -> list[Tensor]:
-        """Gradients [V, H] of what `step_vectors` takes as those of the parameters: of all vectors, or with norms all but the first."""
+        """Gradients [V, H] of what `step_vectors` takes as those of the parameters: of all vectors, or with norms all
+        but the first.
+        """
         if not self.norms:
             return list(gradient.unbind(0))
         G = self.num_gates

@@ -7,9 +7,9 @@ r"""LSTM with layer normalisation (Ba et al. 2016). Gates i, f, g, o; states h, 
 .. math::
     c' = f c + i g, \quad m = \tanh(\mathrm{gain\_c}\, N(c') + \mathrm{bias\_c}), \quad h' = o m
 
-N normalises a whole row: u over all 4H, c' over H (`fusedlstm.products`). `preact_x` is normalised before, and has the biases
-of both norms. `vectors` are the gains of i, f, g and o, gain_c and bias_c. Kept are i, f, g, o, m and the four parts of u;
-in the place of m the backward has the gradient of what its tanh takes.
+N normalises a whole row: u over all 4H, c' over H (`fusedlstm.products`). `preact_x` is normalised before, and has the
+biases of both norms. `vectors` are the gains of i, f, g and o, gain_c and bias_c. Kept are i, f, g, o, m and the four
+parts of u; in the place of m the backward has the gradient of what its tanh takes.
 """
 
 import torch
@@ -56,7 +56,9 @@ def update(gates, state_prev, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""As the LSTM's, but c' gets what its norm hands down, of dm = dh o (1 - m^2), and u what its own does, of dpreact gain."""
+    r"""As the LSTM's, but c' gets what its norm hands down, of dm = dh o (1 - m^2), and u what its own does, of dpreact
+    gain.
+    """
     i, f, g, o, m, *u = gates
     *gains, gain_c, _ = vectors
     _, c_prev = state_prev
@@ -140,7 +142,9 @@ def loop_backward(at):
 
 
 class _Norm:
-    """The backward of a norm with a gain. Statistics are taken step by step: of all at once they need two buffers of all rows."""
+    """The backward of a norm with a gain. Statistics are taken step by step: of all at once they need two buffers of
+    all rows.
+    """
 
     def __init__(self, at, x, gain):
         self.gain, self.shape, self.by_step = gain, x.shape[1:], at.by_step(x)

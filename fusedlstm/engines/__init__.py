@@ -8,8 +8,9 @@
 
 `auto` is `triton` on a GPU for what the kernels serve, else `torch`; and `torch` where cuDNN serves the call too and is
 faster, measured (`fusedlstm.tune`) or clearly by prediction (`fastest`). An engine asked for by name serves the call or
-raises: nothing falls back in silence. Where a launch of the kernels fails that `auto` chose, `torch` takes that layer from
-then on, with one warning (`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` overrides every module whose backend is `auto`.
+raises: nothing falls back in silence. Where a launch of the kernels fails that `auto` chose, `torch` takes that layer
+from then on, with one warning (`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` overrides every module whose backend
+is `auto`.
 
 The logger `fusedlstm` tells at level DEBUG which engine ran a call and why. `FUSEDLSTM_LOG=1` writes that to stderr.
 """
@@ -138,8 +139,8 @@ def _fastest(call: tuned.Call, index: int | None, generation: int, sms: int | No
 def predicted(call: tuned.Call, index: int | None) -> tuple[str, str]:
     """As `fastest`, of what nothing is measured; index None is the interpreter, which plays an sm_90.
 
-    A packed batch is taken for one in which all sequences have every step, as its plan is too: most of the time goes into steps that many
-    have, and an engine that changed with the lengths would change from batch to batch.
+    A packed batch is taken for one in which all sequences have every step, as its plan is too: most of the time goes
+    into steps that many have, and an engine that changed with the lengths would change from batch to batch.
     """
     from fusedlstm import plan
     from fusedlstm.engines import launch

@@ -1,18 +1,20 @@
 """A kernel bound to what does not change from launch to launch, so that a launch costs the host little.
 
-Triton's `kernel[grid](...)` looks at every argument in order to find the compiled kernel that fits: 40 microseconds for the 65
-arguments of a loop. Here that kernel is kept, by what can differ. This relies on Triton (3.6.0 and 3.7.1;
+Triton's `kernel[grid](...)` looks at every argument in order to find the compiled kernel that fits: 40 microseconds for
+the 65 arguments of a loop. Here that kernel is kept, by what can differ. This relies on Triton (3.6.0 and 3.7.1;
 `tests/compiled/test_bound.py` fails where it is otherwise) as follows:
 
-- `kernel.warmup(..., grid=...)` returns a `CompiledKernel`, and `compiled[grid](*arguments)` launches it, with all arguments of
+- `kernel.warmup(..., grid=...)` returns a `CompiledKernel`, and `compiled[grid](*arguments)` launches it, with all
+arguments of
   the kernel in their order, constants too. Triton's tutorial of the fused softmax does so.
-- A kernel is compiled for the dtype of a pointer and whether it is divisible by 16, and for the type of a number, an integer's
-  being the least of 32 and 64 bits that holds it. For a number's value only where `do_not_specialize` does not name it; it
-  names all of ours.
+- A kernel is compiled for the dtype of a pointer and whether it is divisible by 16, and for the type of a number, an
+integer's
+  being the least of 32 and 64 bits that holds it. For a number's value only where `do_not_specialize` does not name it;
+  it names all of ours.
 
 What Triton asks at every launch beside that, its knobs of the compiler and whether a global of a kernel has changed, is
-asked once a kernel here. Hooks of launches are called; a kernel with hooks before a run goes the way of `kernel[grid](...)`, as
-does one that is interpreted.
+asked once a kernel here. Hooks of launches are called; a kernel with hooks before a run goes the way of
+`kernel[grid](...)`, as does one that is interpreted.
 """
 
 import contextlib
@@ -54,7 +56,8 @@ class Bound:
         self.launcher(arguments)()
 
     def launcher(self, arguments: dict, varying: str | None = None) -> Callable[..., None]:
-        """A function that launches it as often as it is called: with the value of the argument `varying`, if there is one.
+        """A function that launches it as often as it is called: with the value of the argument `varying`, if there is
+        one.
 
         `arguments` has a value of it too, of the same type.
         """
@@ -82,7 +85,9 @@ class Bound:
         return launch
 
     def _compiled(self, everything: dict) -> tuple[Callable[..., None] | None, int | None]:
-        """What launches the compiled kernel that fits the arguments, and its shared memory; None: Triton shall find it."""
+        """What launches the compiled kernel that fits the arguments, and its shared memory; None: Triton shall find
+        it.
+        """
         if not isinstance(self.kernel, JITFunction) or self.kernel.pre_run_hooks:
             return None, None
         pointers, numbers = self._pointers(everything), [everything[name] for name in self._numbers]
@@ -128,8 +133,8 @@ def words(plan) -> str:
 
 
 def on(device: torch.device, waits: bool = True):
-    """Where a launch must stand: on its GPU; or, if its programs wait for each other, with those of the interpreter side by
-    side, wherever the tensors are."""
+    """Where a launch must stand: on its GPU; or, if its programs wait for each other, with those of the interpreter
+    side by side, wherever the tensors are."""
     if triton.knobs.runtime.interpret:
         from fusedlstm.engines import interpreter
 

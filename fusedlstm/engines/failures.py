@@ -1,10 +1,12 @@
 """Launches that fail: the error that says what was asked for and what the device has, and what `auto` does then.
 
-A launch that fails has not run: the compiler refused it, or the device has too little shared memory, too few registers, or
-too few multiprocessors to hold all its programs at once, as where others share it. Asked for by name (`backend="triton"`) that
-is a `LaunchError`. Chosen by `auto`, the call goes to a loop of torch operations with one warning, a backward too, and
-from then on so does every call of that layer (`attempt`, `reason`). An error of a kernel that ran, such as an illegal memory
-access, is no such failure: it is left alone, because nothing else works after it either (`explain` says what it can mean).
+A launch that fails has not run: the compiler refused it, or the device has too little shared memory, too few registers,
+or too few multiprocessors to hold all its programs at once, as where others share it. Asked for by name
+(`backend="triton"`) that is a `LaunchError`. Chosen by `auto`, the call goes to a loop of torch operations with one
+warning, a backward too, and from then on so does every call of that layer (`attempt`, `reason`). An error of a kernel
+that ran, such as an illegal memory
+access, is no such failure: it is left alone, because nothing else works after it either (`explain` says what it can
+mean).
 """
 
 import subprocess
@@ -84,8 +86,8 @@ def reason(
 def attempt(
     engine: str, where: Callable[[], Where], kernels: Callable[[], Results], loop: Callable[[], Results]
 ) -> Results:
-    """By the engine "triton" what `kernels` return, by "torch" what `loop` does; by "auto" that of `kernels`, unless a launch of
-    theirs fails or has failed before."""
+    """By the engine "triton" what `kernels` return, by "torch" what `loop` does; by "auto" that of `kernels`, unless a
+    launch of theirs fails or has failed before."""
     if engine == "triton":
         return kernels()
     if engine == "auto" and not (_failed and where() in _failed):
@@ -147,13 +149,16 @@ def launch_error(error: BaseException, plan: str, device: torch.device, smem_byt
 def explain(error: BaseException) -> str | None:
     """What an error that torch raised at a synchronisation can mean for these kernels, or None if it is none of theirs.
 
-    A kernel cannot tell the host why it gave up, and by the time of the error any kernel of the process may have been the one.
+    A kernel cannot tell the host why it gave up, and by the time of the error any kernel of the process may have been
+    the one.
     """
     if not any(text in str(error) for text in TRAPPED):
         return None
     return (
-        "A kernel gave up. One of fusedlstm does so if a program of a group never arrived: the programs of a launch wait for each "
-        "other's h, and after tens of seconds a wait ends with a trap. That happens if they are not on the device at once "
+        "A kernel gave up. One of fusedlstm does so if a program of a group never arrived: the programs of a "
+        "launch wait for each "
+        "other's h, and after tens of seconds a wait ends with a trap. That happens if they are not on the "
+        "device at once "
         "(a debugger, a device that is shared without FUSEDLSTM_SMS), or if another kernel wrote over their memory. "
         "The context is lost, and the process must begin anew; CUDA_LAUNCH_BLOCKING=1 then names the call, and "
         "FUSEDLSTM_BACKEND=torch shows whether it is ours. See docs/on_a_gpu.md."

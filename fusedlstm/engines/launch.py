@@ -103,7 +103,9 @@ def dot_of(plan: Plan) -> Dot:
 
 
 def exchange_of(plan: Plan) -> Exchange:
-    """How the programs of a group exchange; on AMD, and interpreted, an assertion ends a wait, and nothing is prefetched."""
+    """How the programs of a group exchange; on AMD, and interpreted, an assertion ends a wait, and nothing is
+    prefetched.
+    """
     by_instruction = not (triton.knobs.runtime.interpret or plan.arch.startswith("gfx"))
     by_data = plan.protocol == "data"
     return Exchange(
@@ -333,7 +335,9 @@ def recurrence_bwd(
     stack: Stack | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel. Returns grad_preact like gates, grad_hx, grad_cx as `recurrence.recurrence_bwd` does."""
+    """Launch the backward kernel. Returns grad_preact like gates, grad_hx, grad_cx as `recurrence.recurrence_bwd`
+    does.
+    """
     rows, width = output.shape[bool(stack) : -1], output.size(-1)
     D, B, H = hx.shape
     packed = layout.first_row is not None
@@ -496,7 +500,9 @@ def recompute(
 
 
 def _weights(weight_hh: list[Tensor], stack: Stack | None, plan: Plan) -> dict[str, Tensor]:
-    """The weights of all recurrences in one tensor each, with aligned rows; a single one is taken as it lies if it has these."""
+    """The weights of all recurrences in one tensor each, with aligned rows; a single one is taken as it lies if it has
+    these.
+    """
     weight_hh = weight_hh[0].contiguous() if len(weight_hh) == 1 else torch.stack(weight_hh)
     weight_ih = stack.weight_ih.contiguous() if stack else weight_hh
     H, aligned = plan.hidden, plan.aligned_hidden
@@ -529,7 +535,9 @@ def _tables(layout: Layout, unread: Tensor) -> dict[str, Tensor]:
 
 
 def _noise(noise: Noise, factor: Tensor | None, hx: Tensor, unread: Tensor) -> dict:
-    """The arguments that tell a kernel what regularises the steps; `factor` is that of the h that enters the product."""
+    """The arguments that tell a kernel what regularises the steps; `factor` is that of the h that enters the
+    product.
+    """
     rate_h, rate_c, candidate = noise.rates[:3] or (0.0, 0.0, 0.0)
     return {
         "seed_ptr": unread.view(torch.int64) if noise.seed is None else noise.seed,
@@ -586,7 +594,8 @@ def _without_spills(plan: Plan, flags: tuple[tuple[str, bool], ...], index: int 
 
 
 def _first_clean(plan: Plan, flags: tuple[tuple[str, bool], ...], index: int | None, arguments: dict) -> dict:
-    """The fields in which the first variant that does not spill differs from `plan`, or if all do the first that can be launched.
+    """The fields in which the first variant that does not spill differs from `plan`, or if all do the first that can be
+    launched.
 
     Raises:
         LaunchError: none can be launched; the error of the plan itself.
@@ -623,7 +632,9 @@ def _counters(plan: Plan, device: torch.device) -> Tensor:
 
 
 def _sums(plan: Plan, unread: Tensor) -> Tensor:
-    """Two slots of two numbers a row and program, for the norms of a cell in which programs wait for each other; zeros."""
+    """Two slots of two numbers a row and program, for the norms of a cell in which programs wait for each other;
+    zeros.
+    """
     if plan.local or not cells.CELLS[plan.cell].norms:
         return unread.view(torch.int64)
     sums = triton.cdiv(plan.group, plan.block_h) * plan.block_h

@@ -81,7 +81,9 @@ def compile_plan(plan: Plan, **flags: bool) -> Compiled:
 
 
 def compile_clean(plan: Plan, limits: DeviceLimits, **flags: bool) -> tuple[Plan, Compiled]:
-    """Compile `plan`, or the next variant of its tiles that does not spill, as a launch does; the plan itself if all do."""
+    """Compile `plan`, or the next variant of its tiles that does not spill, as a launch does; the plan itself if all
+    do.
+    """
     first = compile_plan(plan, **flags)
     for other in variants(plan, limits) if first.spill_bytes else []:
         found = compile_plan(other, **flags)
@@ -134,7 +136,9 @@ class Instruction(NamedTuple):
 
     @property
     def read(self) -> set[int]:
-        """The registers that it reads, but for the upper ones of wide operands: no first one of a load is among these."""
+        """The registers that it reads, but for the upper ones of wide operands: no first one of a load is among
+        these.
+        """
         written, _, rest = self.operands.partition(",")
         if self.operation.startswith(("ST", "RED", "BAR", "BRA")):  # these write no register
             rest = self.operands
@@ -163,7 +167,8 @@ def loop(sass: str) -> Loop:
 
 
 def read_before(sass: str, wait: str) -> list[tuple[Instruction, Instruction]]:
-    """What an iteration fetches from memory and reads before its first event `wait`: loads and the instructions that read.
+    """What an iteration fetches from memory and reads before its first event `wait`: loads and the instructions that
+    read.
 
     But for tables of rows, which are integers of 64 bits that addresses are made of.
     """
@@ -203,9 +208,9 @@ def loop_events(sass: str) -> list[str]:
 def loop_instructions(sass: str) -> list[Instruction]:
     """What an iteration of the loop over time does, in an order in which it can happen.
 
-    That is the smallest loop that multiplies, stores and has a barrier: loops inside of it poll, or go through chunks of a
-    reduction, and the loop around it walks over batch tiles. What is done only now and then is left out: where a wait takes
-    long, the look for values that are absent (`kernels.exchange`).
+    That is the smallest loop that multiplies, stores and has a barrier: loops inside of it poll, or go through chunks
+    of a reduction, and the loop around it walks over batch tiles. What is done only now and then is left out: where a
+    wait takes long, the look for values that are absent (`kernels.exchange`).
     """
     blocks, after = _blocks(sass)
     loops = sorted(_loops(after), key=lambda loop: sum(len(blocks[k]) for k in loop[1]))

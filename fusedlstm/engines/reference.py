@@ -1,9 +1,9 @@
 r"""The specification: a recurrence over any cell in plain torch, any dtype, forward and written-out backward.
 
-Dimensions: T steps, B batch, I input size, H hidden size, G gates, K blocks that a step keeps, V vectors, D directions, S
-states beside h, P size of h (H, or `proj_size` with a projection), R rows: a row is one step of one sequence. Sequences have rows [T, B], or [R] if they are
-packed; lengths, packing and resets are told in `fusedlstm.layout`. `weight_hh` has H / DH heads (`fusedlstm.products`); one
-is the usual LSTM.
+Dimensions: T steps, B batch, I input size, H hidden size, G gates, K blocks that a step keeps, V vectors, D directions,
+S states beside h, P size of h (H, or `proj_size` with a projection), R rows: a row is one step of one sequence.
+Sequences have rows [T, B], or [R] if they are packed; lengths, packing and resets are told in `fusedlstm.layout`.
+`weight_hh` has H / DH heads (`fusedlstm.products`); one is the usual LSTM.
 
 A recurrence maps `preact_x` (the input part of the preactivations) and the initial states to all h:
 
@@ -256,7 +256,9 @@ def layer(
     clip: float | None = None,
     noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and c_seq."""
+    """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and
+    c_seq.
+    """
     of = cells.CELLS[cell]
     biases = [of.input_bias(p) for p in per_direction]
     if of.norms:

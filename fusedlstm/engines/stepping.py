@@ -1,7 +1,7 @@
 """Launches of the kernels of one step: a sequence as one launch a step (`stepped`), or a stack at a single step.
 
-Nothing here waits for the device, so a CUDA graph of the caller's captures it. What a launch costs the host without one, of a
-sequence and of a single step, `python -m bench.overhead` measures.
+Nothing here waits for the device, so a CUDA graph of the caller's captures it. What a launch costs the host without
+one, of a sequence and of a single step, `python -m bench.overhead` measures.
 """
 
 import functools

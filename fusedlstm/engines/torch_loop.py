@@ -1,10 +1,11 @@
 """A recurrence as a loop of torch operations, with the backward written out: for a CPU, where no kernel runs.
 
-Serves what ATen serves badly there, packed sequences of different lengths, GRUs and vanilla RNNs, or not at all: other cells, all
-cell states, clipped gradients of the states, lengths and resets inside a compiled graph. What makes it fast is that nothing is done
-at a step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in place,
-on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation each; and
-the gradients of the weights are one product outside. Heads are a batch in the recurrent product.
+Serves what ATen serves badly there, packed sequences of different lengths, GRUs and vanilla RNNs, or not at all: other
+cells, all cell states, clipped gradients of the states, lengths and resets inside a compiled graph. What makes it fast
+is that nothing is done
+at a step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in
+place, on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation
+each; and the gradients of the weights are one product outside. Heads are a batch in the recurrent product.
 Equations, names and layouts are those of `fusedlstm.engines.reference`.
 
 A cell's step is two functions (`fusedlstm.cells.cell.Loop`):
@@ -12,11 +13,12 @@ A cell's step is two functions (`fusedlstm.cells.cell.Loop`):
     forward(at) -> step(t, state) -> state
     backward(at) -> step(t, dstate) -> dh_direct
 
-Each is called once a direction, and does what can be done for all steps at once. The function that it returns is called step by
-step. Forward, that takes the states before a step, each [n, H], fills the rows of step t and returns the states after it.
-Backward, it takes the gradients of the states beside h after step t, each [n, H], makes them those before the step in place,
-and fills `at.dpreact` of step t from `at.dh`, which is complete by then. It returns the gradient of the h before that does not
-pass through `weight_hh`, [n, H], or None. A cell that has no such functions gets them from its equations (`derived`).
+Each is called once a direction, and does what can be done for all steps at once. The function that it returns is called
+step by step. Forward, that takes the states before a step, each [n, H], fills the rows of step t and returns the states
+after it. Backward, it takes the gradients of the states beside h after step t, each [n, H], makes them those before the
+step in place, and fills `at.dpreact` of step t from `at.dh`, which is complete by then. It returns the gradient of the
+h before that does not pass through `weight_hh`, [n, H], or None. A cell that has no such functions gets them from its
+equations (`derived`).
 """
 
 import math
@@ -179,7 +181,9 @@ def _run(step, sizes: list[int], d: int, finals: tuple[Tensor, ...]) -> None:
 
 
 def _recurrent_product(weight_hh: Tensor | None, H: int):
-    """A function of preact [B, G*H], h [B, H] and out [B, G*H] that writes preact + h U^T; preact alone without weights."""
+    """A function of preact [B, G*H], h [B, H] and out [B, G*H] that writes preact + h U^T; preact alone without
+    weights.
+    """
     if weight_hh is None:
         return lambda preact, h, out: out.copy_(preact)
     DH = weight_hh.size(1)
@@ -273,7 +277,9 @@ def recurrence_bwd(
 
 
 def _run_backward(step, at, d, dpreact_h, dc_seq, grad_hx, dfinals, add_recurrent_backward, clip) -> None:
-    """One direction; `dfinals`, each [B, H], come as the gradients of the final states beside h, and become the initial ones'."""
+    """One direction; `dfinals`, each [B, H], come as the gradients of the final states beside h, and become the initial
+    ones'.
+    """
     sizes, dh = at.sizes, at.by_step(at.dh)
     order = list(steps_of(len(sizes), d))
     dstate, m = dfinals, len(grad_hx)  # the gradients of the first m sequences
@@ -299,7 +305,9 @@ def _run_backward(step, at, d, dpreact_h, dc_seq, grad_hx, dfinals, add_recurren
 
 
 def _recurrent_backward(weight_hh: Tensor, H: int, clip: float | None):
-    """A function of grad_h [B, H], dpreact [B, G*H] and direct [B, H] or None: grad_h += dpreact U + direct, clipped."""
+    """A function of grad_h [B, H], dpreact [B, G*H] and direct [B, H] or None: grad_h += dpreact U + direct,
+    clipped.
+    """
     dense = weight_hh.size(1) == H
 
     def add(grad_h, dpreact, direct):
@@ -332,7 +340,9 @@ def _last_rows(steps: list[tuple[int, int]], batch: int, device: torch.device) -
 
 
 def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int) -> Tensor:
-    """The state that entered every row, [R, H]: that of the step before, or `initial` [B, H] where a sequence begins."""
+    """The state that entered every row, [R, H]: that of the step before, or `initial` [B, H] where a sequence
+    begins.
+    """
     if not steps:
         return seq
     if steps[-1][1] == len(initial):  # all have every step
@@ -391,7 +401,9 @@ def _left(pieces: Pieces, grad: Tensor) -> Tensor:
 
 
 def _entered(pieces: Pieces, grad: Tensor, grad_final: Tensor) -> Tensor:
-    """The gradient of `_enter`, [..., D, pieces, H] -> [..., D, B, H], and of `_leave` where a sequence has no steps."""
+    """The gradient of `_enter`, [..., D, pieces, H] -> [..., D, B, H], and of `_leave` where a sequence has no
+    steps.
+    """
     n, B = grad.size(-2), grad_final.size(-2)
     found = _scattered(grad, pieces.enters, B + 1)[..., :B, :].contiguous()
     empty = torch.stack([rows >= n for rows in pieces.leaves[: grad.size(-3)]]).unsqueeze(-1)  # [D, B, 1]

@@ -10,12 +10,12 @@ direction form a group and exchange h (forward) or the gradients of the preactiv
 | `streamed` | read from L2 at every step | group barrier |
 | `stepped` | the same | one launch a step, of any number of programs; dense only, and where nothing else fits |
 
-Every other group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has at
-most as many programs as the device holds, and walks the remaining batch tiles one after another.
+Every other group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has
+at most as many programs as the device holds, and walks the remaining batch tiles one after another.
 
-The choice is the candidate with the least predicted time (`fusedlstm.plan.cost`), of those that fit and compile well. The
-prediction's constants are not fitted to measurements (`fusedlstm.plan.devices`), so that it orders candidates and promises nothing;
-a choice measured by `fusedlstm.tune` overrides it.
+The choice is the candidate with the least predicted time (`fusedlstm.plan.cost`), of those that fit and compile well.
+The prediction's constants are not fitted to measurements (`fusedlstm.plan.devices`), so that it orders candidates and
+promises nothing; a choice measured by `fusedlstm.tune` overrides it.
 """
 
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, explain, plan, step_plan, step_plans, wave

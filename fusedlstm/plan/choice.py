@@ -32,7 +32,8 @@ def candidates(
 ) -> list[Plan]:
     """All plans with which one layer can run, by predicted time, least first; at least one.
 
-    The best of those with a launch a step comes last, until a GPU has told what launches cost (`fusedlstm.tune` tries it).
+    The best of those with a launch a step comes last, until a GPU has told what launches cost (`fusedlstm.tune` tries
+    it).
 
     Args:
         cell: a name of `fusedlstm.cells.CELLS`.
@@ -56,14 +57,16 @@ def candidates(
     of = Problem(cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
     if of.norms and (heads > 1 or stack):
         raise PlanError(
-            f"heads and stack: expected one head and one layer a launch of {cell}, whose norms are over all units of a layer, got "
+            f"heads and stack: expected one head and one layer a launch of {cell}, whose norms are over all units "
+            f"of a layer, got "
             f"{heads} head(s){' and a stack' if stack else ''}"
         )
     found = _ranked(tiles.of_a_loop(of), of)
     stepped = [] if of.masked or stack or of.norms else _ranked(tiles.of_a_step(of), of)
     if not found and not stepped:
         raise PlanError(
-            f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a group must be on "
+            f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a "
+            f"group must be on "
             f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
         )
     return found + stepped[: 1 if found else None]
@@ -86,12 +89,12 @@ def step_plans(
     heads: int = 1,
     input_size: int = 0,
 ) -> list[Plan]:
-    """All plans of the kernels of one step, by predicted time: nobody waits, so there may be more programs than the device
-    holds at once.
+    """All plans of the kernels of one step, by predicted time: nobody waits, so there may be more programs than the
+    device holds at once.
 
     Args: as `candidates`, and
-        input_size: I, if the input product is taken in the same launch; 0: the preactivations come ready-made. Both products
-            being of one form, it does not change the order.
+        input_size: I, if the input product is taken in the same launch; 0: the preactivations come ready-made. Both
+            products being of one form, it does not change the order.
 
     Raises:
         PlanError: a size is less than it can be.
@@ -181,9 +184,10 @@ def beside_cudnn(
 
 
 GLOSSARY = """\
-Words: a tile is the batch rows and hidden units that one program computes. A group is the programs that need each other's
-results at every step. An exchange is the moment when they pass them on. The schedule says where weight_hh is: all of it
-in one program (single), a slice in each program (resident), read at every step (streamed), or one launch a step (stepped)."""
+Words: a tile is the batch rows and hidden units that one program computes. A group is the programs that need each
+other's results at every step. An exchange is the moment when they pass them on. The schedule says where
+weight_hh is: all of it in one program (single), a slice in each program (resident), read at every step (streamed), or
+one launch a step (stepped)."""
 
 
 def explain(
@@ -222,8 +226,10 @@ def explain(
             ours, cudnn = beside_cudnn(cell, batch, hidden, dtype, directions, limits, training=training)
             engine = "torch" if ours > CLEARLY * cudnn else "triton"
             text.append(
-                f"auto, {name}: {engine} - predicted {ours:.2f} us a step, cuDNN {cudnn:.2f} (a product and a pointwise "
-                f"kernel a step); torch is taken from {CLEARLY} times its time on, or where `fusedlstm.tune` measured it faster"
+                f"auto, {name}: {engine} - predicted {ours:.2f} us a step, cuDNN {cudnn:.2f} (a product and a "
+                f"pointwise "
+                f"kernel a step); torch is taken from {CLEARLY} times its time on, or where `fusedlstm.tune` "
+                f"measured it faster"
             )
     return "\n".join([*text, "", GLOSSARY])
 

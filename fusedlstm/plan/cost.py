@@ -2,14 +2,18 @@
 
 Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a TFLOP/s 1e6 operations. One time step:
 
-    wait       = the exchange: barrier_us (counter), exchange_us and half an operand, loaded too early (data), launch_us or
+    wait       = the exchange: barrier_us (counter), exchange_us and half an operand, loaded too early (data), launch_us
+    or
                  host_us (a launch a step), or nothing; and an exchange_us for every norm
-    operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps; at least L2_US for every
+    operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps; at least L2_US for
+    every
                  round of loads (`work`)
-    product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the instruction;
+    product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the
+    instruction;
                  at least LINK_US for every instruction along K, of which each waits for the sum of the one before
-    issue      = instructions of a warp x warps / SCHEDULERS x ISSUE_US + barriers x SYNC_US + waits for wgmma x WGMMA_US
-    chain      = max(fetch_us, wait + operand + product) + issue         one after another; what a step needs from memory
+    issue      = instructions of a warp x warps / SCHEDULERS x ISSUE_US + barriers x SYNC_US + waits for wgmma x
+    WGMMA_US chain      = max(fetch_us, wait + operand + product) + issue         one after another; what a step needs
+    from memory
                                                                            is asked for before the wait
     port       = operand + the program's part of traffic / its share of l2_tbps     what its multiprocessor has to move
     traffic    = (preactivations, gates, states, gradients; streamed weights that the L2 cannot hold) / memory_tbps
@@ -17,7 +21,8 @@ Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a 
     step       = max(walked x chain, walked x port, traffic)
     all        = launch_us + weights / memory_tbps + T x step           a wave over L layers has L - 1 steps more
 
-Nothing of this was fitted to a measurement of time. Not counted: bank conflicts, and instructions that wait for each other.
+Nothing of this was fitted to a measurement of time. Not counted: bank conflicts, and instructions that wait for each
+other.
 """
 
 import math
@@ -34,8 +39,8 @@ L2_US = 0.25  # assumed: from a load to its data, from the L2
 LINK_US = 0.018  # assumed: from one matrix instruction to the next that adds to its result, some 32 cycles
 LINK_K = {"fp32": 8, "fp16": 16, "bf16": 16}  # of the reduction, an instruction
 GEMM_EFFICIENCY = 0.7  # assumed: of a large product's share of the peak
-# Instructions of a warp, fitted to resident plans of sm_90 by least squares of the relative error (2026-11-29): nine of ten
-# are within 15 %.
+# Instructions of a warp, fitted to resident plans of sm_90 by least squares of the relative error (2026-11-29): nine of
+# ten are within 15 %.
 BASE = {"fwd": 203.0, "bwd": 215.0}
 OF_ELEMENT = {"fwd": 68.0, "bwd": 5.0}  # of the cell, a thread
 OF_LOAD = {"fwd": 10.3, "bwd": 1.8}  # of 16 bytes of an operand, a thread
@@ -56,9 +61,9 @@ class Work(NamedTuple):
 def work(p: Plan, wide_mma: bool) -> Work:
     """Estimate the instructions, barriers, waits and rounds of loads of one step of the time loop.
 
-    The estimate follows machine code: `bench/results/kernels.csv` has the counted numbers of every plan, in columns of the
-    same names (`fusedlstm.engines.offline.Loop`), and `tests/cpu/test_cost.py` compares the two. The body of a loop over
-    chunks is counted once for every time that it runs. `wide_mma` as of `devices.DeviceLimits`.
+    The estimate follows machine code: `bench/results/kernels.csv` has the counted numbers of every plan, in columns of
+    the same names (`fusedlstm.engines.offline.Loop`), and `tests/cpu/test_cost.py` compares the two. The body of a loop
+    over chunks is counted once for every time that it runs. `wide_mma` as of `devices.DeviceLimits`.
     """
     products = 2 if p.stack else 1  # of a stack's layer also the input product
     threads = 32 * p.num_warps
@@ -216,9 +221,10 @@ def bound(
 ) -> Bound:
     """The least time of a step on a device, whatever runs it. Arguments as of `plan.plan`; `saves` as of `cost`.
 
-    arithmetic: operations / the matrix rate of the whole device. memory: bytes that are read or written once / memory_tbps,
-    less what the L2 can hold of them; weights at every step, as far as neither chip nor L2 can hold them. latency: T - 1
-    exchanges of one trip each, or what one program would read of weights from the L2 at every step, if that is less.
+    arithmetic: operations / the matrix rate of the whole device. memory: bytes that are read or written once /
+    memory_tbps, less what the L2 can hold of them; weights at every step, as far as neither chip nor L2 can hold them.
+    latency: T - 1 exchanges of one trip each, or what one program would read of weights from the L2 at every step, if
+    that is less.
     """
     item, gates = ITEMSIZE[dtype], cells.CELLS[cell].num_gates
     weights = _weight_bytes(cell, hidden, heads, directions, stack, item)

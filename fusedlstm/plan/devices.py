@@ -1,7 +1,7 @@
 """What the planner knows of GPUs: limits, rates and latencies, one table, every constant with its source.
 
-Rates are peaks of the data sheets, dense, until the same is measured on the device: `measured.json` beside this file holds
-what a GPU run found, by the name that torch gives the device, and overrides the table:
+Rates are peaks of the data sheets, dense, until the same is measured on the device: `measured.json` beside this file
+holds what a GPU run found, by the name that torch gives the device, and overrides the table:
 
     {"NVIDIA H200": {"date": "2026-12-01", "commit": "0123abc", "values": {"barrier_us": 0.9, "l2_tbps": 5.1}}}
 
@@ -247,8 +247,8 @@ def _planned_as(major: int) -> str:
 def find(text: str) -> DeviceLimits:
     """A device by what people call it: "h100", "RTX 4090", "sm_89", or torch's name for it. Case does not matter.
 
-    One without a row in the table gets the numbers that `of_properties` would find on it. An architecture stands for its
-    first device.
+    One without a row in the table gets the numbers that `of_properties` would find on it. An architecture stands for
+    its first device.
 
     Raises:
         ValueError: nothing is known of it; the text lists what is accepted.
@@ -305,8 +305,8 @@ def named(name: str, arch: str, num_sms: int | None = None, **told: float) -> De
     """The row of a device by torch's name for it; one that the table lacks is taken for a cut of the first of its arch.
 
     Args:
-        num_sms: multiprocessors that it has; rates of the matrix units and of the L2 go with their number where the table
-            lacks the device.
+        num_sms: multiprocessors that it has; rates of the matrix units and of the L2 go with their number where the
+            table lacks the device.
         told: fields that the device itself tells, such as `smem_bytes`.
     """
     known = _row(name)

@@ -1,14 +1,14 @@
 """Plans that fit a device: which tiles are considered, and what a program with them needs.
 
-The kernels of a loop run all steps in one launch. For every choice of schedule, tiles and protocol there are variants of
-them. They compute the same, but are compiled differently: with another number of warps, length of the chunks of the
+The kernels of a loop run all steps in one launch. For every choice of schedule, tiles and protocol there are variants
+of them. They compute the same, but are compiled differently: with another number of warps, length of the chunks of the
 reduction, or number of chunks loaded at once. The variants are in an order of preference. The plan is the first variant
 that is not known to spill.
 
 A thread has 255 registers. A kernel that needs more moves values to memory and back at every step; that is a spill.
-Whether a kernel spills is known only after it is compiled. So `make kernels` compiles the plans for the benchmark shapes
-(`bench/shapes.py`) with both versions of Triton that CI tests, and `spills.json` names the kernels that spilled. For all
-other sizes the launch on a GPU checks the compiled kernel, and takes the next variant if it spills
+Whether a kernel spills is known only after it is compiled. So `make kernels` compiles the plans for the benchmark
+shapes (`bench/shapes.py`) with both versions of Triton that CI tests, and `spills.json` names the kernels that spilled.
+For all other sizes the launch on a GPU checks the compiled kernel, and takes the next variant if it spills
 (`fusedlstm.engines.launch`).
 """
 
@@ -105,8 +105,8 @@ def _loop_tilings(of: Problem) -> Iterator[Tiling]:
 
 
 def _protocols(of: Problem) -> tuple[str, ...]:
-    """Of a resident exchange. Triton 3.7.1 fails to compile data for sm_100; and on AMD a program's loads see only the L2 of
-    its own die, which nothing but an acquire makes them look behind."""
+    """Of a resident exchange. Triton 3.7.1 fails to compile data for sm_100; and on AMD a program's loads see only the
+    L2 of its own die, which nothing but an acquire makes them look behind."""
     possible = ("counter",) if of.limits.arch == "sm_100" or of.limits.arch.startswith("gfx") else ("data", "counter")
     return possible if of.protocol is None else tuple(p for p in possible if p == of.protocol)
 
@@ -239,7 +239,9 @@ def _loop_fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
 
 
 def _unfit_for_amd(of: Problem, t: Tiling, v: Variant, columns: int, slice_bytes: int) -> bool:
-    """Where weights are kept in registers: 64 of a thread at most, and at least the columns of one matrix instruction."""
+    """Where weights are kept in registers: 64 of a thread at most, and at least the columns of one matrix
+    instruction.
+    """
     if not of.limits.weights_in_registers:
         return False
     if columns < 16 and not of.ieee:

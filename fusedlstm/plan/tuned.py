@@ -1,8 +1,9 @@
 """Choices that were measured on this machine (`fusedlstm.tune`): the file that keeps them, and the look-up.
 
-The file is `tuning.json` in `$FUSEDLSTM_CACHE`, or in `fusedlstm/` of the user's cache folder. A choice counts only on the
-device and with the versions on and with which it was measured (`Place`), and for the very sizes. `FUSEDLSTM_TUNING=0` looks
-nothing up. A file that cannot be read, or a choice that no longer fits, is ignored with one warning.
+The file is `tuning.json` in `$FUSEDLSTM_CACHE`, or in `fusedlstm/` of the user's cache folder. A choice counts only on
+the device and with the versions on and with which it was measured (`Place`), and for the very sizes.
+`FUSEDLSTM_TUNING=0` looks nothing up. A file that cannot be read, or a choice that no longer fits, is ignored with one
+warning.
 """
 
 import contextlib
@@ -126,7 +127,8 @@ def find(index: int | None, what: Problem | Call) -> dict | None:
 
 
 def store(index: int | None, choices: dict) -> Path:
-    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns the file.
+    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns
+    the file.
 
     Raises:
         RuntimeError: as `check`.

@@ -4,10 +4,11 @@
     step_bwd(gates, state_prev, state, dstate, vectors, drop) -> dpreact, dstate_prev
     update(gates, state_prev, drop) -> state
 
-Tiles are [BLOCK_B, BLOCK_H] in float32, vectors [1, BLOCK_H]. `state` begins with h. In `dstate_prev`, h is the part that
-does not pass through `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory. `update`
-is what follows when the gates are known, for the backward of zoneout; a cell without it (None) has none. With norms both
-steps take also `rows`, H and EXCHANGE, to add up what lies with all programs of a group (`fusedlstm.kernels.norms`).
+Tiles are [BLOCK_B, BLOCK_H] in float32, vectors [1, BLOCK_H]. `state` begins with h. In `dstate_prev`, h is the part
+that does not pass through `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory. `update`
+is what follows when the gates are known, for the backward of zoneout; a cell without it (None) has none. With norms
+both steps take also `rows`, H and EXCHANGE, to add up what lies with all programs of a group
+(`fusedlstm.kernels.norms`).
 Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.cells.cell`.
 """
 

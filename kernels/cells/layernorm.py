@@ -7,9 +7,9 @@ r"""LSTM with layer normalisation. Gates i, f, g, o; states h, c; vectors the ga
 .. math::
     c' = f c + i g, \quad m = \tanh(\mathrm{gain\_c}\, N(c') + \mathrm{bias\_c}), \quad h' = o m
 
-N is a norm over a row, of which a program has a part (`norms`): over all 4H of u, and over H of c'. Kept are i, f, g, o, m
-and u. Backward as the LSTM's with m for tanh c', where dm = dh o (1 - m^2) goes through the second norm to dc, and dpreact
-through the first one to du. A step has two exchanges more in either pass.
+N is a norm over a row, of which a program has a part (`norms`): over all 4H of u, and over H of c'. Kept are i, f, g,
+o, m and u. Backward as the LSTM's with m for tanh c', where dm = dh o (1 - m^2) goes through the second norm to dc, and
+dpreact through the first one to du. A step has two exchanges more in either pass.
 """
 
 import triton

@@ -1,4 +1,6 @@
-r"""Vanilla RNN with a rectifier: h' = max(0, preact). One gate, which is the state h; backward, dpreact = dh where h' > 0."""
+r"""Vanilla RNN with a rectifier: h' = max(0, preact). One gate, which is the state h; backward, dpreact = dh where h' >
+0.
+"""
 
 import triton
 import triton.language as tl

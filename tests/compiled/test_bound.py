@@ -45,7 +45,8 @@ def test_it_launches_what_triton_itself_would_launch(claimed_gpu):
         ours, theirs = claimed_gpu[-2:]
         assert ours[0].hash == theirs[0].hash
         assert ours[1:4] == theirs[1:4] == (2, 3, 1)
-        # After stream, function and packed metadata come metadata of the launch, made anew, two hooks and the arguments.
+        # After stream, function and packed metadata come metadata of the launch, made anew, two hooks and the
+        # arguments.
         assert ours[4:7] == theirs[4:7] and [*map(id, ours[10:])] == [*map(id, theirs[10:])]
     assert len(launch._runs) > 8, "what differs is told apart"
 
@@ -97,7 +98,10 @@ def refuse(text):
 def test_a_refused_launch_says_what_was_asked(claimed_gpu, monkeypatch, text, prefix):
     monkeypatch.setattr(DRIVER, "launched", refuse(prefix + text))
     launch = Bound(kernel, (2, 3), {"ADD": 1}, {"num_warps": 2, "launch_cooperative_grid": True}, "a plan")
-    asked = r"cannot launch kernel \(a plan\): 6 program\(s\) of 2 warps, all at once \(cooperative\), 0 KiB of shared memory"
+    asked = (
+        r"cannot launch kernel \(a plan\): 6 program\(s\) of 2 warps, all at once \(cooperative\), "
+        "0 KiB of shared memory"
+    )
     with pytest.raises(failures.LaunchError, match=asked) as raised:
         launch(**arguments(0, 0, torch.float32, 1, 1.0))
     assert str(raised.value.__cause__) == prefix + text and text in str(raised.value)

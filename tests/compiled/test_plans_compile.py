@@ -1,8 +1,9 @@
 """Plans compiled for every target without a GPU.
 
-`make kernels` compiles all shapes of the field, which takes 20 minutes, and commits the table. Here the table is held against
-the plans, and of each (target, layout, pass, dtype, schedule) the kernel that has the most registers in the table is compiled again:
-the next to spill if kernels change. Its numbers must be those of the table, or the table is of other kernels.
+`make kernels` compiles all shapes of the field, which takes 20 minutes, and commits the table. Here the table is held
+against the plans, and of each (target, layout, pass, dtype, schedule) the kernel that has the most registers in the
+table is compiled again: the next to spill if kernels change. Its numbers must be those of the table, or the table is of
+other kernels.
 """
 
 import re
@@ -62,7 +63,9 @@ def test_the_family_compiles(cell, pass_):
 
 
 def test_the_committed_table_is_of_these_plans():
-    """bench/results/kernels.csv: a row for every cell, shape, dtype, pass, target and layout, with the plan of today, and no fault."""
+    """bench/results/kernels.csv: a row for every cell, shape, dtype, pass, target and layout, with the plan of today,
+    and no fault.
+    """
     expected = {kernels.row_key(shape, dtype, p): p for shape, dtype, p in kernels.plans()}
     assert ROWS.keys() == expected.keys()
     for key, p in expected.items():

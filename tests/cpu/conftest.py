@@ -1,4 +1,5 @@
 import torch
 
-# Tests run side by side, and threads that spin wait for each other: on a busy machine two take up to a hundred times as long as one.
+# Tests run side by side, and threads that spin wait for each other: on a busy machine two take up to a hundred times as
+# long as one.
 torch.set_num_threads(1)

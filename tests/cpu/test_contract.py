@@ -237,8 +237,8 @@ def in_half_precision(library):
 
 SAME_CODE = [
     deep_copied, pickled, state_dict_of_the_other, old_checkpoint, functional_call, replaced_parameter, weight_drop,
-    old_weight_norm, parametrised_weight_norm, spectral, pruned, hooks, checkpointed, inference, frozen, evaluated, twice,
-    from_meta, in_float64, shared, applied, flattened, state_list, state_strided, no_sequences, dropped_out,
+    old_weight_norm, parametrised_weight_norm, spectral, pruned, hooks, checkpointed, inference, frozen, evaluated,
+    twice, from_meta, in_float64, shared, applied, flattened, state_list, state_strided, no_sequences, dropped_out,
     under_a_seed,
 ]  # fmt: skip
 

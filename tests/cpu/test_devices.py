@@ -1,4 +1,6 @@
-"""devices.py: limits of devices that the table has and has not, by what torch says of them; which are served; and FUSEDLSTM_SMS."""
+"""devices.py: limits of devices that the table has and has not, by what torch says of them; which are served; and
+FUSEDLSTM_SMS.
+"""
 
 import dataclasses
 from types import SimpleNamespace

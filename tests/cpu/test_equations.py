@@ -1,4 +1,6 @@
-"""The equations of every cell: the written-out backward is autograd's, in float64, with every state and in every layout."""
+"""The equations of every cell: the written-out backward is autograd's, in float64, with every state and in every
+layout.
+"""
 
 import pytest
 import torch

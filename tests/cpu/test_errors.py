@@ -139,6 +139,13 @@ def test_errors_of_one_state_are_torchs(make, arguments):
 )
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 def test_constructor_errors_of_one_state_are_torchs(make, options):
+    """But for a projection, which our signatures do not have, and torch's take in order to refuse it."""
+    if "proj_size" in options:
+        with pytest.raises(ValueError, match="proj_size"):
+            make(nn, **options)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'proj_size'"):
+            make(fusedlstm, **options)
+        return
     both_raise(lambda module: make(module, **options))
 
 
@@ -212,8 +219,8 @@ VARIANTS = {
     ),
     "projection": (
         lambda: fusedlstm.PeepholeLSTM(3, 4, proj_size=2),
-        ValueError,
-        "proj_size argument is only supported for LSTM",
+        TypeError,
+        "unexpected keyword argument 'proj_size'",
     ),
     "heads": (
         lambda: fusedlstm.SLSTM(3, 4, num_heads=3),

@@ -1,4 +1,6 @@
-"""Every member of the family: against a loop by hand in all combinations of what a sequence can be, and torch.nn's conventions."""
+"""Every member of the family: against a loop by hand in all combinations of what a sequence can be, and torch.nn's
+conventions.
+"""
 
 import copy
 import math

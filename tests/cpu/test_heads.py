@@ -1,4 +1,6 @@
-"""Heads on the engines that need no kernel: against dense layers with block-diagonal weights, torch's where it has them."""
+"""Heads on the engines that need no kernel: against dense layers with block-diagonal weights, torch's where it has
+them.
+"""
 
 import copy
 import pickle

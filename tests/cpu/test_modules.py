@@ -113,7 +113,31 @@ def test_cell(backend, bias):
     for arguments in ((x,), (x, (h, c)), (x[0],), (x[0], (h[0], c[0]))):
         for a, b in zip(stock(*arguments), ours(*arguments), strict=True):
             torch.testing.assert_close(b, a)
-    assert repr(ours) == repr(stock)
+    shown = "" if backend == "auto" else f", backend={backend}"
+    assert repr(ours) == repr(stock)[:-1] + shown + ")"
+
+
+def test_repr_shows_what_is_no_default():
+    options = {"backend": "torch", "grad_clip": 1.0, "save": "states", "init": fusedlstm.inits.orthogonal_}
+    module = fusedlstm.LSTM(5, 8, 2, num_heads=2, zoneout=0.1, **options)
+    assert repr(module) == (
+        "LSTM(5, 8, num_layers=2, num_heads=2, backend=torch, grad_clip=1.0, save=states, init=orthogonal_, "
+        "zoneout_h=0.1, zoneout_c=0.1)"
+    )
+    assert repr(fusedlstm.GRUCell(5, 8, num_heads=4)) == "GRUCell(5, 8, num_heads=4)"
+
+
+@pytest.mark.parametrize(("name", "value"), [("backend", "cuda"), ("grad_clip", -1), ("save", 1)])
+def test_attributes_are_checked_like_arguments(name, value):
+    module = fusedlstm.LSTM(5, 7)
+    before = getattr(module, name)
+    with pytest.raises(ValueError) as of_attribute:
+        setattr(module, name, value)
+    with pytest.raises(ValueError) as of_argument:
+        fusedlstm.LSTM(5, 7, **{name: value})
+    assert str(of_attribute.value) == str(of_argument.value) and getattr(module, name) == before
+    module.grad_clip = 2
+    assert module.grad_clip == 2.0 and copy.deepcopy(module).grad_clip == 2.0
 
 
 def test_cell_loop_equals_layer():

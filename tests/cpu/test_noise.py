@@ -1,4 +1,6 @@
-"""Zoneout and the dropouts inside of a step: the generator, what the masks do, and that all engines see the same ones."""
+"""Zoneout and the dropouts inside of a step: the generator, what the masks do, and that all engines see the same
+ones.
+"""
 
 import pytest
 import torch
@@ -119,7 +121,9 @@ def test_a_seed_repeats():
 
 
 def test_evaluation_is_the_mean():
-    """One step over many seeds: the mean state is the state of evaluation, which is p s + (1 - p) s' (Krueger et al.)."""
+    """One step over many seeds: the mean state is the state of evaluation, which is p s + (1 - p) s' (Krueger et
+    al.).
+    """
     torch.manual_seed(0)
     rates = (0.3, 0.6)
     module, plain = fusedlstm.LSTM(I, H, zoneout=rates).double(), fusedlstm.LSTM(I, H).double()
@@ -138,7 +142,9 @@ def test_evaluation_is_the_mean():
 
 @pytest.mark.parametrize("kind", ["candidate", "recurrent", "weight"])
 def test_dropouts_keep_the_mean(kind):
-    """Of what they act on: the candidate, the recurrent product. A vanilla RNN at a small scale is linear in all of them."""
+    """Of what they act on: the candidate, the recurrent product. A vanilla RNN at a small scale is linear in all of
+    them.
+    """
     torch.manual_seed(0)
     module = fusedlstm.RNN(I, H, bias=False, **KINDS[kind]).double()
     x, h = torch.zeros(1, 1, I).double(), 1e-4 * torch.randn(1, 1, H).double()

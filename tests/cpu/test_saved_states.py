@@ -1,4 +1,6 @@
-"""save="states": the same numbers in blocks of steps, and the memory of a training step, counted and as memory.py says."""
+"""save="states": the same numbers in blocks of steps, and the memory of a training step, counted and as memory.py
+says.
+"""
 
 import copy
 import itertools
@@ -42,7 +44,8 @@ def packed(*values):
     return Layout.of_packed(sizes, len(values), torch.device("cpu"))
 
 
-# Resets at a border, in the padding and at the beginning; sequences that end before, at and after a border, and without steps.
+# Resets at a border, in the padding and at the beginning; sequences that end before, at and after a border, and without
+# steps.
 LAYOUTS = {
     "dense": (DENSE, (7, 3)),
     "one step": (DENSE, (1, 3)),
@@ -160,7 +163,9 @@ def test_blocks():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations return: bytes that live now, and the most at once. `before` are not counted."""
+    """Follows the storages that operations return: bytes that live now, and the most at once. `before` are not
+    counted.
+    """
 
     def __init__(self, before):
         super().__init__()

@@ -1,7 +1,8 @@
-"""PyTorch's tests of its modules, over its own database of inputs for LSTM, GRU, RNN and their cells, with ours in their place.
+"""PyTorch's tests of its modules, over its own database of inputs for LSTM, GRU, RNN and their cells, with ours in
+their place.
 
-Each test restates the one of its name in PyTorch's test/test_modules.py. That stock passes shows that the test is right.
-Inputs with a projection are subjects of their own.
+Each test restates the one of its name in PyTorch's test/test_modules.py. That stock passes shows that the test is
+right. Inputs with a projection are subjects of their own.
 """
 
 import contextlib
@@ -111,7 +112,9 @@ class Subject(NamedTuple):
     def inputs(
         self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu", whole=False
     ) -> list[ModuleInput]:
-        """Of many every third, of GRU and RNN every fifth, so each option has each value; all if `whole` or with whole grids."""
+        """Of many every third, of GRU and RNN every fifth, so each option has each value; all if `whole` or with whole
+        grids.
+        """
         found = [
             m
             for m in self.info.module_inputs_func(

@@ -1,4 +1,6 @@
-"""Every transform of torch over every kind of call that needs no kernel: the right numbers, or an error that says what is not served."""
+"""Every transform of torch over every kind of call that needs no kernel: the right numbers, or an error that says what
+is not served.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The file of measured choices, who looks them up, and the errors of `tune`; the measuring itself is in tests/kernels."""
+"""The file of measured choices, who looks them up, and the errors of `tune`; the measuring itself is in
+tests/kernels.
+"""
 
 import dataclasses
 import json
@@ -269,7 +271,9 @@ def test_without_a_measurement_cudnn_must_be_clearly_faster(monkeypatch):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_and_projected_calls_are_compared_with_cudnn_too(training, monkeypatch):
-    """Where the dense kernels are predicted to be far slower, packed ones and those of a projection are: the loop is the same."""
+    """Where the dense kernels are predicted to be far slower, packed ones and those of a projection are: the loop is
+    the same.
+    """
     from fusedlstm.engines import launch
     from fusedlstm.plan.devices import DEVICES
 
@@ -399,7 +403,10 @@ def test_command_line_measures_any_cell(monkeypatch, capsys):
     monkeypatch.setattr(fusedlstm, "tune", lambda *args, **more: seen.append((*args, more)) or [measured])
     for cell in cells.CELLS:
         command_line.main(
-            f"tune --cell {cell} --hidden 8 --input 3 --steps 5 --batch 2 --directions 2 --layers 2 --dtype bf16 --device cpu".split()
+            (
+                f"tune --cell {cell} --hidden 8 --input 3 --steps 5 --batch 2 --directions 2 --layers 2 "
+                "--dtype bf16 --device cpu"
+            ).split()
         )
         module, input, more = seen.pop()
         assert (module.cell, module.hidden_size, module.num_layers, module.bidirectional) == (cell, 8, 2, True)

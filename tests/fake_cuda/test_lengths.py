@@ -1,4 +1,6 @@
-"""Values that lie on a GPU are not looked at, which would wait for it: a fake tensor has none, and says so when asked."""
+"""Values that lie on a GPU are not looked at, which would wait for it: a fake tensor has none, and says so when
+asked.
+"""
 
 import pytest
 import torch

@@ -45,7 +45,11 @@ CASES = {
         (ZEROS, INPUT, "add stack fill_ recurrence_fwd"),
         ("select_backward", NO_GRADS, "stack fill_ recurrence_bwd", PRODUCTS, "sum mm addmm_ mm clone"),
     ),
-    "one step": (LSTM, BF16, "one step", 1, (ZEROS, "step_fwd"), (NO_GRADS, CX, "recurrence_bwd", "sum mm mm mm clone")),
+    "one step": (
+        LSTM, BF16, "one step", 1,
+        (ZEROS, "step_fwd"),
+        (NO_GRADS, CX, "recurrence_bwd", "sum mm mm mm clone"),
+    ),
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""A GPU that is not there: fake tensors say that they are on one, and launches are written down and checked in place of run.
+"""A GPU that is not there: fake tensors say that they are on one, and launches are written down and checked in place of
+run.
 
-So the host code of a GPU is walked to its end on any machine: choice of engine, plans, allocations, devices, arguments. Numbers
-there are none. `tests/fake_cuda` has the tests.
+So the host code of a GPU is walked to its end on any machine: choice of engine, plans, allocations, devices, arguments.
+Numbers there are none. `tests/fake_cuda` has the tests.
 """
 
 import contextlib
@@ -51,8 +52,9 @@ def claim() -> None:
     """Make this process, for its life, one on a machine with GPUs that nothing can run on."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
-    # Before it does anything on a device torch asks for the guard of its type, and a build without CUDA has none. That of the CPU
-    # does nothing, which is right for devices that are not there. (A build with CUDA sees no device now, and brings its own.)
+    # Before it does anything on a device torch asks for the guard of its type, and a build without CUDA has none. That
+    # of the CPU does nothing, which is right for devices that are not there. (A build with CUDA sees no device now, and
+    # brings its own.)
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")  # CPU, CUDA
     guards[1] = guards[1] or guards[0]
@@ -76,7 +78,9 @@ class Launch(NamedTuple):
 
 
 class Gpu(TorchDispatchMode):
-    """Operations and launches inside, in order. Custom ops of ours run their own code, and must return what their fakes say."""
+    """Operations and launches inside, in order. Custom ops of ours run their own code, and must return what their fakes
+    say.
+    """
 
     def __init__(self) -> None:
         super().__init__()

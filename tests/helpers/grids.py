@@ -1,4 +1,6 @@
-"""Grids of cases: of every two axes every pair of values, or with FUSEDLSTM_WHOLE_GRIDS=1 (`make test-whole`) their product."""
+"""Grids of cases: of every two axes every pair of values, or with FUSEDLSTM_WHOLE_GRIDS=1 (`make test-whole`) their
+product.
+"""
 
 import itertools
 import os
@@ -37,7 +39,8 @@ def pairwise(axes: dict[str, list], seed: int = 0) -> list[tuple]:
 
 
 def grid(axes: dict[str, list], seed: int = 0):
-    """As `pytest.mark.parametrize` of the axes one by one, but fewer. An axis with a tuple of names has tuples of values.
+    """As `pytest.mark.parametrize` of the axes one by one, but fewer. An axis with a tuple of names has tuples of
+    values.
 
     A dict of values is named by its keys.
     """

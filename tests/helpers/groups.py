@@ -1,4 +1,6 @@
-"""Launches whose programs exchange tiles, forward and backward, held against the specification: for tests of the exchange."""
+"""Launches whose programs exchange tiles, forward and backward, held against the specification: for tests of the
+exchange.
+"""
 
 import torch
 
@@ -47,7 +49,9 @@ def dense(device="cpu"):
 
 
 def is_caught(run, seeds: int = 4) -> bool:
-    """Whether with one of some seeds `run` shows wrong numbers or a deadlock: for exchanges that are broken on purpose."""
+    """Whether with one of some seeds `run` shows wrong numbers or a deadlock: for exchanges that are broken on
+    purpose.
+    """
     from fusedlstm.engines import interpreter
 
     for seed in range(seeds):

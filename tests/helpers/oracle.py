@@ -1,4 +1,5 @@
-"""An LSTM in NumPy float64, forward and backward, written apart from the package: it shares no code and no layout with it.
+"""An LSTM in NumPy float64, forward and backward, written apart from the package: it shares no code and no layout with
+it.
 
 One sequence element at a time, one gate at a time, loops instead of broadcasts: slow and plain.
 """

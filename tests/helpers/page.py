@@ -1,4 +1,6 @@
-"""docs/add_a_cell.md at its word: its files, written out as they stand and imported, and what a layer of theirs computes."""
+"""docs/add_a_cell.md at its word: its files, written out as they stand and imported, and what a layer of theirs
+computes.
+"""
 
 import contextlib
 import importlib

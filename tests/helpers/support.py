@@ -11,7 +11,8 @@ from fusedlstm.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Of packed batches, by 16 a tile: steps at which none, one and several sequences end; a tile that ends before the other.
+# Of packed batches, by 16 a tile: steps at which none, one and several sequences end; a tile that ends before the
+# other.
 LENGTHS = {
     "ragged": [7, 6, 6, 3, 1],
     "two tiles": [4] * 3 + [3] * 12 + [3, 2, 2, 1],
@@ -114,8 +115,8 @@ def recurrence_inputs(
 ) -> dict:
     """preact_x, weight_hh, hx, cx, layout and vectors of a recurrence; the values are rounded to `dtype`.
 
-    T and B follow from `packed`, the descending lengths of a packed batch, or from T and `lengths`, those of a ragged one.
-    `resets` is the share of the rows at which a sequence is cut; `heads` divides H.
+    T and B follow from `packed`, the descending lengths of a packed batch, or from T and `lengths`, those of a ragged
+    one. `resets` is the share of the rows at which a sequence is cut; `heads` divides H.
     """
     spec = cells.CELLS[cell]
     G, S, V = spec.num_gates, spec.num_cell_states, spec.num_vectors

@@ -1,4 +1,6 @@
-"""A layer with heads beside its dense twin, whose recurrent weights are the block-diagonal matrices: all results and gradients."""
+"""A layer with heads beside its dense twin, whose recurrent weights are the block-diagonal matrices: all results and
+gradients.
+"""
 
 import itertools
 import random

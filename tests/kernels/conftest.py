@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-# The one place that decides, before the kernels are imported: they are interpreted where there is no GPU, and only there.
+# The one place that decides, before the kernels are imported: they are interpreted where there is no GPU, and only
+# there.
 if torch.cuda.is_available():
     os.environ.pop("TRITON_INTERPRET", None)
 else:

@@ -1,4 +1,5 @@
-"""kernels/exchange.py: groups whose programs run truly side by side, by either protocol, and exchanges broken on purpose.
+"""kernels/exchange.py: groups whose programs run truly side by side, by either protocol, and exchanges broken on
+purpose.
 
 Interpreted, the programs of a launch run under a scheduler whose order a seed determines, or as processes. On a GPU the
 first tests run compiled, and the rest is skipped: there the hardware schedules.
@@ -90,7 +91,9 @@ def test_heads_are_groups_of_their_own(protocol, tiles):
 
 @contextlib.contextmanager
 def as_processes(limit_s=60):
-    """One forked process a program, of so many seconds of computing; the interpreter's atomics are atomic across them."""
+    """One forked process a program, of so many seconds of computing; the interpreter's atomics are atomic across
+    them.
+    """
     from triton.runtime import interpreter as stock
 
     from fusedlstm.engines import interpreter

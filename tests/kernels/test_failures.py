@@ -1,4 +1,6 @@
-"""failures.py, the kernels run forward and cannot be launched backward: the gradients are those of the loop, and right."""
+"""failures.py, the kernels run forward and cannot be launched backward: the gradients are those of the loop, and
+right.
+"""
 
 import copy
 

@@ -1,4 +1,6 @@
-"""Heads in the kernels: through fusedlstm.LSTM against dense layers with block-diagonal weights, torch's where it has them."""
+"""Heads in the kernels: through fusedlstm.LSTM against dense layers with block-diagonal weights, torch's where it has
+them.
+"""
 
 import copy
 

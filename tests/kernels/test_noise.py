@@ -1,4 +1,6 @@
-"""kernels/noise.py: the words are Philox's, and layers on the kernels see the masks of every other engine, recomputed too."""
+"""kernels/noise.py: the words are Philox's, and layers on the kernels see the masks of every other engine, recomputed
+too.
+"""
 
 import pytest
 import torch

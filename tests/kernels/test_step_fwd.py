@@ -13,7 +13,8 @@ from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, t
 NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
 # Rows of a batch tile, and whether the dot is transposed; a tile of one row has none.
 FORMS = {"row": (1, False), "plain": (16, False), "transposed": (16, True)}
-# B, I, H; tiles are 16 rows, 8 or 16 units and chunks of 16: sizes below, at, above and more than twice a block. In half
+# B, I, H; tiles are 16 rows, 8 or 16 units and chunks of 16: sizes below, at, above and more than twice a block. In
+# half
 # precision one size: the edges of blocks are the same there.
 SIZES = {
     "fp32": [(1, 1, 1), (3, 5, 13), (16, 16, 16), (17, 37, 17), (35, 15, 21)],

@@ -1,4 +1,6 @@
-"""Every transform of torch over calls that the kernels serve, layers as a wave among them: the numbers of the specification."""
+"""Every transform of torch over calls that the kernels serve, layers as a wave among them: the numbers of the
+specification.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""A wave: stacks of layers in one launch, through fusedlstm.LSTM, against one layer after another in the specification."""
+"""A wave: stacks of layers in one launch, through fusedlstm.LSTM, against one layer after another in the
+specification.
+"""
 
 import copy
 

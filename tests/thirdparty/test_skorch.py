@@ -1,4 +1,6 @@
-"""skorch: NeuralNetClassifier builds a module with an nn.LSTM, fits it batch by batch, and clones it as scikit-learn."""
+"""skorch: NeuralNetClassifier builds a module with an nn.LSTM, fits it batch by batch, and clones it as
+scikit-learn.
+"""
 
 import numpy as np
 from sklearn.base import clone
