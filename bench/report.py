@@ -1,6 +1,7 @@
-"""Tables from rows: `python -m bench.report bench/results/cpu.csv`, with `--readme docs/benchmarks.md` also into that page.
+"""Tables from rows: `python -m bench.report bench/results/cpu.csv`.
 
-`--overview` is one line a shape and mode with all dtypes, and the geometric means; `--picture FILE.png` draws the ratios.
+`--readme docs/benchmarks.md` writes them into that page too. `--overview` is one line a shape and mode with all dtypes,
+and the geometric means; `--picture FILE.png` draws the ratios.
 
 Every ratio is the baseline's time over the provider's, taken within rounds: above 1 is faster than `torch.nn.LSTM`.
 """
