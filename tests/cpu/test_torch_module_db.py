@@ -254,7 +254,8 @@ def test_factory_kwargs(subject, training, dtype):
 def test_repr(subject, training, dtype):
     for module_input in subject.inputs(dtype, training):
         module = subject.prepared(module_input, dtype, training)
-        shown = "" if module.backend == "auto" else f", backend={module.backend}"
+        backend = getattr(module, "backend", "auto")  # torch's own have none
+        shown = "" if backend == "auto" else f", backend={backend}"
         assert repr(module) == str(module) == repr(subject.stock(module, module_input))[:-1] + shown + ")"
 
 
