@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-class PatchedLSTM(LSTM, nn.LSTM):
+class PatchedLSTM(LSTM, nn.LSTM):  # type: ignore[misc]
     """What `torch.nn.LSTM(...)` builds under :func:`patch_torch`: ours, and an instance of `torch.nn.LSTM` as well."""
 
 
@@ -42,19 +44,22 @@ class PatchedRNNCell(RNNCell, nn.RNNCell):
     """As :class:`PatchedLSTM`, for `torch.nn.RNNCell`."""
 
 
-PATCHED = {
+PATCHED: dict[Any, type[nn.Module]] = {
     cls.__bases__[1]: cls
     for cls in (PatchedLSTM, PatchedLSTMCell, PatchedGRU, PatchedGRUCell, PatchedRNN, PatchedRNNCell)
 }
 
 _TO_OURS = CLASSES | {patched: CLASSES[stock] for stock, patched in PATCHED.items()}
-_TO_STOCK = {cls: stock for table in (CLASSES, PATCHED) for stock, cls in table.items()}
+_TO_STOCK: dict[type[nn.Module], type[nn.Module]] = {
+    cls: stock for table in (CLASSES, PATCHED) for stock, cls in table.items()
+}
+_Model = TypeVar("_Model", bound=nn.Module)
 _RECURRENT = tuple(stock.__name__ for stock in CLASSES)
 _OURS = (Recurrent, RecurrentCell)
 
 _lock = threading.Lock()
 _entered: dict[object, str] = {}  # the backend of every patch_torch; no stack, since threads leave in any order
-_constructors = {}  # torch's, while ours stand in for them
+_constructors: dict[Any, Callable[..., None]] = {}  # torch's, while ours stand in for them
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,11 @@ class Report:
         return "\n".join(lines) or "nothing to replace"
 
 
-def convert(model: nn.Module, *, backend: str = "auto") -> Report:
+@overload
+def convert(model: _Model, *, backend: str = "auto", return_report: Literal[False] = False) -> _Model: ...
+@overload
+def convert(model: _Model, *, backend: str = "auto", return_report: Literal[True]) -> tuple[_Model, Report]: ...
+def convert(model: _Model, *, backend: str = "auto", return_report: bool = False) -> _Model | tuple[_Model, Report]:
     """Make every LSTM, GRU and RNN of `torch.nn` in `model`, and their cells, one of ours. Changes `model` in place.
 
     Only the class of a module changes and `backend` is added. The object stays, and with it parameters, buffers, hooks,
@@ -87,22 +96,27 @@ def convert(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Example::
 
-        print(fusedlstm.convert(model))  # encoder.lstm: torch.nn.LSTM -> fusedlstm.LSTM
+        model, report = fusedlstm.convert(model, return_report=True)
+        print(report)  # encoder.lstm: torch.nn.LSTM -> fusedlstm.LSTM
 
     Args:
         model: the model, or a `torch.nn.LSTM` itself. Wrappers (DataParallel, DDP, FSDP, `torch.compile`) are walked
             into. A module with several names is reported under the first.
         backend: of every module replaced; see `fusedlstm.engines`.
+        return_report: Whether to return a :class:`Report` beside the model.
 
     Returns:
-        What was replaced, and for every other recurrent module why it was not: a subclass, quantized, scripted.
+        `model`, the same object. With `return_report` also what was replaced, and for every other recurrent module why
+        it was not: a subclass, quantized, scripted.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: there is no such `backend`.
     """
     checks.backend(backend)
-    replaced, kept, compiled = {}, {}, []
+    replaced: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    compiled: list[str] = []
     for name, module in _named_modules(model).items():
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             compiled.append(name)
@@ -113,13 +127,17 @@ def convert(model: nn.Module, *, backend: str = "auto") -> Report:
             kept[name] = why
         elif target is not None:
             replaced[name] = _assign_class(module, target)
-            module.backend = backend
+            vars(module)["backend"] = backend
             if any(_inside(name, wrapper) for wrapper in compiled):
                 replaced[name] += "; if it ran compiled before, torch.compiler.reset() lets Dynamo look again"
-    return Report(replaced, kept)
+    return (model, Report(replaced, kept)) if return_report else model
 
 
-def restore(model: nn.Module) -> Report:
+@overload
+def restore(model: _Model, *, return_report: Literal[False] = False) -> _Model: ...
+@overload
+def restore(model: _Model, *, return_report: Literal[True]) -> tuple[_Model, Report]: ...
+def restore(model: _Model, *, return_report: bool = False) -> _Model | tuple[_Model, Report]:
     """Make every layer and cell of ours in `model` that `torch.nn` has one of `torch.nn` again. Changes `model` in
     place.
 
@@ -129,13 +147,18 @@ def restore(model: nn.Module) -> Report:
     was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one
     piece.
 
+    Args:
+        return_report: Whether to return a :class:`Report` beside the model.
+
     Returns:
-        What was replaced, and for every other module of ours why it was not.
+        `model`, the same object. With `return_report` also what was replaced, and for every other module of ours why
+        it was not.
 
     Raises:
         TypeError: `model` is not a module.
     """
-    replaced, kept = {}, {}
+    replaced: dict[str, str] = {}
+    kept: dict[str, str] = {}
     for name, module in _named_modules(model).items():
         if not isinstance(module, _OURS):
             continue
@@ -150,15 +173,15 @@ def restore(model: nn.Module) -> Report:
             why = "torch.nn has no heads (fusedlstm.dense_weight gives the weights of a dense layer)"
         if why is not None:
             kept[name] = why
-        else:
+        elif target is not None:
             replaced[name] = _assign_class(module, target)
             for ours in ("backend", "grad_clip", "save", "num_heads", "init", "rates"):
                 vars(module).pop(ours, None)
-    return Report(replaced, kept)
+    return (model, Report(replaced, kept)) if return_report else model
 
 
 @contextlib.contextmanager
-def patch_torch(*, backend: str = "auto"):
+def patch_torch(*, backend: str = "auto") -> Iterator[None]:
     """Inside, `torch.nn.LSTM(...)`, `GRU(...)`, `RNN(...)` and their cells build ours, however their names were
     imported.
 
@@ -198,7 +221,7 @@ def patch_torch(*, backend: str = "auto"):
                     stock.__init__ = constructor
 
 
-def _constructor(stock: type[nn.Module]):
+def _constructor(stock: Any) -> Callable[..., None]:
     # __init__ and not __new__: a class from which __new__ was deleted no longer takes arguments (CPython 3.11), and
     # copies and loaded files pass through __new__ as well.
     constructor = stock.__init__

@@ -47,6 +47,12 @@ def seeded(make):
     return make()
 
 
+def report_of(change, model, **options):
+    found, report = change(model, return_report=True, **options)
+    assert found is model
+    return report
+
+
 def results(model, x):
     """Every output, and the gradient of every parameter and of the input."""
     model.zero_grad()
@@ -96,7 +102,7 @@ def test_the_same_bits(make):
     x = X.to(stock.weight_ih_l0.dtype)
     before = results(model, x)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    assert convert(model) == Report({"": "torch.nn.LSTM -> fusedlstm.LSTM"}, {})
+    assert report_of(convert, model) == Report({"": "torch.nn.LSTM -> fusedlstm.LSTM"}, {})
     assert type(model) is fusedlstm.LSTM
     assert list(model.state_dict()) == list(state)
     assert_same_bits(model.state_dict().values(), state.values())
@@ -105,10 +111,18 @@ def test_the_same_bits(make):
     assert_same_bits(after, results(stock, x))
 
 
+@pytest.mark.parametrize("model", [nn.Sequential(nn.LSTM(3, 4)), nn.LSTM(3, 4)], ids=["model", "layer"])
+def test_what_is_returned(model):
+    """The model itself, so that `model = convert(model)` reads as it does elsewhere."""
+    for change in (convert, restore):
+        assert change(model) is model
+    assert type(next(m for m in model.modules() if not list(m.children()))) is nn.LSTM
+
+
 def test_a_model():
     stock, model = seeded(Tagger), seeded(Tagger)
     parameters, objects = list(model.parameters()), list(model.modules())
-    report = convert(model)
+    report = report_of(convert, model)
     assert report.replaced == {
         "lstm": "torch.nn.LSTM -> fusedlstm.LSTM",
         "cell": "torch.nn.LSTMCell -> fusedlstm.LSTMCell",
@@ -147,12 +161,12 @@ def test_the_family(make):
     for ours in (model, patched):
         stands_for = parametrize.type_before_parametrizations(ours).__name__
         change = "torch.nn." if ours is model else "fusedlstm.conversion."
-        assert convert(ours).replaced == {"": f"{change}{stands_for} -> fusedlstm.{name}"}
+        assert report_of(convert, ours).replaced == {"": f"{change}{stands_for} -> fusedlstm.{name}"}
         for backend in ("auto", "reference"):
             ours.backend = backend
             for a, b in zip(results(ours, x), expected, strict=True):
                 torch.testing.assert_close(a, b)
-        assert restore(ours).replaced == {"": f"fusedlstm.{name} -> torch.nn.{name}"}
+        assert report_of(restore, ours).replaced == {"": f"fusedlstm.{name} -> torch.nn.{name}"}
         assert_same_bits(results(ours, x), expected)
     if not parametrize.is_parametrized(model):  # else the weights are computed, and others each time
         assert_same_attributes(attributes(model), before)
@@ -160,7 +174,7 @@ def test_the_family(make):
 
 def test_what_torch_has_not_is_not_restored():
     model = nn.Sequential(fusedlstm.LSTM(3, 4, grad_clip=1.0), fusedlstm.LSTM(3, 4))
-    report = restore(model)
+    report = report_of(restore, model)
     assert report.kept == {"0": "torch.nn has no grad_clip"} and list(report.replaced) == ["1"]
     assert type(model[0]) is fusedlstm.LSTM and not hasattr(model[1], "grad_clip")
 
@@ -228,7 +242,7 @@ def test_shared_modules_and_tied_weights():
     other = nn.LSTM(3, 3)
     other.weight_hh_l0 = lstm.weight_hh_l0
     model = nn.ModuleDict({"first": lstm, "second": lstm, "tied": other})
-    assert list(convert(model).replaced) == ["first", "tied"]
+    assert list(report_of(convert, model).replaced) == ["first", "tied"]
     assert model["first"] is model["second"] is lstm
     assert type(lstm) is type(other) is fusedlstm.LSTM
     assert other.weight_hh_l0 is lstm.weight_hh_l0
@@ -258,7 +272,7 @@ REWRITTEN = {
 def test_weights_that_are_computed(rewrite):
     """Two steps of training, so that what the weights are computed from is seen to change; then the way back."""
     pair = [seeded(lambda: nn.Sequential(rewrite(nn.LSTM(3, 4)))) for _ in range(2)]
-    assert convert(pair[1]).replaced == {"0": "torch.nn.LSTM -> fusedlstm.LSTM"}
+    assert report_of(convert, pair[1]).replaced == {"0": "torch.nn.LSTM -> fusedlstm.LSTM"}
     assert isinstance(pair[1][0], fusedlstm.LSTM) and not isinstance(pair[1][0], nn.LSTM)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in pair]
     for _ in range(2):
@@ -266,7 +280,7 @@ def test_weights_that_are_computed(rewrite):
         for optimizer in optimizers:
             optimizer.step()
     assert_same_bits(pair[1].state_dict().values(), pair[0].state_dict().values())
-    assert restore(pair[1]).replaced == {"0": "fusedlstm.LSTM -> torch.nn.LSTM"}
+    assert report_of(restore, pair[1]).replaced == {"0": "fusedlstm.LSTM -> torch.nn.LSTM"}
     assert not isinstance(pair[1][0], fusedlstm.LSTM)
     assert_same_bits(results(pair[1], X), results(pair[0], X))
 
@@ -338,8 +352,8 @@ def test_round_trip():
     model = pruned(nn.LSTM(3, 4, bidirectional=True))
     model = nn.ModuleDict({"layer": model, "inner": Tagger(), "gru": nn.GRU(3, 4)})
     before = attributes(model)
-    assert len(convert(model).replaced) == 4
-    report = restore(model)
+    assert len(report_of(convert, model).replaced) == 4
+    report = report_of(restore, model)
     assert report.replaced == {
         "gru": "fusedlstm.GRU -> torch.nn.GRU",
         "layer": "fusedlstm.LSTM -> torch.nn.LSTM",
@@ -349,7 +363,7 @@ def test_round_trip():
     assert report.kept == {}
     assert type(model["layer"]) is type(model["inner"].lstm) is nn.LSTM and type(model["inner"].cell) is nn.LSTMCell
     assert_same_attributes(attributes(model), before)
-    assert str(restore(model)) == "nothing to replace"
+    assert str(report_of(restore, model)) == "nothing to replace"
 
 
 def test_restored_modules_are_scripted():
@@ -377,7 +391,7 @@ def test_what_is_kept():
     )
     types = [type(m) for m in model.modules()]
     expected = model["mine"](X)[0]
-    report = convert(model)
+    report = report_of(convert, model)
     assert report.replaced == {}
     assert report.kept == {
         "mine": "a subclass, MyLSTM, with code of its own",
@@ -392,7 +406,7 @@ def test_what_is_kept():
     }
     assert [type(m) for m in model.modules()] == types
     assert torch.equal(model["mine"](X)[0], expected)
-    assert restore(model) == Report(
+    assert report_of(restore, model) == Report(
         {"ours": "fusedlstm.LSTM -> torch.nn.LSTM"},
         {
             "our_variant": "torch.nn has no PeepholeLSTM",
@@ -408,7 +422,7 @@ def test_a_forward_that_was_replaced_is_kept():
         forward = module.forward
         module.forward = lambda *args, forward=forward: forward(*args)
     why = {"": "its forward was replaced on the object"}
-    assert convert(stock).kept == restore(ours).kept == why
+    assert report_of(convert, stock).kept == report_of(restore, ours).kept == why
     assert type(stock) is nn.LSTM and type(ours) is fusedlstm.LSTM
     stock(X)
     ours(X)
@@ -416,11 +430,11 @@ def test_a_forward_that_was_replaced_is_kept():
 
 def test_the_text_of_a_report():
     model = nn.Sequential(nn.LSTM(3, 4), MyLSTM(3, 4), nn.Linear(3, 4))
-    report = convert(model)
+    report = report_of(convert, model)
     assert str(report) == "0: torch.nn.LSTM -> fusedlstm.LSTM\n1: kept, a subclass, MyLSTM, with code of its own"
-    assert str(convert(nn.LSTM(3, 4))) == "(model): torch.nn.LSTM -> fusedlstm.LSTM"
-    assert str(convert(fusedlstm.LSTM(3, 4))) == "(model): kept, already fusedlstm"
-    assert str(convert(nn.Linear(3, 4))) == "nothing to replace"
+    assert str(report_of(convert, nn.LSTM(3, 4))) == "(model): torch.nn.LSTM -> fusedlstm.LSTM"
+    assert str(report_of(convert, fusedlstm.LSTM(3, 4))) == "(model): kept, already fusedlstm"
+    assert str(report_of(convert, nn.Linear(3, 4))) == "nothing to replace"
     with pytest.raises(AttributeError):
         report.replaced = {}
 
@@ -439,7 +453,7 @@ def test_wrong_arguments():
 
 def test_wrappers_are_walked_into():
     model = nn.DataParallel(Tagger())
-    assert list(convert(model).replaced) == ["module.lstm", "module.cell"]
+    assert list(report_of(convert, model).replaced) == ["module.lstm", "module.cell"]
 
 
 # torch.compile
@@ -499,7 +513,7 @@ def test_a_model_that_ran_compiled(graphs, how):
     expected = results(compiled, X)
     assert not any(has_head(g) for g in graphs)
     name = "_orig_mod.lstm" if how == "wrapper" else "lstm"
-    assert convert(compiled) == Report(
+    assert report_of(convert, compiled) == Report(
         {
             name: "torch.nn.LSTM -> fusedlstm.LSTM; "
             "if it ran compiled before, torch.compiler.reset() lets Dynamo look again"
@@ -537,7 +551,7 @@ def test_patched_models_compile_after_convert(graphs):
     expected = model(X)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="LSTM"):
         torch.compile(model, backend="eager", fullgraph=True)(X)
-    assert convert(model).replaced == {"lstm": "fusedlstm.conversion.PatchedLSTM -> fusedlstm.LSTM"}
+    assert report_of(convert, model).replaced == {"lstm": "fusedlstm.conversion.PatchedLSTM -> fusedlstm.LSTM"}
     torch.compiler.reset()
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
 
@@ -587,7 +601,7 @@ def test_patch_reaches_a_third_party_model():
     assert isinstance(model.cell, nn.LSTMCell) and isinstance(model.cell, fusedlstm.LSTMCell)
     assert_same_bits(results(model, X), results(stock, X))
     assert type(model.cell)(3, 4).backend == type(model.lstm)(3, 4).backend == "auto"
-    assert convert(model, backend="torch").replaced == {
+    assert report_of(convert, model, backend="torch").replaced == {
         "lstm": "fusedlstm.conversion.PatchedLSTM -> fusedlstm.LSTM",
         "cell": "fusedlstm.conversion.PatchedLSTMCell -> fusedlstm.LSTMCell",
     }
@@ -599,7 +613,7 @@ def test_patched_models_are_restored():
     expected = attributes(seeded(Tagger))
     with patch_torch(backend="reference"):
         model = seeded(Tagger)
-    assert restore(model).replaced == {
+    assert report_of(restore, model).replaced == {
         "lstm": "fusedlstm.conversion.PatchedLSTM -> torch.nn.LSTM",
         "cell": "fusedlstm.conversion.PatchedLSTMCell -> torch.nn.LSTMCell",
     }

@@ -140,7 +140,7 @@ def test_copies_and_old_modules():
 
 def test_conversion():
     model = nn.ModuleDict({"lstm": fusedlstm.LSTM(5, 12, num_heads=4), "cell": fusedlstm.LSTMCell(5, 12, num_heads=4)})
-    report = fusedlstm.restore(model)
+    _, report = fusedlstm.restore(model, return_report=True)
     assert not report.replaced and set(report.kept) == {"lstm", "cell"}
     assert all("no heads (fusedlstm.dense_weight" in why for why in report.kept.values())
     assert type(model["lstm"]) is fusedlstm.LSTM and model["lstm"].num_heads == 4

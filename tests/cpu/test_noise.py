@@ -220,4 +220,4 @@ def test_slstm_has_no_zoneout():
 def test_rates_are_shown_and_kept_from_torch():
     module = fusedlstm.LSTM(I, H, zoneout=(0.1, 0.0), weight_dropout=0.5)
     assert "zoneout_h=0.1, weight=0.5" in repr(module)
-    assert "zoneout" in fusedlstm.restore(module).kept[""]
+    assert "zoneout" in fusedlstm.restore(module, return_report=True)[1].kept[""]
