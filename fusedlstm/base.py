@@ -2,31 +2,45 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import cells, checks, functional, inits
-from fusedlstm.noise import NO_RATES
+from fusedlstm.noise import NO_RATES, Rates
 
 State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
-Init = Callable[[nn.Module], None] | Sequence[Callable[[nn.Module], None]] | None
+States = TypeVar("States", bound=State)  # that of a class: Recurrent[Tensor], Recurrent[tuple[Tensor, Tensor]]
+Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+# Any: a function may be made for one class of modules.
+Init = Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | None
+Device = torch.device | str | int | None
 
 
 class _CheckedAttributes(nn.Module):
     """What is set after construction is checked like what the constructor is given."""
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
             value = _CHECKS[name](value)
+        elif name in _FIXED:
+            checks.unchanged(name, getattr(self, name), value)
         super().__setattr__(name, value)
 
 
-_CHECKS = {"backend": checks.backend, "grad_clip": checks.grad_clip, "save": checks.save}
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "backend": checks.backend,
+    "grad_clip": checks.grad_clip,
+    "save": checks.save,
+    "init": checks.init,
+}
+# Parameters have the shape of the one; the constructor checks the other as a whole.
+_FIXED = ("num_heads", "rates")
 
 
-class Recurrent(_CheckedAttributes, nn.RNNBase):
+class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
     """A stack of recurrent layers over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
 
     Example::
@@ -70,7 +84,13 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
 
     cell: str
     # Of a module that was made without our constructor.
-    backend, grad_clip, save, num_heads, init, rates = "auto", None, "gates", 1, (), NO_RATES
+    backend: str = "auto"
+    grad_clip: float | None = None
+    save: str = "gates"
+    num_heads: int = 1
+    init: Init = ()
+    rates: Rates = NO_RATES
+    _flat_weights: list[Tensor]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -81,8 +101,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         grad_clip: float | None = None,
@@ -112,14 +132,13 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
             dtype,
         )
         self.mode = cell.upper()
-        self.backend, self.grad_clip, self.save = backend, grad_clip, save
-        self.num_heads = checks.num_heads(num_heads, hidden_size, size, cell)
-        self.init = checks.init(init)
-        self.rates = checks.rates(cell, zoneout, candidate_dropout, recurrent_dropout, weight_dropout, size)
+        self.backend, self.grad_clip, self.save, self.init = backend, grad_clip, save, init
+        rates = checks.rates(cell, zoneout, candidate_dropout, recurrent_dropout, weight_dropout, size)
+        vars(self).update(num_heads=checks.num_heads(num_heads, hidden_size, size, cell), rates=rates)
         self._make_parameters(device, dtype)
         self.reset_parameters()
 
-    def _make_parameters(self, device, dtype) -> None:
+    def _make_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
         self._parameters.clear()
         self._flat_weights_names, self._all_weights = [], []
         for layer in range(self.num_layers):
@@ -134,7 +153,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draw new initial values: torch's, and then what `init` makes of them."""
         inits.uniform_(self)
-        for change in self.init:
+        for change in checks.init(self.init):
             change(self)
 
     def num_parameters(self) -> int:
@@ -160,6 +179,42 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
 
+    @overload
+    def forward(
+        self,
+        input: Sequences,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Sequences | None = None,
+        return_cell_states: Literal[False] = False,
+        grad_clip: float | None = None,
+    ) -> tuple[Sequences, States]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Sequences,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Sequences | None = None,
+        return_cell_states: Literal[True],
+        grad_clip: float | None = None,
+    ) -> tuple[Sequences, States, Any]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Sequences,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Sequences | None = None,
+        return_cell_states: bool,
+        grad_clip: float | None = None,
+    ) -> tuple[Any, ...]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,  # [T, B, I], [B, T, I] or [T, I], or packed
@@ -169,7 +224,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
         resets: Tensor | PackedSequence | None = None,  # bool, [T, B], [B, T] or [T], or packed like input
         return_cell_states: bool = False,
         grad_clip: float | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+    ) -> tuple[Any, ...]:
         """Run the stack over a sequence; see the class for shapes.
 
         Args:
@@ -193,6 +248,9 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
         data, states, rows, restore = self._prepared(input, hx, lengths, resets)
         output, states, c_seq = restore(*functional.run(spec, data, states, self._flat_weights, rows))
         return (output, states, c_seq) if return_cell_states else (output, states)
+
+    if TYPE_CHECKING:  # torch says of every call that it returns Any
+        __call__ = forward
 
     def _prepared(self, input, hx, lengths, resets):
         """Arguments of `forward`, checked, as `functional.run` takes them; and what makes of its results those of
@@ -264,7 +322,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase):
         return tuple(s.index_select(1, permutation) for s in hx)
 
 
-class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
+class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
     """One step over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
 
     Args:
@@ -277,15 +335,18 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
     """
 
     cell: str
-    backend, num_heads, init = "auto", 1, ()  # of a module that was made without our constructor
+    # Of a module that was made without our constructor.
+    backend: str = "auto"
+    num_heads: int = 1
+    init: Init = ()
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         num_heads: int = 1,
@@ -295,9 +356,8 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
         nn.RNNCellBase.__init__(  # by name and on the meta device, as in Recurrent
             self, input_size, hidden_size, bias, num_chunks=num_chunks, device="meta", dtype=dtype
         )
-        self.backend = backend
-        self.num_heads = checks.num_heads(num_heads, hidden_size, cell=self.cell)
-        self.init = checks.init(init)
+        self.backend, self.init = backend, init
+        vars(self)["num_heads"] = checks.num_heads(num_heads, hidden_size, cell=self.cell)
         for name, shape in self._shapes().items():
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
@@ -305,7 +365,7 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
     def reset_parameters(self) -> None:
         """Draw new initial values: torch's, and then what `init` makes of them."""
         inits.uniform_(self)
-        for change in self.init:
+        for change in checks.init(self.init):
             change(self)
 
     def num_parameters(self) -> int:
@@ -321,8 +381,8 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
     def forward(
         self,
         input: Tensor,  # [B, I] or [I]
-        hx: State | None = None,  # each [B, H] or [H]
-    ) -> State:
+        hx: States | None = None,  # each [B, H] or [H]
+    ) -> States:
         """Run one step; see the class for shapes."""
         checks.step(self, input, hx)
         batched = input.dim() == 2
@@ -339,6 +399,9 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase):
         states = functional.step(functional.Spec(of, backend=self.backend), input, states, weights)
         return _state(states if batched else tuple(s.squeeze(0) for s in states))
 
+    if TYPE_CHECKING:  # as in Recurrent
+        __call__ = forward
+
 
 def _shapes(
     cell: str, input_size: int, hidden_size: int, bias: bool, num_heads: int, proj_size: int = 0
@@ -346,7 +409,10 @@ def _shapes(
     """The parameters of one layer and direction, in order."""
     of = cells.CELLS[cell]
     rows = of.num_gates * hidden_size
-    shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, proj_size or hidden_size // num_heads)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_ih": (rows, input_size),
+        "weight_hh": (rows, proj_size or hidden_size // num_heads),
+    }
     shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if bias else {}
     shapes |= {"weight_hr": (proj_size, hidden_size)} if proj_size else {}
     return shapes | {name: (blocks * hidden_size,) for name, blocks in of.vector_blocks.items()}
@@ -356,7 +422,7 @@ def as_states(hx: State) -> tuple[Tensor, ...]:
     return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
 
-def _state(states: Sequence[Tensor]) -> State:
+def _state(states: Sequence[Any]) -> Any:  # a State, or the like of packed sequences
     return states[0] if len(states) == 1 else tuple(states)
 
 
@@ -365,5 +431,10 @@ def _differing(module: Recurrent | RecurrentCell) -> list[str]:
     defaults = {"num_heads": 1, "backend": "auto", "grad_clip": None, "save": "gates"}
     differing = {k: getattr(module, k, default) for k, default in defaults.items()}
     texts = [f"{k}={v}" for k, v in differing.items() if v != defaults[k]]
-    names = [getattr(change, "__name__", repr(change)) for change in module.init]
+    names = [_function_name(change) for change in checks.init(module.init)]
     return [*texts, f"init={names[0] if len(names) == 1 else names}"] if names else texts
+
+
+def _function_name(function: Callable[..., Any]) -> str:
+    """Of what a `functools.partial` calls, too."""
+    return getattr(getattr(function, "func", function), "__name__", repr(function))

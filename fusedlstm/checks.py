@@ -59,7 +59,7 @@ def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) 
     found = {"zoneout": both[0], "zoneout of the states beside h": both[1], "candidate_dropout": candidate}
     found |= {"recurrent_dropout": recurrent, "weight_dropout": weight}
     for name, rate in found.items():
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) <= 1:
             raise ValueError(f"{name}: expected a probability in [0, 1], got {rate!r}")
     if any(both) and cells.CELLS[cell].equations.update is None:
         raise ValueError(
@@ -134,6 +134,12 @@ def longest(value: int) -> None:
         raise ValueError(f"longest: expected at least 2 steps, got {value}")
 
 
+def unchanged(name: str, before: object, value: object) -> None:
+    """Of what a module is built with and cannot become later."""
+    if value != before:
+        raise AttributeError(f"{name}: expected {before!r}, as the module was built, got {value!r}")
+
+
 def instance(name: str, value, cls: type) -> None:
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
@@ -194,8 +200,8 @@ def _given_states(of: cells.Cell, hx) -> list[Tensor]:
 def sequence(module, input: Tensor | PackedSequence, hx) -> None:
     """Check what `Recurrent.forward` was given, before anything is reshaped."""
     of, packed = _cell_of(module), isinstance(input, PackedSequence)
-    if packed:
-        batch, input = input.batch_sizes[0], _packed_data(input)
+    if isinstance(input, PackedSequence):
+        batch, input = int(input.batch_sizes[0]), _packed_data(input)
     elif input.dim() not in (2, 3):
         tensor = "tensor " if _name(module, of) == "RNN" else ""
         raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
@@ -264,20 +270,12 @@ def lengths_and_resets(
     Values are looked at on the host, and on a device only with `FUSEDLSTM_DEBUG=1`: that waits for it. Else lengths
     beyond 0 to T count there as the nearer of these.
     """
-    packed = isinstance(input, PackedSequence)
-    if packed and lengths is not None:
-        raise ValueError("lengths: expected None with a PackedSequence, which has its own")
-    if packed and resets is not None:
-        if not isinstance(resets, PackedSequence):
-            raise TypeError(f"resets: expected a PackedSequence like input, got {type(resets).__name__}")
-        orders = resets.sorted_indices, input.sorted_indices
-        same = torch.equal(resets.batch_sizes, input.batch_sizes) and (orders[0] is None) == (orders[1] is None)
-        if same and orders[0] is not orders[1] and all(map(_may_look, orders)):
-            same = torch.equal(orders[0].to(orders[1].device), orders[1])
-        if not same:
-            raise ValueError("resets: expected the lengths and the order of input, got others")
-        resets = resets.data
-    steps, *batch = leading = input.data.shape[:1] if packed else input.shape[:-1]
+    if isinstance(input, PackedSequence):
+        if lengths is not None:
+            raise ValueError("lengths: expected None with a PackedSequence, which has its own")
+        if resets is not None:
+            resets = _packed_resets(input, resets)
+    steps, *batch = leading = input.data.shape[:1] if isinstance(input, PackedSequence) else input.shape[:-1]
     if batch and batch_first:
         steps, batch = batch[0], [steps]
     if resets is not None:
@@ -289,6 +287,19 @@ def lengths_and_resets(
     if lengths is not None:
         lengths = sequence_lengths(lengths, steps, batch)
     return lengths, resets
+
+
+def _packed_resets(input: PackedSequence, resets: PackedSequence) -> Tensor:
+    """The data of packed resets, when they lie as `input` does."""
+    if not isinstance(resets, PackedSequence):
+        raise TypeError(f"resets: expected a PackedSequence like input, got {type(resets).__name__}")
+    a, b = resets.sorted_indices, input.sorted_indices
+    same = torch.equal(resets.batch_sizes, input.batch_sizes) and (a is None) == (b is None)
+    if same and a is not None and b is not None and a is not b and _may_look(a) and _may_look(b):
+        same = torch.equal(a.to(b.device), b)
+    if not same:
+        raise ValueError("resets: expected the lengths and the order of input, got others")
+    return resets.data
 
 
 def _may_look(x: Tensor) -> bool:

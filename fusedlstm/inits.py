@@ -16,13 +16,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fusedlstm import cells, checks
+from fusedlstm import checks
 
+Module = nn.RNNBase | nn.RNNCellBase  # of fusedlstm, which has a cell
 # How the bias of a gate moves the share of the state that a step keeps.
 KEEPS = {"f": 1, "z": 1, "i": -1}
 
 
-def uniform_(module: nn.Module) -> None:
+def uniform_(module: Module) -> None:
     """Every parameter uniform in 1 / sqrt(H), drawn in the order of `parameters()`: the values of `torch.nn` under a
     seed.
 
@@ -31,13 +32,13 @@ def uniform_(module: nn.Module) -> None:
     bound = 1 / math.sqrt(module.hidden_size) if module.hidden_size else 0.0
     for parameter in module.parameters():
         nn.init.uniform_(parameter, -bound, bound)
-    if cells.CELLS[module.cell].norms:
+    if checks.recurrent(module).norms:
         for name, parameter in module.named_parameters():
             if not name.startswith("weight"):
                 nn.init.constant_(parameter, float(name.startswith("gain")))
 
 
-def forget_bias_(module: nn.Module, value: float = 1.0) -> None:
+def forget_bias_(module: Module, value: float = 1.0) -> None:
     """The bias of the gate that keeps the state: at 1, a step keeps three quarters (Gers et al. 2000; Jozefowicz et al.
     2015).
 
@@ -50,7 +51,7 @@ def forget_bias_(module: nn.Module, value: float = 1.0) -> None:
             _set(bias_ih, bias_hh, rows, sign * value)
 
 
-def chrono_(module: nn.Module, longest: int) -> None:
+def chrono_(module: Module, longest: int) -> None:
     """Units that remember for 1 to `longest` steps (Tallec & Ollivier 2018): b_f = log u and b_i = -b_f, u uniform in
     [1, longest - 1], unit by unit. GRU: b_z = log u; coupled gates: b_i = -log u.
 
@@ -65,19 +66,19 @@ def chrono_(module: nn.Module, longest: int) -> None:
             _set(bias_ih, bias_hh, rows, sign * remembered)
 
 
-def orthogonal_(module: nn.Module, gain: float = 1.0) -> None:
+def orthogonal_(module: Module, gain: float = 1.0) -> None:
     """Recurrent weights orthogonal (Saxe et al. 2014), each gate's, and of each head, by itself; times `gain`."""
     checks.recurrent(module)
     for name, weight in module.named_parameters(recurse=False):
         if name.startswith("weight_hh"):
-            for block in weight.detach().split(module.hidden_size // module.num_heads):
+            for block in weight.detach().split(module.hidden_size // module.num_heads):  # type: ignore[operator]
                 exact = torch.empty_like(block, dtype=torch.promote_types(block.dtype, torch.float32))
                 block.copy_(nn.init.orthogonal_(exact, gain))
 
 
-def _rows(module: nn.Module, gates: list[str]) -> list[tuple[slice, int]]:
+def _rows(module: Module, gates: list[str]) -> list[tuple[slice, int]]:
     """Where the biases of gates are, and in which direction they move what is kept."""
-    of, H = cells.CELLS[module.cell], module.hidden_size
+    of, H = checks.recurrent(module), module.hidden_size
     return [(slice(k * H, (k + 1) * H), KEEPS[name]) for name in gates for k in [of.gates.index(name)]]
 
 

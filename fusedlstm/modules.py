@@ -1,14 +1,18 @@
 """The layers and cells that a user builds: each names its cell, and has its equations and their source."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fusedlstm import checks
-from fusedlstm.base import Init, Recurrent, RecurrentCell
+from fusedlstm.base import Device, Init, Recurrent, RecurrentCell
+
+TwoStates = tuple[Tensor, Tensor]  # h and c
+FourStates = tuple[Tensor, Tensor, Tensor, Tensor]  # h, c, n and m
 
 # nn.RNNBase and not nn.LSTM: Dynamo breaks the graph at nn.LSTM, nn.GRU and nn.RNN, and at their subclasses.
 
 
-class LSTM(Recurrent):
+class LSTM(Recurrent[TwoStates]):
     r"""A stack of LSTM layers; takes the place of `torch.nn.LSTM`.
 
     .. math::
@@ -49,8 +53,8 @@ class LSTM(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         grad_clip: float | None = None,
@@ -85,11 +89,11 @@ class LSTM(Recurrent):
         )
 
     # What code for torch.nn.LSTM calls beside forward.
-    check_forward_args = nn.LSTM.check_forward_args
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
 
 
-class LSTMCell(RecurrentCell):
+class LSTMCell(RecurrentCell[TwoStates]):
     r"""One LSTM step; takes the place of `torch.nn.LSTMCell`. Equations, engines and heads as in :class:`LSTM`.
 
     Shapes: input [B, I] or [I]; h_0 and c_0 [B, H] or [H], zero if not given; returns (h_1, c_1) of the same shape.
@@ -99,7 +103,7 @@ class LSTMCell(RecurrentCell):
     cell = "lstm"
 
 
-class GRU(Recurrent):
+class GRU(Recurrent[Tensor]):
     r"""A stack of GRU layers; takes the place of `torch.nn.GRU`.
 
     .. math::
@@ -120,7 +124,7 @@ class GRU(Recurrent):
     cell = "gru"
 
 
-class GRUCell(RecurrentCell):
+class GRUCell(RecurrentCell[Tensor]):
     """One GRU step; takes the place of `torch.nn.GRUCell`. Equations as in :class:`GRU`.
 
     Shapes: input [B, I] or [I]; h_0 [B, H] or [H], zero if not given; returns h_1.
@@ -130,7 +134,7 @@ class GRUCell(RecurrentCell):
     cell = "gru"
 
 
-class RNN(Recurrent):
+class RNN(Recurrent[Tensor]):
     r"""A stack of vanilla RNN layers; takes the place of `torch.nn.RNN`.
 
     .. math::
@@ -156,8 +160,8 @@ class RNN(Recurrent):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         grad_clip: float | None = None,
@@ -193,11 +197,11 @@ class RNN(Recurrent):
         )
 
     @property
-    def cell(self) -> str:
+    def cell(self) -> str:  # type: ignore[override]
         return self.mode.lower()
 
 
-class RNNCell(RecurrentCell):
+class RNNCell(RecurrentCell[Tensor]):
     """One step of a vanilla RNN; takes the place of `torch.nn.RNNCell`. Equations as in :class:`RNN`.
 
     Shapes: input [B, I] or [I]; h_0 [B, H] or [H], zero if not given; returns h_1.
@@ -212,8 +216,8 @@ class RNNCell(RecurrentCell):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         num_heads: int = 1,
@@ -223,11 +227,11 @@ class RNNCell(RecurrentCell):
         super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend, num_heads=num_heads, init=init)
 
     @property
-    def cell(self) -> str:
+    def cell(self) -> str:  # type: ignore[override]
         return checks.cell_of_nonlinearity(self.nonlinearity)
 
 
-class PeepholeLSTM(Recurrent):
+class PeepholeLSTM(Recurrent[TwoStates]):
     r"""A stack of LSTM layers whose gates look at the cell.
 
     .. math::
@@ -246,13 +250,13 @@ class PeepholeLSTM(Recurrent):
     cell = "peephole"
 
 
-class PeepholeLSTMCell(RecurrentCell):
+class PeepholeLSTMCell(RecurrentCell[TwoStates]):
     """One step of :class:`PeepholeLSTM`: (h_0, c_0) to (h_1, c_1), each [B, H] or [H]."""
 
     cell = "peephole"
 
 
-class CoupledLSTM(Recurrent):
+class CoupledLSTM(Recurrent[TwoStates]):
     r"""A stack of LSTM layers that forget as much as they take in (CIFG): f is 1 - i.
 
     .. math::
@@ -267,13 +271,13 @@ class CoupledLSTM(Recurrent):
     cell = "coupled"
 
 
-class CoupledLSTMCell(RecurrentCell):
+class CoupledLSTMCell(RecurrentCell[TwoStates]):
     """One step of :class:`CoupledLSTM`: (h_0, c_0) to (h_1, c_1), each [B, H] or [H]."""
 
     cell = "coupled"
 
 
-class SLSTM(Recurrent):
+class SLSTM(Recurrent[FourStates]):
     r"""A stack of sLSTM layers: exponential input gate, normaliser n and stabiliser m.
 
     .. math::
@@ -296,13 +300,13 @@ class SLSTM(Recurrent):
     cell = "slstm"
 
 
-class SLSTMCell(RecurrentCell):
+class SLSTMCell(RecurrentCell[FourStates]):
     """One step of :class:`SLSTM`: (h_0, c_0, n_0, m_0) to the same of the next step, each [B, H] or [H]."""
 
     cell = "slstm"
 
 
-class LayerNormLSTM(Recurrent):
+class LayerNormLSTM(Recurrent[TwoStates]):
     r"""A stack of LSTM layers with layer normalisation.
 
     .. math::
@@ -326,7 +330,7 @@ class LayerNormLSTM(Recurrent):
     cell = "layernorm"
 
 
-class LayerNormLSTMCell(RecurrentCell):
+class LayerNormLSTMCell(RecurrentCell[TwoStates]):
     """One step of :class:`LayerNormLSTM`: (h_0, c_0) to (h_1, c_1), each [B, H] or [H]."""
 
     cell = "layernorm"

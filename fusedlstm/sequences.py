@@ -10,6 +10,9 @@ All ways are differentiable, and padding is zero. `torch` packs and pads; jagged
 torch 2.13 pads one to the sum of its lengths, and pads none that has holes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -99,7 +102,8 @@ def _parts(jagged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _places(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Sequence and step of every row, sequence after sequence, each [R] int64."""
-    return (torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    sequence, step = (torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    return sequence, step
 
 
 class Stream:
@@ -125,9 +129,11 @@ class Stream:
             raise ValueError("module: expected one direction, got a bidirectional one, which begins with the end")
         self.module = module
         self.detaches = detach
-        self.state = None  # after the last chunk, as the module returns it; None is zeros
+        self.state: Tensor | tuple[Tensor, ...] | None = (
+            None  # after the last chunk, as the module returns it; None is zeros
+        )
 
-    def __call__(self, input: Tensor, **options):
+    def __call__(self, input: Tensor, **options: Any) -> Any:
         """Run a chunk; `options` are those of the module. Returns what it returns, without the state."""
         output, state, *more = self.module(input, self.state, **options)
         self.state = state
@@ -163,7 +169,7 @@ class Stream:
         which = which.to(state.device).reshape(-1, 1)
         self._change(lambda s: s.masked_fill(which, 0))
 
-    def _change(self, f) -> None:
+    def _change(self, f: Callable[[Tensor], Tensor]) -> None:
         """The state is a tensor, or a tuple of them."""
         if self.state is not None:
             self.state = f(self.state) if isinstance(self.state, Tensor) else tuple(map(f, self.state))

@@ -1,6 +1,7 @@
 """modules.py and functional.py: what torch.nn.LSTM does, ours does, on the engines that need no kernel."""
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -125,19 +126,36 @@ def test_repr_shows_what_is_no_default():
         "zoneout_h=0.1, zoneout_c=0.1)"
     )
     assert repr(fusedlstm.GRUCell(5, 8, num_heads=4)) == "GRUCell(5, 8, num_heads=4)"
+    init = functools.partial(fusedlstm.inits.forget_bias_, value=2.0)
+    assert repr(fusedlstm.GRU(5, 8, init=init)) == "GRU(5, 8, init=forget_bias_)"
 
 
-@pytest.mark.parametrize(("name", "value"), [("backend", "cuda"), ("grad_clip", -1), ("save", 1)])
+@pytest.mark.parametrize(("name", "value"), [("backend", "cuda"), ("grad_clip", -1), ("save", 1), ("init", "zeros")])
 def test_attributes_are_checked_like_arguments(name, value):
     module = fusedlstm.LSTM(5, 7)
     before = getattr(module, name)
-    with pytest.raises(ValueError) as of_attribute:
+    with pytest.raises((ValueError, TypeError)) as of_attribute:
         setattr(module, name, value)
-    with pytest.raises(ValueError) as of_argument:
+    with pytest.raises(of_attribute.type) as of_argument:
         fusedlstm.LSTM(5, 7, **{name: value})
     assert str(of_attribute.value) == str(of_argument.value) and getattr(module, name) == before
     module.grad_clip = 2
     assert module.grad_clip == 2.0 and copy.deepcopy(module).grad_clip == 2.0
+
+
+def test_what_a_module_is_built_with_stays():
+    """Of ours, of a copy, and of a converted one, which has the defaults."""
+    built = fusedlstm.GRU(5, 8, num_heads=2, zoneout=0.1)
+    for module, heads in ((built, 2), (copy.deepcopy(built), 2), (fusedlstm.convert(nn.GRU(5, 8)), 1)):
+        rates = module.rates
+        with pytest.raises(AttributeError, match=f"^num_heads: expected {heads}, as the module was built, got 4$"):
+            module.num_heads = 4
+        with pytest.raises(AttributeError, match=r"^rates: expected Rates\(.*\), as the module was built, got \(0\.5,"):
+            module.rates = (0.5, 0, 0, 0, 0)
+        module.num_heads, module.rates = heads, rates  # what is there already
+        assert (module.num_heads, module.rates) == (heads, rates)
+    with pytest.raises(AttributeError, match=r"^num_heads: expected 1, as the module was built, got 4$"):
+        fusedlstm.LSTMCell(5, 8).num_heads = 4
 
 
 def test_cell_loop_equals_layer():

@@ -4,6 +4,8 @@
 """
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import fusedlstm
@@ -40,6 +42,12 @@ def lines() -> list[str]:
 
 def test_is_as_written_down():
     assert lines() == FILE.read_text().splitlines(), "if that is meant: python tests/cpu/test_public_api.py"
+
+
+def test_inspect_is_there_without_matplotlib():
+    code = "import sys, fusedlstm; fusedlstm.inspect.plot_gates; print('matplotlib' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 if __name__ == "__main__":
