@@ -19,6 +19,7 @@ from fusedlstm.cells.cell import Cell, Equations, Loop
 from fusedlstm.cells.lstm import candidate_factor
 from fusedlstm.products import EPS, aten_backward, normalised, normalised_backward
 
+ROWS_AT_ONCE = 256
 CELL = Cell(
     "layernorm",
     gates=("i", "f", "g", "o"),
@@ -142,18 +143,18 @@ def loop_backward(at):
 
 
 class _Norm:
-    """The backward of a norm with a gain. Statistics are taken step by step: of all at once they need two buffers of
-    all rows.
-    """
+    """The backward of a norm with a gain."""
 
     def __init__(self, at, x, gain):
         self.gain, self.shape, self.by_step = gain, x.shape[1:], at.by_step(x)
+        # Some steps at a time: of all at once the normalised rows, which nobody wants, would take new pages.
+        parts = [torch.native_layer_norm(rows, self.shape, None, None, EPS)[1:] for rows in x.split(ROWS_AT_ONCE)]
+        self.mean, self.rstd = (at.by_step(torch.cat(of)) for of in zip(*parts, strict=True))
 
     def backward(self, t, grad):
         """The gradient of x at step t."""
-        x = self.by_step[t].contiguous()
-        _, mean, rstd = torch.native_layer_norm(x, self.shape, self.gain, None, EPS)
-        return aten_backward(grad, x, self.shape, mean, rstd, self.gain, None, [True, False, False])[0]
+        x, statistics = self.by_step[t], (self.mean[t], self.rstd[t])
+        return aten_backward(grad, x, self.shape, *statistics, self.gain, None, [True, False, False])[0]
 
 
 EQUATIONS = Equations(step, step_backward, update, vectors_backward)

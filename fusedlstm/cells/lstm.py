@@ -79,12 +79,14 @@ def candidate_factor(i, g, out):
 
 def output_factor(at):
     """Of h = o tanh(c), the last gate being o: do = dh times h (1 - o), which is put in its place, and dc = dh times
-    o (1 - tanh(c)^2) = o - h^2 / o, which is returned, [R, H]."""
+    o (1 - tanh(c)^2) = o - h h / o, which is returned, [R, H]."""
     h = at.states[0]
     o, do = at.gates[:, -h.size(1) :], at.dpreact[:, -h.size(1) :]
     torch.addcmul(h, h, o, value=-1, out=do)
-    square = (h * h).div_(o.clamp_min(torch.finfo(o.dtype).tiny))  # 0 where o is
-    return torch.sub(o, square, out=square)
+    # In one buffer: the pages of a new one cost more than a pass. h is 0 where o is.
+    tanh_c = o.clamp_min(torch.finfo(o.dtype).tiny)
+    torch.div(h, tanh_c, out=tanh_c)
+    return torch.addcmul(o, h, tanh_c, value=-1, out=tanh_c)
 
 
 def steps_backward(at, dc_of_dh, dc_of_dc):
