@@ -1,23 +1,28 @@
-"""The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward,
-against ATen's (GRU, RNN, LSTM), or against two loops of torch operations that autograd differentiates, both with the
-input product taken before: "indexed" as it is written down, step t is `preact_x[t] + linear(h, weight_hh)`; "unbound"
-by one who knows what the gradient of indexing costs, and that the sum fits into the product.
+"""The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward.
 
-Weights and input are the same, all gradients are taken and compared first, rounds take turns (`bench.timing`). LSTM is
-not ours to
-win there, oneDNN has it whole: its row shows what a loop costs beside the best there is.
+The rival is ATen's layer for a GRU and a vanilla RNN. For the other cells it is a loop of torch operations that
+autograd differentiates, in two forms that both take the input product before the loop. "as written": step t is
+`preact_x[t] + linear(h, weight_hh)`. "careful": `preact_x` is taken apart by `unbind`, since the gradient of indexing
+is slow, and the sum is part of the product. The LSTM's row shows what a loop costs beside oneDNN, which runs the whole
+layer; by default an LSTM runs there too.
 
-A block of 31 MB is freed before all else, on behalf of every side. glibc gives what lies free at the end of the heap
-back to the system if it is more than twice the largest block freed so far, and every page of it then costs a fault
-anew; without that block the order of the cases would decide who pays (layer norm pays 4 to 14 thousand faults a call, a
-tenth of its time). A process that trains has freed such a block, with its data or weights.
+Weights and input are the same on all sides. All gradients are compared first. The rounds take turns (`bench.timing`).
+
+A block of 31 MB is freed before all else, on behalf of every side. glibc gives free memory at the end of the heap back
+to the system if it is more than twice the largest block that was freed so far, and every page of it then costs a fault
+again. Without that block the order of the cases would decide who pays. A process that trains has freed such a block,
+with its data or weights.
 """
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bench import report, rows
+
+RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 FREED_BEFORE = 31 << 20  # bytes; from 32 MB on glibc asks the system for every block, and learns nothing from it
 
 CASES = {
@@ -42,8 +47,8 @@ def rivals(cell: str, parameters: list) -> dict:
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
         for name, p in zip(names, parameters, strict=True):
             setattr(module, name, p)
-        return {"ATen": lambda x: module(x)[0]}
-    return {name: _loop(cell, parameters, indexed=name == "indexed") for name in ("unbound", "indexed")}
+        return {f"torch.nn.{module._get_name()}": lambda x: module(x)[0]}
+    return {name: _loop(cell, parameters, indexed=name == "as written") for name in ("careful", "as written")}
 
 
 def _loop(cell: str, parameters: list, indexed: bool):
@@ -113,32 +118,59 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
     return calls | {"ours": both(lambda x: autograd.layer(cell, x, states, [parameters], "torch")[0])}
 
 
+def measured(cell: str, T: int, B: int, H: int, seconds: float) -> list[rows.Row]:
+    """Rows of one case: milliseconds of every side, and how many times ours is as fast as each rival."""
+    import torch
+
+    from bench import environment, registry, timing
+
+    calls = calls_of(cell, T, B, H)
+    *names, _ = calls
+    for name in names:
+        for ours, exact in zip(calls["ours"](), calls[name](), strict=True):
+            assert registry.relative_error(ours, exact) < 1e-3, (cell, T, B, H, name)
+    samples = timing.time_cpu(calls | {report.AGAIN: calls[names[0]]}, seconds)
+    row = {
+        "op": "lstm (loop)" if cell == "lstm" else cell,
+        "mode": "fwdbwd",
+        "shape": f"{cell}-{T}-{B}-{H}",
+        "layers": "1",
+        "directions": "1",
+    }
+    row |= {"T": str(T), "B": str(B), "I": str(H), "H": str(H), "dtype": "float32", "date": environment.today()}
+    threads = environment.threads(torch.get_num_threads())
+    row |= environment.facts("cpu") | {"protocol": f"{samples.protocol} {threads}"}
+
+    def of(provider: str, metric: str, unit: str, values: list[float]) -> rows.Row:
+        p50, p20, p80 = (f"{x:.5g}" for x in timing.percentiles(values))
+        return row | {"provider": provider, "metric": metric, "unit": unit, "p50": p50, "p20": p20, "p80": p80}
+
+    latencies = [of(name, "latency", "ms", samples.ms[name]) for name in (*names, "ours")]
+    ratios = [of("ours", f"speedup over {name}", "x", timing.ratios(samples, name, "ours")) for name in names]
+    noise = of(report.AGAIN, f"speedup over {names[0]}", "x", timing.ratios(samples, names[0], report.AGAIN))
+    return [*latencies, *ratios, noise]
+
+
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cell", choices=CASES, action="append")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(prog="python -m bench.loops", description=__doc__.splitlines()[0])
+    parser.add_argument("--cell", choices=CASES, action="append", help="may be repeated; default: all")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file (default: bench/results/cpu.csv)")
     options = parser.parse_args(arguments)
     import torch
 
-    from bench import registry, timing
-
-    torch.set_num_threads(options.threads)
     torch.empty(FREED_BEFORE, dtype=torch.uint8)  # and freed
-    table = Table("cell", "T", "B", "H", "rival", "rival ms", "ours ms", "ratio p50", "p20", "p80")
+    writer = rows.Writer(options.out)
+    drawn = Table(*report.family([])[0])
     for cell in options.cell or CASES:
         for T, B, H in CASES[cell]:
-            calls = calls_of(cell, T, B, H)
-            *rivals, _ = calls
-            for name in rivals:
-                for ours, exact in zip(calls["ours"](), calls[name](), strict=True):
-                    assert registry.relative_error(ours, exact) < 1e-3, (cell, T, B, H, name)
-            samples = timing.time_cpu(calls, options.seconds)
-            for name in rivals:
-                times = [timing.percentiles(samples.ms[side])[0] for side in (name, "ours")]
-                ratios = timing.percentiles(timing.ratios(samples, name, "ours"))
-                table.add_row(cell, *map(str, (T, B, H)), name, *(f"{x:.2f}" for x in (*times, *ratios)))
-    Console(width=110).print(table)
+            found = measured(cell, T, B, H, options.seconds)
+            for row in found:
+                writer.write(row)
+            for line in report.family(found)[1]:
+                drawn.add_row(*line)
+    writer.close()
+    Console(width=120).print(drawn)
 
 
 if __name__ == "__main__":
