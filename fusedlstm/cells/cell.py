@@ -1,4 +1,5 @@
-r"""What a recurrent cell is made of: its names, its equations in torch, and how it takes a layer's parameters.
+r"""What a recurrent cell is made of: its names, its equations in torch, and how it takes a layer's parameters. And what
+every engine takes and gives for a recurrence over a cell.
 
 A cell's equations are functions of tuples of tensors [B, H] (of any leading axes); vectors are [H]:
 
@@ -61,6 +62,7 @@ class Cell(NamedTuple):
         norms: Whether both products are normalised over all their G*H before they are added, so that units need each
             other's sums within a step. The first two vectors are then the gains of these norms, G*H each, of which the
             step takes only the second, as G vectors.
+        without_norms: The name of the cell with the same gates and states beside h, of one with norms.
         aten: The name of ATen's function of the same cell, or None.
     """
 
@@ -72,6 +74,7 @@ class Cell(NamedTuple):
     vectors: tuple[str, ...] = ()
     bias_in_step: bool = False
     norms: bool = False
+    without_norms: str | None = None
     aten: str | None = None
 
     @property
@@ -82,6 +85,11 @@ class Cell(NamedTuple):
     def loop(self) -> Loop | None:
         """None: the CPU loop derives a step from the equations."""
         return LOOPS.get(self.name)
+
+    @property
+    def plain(self) -> "Cell":
+        """What is left of a cell with norms when both products are normalised already."""
+        return CELLS[self.without_norms or self.name]
 
     @property
     def num_gates(self) -> int:
@@ -155,6 +163,64 @@ class Cell(NamedTuple):
             return list(gradient.unbind(0))
         G = self.num_gates
         return [gradient[:G].flatten(), *gradient[G:].unbind(0)]
+
+
+# A recurrence over a cell, as every engine has it (`fusedlstm.engines`):
+#
+#     recurrence_fwd(spec, preact_x, weights, state, batch) -> Saved
+#     recurrence_bwd(spec, grads, saved, weights, state, batch) -> grad_preact, grad_hx, grad_cx
+#
+# preact_x [D, T, B, G*H] or packed [D, R, G*H] is the input's part of the preactivations. `batch` is a
+# `fusedlstm.noise.Batch`. D recurrences are the directions of one layer.
+
+
+class Recurrence(NamedTuple):
+    """What is asked of a recurrence; it has no tensors."""
+
+    cell: Cell
+    # The largest element of the gradient of a state that enters a step; None: any.
+    clip: float | None = None
+    # Whether the forward keeps what the backward needs. What is not kept is empty.
+    save_gates: bool = True
+    save_states: bool = True
+
+
+class Weights(NamedTuple):
+    """What multiplies and shifts h at every step."""
+
+    weight_hh: list[Tensor]  # D times [G*H, DH]; none if preact_x has the recurrent part already
+    vectors: Tensor | None = None  # [D, V, H]
+    # Of a wave, in which the recurrences are the layers of a stack: what those above the first make of the h below.
+    weight_ih: Tensor | None = None  # [D-1, G*H, H]
+    bias: Tensor | None = None  # [D-1, G*H], for the forward
+    # A projection of h, which the specification alone has.
+    weight_hr: list[Tensor] | None = None  # D times [P, H]
+
+
+class State(NamedTuple):
+    """The states before the first step."""
+
+    hx: Tensor  # [D, B, H]
+    cx: Tensor  # [S, D, B, H]: the states beside h
+
+
+class Saved(NamedTuple):
+    """What a forward returns. Packed sequences have [R] in place of [T, B]. A wave has [D, T, B, H] and the like."""
+
+    output: Tensor  # [T, B, D*H]: zero in padding
+    h_n: Tensor  # [D, B, H]
+    c_n: Tensor  # [S, D, B, H]
+    gates: Tensor  # [T, B, D*K*H]: after the nonlinearities; of no meaning in padding
+    c_seq: Tensor  # [S, T, B, D*H]: zero in padding
+
+
+class Grads(NamedTuple):
+    """The gradients of what a forward returns. None: zero."""
+
+    output: Tensor | None
+    c_seq: Tensor | None
+    h_n: Tensor
+    c_n: Tensor
 
 
 # By name: filled by `fusedlstm.cells.register_cell`.
