@@ -115,7 +115,7 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
         return lambda: torch.autograd.grad(forward(x), [x, *parameters], grad)
 
     calls = {name: both(rival) for name, rival in rivals(cell, parameters).items()}
-    return calls | {"ours": both(lambda x: autograd.layer(cell, x, states, [parameters], "torch")[0])}
+    return calls | {"ours": both(lambda x: autograd.layer(of, x, states, [parameters], "torch")[0])}
 
 
 def measured(cell: str, T: int, B: int, H: int, seconds: float) -> list[rows.Row]:

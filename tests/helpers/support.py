@@ -102,7 +102,7 @@ def tiled(
 
 
 class Inputs(NamedTuple):
-    """What a forward of every engine takes behind its `Recurrence`; a backward takes all but the first behind `Saved`."""
+    """What a forward of every engine takes behind its `Recurrence`; a backward takes all but the first after `saved`."""
 
     preact_x: Tensor
     weights: Weights
