@@ -233,7 +233,7 @@ def loops(machine: Machine):
     few, many = machine.loop_steps
     for B, H in machine.loop_sizes:
         kept = None
-        by_data = [plan.plan("lstm", many, B, H, "bf16", 1, limits, p, protocol="data") for p in ("fwd", "bwd")]
+        by_data = [plan.plan("lstm", B, H, "bf16", 1, limits, p, protocol="data") for p in ("fwd", "bwd")]
         if any(p.schedule == "stepped" for p in by_data):
             print(
                 f"loop of B{B} H{H}: skipped, no group of programs fits on {limits.name} with {limits.num_sms} "

@@ -122,7 +122,7 @@ def _launches(shape: Shape, dtype: str, mode: str, limits, passes: tuple[str, ..
                 sizes = ("lstm", shape.B, shape.H, dtype, D, limits, pass_)
                 found.append((plan.step_plan(*sizes, input_size=shape.layer_inputs[first], **heads), 1, inputs[first]))
                 continue
-            sizes = ("lstm", T, shape.B, shape.H, dtype, D * n, limits, pass_)
+            sizes = ("lstm", shape.B, shape.H, dtype, D * n, limits, pass_)
             p = plan.plan(*sizes, layout=layout, stack=n > 1, **heads)
             found.append((p, T + n - 1, sum(inputs[first + 1 : first + n])))
     return found

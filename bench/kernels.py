@@ -89,12 +89,12 @@ def plans() -> list[tuple[str, str, Plan]]:
             continue
         for pass_ in ("fwd", "bwd"):
             for layout in layouts:
-                p = plan("lstm", s.T, s.B, *sizes, s.directions, limits, pass_, precision, layout, s.heads)
+                p = plan("lstm", s.B, *sizes, s.directions, limits, pass_, precision, layout, s.heads)
                 found.append((s.id, name, p))
         if s.layers > s.directions == 1 and not (s.proj or s.alternating) and limits.arch in OTHER_LAYOUTS:
             together = wave("lstm", s.layers, s.B, *sizes, limits, precision)
             for pass_ in ("fwd", "bwd") if together > 1 else ():
-                p = plan("lstm", s.T, s.B, *sizes, together, limits, pass_, precision, stack=True)
+                p = plan("lstm", s.B, *sizes, together, limits, pass_, precision, stack=True)
                 found.append((s.id, name, p))
     return found + family()
 
@@ -107,7 +107,7 @@ def family() -> list[tuple[str, str, Plan]]:
         s, limits = BY_ID[shape_id], DEVICES[arch]
         masked = arch == "sm_90" and name == "bf16"
         for pass_, layout in itertools.product(("fwd", "bwd"), LAYOUTS if masked else LAYOUTS[:1]):
-            p = plan(cell, s.T, s.B, s.H, name, s.directions, limits, pass_, DTYPES[name], layout)
+            p = plan(cell, s.B, s.H, name, s.directions, limits, pass_, DTYPES[name], layout)
             found.append((shape_id, name, p))
     return found
 

@@ -18,8 +18,9 @@ from bench.claimed import DRIVER
 from fusedlstm.cells import CELLS, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.engines import launch
 from fusedlstm.engines.bound import Bound
+from fusedlstm.plan import candidates
 from fusedlstm.plan.devices import DEVICES
-from fusedlstm.plan.tuned import Problem, candidates
+from fusedlstm.plan.problem import Problem
 
 
 def rounds(calls: dict, count: int) -> dict[str, list[float]]:
@@ -43,7 +44,7 @@ def pair(size: int) -> dict[str, nn.Module]:
 
 def launches(pass_: str, stepped: bool) -> dict:
     """A launch of a bfloat16 loop with H 512 and B 64, or of one of its steps, as Triton does it and as we do."""
-    plans = candidates(Problem("lstm", 64, 512, "bf16", 1, pass_, "tf32", "dense"), DEVICES["sm_90"])
+    plans = candidates(Problem("lstm", 64, 512, "bf16", 1, pass_, device_limits=DEVICES["sm_90"]))
     plan = next(p for p in plans if (p.schedule == "stepped") == stepped)
     seen = []
 

@@ -187,22 +187,17 @@ def environment() -> str:
 
 def tuning_file() -> str:
     kept = tuned.everything()
-    places = {tuned._words(tuned.place(k)) for k in gpus() or [None]}
+    places = {tuned.words(tuned.place(k)) for k in gpus() or [None]}
     return f"{tuned.path()}, {sum(len(kept.get(place, {})) for place in places)} choices for this machine"
 
 
 def engine_line(where: torch.device, dtype: torch.dtype) -> str:
     """What `auto` picks, and why."""
     try:
-        engine = engines.choose("auto", where, dtype)
+        engine, why = engines.choice("auto", where, dtype)
     except (RuntimeError, ValueError) as error:  # FUSEDLSTM_BACKEND asks for what cannot be
         return f"error: {error}"
-    if os.environ.get("FUSEDLSTM_BACKEND", "auto") not in ("", "auto"):
-        return f"{engine}: FUSEDLSTM_BACKEND asks for it"
-    if engine == "triton":
-        return f"{engine}: the kernels serve; of what cuDNN serves too, the faster by measurement or prediction"
-    reason = engines.why_not_triton(where, dtype) or "the kernels serve only when asked for: backend='triton'"
-    return f"{engine}: {reason}"
+    return f"{engine}: {why}"
 
 
 def run_plan(args: argparse.Namespace) -> None:

@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedlstm import checks, engines, functional
 from fusedlstm.base import Recurrent, State, as_states
 from fusedlstm.cells import CELLS
-from fusedlstm.plan import PlanError, tuned
-from fusedlstm.plan.tuned import Call, Problem
+from fusedlstm.plan import PlanError, candidates, tuned
+from fusedlstm.plan.problem import Problem
+from fusedlstm.plan.tuned import Call
 
 Timer = Callable[[dict[str, Callable[[], None]], float], dict[str, float]]
 TRIED = 3  # plans of every exchange protocol, the predicted best
@@ -102,7 +103,7 @@ def tune(
                 plans[problem] = tried[best]
                 fields = {name: getattr(tried[best], name) for name in tuned.FIELDS}
                 choices[problem] = {"plan": fields, "ms": ms}
-                found.append(Measured(problem, best, _name(tuned.candidates(problem, limits)[0]), ms))
+                found.append(Measured(problem, best, _name(candidates(problem._replace(device_limits=limits))[0]), ms))
             call = run.call(dtype, masked, training)
             if call is not None:
                 names = {name: lambda name=name, training=training: run(name, training) for name in ("triton", "torch")}
@@ -194,7 +195,7 @@ def _tried(problem: Problem, limits) -> dict[str, object]:
     found = {}
     for protocol in ("counter", "data"):
         try:
-            ranked = tuned.candidates(problem, limits, protocol)
+            ranked = candidates(problem._replace(device_limits=limits, protocol=protocol))
         except PlanError:  # what is streamed is not exchanged by data
             continue
         for p in ranked[:TRIED] + [p for p in ranked[TRIED:] if p.schedule == "stepped"]:

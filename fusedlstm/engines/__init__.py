@@ -119,7 +119,7 @@ def choice(
         return "triton", "the kernels serve this call"
     if engine == "triton" and (reason := why_not_triton(*call)):
         raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
-    return engine, "asked for by name"
+    return engine, "asked for by name" if engine == backend else "FUSEDLSTM_BACKEND asks for it"
 
 
 def fastest(call: tuned.Call, index: int | None) -> tuple[str, str]:

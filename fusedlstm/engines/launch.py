@@ -25,7 +25,7 @@ from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
 from fusedlstm.layout import Layout
 from fusedlstm.noise import EVERY_ROW, Batch, Noise, scale, threshold
 from fusedlstm.plan import Plan, devices, tuned
-from fusedlstm.plan.tuned import Problem
+from fusedlstm.plan.problem import Problem
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
@@ -233,7 +233,7 @@ def _cached_plan(problem: Problem, index: int | None, generation: int, sms: int 
     """What was measured on this device, else what is predicted. T has no part in the choice."""
     limits = device_limits(index)
     measured = tuned.plan(problem, index, limits) if generation else None
-    return measured or tuned.candidates(problem, limits)[0]
+    return measured or planning.candidates(problem._replace(device_limits=limits))[0]
 
 
 def recurrence_fwd(

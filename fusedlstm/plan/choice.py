@@ -10,14 +10,8 @@ from fusedlstm.plan.devices import DeviceLimits
 from fusedlstm.plan.problem import Plan, PlanError, Problem
 
 
-def plan(*arguments, **more) -> Plan:
-    """Choose how one layer runs: the first of `candidates`, whose arguments these are."""
-    return candidates(*arguments, **more)[0]
-
-
-def candidates(
+def plan(
     cell: str,
-    steps: int,
     batch: int,
     hidden: int,
     dtype: str,
@@ -29,45 +23,37 @@ def candidates(
     heads: int = 1,
     stack: bool = False,
     protocol: str | None = None,
-) -> list[Plan]:
+) -> Plan:
+    """Choose how one layer runs: the first of `candidates`. Arguments: the fields of a `Problem`."""
+    sizes = (cell, batch, hidden, dtype, directions, pass_, precision, layout, heads, stack)
+    return candidates(Problem(*sizes, limits, protocol))[0]
+
+
+def candidates(of: Problem) -> list[Plan]:
     """All plans with which one layer can run, by predicted time, least first; at least one.
 
     The best of those with a launch a step comes last, until a GPU has told what launches cost (`fusedlstm.tune` tries
-    it).
-
-    Args:
-        cell: a name of `fusedlstm.cells.CELLS`.
-        steps, batch, hidden: T, B, H; at least 1. T does not change the order.
-        dtype: "fp32", "fp16" or "bf16".
-        directions: 1 or 2, or the layers of a stack; all run in one launch.
-        limits: of the device; `devices.DEVICES` has one an architecture.
-        pass_: "fwd" or "bwd".
-        precision: of float32 products, "tf32" or "ieee".
-        layout: one of `LAYOUTS`; with lengths of their own, the tiles of a group end at different steps.
-        heads: blocks of a block-diagonal `weight_hh`.
-        stack: whether the recurrences are the layers of a stack, as a wave.
-        protocol: of the exchange, "counter" or "data"; None leaves it to the plan.
+    it). In a ragged or packed layout the tiles of a group end at different steps.
 
     Raises:
         PlanError: nothing fits; the text names the size and the limit.
     """
-    if min(steps, batch, hidden) < 1:
-        raise PlanError(f"steps, batch and hidden: expected at least 1, got {steps}, {batch} and {hidden}")
-    precision = _precision(limits, precision)
-    of = Problem(cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
-    if of.norms and (heads > 1 or stack):
+    if min(of.batch, of.hidden) < 1:
+        raise PlanError(f"batch and hidden: expected at least 1, got {of.batch} and {of.hidden}")
+    limits = of.limits
+    of = of._replace(precision=_precision(limits, of.precision))
+    if of.norms and (of.heads > 1 or of.stack):
         raise PlanError(
-            f"heads and stack: expected one head and one layer a launch of {cell}, whose norms are over all units "
-            f"of a layer, got "
-            f"{heads} head(s){' and a stack' if stack else ''}"
+            f"heads and stack: expected one head and one layer a launch of {of.cell}, whose norms are over all units "
+            f"of a layer, got {of.heads} head(s){' and a stack' if of.stack else ''}"
         )
     found = _ranked(tiles.of_a_loop(of), of)
-    stepped = [] if of.masked or stack or of.norms else _ranked(tiles.of_a_step(of), of)
+    stepped = [] if of.masked or of.stack or of.norms else _ranked(tiles.of_a_step(of), of)
     if not found and not stepped:
         raise PlanError(
-            f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a "
-            f"group must be on "
-            f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
+            f"hidden={of.hidden} with {of.directions} direction(s) in {of.dtype}, {of.layout}, does not fit "
+            f"{limits.name}: a group must be on the device at once, and {limits.num_sms} programs of "
+            f"{limits.smem_bytes >> 10} KiB are too few"
         )
     return found + stepped[: 1 if found else None]
 
@@ -92,7 +78,7 @@ def step_plans(
     """All plans of the kernels of one step, by predicted time: nobody waits, so there may be more programs than the
     device holds at once.
 
-    Args: as `candidates`, and
+    Args: The fields of a `Problem`.
         input_size: I, if the input product is taken in the same launch; 0: the preactivations come ready-made. Both
             products being of one form, it does not change the order.
 
@@ -103,8 +89,8 @@ def step_plans(
         raise PlanError(
             f"batch and hidden: expected at least 1, input_size at least 0, got {batch}, {hidden} and {input_size}"
         )
-    problem = (cell, batch, hidden, dtype, directions, limits, pass_, _precision(limits, precision))
-    of = Problem(*problem, heads=heads, input_size=input_size)
+    problem = (cell, batch, hidden, dtype, directions, pass_, _precision(limits, precision))
+    of = Problem(*problem, heads=heads, device_limits=limits, input_size=input_size)
     return _ranked(tiles.of_a_step(of), of)
 
 
@@ -141,7 +127,7 @@ def wave(
         for n, launches in ((together, layers // together), (layers % together, 1)):
             for pass_ in ("fwd", "bwd") if training else ("fwd",):
                 if n:
-                    p = plan(cell, 1, batch, hidden, dtype, n, limits, pass_, precision, layout, stack=n > 1)
+                    p = plan(cell, batch, hidden, dtype, n, limits, pass_, precision, layout, stack=n > 1)
                     total += p.step_us * launches
         return total
 
@@ -178,7 +164,7 @@ def beside_cudnn(
     ours = cudnn = 0.0
     for pass_ in ("fwd", "bwd") if training else ("fwd",):
         sizes = (batch, hidden, dtype, directions, limits, pass_, precision)
-        ours += plan(cell, 1, *sizes, layout).step_us
+        ours += plan(cell, *sizes, layout).step_us
         cudnn += costs.cudnn_step_us(cell, *sizes, saves=training, proj_size=proj_size)
     return ours, cudnn
 
@@ -207,6 +193,8 @@ def explain(
         ValueError: nothing is known of `arch`, or `FUSEDLSTM_SMS` is wrong.
         RuntimeError: the kernels do not serve the device, or no plan fits.
     """
+    if steps < 1:
+        raise PlanError(f"steps: expected at least 1, got {steps}")
     whole = devices.find(arch)
     limits = devices.capped(whole, devices.sms())
     title = f"{cell} layer: T={steps} B={batch} H={hidden} {dtype}, {directions} direction(s)"
@@ -215,7 +203,7 @@ def explain(
     if limits.num_sms < whole.num_sms:
         text[0] += f", {limits.num_sms} of {whole.num_sms} multiprocessors (FUSEDLSTM_SMS)"
     for pass_, name in (("fwd", "forward"), ("bwd", "backward")):
-        plans = candidates(cell, steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
+        plans = candidates(Problem(cell, batch, hidden, dtype, directions, pass_, heads=heads, device_limits=limits))
         cost = costs.cost(plans[0], steps, batch, limits)
         bound = costs.bound(cell, steps, batch, hidden, dtype, directions, limits, pass_, heads=heads)
         text += [f"\n{name}: {plans[0].schedule} - {plans[0].why}", *_lines(plans[0], cost, bound, limits)]

@@ -21,21 +21,26 @@ class PlanError(RuntimeError):
 
 
 class Problem(NamedTuple):
-    """One launch, before it is known how."""
+    """One launch, before it is known how. The number of steps is no part of it: it does not change a choice."""
 
     cell: str  # a name of `fusedlstm.cells.CELLS`
     batch: int
     hidden: int
     dtype: str  # "fp32", "fp16" or "bf16"
     directions: int  # 1 or 2, or the layers of a stack; all run in one launch
-    limits: DeviceLimits
     pass_: str  # "fwd" or "bwd"
     precision: str = "tf32"  # of float32 products, or "ieee"
     layout: str = "dense"  # one of LAYOUTS
     heads: int = 1  # blocks of a block-diagonal weight_hh
     stack: bool = False  # whether the recurrences are the layers of a stack, as a wave
+    device_limits: DeviceLimits | None = None  # what a plan may use; needed for a plan
     protocol: str | None = None  # of the exchange, "counter" or "data"; None leaves it to the plan
     input_size: int = 0  # of one step whose input product is taken in the same launch
+
+    @property
+    def limits(self) -> DeviceLimits:
+        assert self.device_limits is not None, "device_limits: expected those of a device, got None"
+        return self.device_limits
 
     @property
     def head(self) -> int:

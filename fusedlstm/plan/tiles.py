@@ -73,8 +73,8 @@ def of_a_loop(of: Problem) -> list[Plan]:
 def variants(p: Plan, limits: DeviceLimits) -> list[Plan]:
     """The plans with the tiles of `p` that come after it in the order of preference; they take the same tensors."""
     batch, directions = p.tiles_b * p.block_b, p.grid[2]
-    sizes = (p.cell, batch, p.hidden, p.dtype, directions, limits, p.pass_, p.precision, p.layout, p.heads, p.stack)
-    of, tiling = Problem(*sizes), Tiling(p.schedule, p.block_b, p.block_h, p.protocol)
+    sizes = (p.cell, batch, p.hidden, p.dtype, directions, p.pass_, p.precision, p.layout, p.heads, p.stack)
+    of, tiling = Problem(*sizes, device_limits=limits), Tiling(p.schedule, p.block_b, p.block_h, p.protocol)
     found = _plans(of, tiling)
     codes = [q.code for q in found]
     after = found[codes.index(p.code) + 1 :] if p.code in codes else []

@@ -17,23 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fusedlstm.plan import devices
+from fusedlstm.plan.problem import Problem
 
 FORMAT = 1
-
-
-class Problem(NamedTuple):
-    """What a plan is for; T is no part of it."""
-
-    cell: str
-    batch: int
-    hidden: int
-    dtype: str  # "fp32", "fp16" or "bf16"
-    directions: int  # or layers of a stack
-    pass_: str
-    precision: str
-    layout: str
-    heads: int = 1
-    stack: bool = False
+NOT_KEPT = ("device_limits", "protocol", "input_size")  # of a Problem: what it is asked of is the `Place`
 
 
 class Call(NamedTuple):
@@ -112,16 +99,16 @@ def _place(index: int | None, sms: int | None) -> Place:
         return Place("interpreter", sms or 0, "none", *versions)
     properties = torch.cuda.get_device_properties(index)
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
-    words = f"{torch.version.cuda or torch.version.hip}, driver {driver}, cudnn {torch.backends.cudnn.version()}"
+    built = f"{torch.version.cuda or torch.version.hip}, driver {driver}, cudnn {torch.backends.cudnn.version()}"
     num_sms = properties.multi_processor_count
-    return Place(properties.name, min(sms or num_sms, num_sms), words, *versions)
+    return Place(properties.name, min(sms or num_sms, num_sms), built, *versions)
 
 
 def find(index: int | None, what: Problem | Call) -> dict | None:
     """The choice stored for a device, or None. It never fails: a forward that asks could do without."""
     try:
         table = _table(path(), _generation)
-        return table.get(_words(place(index)), {}).get(_words(what)) if table else None
+        return table.get(words(place(index)), {}).get(words(what)) if table else None
     except Exception as error:  # no home directory, a driver that does not tell its version
         return _warn(f"choices of fusedlstm.tune, ignored: {type(error).__name__}: {error}")
 
@@ -137,8 +124,8 @@ def store(index: int | None, choices: dict) -> Path:
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
     forget()
-    table = {words: dict(known) for words, known in _table(file, _generation).items()}
-    table.setdefault(_words(place(index)), {}).update({_words(what): choice for what, choice in choices.items()})
+    table = {key: dict(known) for key, known in _table(file, _generation).items()}
+    table.setdefault(words(place(index)), {}).update({words(what): choice for what, choice in choices.items()})
     # Beside the file and then in its place: a reader sees the old one or the new one.
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=".tuning-", suffix=".json")
     try:
@@ -204,22 +191,13 @@ def plan(problem: Problem, index: int | None, limits):
     try:
         wanted = {name: choice["plan"][name] for name in FIELDS}
         protocol = None if wanted["protocol"] == "none" else wanted["protocol"]
-        found = candidates(problem, limits, protocol)
+        found = planning.candidates(problem._replace(device_limits=limits, protocol=protocol))
     except (KeyError, TypeError, planning.PlanError) as error:
-        return _warn(f"{path()}: ignored the choice for {_words(problem)}: {type(error).__name__}: {error}")
+        return _warn(f"{path()}: ignored the choice for {words(problem)}: {type(error).__name__}: {error}")
     for candidate in found:
         if all(getattr(candidate, name) == value for name, value in wanted.items()):
             return candidate
-    return _warn(f"{path()}: ignored the choice for {_words(problem)}: no such plan fits {limits.name}")
-
-
-def candidates(problem: Problem, limits, protocol: str | None = None) -> list:
-    """Of `plan.candidates`."""
-    from fusedlstm import plan as planning
-
-    p = problem
-    sizes = (p.cell, 1, p.batch, p.hidden, p.dtype, p.directions, limits, p.pass_, p.precision, p.layout)
-    return planning.candidates(*sizes, heads=p.heads, stack=p.stack, protocol=protocol)
+    return _warn(f"{path()}: ignored the choice for {words(problem)}: no such plan fits {limits.name}")
 
 
 def engine(call: Call, index: int | None) -> tuple[str, str] | None:
@@ -230,7 +208,7 @@ def engine(call: Call, index: int | None) -> tuple[str, str] | None:
     try:
         kernels, rival = float(choice["ms"]["triton"]), float(choice["ms"]["torch"])
     except (KeyError, TypeError, ValueError) as error:
-        return _warn(f"{path()}: ignored the choice for {_words(call)}: {type(error).__name__}: {error}")
+        return _warn(f"{path()}: ignored the choice for {words(call)}: {type(error).__name__}: {error}")
     return "torch" if rival < kernels else "triton", f"measured: torch {rival:.3g} ms, kernels {kernels:.3g} ms"
 
 
@@ -252,8 +230,10 @@ def _table(file: Path, generation: int) -> dict[str, dict[str, dict]]:
     return table
 
 
-def _words(what: NamedTuple) -> str:
-    return ", ".join(f"{name.rstrip('_')}={value}" for name, value in what._asdict().items())
+def words(what: NamedTuple) -> str:
+    """Under which a choice is kept."""
+    fields = {name: value for name, value in what._asdict().items() if name not in NOT_KEPT}
+    return ", ".join(f"{name.rstrip('_')}={value}" for name, value in fields.items())
 
 
 def _warn(text: str) -> None:

@@ -60,7 +60,7 @@ def test_info_is_a_bug_report(capsys):
     assert {"Triton", "numpy", "platform", "driver", "cuDNN", "environment", "tuning file"} <= {*facts}
     assert "unknown" not in said
     assert f"FUSEDLSTM_CACHE={os.environ['FUSEDLSTM_CACHE']}" in facts["environment"]
-    assert "cpu, fp32, fp16, bf16: torch: the kernels need a CUDA or ROCm device" in said
+    assert "cpu, fp32, fp16, bf16: torch: auto takes the kernels on a GPU only" in said
 
 
 def test_info_names_the_settings_and_counts_the_choices(capsys, monkeypatch):

@@ -12,7 +12,8 @@ import torch
 from bench import kernels
 from fusedlstm import plan
 from fusedlstm.plan import cost, devices
-from fusedlstm.plan.devices import DEVICES, DeviceLimits
+from fusedlstm.plan.devices import DEVICES
+from fusedlstm.plan.problem import DeviceLimits, Problem
 
 PROBLEMS = list(
     itertools.product(
@@ -31,7 +32,8 @@ def plans(limits, **options):
         if hidden % options.get("heads", 1):
             continue
         try:
-            found = plan.candidates("lstm", 1, batch, hidden, dtype, directions, limits, pass_, precision, **options)
+            sizes = (batch, hidden, dtype, directions, pass_, precision)
+            found = plan.candidates(Problem("lstm", *sizes, **options, device_limits=limits))
         except plan.PlanError:
             continue
         yield batch, found
@@ -60,10 +62,10 @@ def test_no_candidate_is_predicted_below_the_bound(arch, options):
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])
 def test_a_wave_is_above_its_bound_and_walks_more_steps(pass_):
     for hidden, batch in ((64, 1), (256, 16), (512, 33)):
-        wave = plan.plan("lstm", 1, batch, hidden, "bf16", 3, SM_90, pass_, stack=True)
+        wave = plan.plan("lstm", batch, hidden, "bf16", 3, SM_90, pass_, stack=True)
         c = cost.cost(wave, 10, batch, SM_90)
         assert c.steps == 12 and c.total >= 10 * bound(wave, 10, batch, SM_90).step
-        one = plan.plan("lstm", 1, batch, hidden, "bf16", 1, SM_90, pass_)
+        one = plan.plan("lstm", batch, hidden, "bf16", 1, SM_90, pass_)
         assert bound(wave, 10, batch, SM_90).arithmetic == pytest.approx(5 * bound(one, 10, batch, SM_90).arithmetic)
 
 
@@ -72,7 +74,7 @@ def test_candidates_are_sorted_and_the_plan_is_the_first():
         times = [p.step_us for p in found if p.schedule != "stepped"]  # which comes last
         assert times == sorted(times)
         p = found[0]
-        sizes = (1, batch, p.hidden, p.dtype, p.grid[2], SM_90, p.pass_, p.precision)
+        sizes = (batch, p.hidden, p.dtype, p.grid[2], SM_90, p.pass_, p.precision)
         assert plan.plan("lstm", *sizes) == p
         assert p.step_us == cost.cost(p, 1, batch, SM_90).step
 
@@ -83,7 +85,7 @@ SLOW = dataclasses.replace(SM_90, l2_tbps=0.55, half_tflops=99.0)
 
 def one(**changes):
     sizes = {"batch": 64, "hidden": 1024, "dtype": "bf16", "directions": 1, "limits": SM_90, "pass_": "fwd"}
-    return plan.plan("lstm", 1, **(sizes | {"protocol": "counter"} | changes))
+    return plan.plan("lstm", **(sizes | {"protocol": "counter"} | changes))
 
 
 def test_parts_by_hand():

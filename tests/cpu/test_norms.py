@@ -10,6 +10,7 @@ import fusedlstm
 from fusedlstm import cells, products
 from fusedlstm.plan import PlanError, candidates, plan
 from fusedlstm.plan.devices import DEVICES
+from fusedlstm.plan.problem import Problem
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -68,12 +69,12 @@ def test_plans(pass_):
     """Three barriers a step, no launch a step, no heads and no wave."""
     sizes = ("bf16", 1, DEVICES["sm_90"], pass_)
     for hidden in (64, 512, 1024):
-        for p in candidates("layernorm", 1, 64, hidden, *sizes):
+        for p in candidates(Problem("layernorm", 64, hidden, "bf16", 1, pass_, device_limits=DEVICES["sm_90"])):
             assert p.schedule != "stepped" and p.barriers_per_step == (0 if p.local else 3)
     with pytest.raises(PlanError, match="expected one head and one layer a launch of layernorm"):
-        plan("layernorm", 1, 64, 512, *sizes, heads=2)
+        plan("layernorm", 64, 512, *sizes, heads=2)
     with pytest.raises(PlanError, match="and a stack"):
-        plan("layernorm", 1, 64, 512, *sizes, stack=True)
+        plan("layernorm", 64, 512, *sizes, stack=True)
 
 
 def test_what_a_step_takes():
