@@ -420,7 +420,7 @@ def _row(machine: Machine, shape: str, provider: str, metric: str, unit: str, va
 
 
 def tell(path: Path) -> None:
-    """Print the planner's constants beside the measured ones, and these as an entry of fusedlstm/measured.json."""
+    """Print the planner's constants beside the measured ones, and these as an entry of fusedlstm/plan/measured.json."""
     lines, found = beside_constants(rows.read(path))
     print("\n".join(lines))
     values = {name: float(f"{value:.4g}") for name, value in found.items()}
