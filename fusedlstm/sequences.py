@@ -164,8 +164,9 @@ def _places(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 class Stream:
-    """Runs a long sequence in chunks. It hands the state of a layer on from chunk to chunk, so the outputs equal those
-    of one long run.
+    """Runs a long sequence in chunks, and hands the state of the layer on from each chunk to the next.
+
+    The outputs equal those of one long run.
 
     Example::
 

@@ -1,21 +1,22 @@
 r"""What a recurrent cell is made of: its names, its equations in torch, and how it takes a layer's parameters.
 
-A cell's equations are functions of tuples of tensors [B, H] (of any leading axes); vectors are [H]:
+The equations of a cell are four functions. Their arguments are tuples of tensors [B, H], or with any leading axes in
+place of B. Vectors are [H]:
 
     step(preact_x, preact_h, state, vectors, drop) -> gates, state
     step_backward(gates, state_prev, state, dstate, vectors, drop) -> dpreact, dstate_prev
     update(gates, state_prev, drop) -> state
     vectors_backward(dpreact, gates, state_prev, state) -> dvectors
 
-`gates` are what `Cell.kept` names, after the nonlinearities, and `dpreact` are the gradients in their places. In
-`dstate_prev`, h is the part that does not pass through `weight_hh`. `drop` multiplies the candidate, which is what a
-step offers to its memory (g of an LSTM, n of a GRU). It is 1 unless the candidate is dropped; gates keep the candidate
-without it. `update` is what follows when the gates are known: the state that a step would have reached if no zoneout
-had held it. `vectors_backward` gives every row's part of the gradients of the vectors, except biases in the step, which
-have the gradients of the recurrent preactivations.
+`gates` are the blocks that `Cell.kept` names, after the nonlinearities. `dpreact` are the gradients in their places. In
+`dstate_prev`, the gradient of h has only the part that does not pass through `weight_hh`. `drop` multiplies the
+candidate, which is the value that a step offers to its memory (g of an LSTM, n of a GRU). It is 1 unless the candidate
+is dropped. `gates` hold the candidate without this factor. `update` computes the state that follows from the gates,
+without zoneout. `vectors_backward` returns the part of each row in the gradients of the vectors. Biases inside of the
+step are not among them, because their gradients are those of the recurrent preactivations.
 
-The parameters of one layer and direction are a list: weight_ih, weight_hh (, bias_ih, bias_hh), then the cell's
-vectors.
+The parameters of one layer and direction are a list: weight_ih, weight_hh, bias_ih and bias_hh if there are biases, and
+then the vectors of the cell.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Equations(NamedTuple):
-    """A cell's equations, in plain torch and any dtype."""
+    """The equations of a cell, in plain torch and for any dtype."""
 
     step: Callable[..., tuple[Tensors, Tensors]]
     step_backward: Callable[..., tuple[Tensors, Tensors]]
@@ -38,7 +39,7 @@ class Equations(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A cell's fast step on a CPU. `fusedlstm.engines.torch_loop` says what both functions take and return."""
+    """The fast step of a cell on a CPU. `fusedlstm.engines.torch_loop` says what both functions take and return."""
 
     forward: Callable
     backward: Callable
@@ -47,20 +48,24 @@ class Loop(NamedTuple):
 class Cell(NamedTuple):
     """A recurrent cell: the names and the order of its gates, states and vectors.
 
-    Attributes:
-        gates: The rows of `weight_ih` and `weight_hh`, in order.
-        states: h first, which is also the output. The others never leave their program, and are saved in float32.
-        kept: The blocks of H that a step keeps for the backward; the gates, if none are named. The backward puts as
-            many gradients in their places. The gradients of the recurrent preactivations are the last G of them, in the
-            order of the gates. Those of the input's preactivations are the first G, and gate k's is the one at
-            `x_blocks[k]`.
-        x_blocks: See `kept`.
-        vectors: Parameters with one number a unit, beside the four of `torch.nn`.
-        bias_in_step: Whether the step adds `bias_hh` to the recurrent product itself, as vectors before the others. If
-            not, it is a part of the input's preactivations.
-        norms: Whether both products are normalised over all their G*H before they are added, so that units need each
-            other's sums within a step. The first two vectors are then the gains of these norms, G*H each, of which the
-            step takes only the second, as G vectors.
+    G is the number of gates, and H the number of hidden units.
+
+    Args:
+        name: The name that a subclass of `Recurrent` gives as `cell`: letters, digits and underscores.
+        gates: The names of the gates, in the order of the rows of `weight_ih` and `weight_hh`. Each has H rows.
+        states: The names of the states. The first is h, which is also the output. The kernels keep the others in
+            registers, and save them in float32.
+        kept: The names of the blocks of H values that a step keeps for the backward. They are the gates if you name
+            none. The backward returns one gradient for each block. The last G of these are the gradients of the
+            recurrent preactivations, in the order of the gates. The first G are the gradients of the input's
+            preactivations, in the order that `x_blocks` gives.
+        x_blocks: The place of each gate among the first G blocks of `kept`.
+        vectors: The names of parameters [H], beside the four of `torch.nn`.
+        bias_in_step: Whether the step itself adds `bias_hh` to the recurrent product. It then comes as the first G of
+            the vectors. If not, `bias_hh` is a part of the input's preactivations.
+        norms: Whether both products are normalised over all G*H values before they are added, so a unit needs sums over
+            the others within a step. The first two vectors are then the gains of these norms, [G*H] each. The step
+            takes the second one only, as G vectors.
         aten: The name of ATen's function of the same cell, or None.
     """
 
@@ -80,61 +85,61 @@ class Cell(NamedTuple):
 
     @property
     def loop(self) -> Loop | None:
-        """None: the CPU loop derives a step from the equations."""
+        """The fast step on a CPU. With None the CPU loop derives a step from the equations."""
         return LOOPS.get(self.name)
 
     @property
     def num_gates(self) -> int:
-        """G: blocks of H rows in `weight_hh`."""
+        """G, the number of blocks of H rows in `weight_hh`."""
         return len(self.gates)
 
     @property
     def num_cell_states(self) -> int:
-        """S: states beside h."""
+        """S, the number of states beside h."""
         return len(self.states) - 1
 
     @property
     def num_kept(self) -> int:
-        """K: blocks that a step keeps."""
+        """K, the number of blocks that a step keeps."""
         return len(self.kept or self.gates)
 
     @property
     def first_h_block(self) -> int:
-        """Where the gradients of the recurrent preactivations begin."""
+        """The number of the block with which the gradients of the recurrent preactivations begin."""
         return self.num_kept - self.num_gates
 
     @property
     def num_vectors(self) -> int:
-        """V: vectors that a step takes."""
+        """V, the number of vectors that a step takes."""
         more = self.num_gates if self.bias_in_step else self.num_gates - 2 if self.norms else 0
         return len(self.vectors) + more
 
     @property
     def vector_blocks(self) -> dict[str, int]:
-        """How many numbers a unit the parameters have that are called vectors."""
+        """For each of the parameters called vectors, how many elements it has per unit."""
         return {name: self.num_gates if self.norms and k < 2 else 1 for k, name in enumerate(self.vectors)}
 
     @property
     def adds(self) -> bool:
-        """Whether a step looks at the sum of both parts of a preactivation only."""
+        """Whether a step needs only the sum of both parts of a preactivation."""
         return not (self.kept or self.bias_in_step or self.norms)
 
     def has_bias(self, parameters: list[Tensor]) -> bool:
         return len(parameters) - len(self.vectors) == 4
 
     def input_bias(self, parameters: list[Tensor]) -> Tensor | None:
-        """What is added to the input product, [G*H]; None: nothing."""
+        """The bias of the input product, [G*H], or None."""
         if not self.has_bias(parameters):
             return None
         return parameters[2] if self.bias_in_step else parameters[2] + parameters[3]
 
     def normed(self, products: Tensor, per_direction: list[list[Tensor]]) -> Tensor:
-        """Input products [..., D, G*H] of a cell with norms as preactivations, with their biases."""
+        """The preactivations of a cell with norms, from input products [..., D, G*H]."""
         gains = [p[-len(self.vectors)] for p in per_direction]
         return normed_input(products, gains, [self.input_bias(p) for p in per_direction])
 
     def step_vectors(self, per_direction: list[list[Tensor]]) -> Tensor | None:
-        """What a step takes beside the preactivations, [D, V, H]; None: nothing."""
+        """The vectors that a step takes beside the preactivations, [D, V, H], or None."""
         return stacked([self._step_vectors(p) for p in per_direction]) if self.num_vectors else None
 
     def _step_vectors(self, parameters: list[Tensor]) -> Tensor:
@@ -148,8 +153,9 @@ class Cell(NamedTuple):
         return joined(own).view(self.num_vectors, len(weight_hh) // self.num_gates)
 
     def vectors_gradients(self, gradient: Tensor) -> list[Tensor]:
-        """Gradients [V, H] of what `step_vectors` takes as those of the parameters: of all vectors, or with norms all
-        but the first.
+        """The gradients of the vectors as parameters, from the gradients [V, H] of what `step_vectors` returns.
+
+        With norms, the first vector is not among them.
         """
         if not self.norms:
             return list(gradient.unbind(0))
@@ -157,7 +163,7 @@ class Cell(NamedTuple):
         return [gradient[:G].flatten(), *gradient[G:].unbind(0)]
 
 
-# By name: filled by `fusedlstm.cells.register_cell`.
+# All by the name of the cell. `fusedlstm.cells.register_cell` fills them.
 CELLS: dict[str, Cell] = {}
 EQUATIONS: dict[str, Equations] = {}
 LOOPS: dict[str, Loop] = {}
