@@ -236,8 +236,8 @@ def loops(machine: Machine):
         by_data = [plan.plan("lstm", many, B, H, "bf16", 1, limits, p, protocol="data") for p in ("fwd", "bwd")]
         if any(p.schedule == "stepped" for p in by_data):
             print(
-                f"loop of B{B} H{H}: skipped, no group of programs fits on {limits.name} with {limits.num_sms} "
-                f"multiprocessors"
+                f"loop of B{B} H{H}: skipped, "
+                f"no group of programs fits on {limits.name} with {limits.num_sms} multiprocessors"
             )
             continue
         for protocol in ("counter", "data"):

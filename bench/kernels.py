@@ -282,9 +282,8 @@ def main() -> int:
     for p, found in bad:
         for fault in found:
             console.print(
-                f"[red]{p.cell} {p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} "
-                f"w{p.num_warps} "
-                f"{layout(p)}: {fault}"
+                f"[red]{p.cell} {p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} "
+                f"{p.schedule} {tiles(p)} w{p.num_warps} {layout(p)}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))
 

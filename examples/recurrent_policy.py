@@ -186,8 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     (ours, _), (by_hand, _) = found.values()
     apart = max(abs(a - b) for a, b in zip(ours, by_hand, strict=True))
     console.print(
-        f"The curves are at most {apart:.2%} apart; an update by the loop takes {medians[1] / medians[0]:.2f} "
-        f"times as long."
+        f"The curves are at most {apart:.2%} apart; "
+        f"an update by the loop takes {medians[1] / medians[0]:.2f} times as long."
     )
 
 

@@ -255,9 +255,8 @@ def _packed_data(input: PackedSequence) -> Tensor:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if not torch.compiler.is_compiling() and (steps := int(batch_sizes.sum())) != len(data):
         raise ValueError(
-            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length "
-            f"given to "
-            "pack_padded_sequence larger than its input is long?"
+            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; "
+            "was a length given to pack_padded_sequence larger than its input is long?"
         )
     return data
 

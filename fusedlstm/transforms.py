@@ -150,10 +150,10 @@ def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
     def check(arguments) -> None:
         if has_tangents([x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]):
             raise NotImplementedError(
-                f"{name}: expected tensors without tangents, got a level of forward-mode AD, which is not served "
-                f"in a compiled graph, nor "
-                "under torch.vmap without gradients; take the derivative inside of the graph, call the module without "
-                "torch.compile and torch.no_grad, or use reverse mode"
+                f"{name}: expected tensors without tangents, got a level of forward-mode AD, "
+                "which is not served in a compiled graph, nor under torch.vmap without gradients; "
+                "take the derivative inside of the graph, "
+                "call the module without torch.compile and torch.no_grad, or use reverse mode"
             )
 
     def of_function(function: Callable):
@@ -202,7 +202,6 @@ def not_captured(name: str, device: torch.device, came: str) -> None:
     """
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch "
-            f"whose lengths and "
-            "resets are on the device can be captured with backend='triton'"
+            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; "
+            "a padded batch whose lengths and resets are on the device can be captured with backend='triton'"
         )

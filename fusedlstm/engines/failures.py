@@ -155,11 +155,10 @@ def explain(error: BaseException) -> str | None:
     if not any(text in str(error) for text in TRAPPED):
         return None
     return (
-        "A kernel gave up. One of fusedlstm does so if a program of a group never arrived: the programs of a "
-        "launch wait for each "
-        "other's h, and after tens of seconds a wait ends with a trap. That happens if they are not on the "
-        "device at once "
-        "(a debugger, a device that is shared without FUSEDLSTM_SMS), or if another kernel wrote over their memory. "
-        "The context is lost, and the process must begin anew; CUDA_LAUNCH_BLOCKING=1 then names the call, and "
-        "FUSEDLSTM_BACKEND=torch shows whether it is ours. See docs/on_a_gpu.md."
+        "A kernel gave up. One of fusedlstm does so if a program of a group never arrived: "
+        "the programs of a launch wait for each other's h, and after tens of seconds a wait ends with a trap. "
+        "That happens if they are not on the device at once (a debugger, a device that is shared without "
+        "FUSEDLSTM_SMS), or if another kernel wrote over their memory. "
+        "The context is lost, and the process must begin anew; CUDA_LAUNCH_BLOCKING=1 then names the call, "
+        "and FUSEDLSTM_BACKEND=torch shows whether it is ours. See docs/on_a_gpu.md."
     )

@@ -57,17 +57,16 @@ def candidates(
     of = Problem(cell, batch, hidden, dtype, directions, limits, pass_, precision, layout, heads, stack, protocol)
     if of.norms and (heads > 1 or stack):
         raise PlanError(
-            f"heads and stack: expected one head and one layer a launch of {cell}, whose norms are over all units "
-            f"of a layer, got "
-            f"{heads} head(s){' and a stack' if stack else ''}"
+            f"heads and stack: expected one head and one layer a launch of {cell}, "
+            f"whose norms are over all units of a layer, got {heads} head(s){' and a stack' if stack else ''}"
         )
     found = _ranked(tiles.of_a_loop(of), of)
     stepped = [] if of.masked or stack or of.norms else _ranked(tiles.of_a_step(of), of)
     if not found and not stepped:
         raise PlanError(
-            f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: a "
-            f"group must be on "
-            f"the device at once, and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
+            f"hidden={hidden} with {directions} direction(s) in {dtype}, {layout}, does not fit {limits.name}: "
+            "a group must be on the device at once, "
+            f"and {limits.num_sms} programs of {limits.smem_bytes >> 10} KiB are too few"
         )
     return found + stepped[: 1 if found else None]
 
@@ -226,10 +225,9 @@ def explain(
             ours, cudnn = beside_cudnn(cell, batch, hidden, dtype, directions, limits, training=training)
             engine = "torch" if ours > CLEARLY * cudnn else "triton"
             text.append(
-                f"auto, {name}: {engine} - predicted {ours:.2f} us a step, cuDNN {cudnn:.2f} (a product and a "
-                f"pointwise "
-                f"kernel a step); torch is taken from {CLEARLY} times its time on, or where `fusedlstm.tune` "
-                f"measured it faster"
+                f"auto, {name}: {engine} - predicted {ours:.2f} us a step, "
+                f"cuDNN {cudnn:.2f} (a product and a pointwise kernel a step); "
+                f"torch is taken from {CLEARLY} times its time on, or where `fusedlstm.tune` measured it faster"
             )
     return "\n".join([*text, "", GLOSSARY])
 
