@@ -114,9 +114,7 @@ def read_kernel(
     REPEATS,
     BLOCK: tl.constexpr,
 ):
-    """Every program reads COUNT blocks, REPEATS times, one further on each time; the next program begins APART further
-    on.
-    """
+    """Every program reads COUNT blocks REPEATS times, each time one block later. The next one begins APART later."""
     pid = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)
@@ -223,9 +221,7 @@ def barriers(machine: Machine):
 
 
 def loops(machine: Machine):
-    """A step of our own loops, forward and backward, by each protocol of the exchange; both must give the same
-    numbers.
-    """
+    """A step of our own loops, forward and backward, by each exchange protocol. Both must give the same numbers."""
     from fusedlstm import plan
     from fusedlstm.engines import launch
 

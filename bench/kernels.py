@@ -56,9 +56,7 @@ COLUMNS = [
 
 
 class Numbers(NamedTuple):
-    """What the compiler made of a plan; the last four are of an iteration of the time loop (`offline.Loop`), none on
-    AMD.
-    """
+    """What the compiler made of a plan. The last four are of one iteration of the time loop, and empty on AMD."""
 
     regs: int
     spill_bytes: int
@@ -76,14 +74,15 @@ def shapes() -> list[Shape]:
 
 
 def plans() -> list[tuple[str, str, Plan]]:
-    """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, all layouts and stacks as a
-    wave.
+    """(shape id, dtype name, plan) for all shapes, dtypes, passes and targets.
+
+    On some targets there are also all layouts, and stacks as a wave.
     """
     found = []
     for s, (name, precision), limits in itertools.product(shapes(), DTYPES.items(), DEVICES.values()):
         sizes = (s.H, name.split("-")[0])
-        # float16 has the machine code of bfloat16, and IEEE products that of TF32 but for the dot: they are compiled
-        # dense.
+        # float16 has the machine code of bfloat16, and IEEE products differ from TF32 in the dot only. So both are
+        # compiled for dense batches only.
         layouts = LAYOUTS if limits.arch in OTHER_LAYOUTS and name in MOST else LAYOUTS[:1]
         if limits.arch not in OTHER_LAYOUTS and name not in MOST:
             continue
@@ -182,9 +181,7 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
 
 
 def is_unfit(p: Plan, numbers: Numbers) -> bool:
-    """It spills more than the target allows, which is nothing where plans are tuned; or it does not compile, or to a
-    trap.
-    """
+    """Whether it spills more than the target allows, does not compile, or compiles to a trap."""
     return numbers.regs < 0 or numbers.spill_bytes > allowed_bytes(p.arch) or _lost_matrix(p, numbers)
 
 

@@ -1,16 +1,18 @@
-"""The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward,
-against ATen's (GRU, RNN, LSTM), or against two loops of torch operations that autograd differentiates, both with the
-input product taken before: "indexed" as it is written down, step t is `preact_x[t] + linear(h, weight_hh)`; "unbound"
-by one who knows what the gradient of indexing costs, and that the sum fits into the product.
+"""Time the loops on a CPU: `python -m bench.loops`.
 
-Weights and input are the same, all gradients are taken and compared first, rounds take turns (`bench.timing`). LSTM is
-not ours to
-win there, oneDNN has it whole: its row shows what a loop costs beside the best there is.
+Every cell's layer runs on the engine "torch", forward and backward. GRU, RNN and LSTM run beside ATen's. The other
+cells run beside two loops of torch operations under autograd, in which the input product is taken before the loop:
 
-A block of 31 MB is freed before all else, on behalf of every side. glibc gives what lies free at the end of the heap
-back to the system if it is more than twice the largest block freed so far, and every page of it then costs a fault
-anew; without that block the order of the cases would decide who pays (layer norm pays 4 to 14 thousand faults a call, a
-tenth of its time). A process that trains has freed such a block, with its data or weights.
+- "indexed" is the loop as it is usually written. Step t is `preact_x[t] + linear(h, weight_hh)`.
+- "unbound" is a careful loop. It avoids the cost of the gradient of indexing, and adds within the product.
+
+Weights and input are the same. All gradients are computed and compared first. Then all run in rounds (`bench.timing`).
+The row of the LSTM shows what a loop costs beside oneDNN, which runs a whole LSTM.
+
+A block of 31 MB is freed first, for all sides. glibc returns the free end of the heap to the system if it is more than
+twice the largest block freed so far, and later every page of it costs a fault. Without this block the order of the
+cases would decide who pays for the faults. Layer norm has 4 to 14 thousand faults per call, a tenth of its time. A
+process that trains has freed such a block, with its data or weights.
 """
 
 import argparse

@@ -1,5 +1,7 @@
-"""Measures cases in a process of its own, so that a crash, a hang or a poisoned GPU context costs one provider of one
-case and not the run. Talks to `bench.run` through a pipe, in tuples whose first item names the event.
+"""Measure cases in a process of its own. It talks to `bench.run` through a pipe.
+
+So a crash, a hang or a broken GPU context costs one provider of one case, and not the run. The messages are tuples
+whose first item names the event.
 """
 
 import itertools

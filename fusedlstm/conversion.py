@@ -93,9 +93,9 @@ def convert(model: _Model, *, backend: str = "auto", return_report: bool = False
     the same parameters, buffers, hooks, pruning and weight norm, so optimizers and other modules that hold it need no
     change. `isinstance(module, torch.nn.LSTM)` is false afterwards.
 
-    If the model already ran under `torch.compile`, its results stay right, but Dynamo does not look again at a function
-    in which it broke the graph at `torch.nn.LSTM`. Convert before the first call, or call `torch.compiler.reset()`
-    afterwards.
+    If the model already ran under `torch.compile`, its results stay right. But Dynamo does not look again at a function
+    in which it broke the graph at `torch.nn.LSTM`. So convert before the first call, or call `torch.compiler.reset()`
+    after the conversion.
 
     Example::
 
@@ -204,8 +204,8 @@ def patch_torch(*, backend: str = "auto") -> Iterator[None]:
             model = third_party.Model()
 
     Args:
-        backend: The engine of the modules that are built inside. Of nested contexts, the one that was entered last
-            counts.
+        backend: The engine of the modules that are built inside. In nested contexts, the one that was entered last
+            counts for all.
 
     Raises:
         ValueError: There is no such `backend`.

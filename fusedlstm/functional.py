@@ -1,7 +1,6 @@
-"""Run a call of a module: bring it into one form, choose an engine, compute, and bring the results into the form of
-the caller.
+"""Run a call of a module, by an engine that is chosen once.
 
-    run: canonical form -> choose an engine -> compute layer by layer, or by ATen -> restore
+    run: bring the call into one form -> choose an engine -> compute layer by layer, or by ATen -> restore the form
 
 `Spec` has the settings of the module, which are the same for every call. `Rows` says how the sequences of a call lie in
 memory.
@@ -72,8 +71,8 @@ class Rows(NamedTuple):
     # [T] int64 on the CPU: how many sequences have a step t, as in a PackedSequence. `input`, `states` and the results
     # are then in its sorted order.
     batch_sizes: Tensor | None = None
-    # [B] integers: steps of every sequence, 0 to T. A number beyond these counts as the nearer. What follows is
-    # padding.
+    # [B] integers: the number of steps of each sequence, 0 to T. Lower numbers count as 0 and higher ones as T. Later
+    # steps are padding.
     lengths: Tensor | None = None
     # bool, the leading axes of `input`: where a sequence is cut, see `fusedlstm.layout`.
     resets: Tensor | None = None
@@ -138,10 +137,10 @@ def run(
         rows: How the sequences lie in memory.
 
     Returns:
-        The output [T, B, D * P], or [B, T, D * P], or packed [R, D * P]. It is zero in padding. Then the final states,
-        which for a sequence without steps are the given ones. Then the S states beside h of every step,
-        [S, T, B, D * H] or in the form of the output, or None if `spec.cell_states` is false. The results have the
-        dtype of `input`, or the dtype of autocast if it is on.
+        Three results, in the dtype of `input`, or in the dtype of autocast if it is on. The first is the output,
+        [T, B, D * P], or [B, T, D * P], or packed [R, D * P]. It is zero in padding. The second is the final states.
+        For a sequence without steps they are the given ones. The third is the S states beside h of every step,
+        [S, T, B, D * H] or in the form of the output. It is None if `spec.cell_states` is false.
 
     Raises:
         RuntimeError: The engine that the user named cannot serve the call. The text says why.

@@ -12,10 +12,10 @@ raises where only the other was set; TunableOp reads the elder. So both are set 
 of ours wait for each other. A product that another thread launches meanwhile may get our precision, which only torch
 could prevent.
 
-Heads are block-diagonal recurrent weights: n groups of hidden units that see only their own h. With n heads of DH = H /
-n units, unit u belongs to head u // DH. A recurrent weight [G * H, DH] has a row for every gate and unit, in the order
-of a dense one, and a column for every unit of the row's own head. So n follows from the shapes, and one head is the
-dense weight.
+Heads are block-diagonal recurrent weights: n groups of hidden units that see only their own h. There are n heads with
+DH = H / n units each, and unit u belongs to head u // DH. A recurrent weight [G * H, DH] has a row for every gate and
+unit, in the order of a dense one, and a column for every unit of the row's own head. So n follows from the shapes, and
+one head is the dense weight.
 
 Layer normalisation (Ba et al. 2016) is over the last axis, to mean 0 and variance 1, as `torch.nn.LayerNorm`:
 

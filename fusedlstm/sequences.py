@@ -178,8 +178,8 @@ class Stream:
     Args:
         module: A layer of this package, or any module that is called as `module(input, hx, ...)` and returns its output
             and its state. It must have one direction, because a reverse direction would have to start at the end.
-        detach: Whether gradients stop at the beginning of each chunk. If not, the graph grows until you call
-            `detach()`.
+        detach: Whether gradients stop at the beginning of each chunk. If they do not, the graph grows until you call
+            `detach()` yourself.
 
     Attributes:
         state: The state after the last chunk, as the module returns it. None means zeros.

@@ -1,5 +1,6 @@
-"""What our ops and functions owe to the transforms of torch: gradients of gradients, many at once, forward-mode
-derivatives.
+"""How our ops and functions behave under the transforms of torch.
+
+These are gradients of gradients, many gradients at once, and forward-mode derivatives.
 
 | under | a call is served by |
 |---|---|
@@ -77,8 +78,7 @@ def many_at_once(grad: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of `torch.func` runs, which hides from a tensor what is behind it: samples, gradients,
-    tangents.
+    """Whether a transform of `torch.func` runs. It hides what is behind a tensor: samples, gradients or tangents.
 
     No public function of torch tells.
     """
@@ -97,8 +97,9 @@ def of_graph(
     grads: Sequence[Tensor | None],
     **options: bool,
 ) -> list[Tensor | None]:
-    """Of a graph that is there, those of the inputs that are needed, None for the others; `options` of
-    `torch.autograd.grad`.
+    """The gradients of the inputs that are needed, from a graph that exists, and None for the others.
+
+    `options` are those of `torch.autograd.grad`.
     """
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
@@ -126,9 +127,7 @@ def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, with `function.tangents` as its `jvp`: but for a compiler, since Dynamo takes no function that
-    has one.
-    """
+    """`function.apply`, with `function.tangents` as its `jvp`, except under a compiler: Dynamo refuses a `jvp`."""
     return (function if torch.compiler.is_compiling() else _with_jvp(function)).apply(*arguments)
 
 

@@ -4,8 +4,8 @@ r"""GRU as `torch.nn` has it, reset after the product (Cho et al. 2014; Chung et
     r, z = \sigma(\mathrm{preact\_x} + \mathrm{preact\_h} + b_h), \quad n_h = \mathrm{preact\_h} + b_h, \quad
     n = \tanh(\mathrm{preact\_x} + r n_h), \quad h' = (1 - z) n + z h
 
-`vectors` are b_h of r, z and n. Kept are n, r, z, n_h: so the gradients of the input's
-preactivations (n, r, z) and those of the recurrent ones (r, z, n_h) each lie together.
+`vectors` are b_h of r, z and n. The step keeps n, r, z and n_h, in this order. So the gradients of the input's
+preactivations (n, r, z) and those of the recurrent ones (r, z, n_h) are both side by side.
 """
 
 import torch

@@ -7,9 +7,10 @@ r"""LSTM with layer normalisation (Ba et al. 2016). Gates i, f, g, o; states h, 
 .. math::
     c' = f c + i g, \quad m = \tanh(\mathrm{gain\_c}\, N(c') + \mathrm{bias\_c}), \quad h' = o m
 
-N normalises a whole row: u over all 4H, c' over H (`fusedlstm.products`). `preact_x` is normalised before, and has the
-biases of both norms. `vectors` are the gains of i, f, g and o, gain_c and bias_c. Kept are i, f, g, o, m and the four
-parts of u; in the place of m the backward has the gradient of what its tanh takes.
+N normalises a whole row: u over all 4H values, c' over H (`fusedlstm.products`). `preact_x` is normalised before the
+loop, and includes the biases of both norms. `vectors` are the gains of i, f, g and o, then gain_c and bias_c. The step
+keeps i, f, g, o, m and the four parts of u. In the place of m the backward puts the gradient of the argument of its
+tanh.
 """
 
 import torch
@@ -57,8 +58,9 @@ def update(gates, state_prev, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""As the LSTM's, but c' gets what its norm hands down, of dm = dh o (1 - m^2), and u what its own does, of dpreact
-    gain.
+    r"""As for the LSTM. c' also gets the gradient of its norm, from dm = dh o (1 - m^2).
+
+    u gets the gradient of its own norm, from dpreact gain.
     """
     i, f, g, o, m, *u = gates
     *gains, gain_c, _ = vectors
@@ -85,7 +87,7 @@ def vectors_backward(dpreact, gates, state_prev, state):
 
 
 def _by_gate(norm, *parts):
-    """A function of whole rows, of and to its parts by gates."""
+    """Apply a function of whole rows to rows that are split by gate, and split the result by gate."""
     return norm(*(torch.cat(part, -1) for part in parts)).chunk(len(parts[0]), -1)
 
 

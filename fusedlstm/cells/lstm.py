@@ -26,8 +26,9 @@ def update(gates, state_prev, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""With dh and dc the gradients of h' and c': do = dh tanh(c'), dc += dh o (1 - tanh(c')^2), then
-    di = dc g, df = dc c, dg = dc i, and the previous dc is dc f. \sigma' = y (1 - y), \tanh' = 1 - y^2.
+    r"""With dh and dc the gradients of h' and c': do = dh tanh(c') and dc += dh o (1 - tanh(c')^2).
+
+    Then di = dc g, df = dc c, dg = dc i, and the previous dc is dc f. \sigma' = y (1 - y) and \tanh' = 1 - y^2.
     """
     i, f, g, o = gates
     _, c_prev = state_prev
@@ -78,8 +79,11 @@ def candidate_factor(i, g, out):
 
 
 def output_factor(at):
-    """Of h = o tanh(c), the last gate being o: do = dh times h (1 - o), which is put in its place, and dc = dh times
-    o (1 - tanh(c)^2) = o - h h / o, which is returned, [R, H]."""
+    """The factors of dh in the gradients of h = o tanh(c). The last gate is o.
+
+    The factor in do is h (1 - o), and it is written to the place of do. The factor in dc is o (1 - tanh(c)^2), which
+    equals o - h h / o. It is returned, [R, H].
+    """
     h = at.states[0]
     o, do = at.gates[:, -h.size(1) :], at.dpreact[:, -h.size(1) :]
     torch.addcmul(h, h, o, value=-1, out=do)

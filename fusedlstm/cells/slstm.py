@@ -1,5 +1,6 @@
-r"""sLSTM (Beck et al. 2024, xLSTM): exponential input gate, normaliser and stabiliser. Gates i, f, g, o; states h, c,
-n, m.
+r"""sLSTM, with exponential input gate, normaliser and stabiliser (Beck et al. 2024, xLSTM).
+
+Gates i, f, g, o; states h, c, n, m.
 
 .. math::
     f, o = \sigma(\mathrm{preact}), \quad g = \tanh(\mathrm{preact}), \quad
@@ -43,8 +44,8 @@ def _updated(gates, state_prev, m_new, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2; di = dc g + dn, d\bar f = dc c +
-    dn n.
+    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2;
+    di = dc g + dn, d\bar f = dc c + dn n.
 
     m' takes what i and \bar f lose when it grows, -(di i + d\bar f \bar f), and hands it to the larger of both:
     preact_i, where i is 1, or else log f + m.

@@ -1,6 +1,4 @@
-"""ATen's recurrent layers: oneDNN and loops on a CPU, cuDNN on a GPU. The embedded default without a GPU, for the cells
-it has.
-"""
+"""ATen's recurrent layers: oneDNN and loops on a CPU, cuDNN on a GPU."""
 
 import contextlib
 import functools
@@ -14,20 +12,19 @@ from fusedlstm.layout import Layout
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
 
-# An LSTM's packed sequences on a CPU: from as many steps on between two ends, on average, oneDNN gets a call for every
-# run of steps that the same sequences have; below, a call for every stretch in which no more than a third of them end;
-# but where the weights are large, training spends more on preparing and summing them for every call than `torch_loop`
-# does.
+# Packed sequences of an LSTM on a CPU. If there are on average SHORTEST_RUN steps or more between two ends, oneDNN gets
+# one call for every run of steps that the same sequences have. Otherwise it gets one call for every stretch in which at
+# most a third of them end. But in training with large weights, each call spends a long time on preparing the weights
+# and summing their gradients, and `torch_loop` is faster.
 SHORTEST_RUN, HELD, WIDEST_STRETCH = 8, 2 / 3, 256
 SHUT = 1e8  # saturates a gate whatever else is added
-# A single step of an LSTM on a CPU: up to as many sequences ATen's cells are faster than oneDNN without gradients, and
-# always with.
+# A single step of an LSTM on a CPU: ATen's cells are faster than oneDNN for up to as many sequences without gradients,
+# and for any number with gradients.
 STEP_OF_INFERENCE = 8
-# oneDNN has no other cell: ATen loops over their steps. Its forward is as fast as `torch_loop`, but autograd takes
-# every step apart and sums the gradients of the weights step by step. From as many steps on that costs more than a
-# loop's set-up.
+# oneDNN has no other cell, so ATen loops over the steps of the others. Its forward is as fast as `torch_loop`. But
+# autograd sums the gradients of the weights step by step, and from as many steps on that costs more than the set-up of
+# our loop.
 SHORTEST_LOOP = 32
-
 
 IN_WORDS = {
     "stack": "ATen's layers take the stack whole",
@@ -72,8 +69,10 @@ def schedule(
     hidden: int,
     proj_size: int = 0,
 ) -> str:
-    """How a stack runs: "stack", ATen takes it whole; "runs" or "stretches", ATen takes some steps at a time; "step",
-    ATen's cells take its only step; "loop", `torch_loop` takes it. `dtype` is that of the results.
+    """How a stack runs: "stack", "runs", "stretches", "step" or "loop". `dtype` is that of the results.
+
+    With "stack" ATen takes the whole stack. With "runs" and "stretches" it takes some steps at a time. With "step" its
+    cells take the only step. With "loop" `torch_loop` takes it.
 
     On a CPU oneDNN is slow with a single step, and ATen with packed sequences of different lengths, and with gradients
     of any cell that oneDNN does not have.
@@ -104,9 +103,7 @@ def schedule(
 
 @contextlib.contextmanager
 def _weights_as_they_lie():
-    """cuDNN copies weights that are not one piece of memory, and warns that `flatten_parameters` would help: not
-    ours.
-    """
+    """Hide cuDNN's warning about weights that are not one piece of memory: `flatten_parameters` would not help here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         yield
@@ -264,10 +261,9 @@ def _by_runs(cell: str, runs: list[tuple[int, int, int]], training: bool):
 def _by_stretches(batch_sizes: Tensor, training: bool):
     """A recurrence of an LSTM with a dense call for every stretch of steps in which few of the sequences end.
 
-    A sequence that has ended is held to the end of its stretch by one more input feature, which shuts its input gate
-    and
-    opens its forget gate: c and its gradient pass unchanged, and what it puts out is not looked at. In reverse every
-    sequence is turned round by itself.
+    A sequence that has ended is held until the end of its stretch by one more input feature. It shuts the input gate
+    and opens the forget gate, so c and its gradient pass unchanged. The output of these steps is not used. In reverse,
+    each sequence is reversed by itself.
     """
     sizes = batch_sizes.tolist()
     layout = Layout.of_packed(batch_sizes, sizes[0], batch_sizes.device)

@@ -86,8 +86,10 @@ def reason(
 def attempt(
     engine: str, where: Callable[[], Where], kernels: Callable[[], Results], loop: Callable[[], Results]
 ) -> Results:
-    """By the engine "triton" what `kernels` return, by "torch" what `loop` does; by "auto" that of `kernels`, unless a
-    launch of theirs fails or has failed before."""
+    """Return what `kernels` return, or, with the engine "torch", what `loop` returns.
+
+    With "auto" it is that of `kernels`, unless a launch of theirs fails or has failed before.
+    """
     if engine == "triton":
         return kernels()
     if engine == "auto" and not (_failed and where() in _failed):

@@ -149,15 +149,13 @@ def _yielding(name: str, always: bool):
 
 
 def _poll(name: str, args, result) -> tuple[bool, bool]:
-    """Whether an operation waits for another program, and whether it saw something new. What does not wait is
-    progress.
-    """
+    """Whether an operation waits for another program, and whether it saw something new, which others always do."""
     if name == "create_atomic_rmw":
         pointers, polls = args[1], not (args[2].data != 0).any()  # adding zero
     elif name == "create_masked_load" and args[3] == ir.CACHE_MODIFIER.CG:
         bits = np.ascontiguousarray(result.data).view(f"i{result.data.itemsize}")
-        # What `kernels.exchange` calls absent; or words with tags, of which only the kernel knows whether they have
-        # come.
+        # Either what `kernels.exchange` calls absent, or words with tags, of which only the kernel can say whether
+        # they have arrived.
         pointers, polls = args[0], bits.itemsize == 8 or bool((bits == -1).any())
     else:
         return False, True

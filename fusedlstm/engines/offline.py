@@ -81,9 +81,7 @@ def compile_plan(plan: Plan, **flags: bool) -> Compiled:
 
 
 def compile_clean(plan: Plan, limits: DeviceLimits, **flags: bool) -> tuple[Plan, Compiled]:
-    """Compile `plan`, or the next variant of its tiles that does not spill, as a launch does; the plan itself if all
-    do.
-    """
+    """Compile `plan`, or its next variant that does not spill, as a launch does. If all spill, it is `plan`."""
     first = compile_plan(plan, **flags)
     for other in variants(plan, limits) if first.spill_bytes else []:
         found = compile_plan(other, **flags)
@@ -93,8 +91,11 @@ def compile_clean(plan: Plan, limits: DeviceLimits, **flags: bool) -> tuple[Plan
 
 
 def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
-    """Compile the kernel of one step of `plan`, as a launch would: with the input product and for inference if
-    `input_size` is given, else with what training needs. Flags as in `stepping.constants`."""
+    """Compile the kernel of one step of `plan`, as a launch would.
+
+    With `input_size` it is the kernel for inference with the input product, else the one for training. The flags are
+    those of `stepping.constants`.
+    """
     if input_size:
         on = {"HAS_INPUT", "HAS_BIAS"}
     else:
@@ -136,9 +137,7 @@ class Instruction(NamedTuple):
 
     @property
     def read(self) -> set[int]:
-        """The registers that it reads, but for the upper ones of wide operands: no first one of a load is among
-        these.
-        """
+        """The registers that it reads, without the upper ones of wide operands, with which no load begins."""
         written, _, rest = self.operands.partition(",")
         if self.operation.startswith(("ST", "RED", "BAR", "BRA")):  # these write no register
             rest = self.operands
@@ -167,10 +166,9 @@ def loop(sass: str) -> Loop:
 
 
 def read_before(sass: str, wait: str) -> list[tuple[Instruction, Instruction]]:
-    """What an iteration fetches from memory and reads before its first event `wait`: loads and the instructions that
-    read.
+    """The loads from memory whose values an iteration reads before its first event `wait`, each with its reader.
 
-    But for tables of rows, which are integers of 64 bits that addresses are made of.
+    Tables of rows are left out. They are integers of 64 bits, from which addresses are computed.
     """
     pending, found = {}, []
     for i in loop_instructions(sass):

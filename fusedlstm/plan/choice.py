@@ -1,4 +1,4 @@
-"""Which plan: of those that fit and compile well, the one with the least predicted time; and a plan in words."""
+"""Choose a plan: the one with the least predicted time of those that fit and compile well. Explain a plan in words."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from fusedlstm.plan.problem import Plan, PlanError, Problem
 
 
 def plan(*arguments, **more) -> Plan:
-    """Choose how one layer runs: the first of `candidates`, whose arguments these are."""
+    """Choose how one layer runs: the first of `candidates`, with the same arguments."""
     return candidates(*arguments, **more)[0]
 
 
@@ -30,26 +30,26 @@ def candidates(
     stack: bool = False,
     protocol: str | None = None,
 ) -> list[Plan]:
-    """All plans with which one layer can run, by predicted time, least first; at least one.
+    """All plans with which one layer can run, at least one, ordered by predicted time with the least first.
 
-    The best of those with a launch a step comes last, until a GPU has told what launches cost (`fusedlstm.tune` tries
-    it).
+    The best plan with one launch per step comes last, because no GPU has measured yet what launches cost.
+    `fusedlstm.tune` tries it too.
 
     Args:
-        cell: a name of `fusedlstm.cells.CELLS`.
-        steps, batch, hidden: T, B, H; at least 1. T does not change the order.
+        cell: A name in `fusedlstm.cells.CELLS`.
+        steps, batch, hidden: T, B and H, each at least 1. T does not change the order.
         dtype: "fp32", "fp16" or "bf16".
-        directions: 1 or 2, or the layers of a stack; all run in one launch.
-        limits: of the device; `devices.DEVICES` has one an architecture.
+        directions: 1 or 2, or the number of layers of a stack. All run in one launch.
+        limits: The limits of the device. `devices.DEVICES` has one for each architecture.
         pass_: "fwd" or "bwd".
-        precision: of float32 products, "tf32" or "ieee".
-        layout: one of `LAYOUTS`; with lengths of their own, the tiles of a group end at different steps.
-        heads: blocks of a block-diagonal `weight_hh`.
-        stack: whether the recurrences are the layers of a stack, as a wave.
-        protocol: of the exchange, "counter" or "data"; None leaves it to the plan.
+        precision: The precision of float32 products, "tf32" or "ieee".
+        layout: One of `LAYOUTS`. If sequences have lengths, the tiles of a group end at different steps.
+        heads: The number of blocks of a block-diagonal `weight_hh`.
+        stack: Whether the recurrences are the layers of a stack, as a wave.
+        protocol: The protocol of the exchange, "counter" or "data". None leaves the choice to the plan.
 
     Raises:
-        PlanError: nothing fits; the text names the size and the limit.
+        PlanError: No plan fits. The text names the size and the limit.
     """
     if min(steps, batch, hidden) < 1:
         raise PlanError(f"steps, batch and hidden: expected at least 1, got {steps}, {batch} and {hidden}")
@@ -72,7 +72,7 @@ def candidates(
 
 
 def step_plan(*arguments, **more) -> Plan:
-    """The first of `step_plans`, whose arguments these are."""
+    """The first of `step_plans`, with the same arguments."""
     return step_plans(*arguments, **more)[0]
 
 
@@ -88,15 +88,16 @@ def step_plans(
     heads: int = 1,
     input_size: int = 0,
 ) -> list[Plan]:
-    """All plans of the kernels of one step, by predicted time: nobody waits, so there may be more programs than the
-    device holds at once.
+    """All plans of the kernels of one step, by predicted time, least first.
 
-    Args: as `candidates`, and
-        input_size: I, if the input product is taken in the same launch; 0: the preactivations come ready-made. Both
-            products being of one form, it does not change the order.
+    No program waits, so there may be more programs than the device holds at once.
+
+    Args: As in `candidates`, and
+        input_size: I if the launch also computes the input product, or 0 if it gets the preactivations. It does not
+            change the order, because both products have the same form.
 
     Raises:
-        PlanError: a size is less than it can be.
+        PlanError: A size is too small.
     """
     if min(batch, hidden) < 1 or input_size < 0:
         raise PlanError(
@@ -112,7 +113,7 @@ def _precision(limits: DeviceLimits, precision: str) -> str:
 
 
 def _ranked(plans: list[Plan], of: Problem) -> list[Plan]:
-    """By predicted time, least first, and with it."""
+    """The plans with their predicted times, least first."""
     costed = [(p, costs.cost(p, 1, of.batch, of.limits)) for p in plans]
     costed.sort(key=lambda x: (*x[1].rank, x[0].grid[0] * x[0].grid[1], x[0].block_b, x[0].block_h))
     return [dataclasses.replace(p, step_us=c.step) for p, c in costed]
@@ -129,9 +130,9 @@ def wave(
     layout: str = "dense",
     training: bool = True,
 ) -> int:
-    """How many layers of a stack should share a launch, one step apart: what is predicted to take least; at least 1.
+    """How many layers of a stack should share a launch, one step apart. It is the number with the least predicted time.
 
-    Sizes as in `plan`; `training` if a backward will follow.
+    The sizes are those of `plan`. `training` says whether a backward will follow.
     """
 
     def stack_us(together: int) -> float:
@@ -170,9 +171,10 @@ def beside_cudnn(
     layout: str = "dense",
     proj_size: int = 0,
 ) -> tuple[float, float]:
-    """Predicted microseconds a step of the kernels and of cuDNN (`cost.cudnn_step_us`); training: of both passes.
+    """The predicted microseconds per step of the kernels and of cuDNN (`cost.cudnn_step_us`).
 
-    Of a packed batch, that of a step that all sequences have. The kernels know nothing of a projection.
+    In training they are of forward and backward together. For a packed batch they are those of a step that all
+    sequences have. A projection changes the time of cuDNN only.
     """
     ours = cudnn = 0.0
     for pass_ in ("fwd", "bwd") if training else ("fwd",):
@@ -200,11 +202,20 @@ def explain(
     runners_up: int = 4,
     cell: str = next(iter(cells.CELLS)),
 ) -> str:
-    """Both plans of a layer in words, as `python -m fusedlstm plan` prints them. `arch` as of `devices.find`.
+    """Explain the plans of a layer, forward and backward, in words. `python -m fusedlstm plan` prints this.
+
+    Args:
+        hidden, batch, steps: H, B and T, each at least 1.
+        dtype: "fp32", "fp16" or "bf16".
+        arch: A GPU or an architecture, as `devices.find` takes it.
+        directions: 1 or 2.
+        heads: The number of heads.
+        runners_up: How many further candidates to list for each pass.
+        cell: A name in `fusedlstm.cells.CELLS`.
 
     Raises:
-        ValueError: nothing is known of `arch`, or `FUSEDLSTM_SMS` is wrong.
-        RuntimeError: the kernels do not serve the device, or no plan fits.
+        ValueError: `arch` is unknown, or `FUSEDLSTM_SMS` is wrong.
+        RuntimeError: The kernels do not serve the device, or no plan fits.
     """
     whole = devices.find(arch)
     limits = devices.capped(whole, devices.sms())
@@ -268,7 +279,7 @@ def _compared(plans: list[Plan]) -> str:
 
 
 def table(columns: list[str], rows: Iterable[Sequence]) -> str:
-    """Rows in columns under their names, without a trailing newline."""
+    """A text table of rows under the names of the columns, without a newline at the end."""
     lines = [columns, *([str(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)

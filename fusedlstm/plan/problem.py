@@ -8,8 +8,8 @@ from fusedlstm import cells
 from fusedlstm.plan.devices import DeviceLimits
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
-# How the rows of a batch lie (`fusedlstm.layout`): all of the same length; sorted and packed; or not, with lengths or
-# resets.
+# How the rows of a batch lie in memory (`fusedlstm.layout`): all sequences with the same length, sorted and packed, or
+# padded with lengths or resets.
 LAYOUTS = ("dense", "packed", "ragged")
 COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
 SPIN_LIMIT = 1 << 26  # polls of a counter before a wait is an error; tens of seconds

@@ -105,8 +105,11 @@ def _loop_tilings(of: Problem) -> Iterator[Tiling]:
 
 
 def _protocols(of: Problem) -> tuple[str, ...]:
-    """Of a resident exchange. Triton 3.7.1 fails to compile data for sm_100; and on AMD a program's loads see only the
-    L2 of its own die, which nothing but an acquire makes them look behind."""
+    """The protocols of a resident exchange.
+
+    Triton 3.7.1 cannot compile data for sm_100. On AMD the loads of a program see only the L2 of its own die, unless an
+    acquire comes before them.
+    """
     possible = ("counter",) if of.limits.arch == "sm_100" or of.limits.arch.startswith("gfx") else ("data", "counter")
     return possible if of.protocol is None else tuple(p for p in possible if p == of.protocol)
 
@@ -239,9 +242,7 @@ def _loop_fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
 
 
 def _unfit_for_amd(of: Problem, t: Tiling, v: Variant, columns: int, slice_bytes: int) -> bool:
-    """Where weights are kept in registers: 64 of a thread at most, and at least the columns of one matrix
-    instruction.
-    """
+    """Whether weights do not fit into 64 registers of a thread, or have fewer columns than a matrix instruction."""
     if not of.limits.weights_in_registers:
         return False
     if columns < 16 and not of.ieee:

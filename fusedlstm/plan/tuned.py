@@ -127,8 +127,9 @@ def find(index: int | None, what: Problem | Call) -> dict | None:
 
 
 def store(index: int | None, choices: dict) -> Path:
-    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns
-    the file.
+    """Add choices, `{problem or call: dict of JSON}`, to the file under a device. Returns the file.
+
+    What the file has of other devices stays.
 
     Raises:
         RuntimeError: as `check`.

@@ -11,8 +11,8 @@ from fusedlstm.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Of packed batches, by 16 a tile: steps at which none, one and several sequences end; a tile that ends before the
-# other.
+# The lengths of packed batches, in tiles of 16: no, one and several sequences end at a step, and one tile ends before
+# the other.
 LENGTHS = {
     "ragged": [7, 6, 6, 3, 1],
     "two tiles": [4] * 3 + [3] * 12 + [3, 2, 2, 1],
