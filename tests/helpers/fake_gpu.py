@@ -77,7 +77,7 @@ class Launch(NamedTuple):
 
 
 class Gpu(TorchDispatchMode):
-    """The operations and launches inside, in order. Our custom ops run, and their results must agree with their fakes."""
+    """The operations and launches inside, in order. The results of our custom ops must agree with their fakes."""
 
     def __init__(self) -> None:
         super().__init__()
