@@ -111,7 +111,7 @@ class Subject(NamedTuple):
     def inputs(
         self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu", whole=False
     ) -> list[ModuleInput]:
-        """Every third input, of GRU and RNN every fifth, so each option has each value. All with `whole` or whole grids."""
+        """Every third input, of GRU and RNN every fifth: each option has each value. All if `whole` is true."""
         found = [
             m
             for m in self.info.module_inputs_func(
