@@ -1,9 +1,8 @@
-"""Choices that were measured on this machine (`fusedlstm.tune`): the file that keeps them, and the look-up.
+"""The file of choices that `fusedlstm.tune` measured on this machine, and the look-up.
 
-The file is `tuning.json` in `$FUSEDLSTM_CACHE`, or in `fusedlstm/` of the user's cache folder. A choice counts only on
-the device and with the versions on and with which it was measured (`Place`), and for the very sizes.
-`FUSEDLSTM_TUNING=0` looks nothing up. A file that cannot be read, or a choice that no longer fits, is ignored with one
-warning.
+The file is `tuning.json` in `$FUSEDLSTM_CACHE`, or in `fusedlstm/` of the user's cache folder. A choice applies only to
+the device and the versions with which it was measured (`Place`), and to the same sizes. With `FUSEDLSTM_TUNING=0`
+nothing is looked up. A file that cannot be read, or a choice that no longer fits, is ignored with one warning.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ FORMAT = 1
 
 
 class Problem(NamedTuple):
-    """What a plan is for; T is no part of it."""
+    """What a plan is chosen for. T does not belong to it."""
 
     cell: str
     batch: int
@@ -37,7 +36,7 @@ class Problem(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What an engine is chosen for: a whole stack; T is no part of it."""
+    """What an engine is chosen for: a whole stack of layers. T does not belong to it."""
 
     cell: str
     batch: int
@@ -63,7 +62,7 @@ class Place(NamedTuple):
     fusedlstm: str
 
 
-# What of a plan is stored: enough to find it among the candidates again.
+# The fields of a plan that are stored. They are enough to find it among the candidates again.
 FIELDS = ("schedule", "block_b", "block_h", "block_k", "protocol", "transposed", "split", "num_warps", "stages")
 
 _generation = 1  # of what is known of the file: part of the keys of whoever keeps what was looked up
@@ -71,15 +70,15 @@ _warned: set[str] = set()
 
 
 def generation() -> int:
-    """Changes with every change of the choices by this process; 0 if they are to be ignored."""
+    """A number that changes whenever this process changes the choices. 0 if they are ignored."""
     return 0 if os.environ.get("FUSEDLSTM_TUNING") == "0" else _generation
 
 
 def path() -> Path:
-    """The file of all choices.
+    """The path of the file of all choices.
 
     Raises:
-        RuntimeError: no folder is named, and the user has no home directory.
+        RuntimeError: No environment variable names a folder, and the user has no home directory.
     """
     if folder := os.environ.get("FUSEDLSTM_CACHE"):
         return Path(folder) / "tuning.json"
@@ -93,7 +92,7 @@ def path() -> Path:
 
 
 def place(index: int | None) -> Place:
-    """Of a device by its index; None is the interpreter."""
+    """The place of a device, by its index. None is the interpreter."""
     return _place(index, devices.sms())
 
 
@@ -118,7 +117,7 @@ def _place(index: int | None, sms: int | None) -> Place:
 
 
 def find(index: int | None, what: Problem | Call) -> dict | None:
-    """The choice stored for a device, or None. It never fails: a forward that asks could do without."""
+    """The choice stored for a device, or None. It never fails, because a forward can do without it."""
     try:
         table = _table(path(), _generation)
         return table.get(_words(place(index)), {}).get(_words(what)) if table else None
@@ -129,10 +128,10 @@ def find(index: int | None, what: Problem | Call) -> dict | None:
 def store(index: int | None, choices: dict) -> Path:
     """Add choices, `{problem or call: dict of JSON}`, to the file under a device. Returns the file.
 
-    What the file has of other devices stays.
+    Choices for other devices stay in the file.
 
     Raises:
-        RuntimeError: as `check`.
+        RuntimeError: As in `check`.
     """
     check()
     file = path()
@@ -156,10 +155,10 @@ def store(index: int | None, choices: dict) -> Path:
 
 
 def check() -> None:
-    """That choices can be added to the file without discarding another version's.
+    """Check that choices can be added to the file without discarding those of another version.
 
     Raises:
-        RuntimeError: there is no folder for it, or the file is of another format; the text names it.
+        RuntimeError: There is no folder for the file, or the file has another format. The text names it.
     """
     file = path()
     try:
@@ -174,7 +173,7 @@ def check() -> None:
 
 
 def clear() -> bool:
-    """Remove the file; whether there was one."""
+    """Remove the file. Returns whether there was one."""
     forget()
     try:
         path().unlink()
@@ -196,7 +195,7 @@ def everything() -> dict[str, dict[str, dict]]:
 
 
 def plan(problem: Problem, index: int | None, limits):
-    """The measured plan, rebuilt among those that fit the device now; None if there is none."""
+    """The measured plan, if it is among the plans that fit the device now, else None."""
     choice = find(index, problem)
     if choice is None:
         return None
@@ -215,7 +214,7 @@ def plan(problem: Problem, index: int | None, limits):
 
 
 def candidates(problem: Problem, limits, protocol: str | None = None) -> list:
-    """Of `plan.candidates`."""
+    """The plans that `plan.candidates` returns for this problem."""
     from fusedlstm import plan as planning
 
     p = problem
@@ -224,7 +223,7 @@ def candidates(problem: Problem, limits, protocol: str | None = None) -> list:
 
 
 def engine(call: Call, index: int | None) -> tuple[str, str] | None:
-    """The measured engine, "triton" or "torch", and why in words; None if there is none."""
+    """The measured engine, "triton" or "torch", and the reason as text. None if there is no measurement."""
     choice = find(index, call)
     if choice is None:
         return None
@@ -237,7 +236,7 @@ def engine(call: Call, index: int | None) -> tuple[str, str] | None:
 
 @functools.lru_cache(maxsize=2)
 def _table(file: Path, generation: int) -> dict[str, dict[str, dict]]:
-    """All choices in the file; empty if there is none that can be read."""
+    """All choices in the file. Empty if there is no file that can be read."""
     try:
         content = json.loads(file.read_text())
         if not isinstance(content, dict) or content.get("format") != FORMAT:
