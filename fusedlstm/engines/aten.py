@@ -41,14 +41,14 @@ def has(cell: str) -> bool:
 
 
 def _name(cell: str) -> str | None:
-    """Of ATen's function."""
+    """The name of ATen's function of the cell."""
     return cells.CELLS[cell].aten
 
 
 def compute_dtype(cell: str, device: torch.device, dtype: torch.dtype, schedule: str, dense: bool) -> torch.dtype:
-    """The dtype in which to compute: float32 for half precision where there is only slow code, or inexact.
+    """The dtype in which to compute. It is float32 if ATen's code for half precision is slow or inexact.
 
-    `dense`: the sequences are not packed.
+    `dense` says that the sequences are not packed.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return dtype
@@ -74,8 +74,8 @@ def schedule(
     With "stack" ATen takes the whole stack. With "runs" and "stretches" it takes some steps at a time. With "step" its
     cells take the only step. With "loop" `torch_loop` takes it.
 
-    On a CPU oneDNN is slow with a single step, and ATen with packed sequences of different lengths, and with gradients
-    of any cell that oneDNN does not have.
+    On a CPU oneDNN is slow with a single step. ATen is slow with packed sequences of different lengths, and with the
+    gradients of cells that oneDNN does not have.
     """
     if not has(cell):
         return "loop"
@@ -123,7 +123,7 @@ def stack(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A stack by ATen, output and final states; `schedule` is one of its own."""
+    """Run a stack by ATen. Returns output and final states. `schedule` is not "loop"."""
     dropout = dropout if training else 0.0
     if input.is_cuda:
         states = tuple(s.contiguous() for s in states)
@@ -159,19 +159,19 @@ def cell(
     bias_ih: Tensor | None = None,  # [G*H]
     bias_hh: Tensor | None = None,  # [G*H]
 ) -> tuple[Tensor, ...]:
-    """One step."""
+    """Run one step by ATen. Returns the states after it, each [B, H]."""
     biases = () if bias_ih is None else (bias_ih, bias_hh)
     new = getattr(torch._VF, f"{_name(cell)}_cell")(input, _given(states), weight_ih, weight_hh, *biases)
     return new if len(states) == 2 else (new,)
 
 
 def _given(states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
-    """States as ATen takes them: a tensor where there is one."""
+    """States as ATen takes them: a tensor if there is only one."""
     return states if len(states) == 2 else states[0]
 
 
 def _layers(cell: str, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
-    """ATen's function of the cell."""
+    """Call ATen's function of the cell for whole layers."""
     sizes = () if batch_sizes is None else (batch_sizes,)
     output, *states = getattr(torch._VF, _name(cell))(input, *sizes, _given(states), weights, *options)
     return output, tuple(states)
@@ -187,7 +187,7 @@ def _step(
     dropout: float,
     bidirectional: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One step of a stack, a cell for every layer and direction."""
+    """Run one step of a stack, with one cell for every layer and direction."""
     directions = 2 if bidirectional else 1
     count = 4 if bias else 2
     found = []
@@ -201,7 +201,7 @@ def _step(
 
 
 def _output(found: list[tuple[Tensor, ...]], directions: int) -> Tensor:
-    """h of a layer, both directions side by side."""
+    """h of a layer, with both directions side by side."""
     return found[-1][0] if directions == 1 else torch.cat([s[0] for s in found[-directions:]], -1)
 
 
@@ -214,7 +214,7 @@ def _by_direction(
     dropout: float,
     bidirectional: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A stack of which `recurrence(rows, states, weights, reverse)` does a layer in one direction; states [1, B, H]."""
+    """Run a stack. `recurrence(rows, states, weights, reverse)` runs one layer and direction, with states [1, B, H]."""
     directions = 2 if bidirectional else 1
     count = len(weights) // (num_layers * directions)
     found = []
@@ -234,15 +234,16 @@ def _by_direction(
 def _dense(
     cell: str, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], training: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer forward in time: x [T, B, I], states [1, B, H]."""
+    """Run one layer forward in time, with x [T, B, I] and states [1, B, H]."""
     states = tuple(s.contiguous() for s in states)
     return _layers(cell, x, None, states, weights, len(weights) == 4, 1, 0.0, training, False, False)
 
 
 def _by_runs(cell: str, runs: list[tuple[int, int, int]], training: bool):
-    """A recurrence with one dense call for every run; a run's final state is the next one's initial state.
+    """A recurrence with one dense call for every run. The final state of a run is the initial state of the next.
 
-    `runs`: first row, number of steps and number of sequences (the first ones) of every run, in order of time.
+    `runs` has the first row, the number of steps and the number of sequences of every run, in order of time. The
+    sequences are the first ones of the batch.
     """
 
     def recurrence(rows, states, weights, reverse):
@@ -305,7 +306,7 @@ def _by_stretches(batch_sizes: Tensor, training: bool):
 
 
 def _runs_of_sequences(batch_sizes: Tensor) -> list[tuple[int, int, int]]:
-    """Stretches of steps that the same sequences have: first row, number of steps, number of sequences."""
+    """The runs of steps that the same sequences have: first row, number of steps, number of sequences."""
     sizes, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
     first = torch.cumsum(sizes * counts, 0) - sizes * counts
     return list(zip(first.tolist(), counts.tolist(), sizes.tolist(), strict=True))
