@@ -25,17 +25,8 @@ CELL = Cell(
     "layernorm",
     gates=("i", "f", "g", "o"),
     states=("h", "c"),
-    kept=(
-        "i",
-        "f",
-        "g",
-        "o",
-        "m",
-        "u_i",
-        "u_f",
-        "u_g",
-        "u_o",
-    ),  # h = o m, and u is the recurrent product before its norm
+    # h = o m, and u is the recurrent product before its norm.
+    kept=("i", "f", "g", "o", "m", "u_i", "u_f", "u_g", "u_o"),
     x_blocks=(0, 1, 2, 3),
     vectors=("gain_ih", "gain_hh", "gain_c", "bias_c"),
     norms=True,
@@ -117,7 +108,10 @@ def loop_forward(at):
 
 
 def loop_backward(at):
-    """All gradients but those through norms are dc or dh times a factor that stands in their place."""
+    """Write a factor to the place of each gradient, and multiply it by dc or dh in the step.
+
+    The gradients through the norms are computed separately.
+    """
     *gains, gain_c, _ = at.vectors
     H, gain = len(gain_c), torch.cat(gains)
     i, f, g, o, m = at.gates[:, : 5 * H].chunk(5, -1)
@@ -149,7 +143,7 @@ class _Norm:
 
     def __init__(self, at, x, gain):
         self.gain, self.shape, self.by_step = gain, x.shape[1:], at.by_step(x)
-        # Some steps at a time: of all at once the normalised rows, which nobody wants, would take new pages.
+        # Some steps at a time. For all steps at once, the normalised rows, which are not needed, would take new pages.
         parts = [torch.native_layer_norm(rows, self.shape, None, None, EPS)[1:] for rows in x.split(ROWS_AT_ONCE)]
         self.mean, self.rstd = (at.by_step(torch.cat(of)) for of in zip(*parts, strict=True))
 

@@ -87,14 +87,14 @@ def output_factor(at):
     h = at.states[0]
     o, do = at.gates[:, -h.size(1) :], at.dpreact[:, -h.size(1) :]
     torch.addcmul(h, h, o, value=-1, out=do)
-    # In one buffer: the pages of a new one cost more than a pass. h is 0 where o is.
+    # In one buffer, because the pages of a new one cost more than a pass. If o is 0, so is h.
     tanh_c = o.clamp_min(torch.finfo(o.dtype).tiny)
     torch.div(h, tanh_c, out=tanh_c)
     return torch.addcmul(o, h, tanh_c, value=-1, out=tanh_c)
 
 
 def steps_backward(at, dc_of_dh, dc_of_dc):
-    """Every preactivation's gradient is dc, and the last one's dh, times the factor that stands in its place."""
+    """Multiply the factor in the place of each preactivation's gradient by dc, and that of the last gate by dh."""
     H = dc_of_dh.size(1)
     of_c, of_h = at.blocks_by_step(at.dpreact[:, :-H]), at.by_step(at.dpreact[:, -H:])
     dh, dc_of_dh, dc_of_dc = map(at.by_step, (at.dh, dc_of_dh, dc_of_dc))
