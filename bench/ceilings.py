@@ -1,6 +1,6 @@
-"""What the machine can do, for the planner and for every bound: `python -m bench.ceilings --out ROWS.csv`.
+"""Measure what the machine can do, for the planner and the bounds: `python -m bench.ceilings --out ROWS.csv`.
 
-| metric | unit | what |
+| metric | unit | meaning |
 |---|---|---|
 | `barrier` | us | one arrival and wait of `kernels/barrier.py`, P programs |
 | `exchange` | us | one step in which each of P programs hands a tile to all, by counter or by data |
@@ -11,9 +11,9 @@
 | `matmul` | TFLOP/s | a large product of torch |
 | `step_matmul` | us | the product of one step, [B, H] x [H, 4H], in a CUDA graph |
 
-The rates of barriers and exchanges are differences between a long and a short launch, over the steps between them, so
-that the launch is not in them. On a CPU the same runs interpreted, tiny, by the host clock: a rehearsal, its numbers
-mean nothing.
+The time of a barrier or an exchange is the difference between a long and a short launch, divided by the difference of
+their steps. So the time of the launch is not in it. On a CPU the same code runs interpreted, with tiny sizes and the
+clock of the host. This is a rehearsal, and its numbers mean nothing.
 """
 
 import argparse

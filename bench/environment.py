@@ -1,4 +1,4 @@
-"""What a row says about the machine and the code."""
+"""The columns of a row that describe the machine and the code."""
 
 import datetime
 import hashlib

@@ -1,10 +1,11 @@
-"""What the compiler makes of every plan for the field's shapes, on every target, without a GPU.
+"""Compile every plan for the benchmark shapes, for every target, without a GPU.
 
-`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. A kernel that spills
-is named in `fusedlstm/plan/spills.json`, the plan takes its next variant, and that is compiled, until none spills. With
-`--refresh` only the plans that are not in the table yet are compiled: for a change of the cost model or of the device
-table, not of the kernels. With `--spills` nothing but the list of spills is written, and only for the
-targets that are tuned for: for a second version of Triton.
+`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. If a kernel spills,
+its name goes into `fusedlstm/plan/spills.json`, and the next variant of the plan is compiled, until none spills.
+
+`--refresh` compiles only the plans that are not in the table yet. Use it after a change of the cost model or the device
+table, but not of the kernels. `--spills` only writes the list of spills, for the targets whose plans must not spill.
+Use it with a second version of Triton.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Measure: `python -m bench.run --set cpu`. Every row is written as soon as it is measured; see bench/README.md."""
+"""Run the benchmarks: `python -m bench.run --set cpu`. Every row is written as soon as it is measured.
+
+See bench/README.md.
+"""
 
 import argparse
 import importlib.util

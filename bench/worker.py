@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bench import environment, expected, registry, timing
 from bench.shapes import BY_ID, Shape
 
-# Only what is grossly wrong is refused here; how exact the results are is a matter of the tests.
+# Only grossly wrong results are refused here. The tests check the precision.
 WRONG_ABOVE = 0.1
 MIB = 2**20
 COLD_BYTES = 128 * MIB  # inputs that are used in turn are this large together: twice the L2 of any GPU here
