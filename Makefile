@@ -57,8 +57,9 @@ kernels: .venv/ready .venv-triton36/ready  ## compile every plan; rewrites kerne
 	$(BIN)/python -m bench.kernels --refresh
 	.venv-triton36/bin/python -m bench.kernels --spills
 
-bench: .venv/ready  ## the CPU rows, and table and picture of docs/benchmarks.md
+bench: .venv/ready  ## the CPU rows, and the tables and the picture of docs/benchmarks.md
 	$(BIN)/python -m bench.run --set cpu
+	$(BIN)/python -m bench.loops
 	$(BIN)/python -m bench.report bench/results/cpu.csv --readme docs/benchmarks.md --block cpu \
 	--picture docs/benchmarks.png
 

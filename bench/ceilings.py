@@ -257,6 +257,7 @@ def loops(machine: Machine):
 
 def _loop(machine: Machine, B: int, H: int, T: int, forward_plan, backward_plan):
     """Functions that launch the forward and the backward loop of T steps on random data."""
+    from fusedlstm.cells import CELLS, Grads, Recurrence, State, Weights
     from fusedlstm.engines import launch
 
     generator = torch.Generator().manual_seed(0)
@@ -265,20 +266,16 @@ def _loop(machine: Machine, B: int, H: int, T: int, forward_plan, backward_plan)
         return (torch.randn(*shape, generator=generator) * scale).to(machine.device, torch.bfloat16)
 
     preact_x, weight_hh = randn(1, T, B, 4 * H), [randn(4 * H, H, scale=H**-0.5)]
-    hx, cx, grad_output = randn(1, B, H), randn(1, 1, B, H), randn(T, B, H)
-    grad_h_n, grad_c_n = randn(1, B, H), randn(1, 1, B, H)
+    spec, given = Recurrence(CELLS["lstm"]), (Weights(weight_hh), State(randn(1, B, H), randn(1, 1, B, H)))
+    grads = Grads(randn(T, B, H), None, randn(1, B, H), randn(1, 1, B, H))
 
     def forward():
-        return launch.recurrence_fwd(
-            "lstm", preact_x, weight_hh, hx, cx, save_gates=True, save_states=True, plan=forward_plan
-        )
+        return launch.recurrence_fwd(spec, preact_x, *given, plan=forward_plan)
 
-    output, _, _, gates, c_seq = forward()
+    saved = forward()
 
     def backward():
-        return launch.recurrence_bwd(
-            "lstm", grad_output, None, grad_h_n, grad_c_n, weight_hh, hx, cx, output, gates, c_seq, plan=backward_plan
-        )
+        return launch.recurrence_bwd(spec, grads, saved, *given, plan=backward_plan)
 
     return forward, backward
 

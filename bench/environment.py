@@ -97,6 +97,11 @@ def facts(device: str) -> dict[str, str]:
     return found
 
 
+def threads(count: int) -> str:
+    """How many threads compute on a CPU, and what they do while they wait, if the caller's environment says so."""
+    return f"threads={count} wait={os.environ.get('OMP_WAIT_POLICY', 'default')}"
+
+
 def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
 

@@ -1,25 +1,30 @@
 """Time the loops on a CPU: `python -m bench.loops`.
 
-Every cell's layer runs on the engine "torch", forward and backward. GRU, RNN and LSTM run beside ATen's. The other
-cells run beside two loops of torch operations under autograd, in which the input product is taken before the loop:
+Every cell's layer runs on the engine "torch", forward and backward. The rival of a GRU and of a vanilla RNN is ATen's
+layer. The rival of the other cells is a loop of torch operations under autograd, in which the input product is taken
+before the loop. It has two forms:
 
-- "indexed" is the loop as it is usually written. Step t is `preact_x[t] + linear(h, weight_hh)`.
-- "unbound" is a careful loop. It avoids the cost of the gradient of indexing, and adds within the product.
+- "as written" is the loop as people usually write it. Step t is `preact_x[t] + linear(h, weight_hh)`.
+- "careful" uses `unbind` on `preact_x`, because the gradient of indexing is slow, and adds within the product.
 
-Weights and input are the same. All gradients are computed and compared first. Then all run in rounds (`bench.timing`).
-The row of the LSTM shows what a loop costs beside oneDNN, which runs a whole LSTM.
+The row of the LSTM shows what a loop costs beside oneDNN, which runs the whole layer. By default an LSTM runs there.
+
+Weights and input are the same on all sides. All gradients are compared first. Then all run in rounds (`bench.timing`).
 
 A block of 31 MB is freed first, for all sides. glibc returns the free end of the heap to the system if it is more than
 twice the largest block freed so far, and later every page of it costs a fault. Without this block the order of the
-cases would decide who pays for the faults. Layer norm has 4 to 14 thousand faults per call, a tenth of its time. A
-process that trains has freed such a block, with its data or weights.
+cases would decide who pays for the faults. A process that trains has freed such a block, with its data or weights.
 """
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bench import report, rows
+
+RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 FREED_BEFORE = 31 << 20  # bytes; from 32 MB on glibc asks the system for every block, and learns nothing from it
 
 CASES = {
@@ -44,8 +49,8 @@ def rivals(cell: str, parameters: list) -> dict:
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
         for name, p in zip(names, parameters, strict=True):
             setattr(module, name, p)
-        return {"ATen": lambda x: module(x)[0]}
-    return {name: _loop(cell, parameters, indexed=name == "indexed") for name in ("unbound", "indexed")}
+        return {f"torch.nn.{module._get_name()}": lambda x: module(x)[0]}
+    return {name: _loop(cell, parameters, indexed=name == "as written") for name in ("careful", "as written")}
 
 
 def _loop(cell: str, parameters: list, indexed: bool):
@@ -112,35 +117,62 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
         return lambda: torch.autograd.grad(forward(x), [x, *parameters], grad)
 
     calls = {name: both(rival) for name, rival in rivals(cell, parameters).items()}
-    return calls | {"ours": both(lambda x: autograd.layer(cell, x, states, [parameters], "torch")[0])}
+    return calls | {"ours": both(lambda x: autograd.layer(of, x, states, [parameters], "torch")[0])}
+
+
+def measured(cell: str, T: int, B: int, H: int, seconds: float) -> list[rows.Row]:
+    """Rows of one case: milliseconds of every side, and how many times ours is as fast as each rival."""
+    import torch
+
+    from bench import environment, registry, timing
+
+    calls = calls_of(cell, T, B, H)
+    *names, _ = calls
+    for name in names:
+        for ours, exact in zip(calls["ours"](), calls[name](), strict=True):
+            assert registry.relative_error(ours, exact) < 1e-3, (cell, T, B, H, name)
+    samples = timing.time_cpu(calls | {report.AGAIN: calls[names[0]]}, seconds)
+    row = {
+        "op": "lstm (loop)" if cell == "lstm" else cell,
+        "mode": "fwdbwd",
+        "shape": f"{cell}-{T}-{B}-{H}",
+        "layers": "1",
+        "directions": "1",
+    }
+    row |= {"T": str(T), "B": str(B), "I": str(H), "H": str(H), "dtype": "float32", "date": environment.today()}
+    threads = environment.threads(torch.get_num_threads())
+    row |= environment.facts("cpu") | {"protocol": f"{samples.protocol} {threads}"}
+
+    def of(provider: str, metric: str, unit: str, values: list[float]) -> rows.Row:
+        p50, p20, p80 = (f"{x:.5g}" for x in timing.percentiles(values))
+        return row | {"provider": provider, "metric": metric, "unit": unit, "p50": p50, "p20": p20, "p80": p80}
+
+    latencies = [of(name, "latency", "ms", samples.ms[name]) for name in (*names, "ours")]
+    ratios = [of("ours", f"speedup over {name}", "x", timing.ratios(samples, name, "ours")) for name in names]
+    noise = of(report.AGAIN, f"speedup over {names[0]}", "x", timing.ratios(samples, names[0], report.AGAIN))
+    return [*latencies, *ratios, noise]
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cell", choices=CASES, action="append")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(prog="python -m bench.loops", description=__doc__.splitlines()[0])
+    parser.add_argument("--cell", choices=CASES, action="append", help="may be repeated; default: all")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file (default: bench/results/cpu.csv)")
     options = parser.parse_args(arguments)
     import torch
 
-    from bench import registry, timing
-
-    torch.set_num_threads(options.threads)
     torch.empty(FREED_BEFORE, dtype=torch.uint8)  # and freed
-    table = Table("cell", "T", "B", "H", "rival", "rival ms", "ours ms", "ratio p50", "p20", "p80")
+    writer = rows.Writer(options.out)
+    drawn = Table(*report.family([])[0])
     for cell in options.cell or CASES:
         for T, B, H in CASES[cell]:
-            calls = calls_of(cell, T, B, H)
-            *rivals, _ = calls
-            for name in rivals:
-                for ours, exact in zip(calls["ours"](), calls[name](), strict=True):
-                    assert registry.relative_error(ours, exact) < 1e-3, (cell, T, B, H, name)
-            samples = timing.time_cpu(calls, options.seconds)
-            for name in rivals:
-                times = [timing.percentiles(samples.ms[side])[0] for side in (name, "ours")]
-                ratios = timing.percentiles(timing.ratios(samples, name, "ours"))
-                table.add_row(cell, *map(str, (T, B, H)), name, *(f"{x:.2f}" for x in (*times, *ratios)))
-    Console(width=110).print(table)
+            found = measured(cell, T, B, H, options.seconds)
+            for row in found:
+                writer.write(row)
+            for line in report.family(found)[1]:
+                drawn.add_row(*line)
+    writer.close()
+    Console(width=120).print(drawn)
 
 
 if __name__ == "__main__":

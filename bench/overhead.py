@@ -16,6 +16,7 @@ from torch import nn
 
 import fusedlstm
 from bench.claimed import DRIVER
+from fusedlstm.cells import CELLS, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.engines import launch
 from fusedlstm.engines.bound import Bound
 from fusedlstm.plan.devices import DEVICES
@@ -55,15 +56,15 @@ def launches(pass_: str, stepped: bool) -> dict:
     def zeros(*shape, dtype=torch.bfloat16):
         return torch.zeros(*shape, dtype=dtype)
 
-    weight_hh, h, c = [zeros(2048, 512)], zeros(1, 64, 512), zeros(1, 1, 64, 512, dtype=torch.float32)
+    h, c = zeros(1, 64, 512), zeros(1, 1, 64, 512, dtype=torch.float32)
+    spec, given = Recurrence(CELLS["lstm"]), (Weights([zeros(2048, 512)]), State(h, c))
     with patched(launch, Recorded), patched(launch.stepping, Recorded):
         if pass_ == "fwd":
-            given = (zeros(1, 3, 64, 2048), weight_hh, h, c)
-            launch.recurrence_fwd("lstm", *given, save_gates=True, save_states=True, plan=plan)
+            launch.recurrence_fwd(spec, zeros(1, 3, 64, 2048), *given, plan=plan)
         else:
             y, c_seq = zeros(3, 64, 512), zeros(1, 3, 64, 512, dtype=torch.float32)
-            given = (y, None, h, c, weight_hh, h, c, y, zeros(3, 64, 2048), c_seq)
-            launch.recurrence_bwd("lstm", *given, plan=plan)
+            saved = Saved(y, h, c, zeros(3, 64, 2048), c_seq)
+            launch.recurrence_bwd(spec, Grads(y, None, h, c), saved, *given, plan=plan)
     (recorded, arguments, varying), *_ = seen
     ours = Bound(recorded.kernel, recorded.grid, recorded.constants, recorded.options)
     as_triton = recorded.constants | arguments | recorded.options

@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import expected, rows
 from bench.registry import AGAIN, BASELINE
@@ -23,6 +24,7 @@ from bench.shapes import BY_ID, MODES, SHAPES
 KERNELS = ("fusedlstm", "fusedlstm-triton")  # ours; the second in an interpreted rehearsal
 MODE_NAMES = {"infer": "inference", "fwd": "forward", "fwdbwd": "forward + backward"}
 DTYPES = ("bfloat16", "float16", "float32")
+OVER = "speedup over "  # and the rival, in rows of `bench.loops`
 MEMORY = {"peak_memory": "peak", "kept_memory": "kept for the backward"}
 
 
@@ -102,6 +104,21 @@ def table(measured: list[rows.Row], kind: str = "") -> tuple[list[str], list[lis
     return header, lines
 
 
+def family(measured: list[rows.Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of what `bench.loops` has measured: one line per cell, sizes and rival."""
+    known = {(row["shape"], row["provider"], row["metric"]): row for row in measured}
+    lines = []
+    for row in measured:
+        if row["provider"] == "ours" and row["metric"].startswith(OVER):
+            rival = row["metric"].removeprefix(OVER)
+            times = [float(known[row["shape"], side, "latency"]["p50"]) for side in (rival, "ours")]
+            noise = known.get((row["shape"], AGAIN, row["metric"]))
+            of_noise = f"{float(noise['p20']):.2f} … {float(noise['p80']):.2f}" if noise else "-"
+            sizes = ", ".join(row[name] for name in "TBH")
+            lines.append([row["op"], sizes, rival, *map(_number, times), f"{float(row['p50']):.2f}", of_noise])
+    return ["cell", "T, B, H", "rival", "rival ms", "ours ms", "ratio", "noise"], lines
+
+
 def _or_dash(value: float | None, form: str | None = None) -> str:
     return "-" if value is None else form.format(value) if form else _number(value)
 
@@ -161,16 +178,48 @@ def memory(measured: list[rows.Row]) -> str:
 def _group(shape: str, row: rows.Row) -> str:
     """The kind of work, which has a colour in the picture."""
     if (known := BY_ID.get(shape)) and known.lengths:
-        return "packed, lengths differ"
+        return "LSTM, packed"
     if known and known.resets:
-        return "resets (torch.nn.LSTM: none)"
-    return "a single step" if row["T"] == "1" else "dense"
+        return "LSTM, resets (torch.nn: none)"
+    return "LSTM, a single step" if row["T"] == "1" else "LSTM, dense"
+
+
+class _Point(NamedTuple):
+    """A ratio in the picture."""
+
+    label: str
+    group: str  # the kind of work, which has a colour
+    mode: str
+    dtype: str
+    ratio: float
+    noise: tuple[float, float] | None
+
+
+def _points(measured: list[rows.Row]) -> list[_Point]:
+    own, points = ours(measured), []
+
+    def point(label, group, row, noise):
+        between = (float(noise["p20"]), float(noise["p80"])) if noise else None
+        points.append(_Point(label, group, row["mode"], row["dtype"], float(row["p50"]), between))
+
+    for (shape, _, _), found in _cases(measured).items():
+        if row := found.get((own, "speedup")):
+            label = f"{shape}   {_sizes(row).split(', packed')[0].split(', resets')[0]}"
+            point(label, _group(shape, row), row, found.get((AGAIN, "speedup")))
+    known = {(row["shape"], row["provider"], row["metric"]): row for row in measured}
+    for row in measured:
+        if row["provider"] == "ours" and row["metric"].startswith(f"{OVER}torch.nn") and row["op"] != "lstm (loop)":
+            name = row["op"].replace("rnn_", "rnn ")
+            label = f"{name}   " + ", ".join(row[size] for size in "TBIH")
+            noise = known.get((row["shape"], AGAIN, row["metric"]))
+            point(label, row["metric"].removeprefix(f"{OVER}torch.nn."), row, noise)
+    return points
 
 
 def plot(measured: list[rows.Row], path: Path) -> str:
     """Draw the ratios of every shape, forward + backward and inference; returns what was done, in a line.
 
-    A grey bar is the noise of a shape: the ratio of a second copy of `torch.nn.LSTM`.
+    A grey bar is the noise of a shape: the ratio of a second copy of torch's layer.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return "plot: skipped, matplotlib is not installed"
@@ -179,42 +228,37 @@ def plot(measured: list[rows.Row], path: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    cases, own = _cases(measured), ours(measured)
-    cases = {case: found for case, found in cases.items() if (own, "speedup") in found}
-    modes = [mode for mode in ("fwdbwd", "infer") if any(case[1] == mode for case in cases)]
+    points = [point for point in _points(measured) if point.mode in ("fwdbwd", "infer")]
+    modes = [mode for mode in ("fwdbwd", "infer") if any(point.mode == mode for point in points)]
     if not modes:
         return "plot: skipped, there are no ratios"
-    groups = {shape: _group(shape, next(iter(found.values()))) for (shape, _, _), found in cases.items()}
-    sizes = {shape: _sizes(next(iter(found.values()))) for (shape, _, _), found in cases.items()}
-    shapes = sorted(groups, key=lambda shape: groups[shape], reverse=True)  # stable, from below
-    labels = [f"{shape}   {sizes[shape].split(', packed')[0].split(', resets')[0]}" for shape in shapes]
-    colours = {group: f"C{k}" for k, group in enumerate(dict.fromkeys(groups[shape] for shape in shapes[::-1]))}
-    dtypes = [dtype for dtype in DTYPES if any(case[2] == dtype for case in cases)]
+    groups = [*dict.fromkeys(point.group for point in points)]
+    labels = [*dict.fromkeys(p.label for group in groups[::-1] for p in points[::-1] if p.group == group)]  # from below
+    colours = {group: f"C{k}" for k, group in enumerate(groups)}
+    dtypes = [dtype for dtype in DTYPES if any(point.dtype == dtype for point in points)]
     figure, axes = pyplot.subplots(
         1,
         len(modes),
-        figsize=(2.5 + 4.5 * len(modes), 1.6 + 0.3 * len(shapes)),
+        figsize=(2.5 + 4.5 * len(modes), 1.6 + 0.3 * len(labels)),
         squeeze=False,
         sharex=True,
         sharey=True,
         layout="constrained",
     )
     for axis, mode in zip(axes[0], modes, strict=True):
-        for (shape, _, dtype), found in ((case, found) for case, found in cases.items() if case[1] == mode):
-            y, marker = shapes.index(shape), "os^"[DTYPES.index(dtype)] if len(dtypes) > 1 else "o"
-            if noise := found.get((AGAIN, "speedup")):
-                axis.plot([float(noise["p20"]), float(noise["p80"])], [y, y], color="0.8", linewidth=7, zorder=1)
-            ratio = float(found[own, "speedup"]["p50"])
-            axis.scatter(ratio, y, marker=marker, s=36, color=colours[groups[shape]], zorder=3)
+        for point in (point for point in points if point.mode == mode):
+            y, marker = labels.index(point.label), "os^"[DTYPES.index(point.dtype)] if len(dtypes) > 1 else "o"
+            if point.noise:
+                axis.plot(point.noise, [y, y], color="0.8", linewidth=7, zorder=1)
+            axis.scatter(point.ratio, y, marker=marker, s=36, color=colours[point.group], zorder=3)
             if len(dtypes) == 1:
-                axis.text(
-                    0.98, y, f"{ratio:.2f}", transform=axis.get_yaxis_transform(), ha="right", va="center", fontsize=8
-                )
+                at = axis.get_yaxis_transform()
+                axis.text(0.98, y, f"{point.ratio:.2f}", transform=at, ha="right", va="center", fontsize=8)
         axis.axvline(1, color="black", linewidth=1, zorder=2)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
         axis.grid(axis="x", color="0.92", zorder=0)
-        axis.set_yticks(range(len(shapes)), labels, fontsize=8)
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
         axis.set_xlabel("parity at 1; to the right ours is faster")
         axis.set_title(MODE_NAMES[mode])
     low, high = axes[0][0].get_xlim()
@@ -225,7 +269,7 @@ def plot(measured: list[rows.Row], path: Path) -> str:
         pyplot.Line2D([], [], marker=marker, linestyle="", color=colour, label=text) for marker, colour, text in marks
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    title = f"Time of torch.nn.LSTM / time of {own}, by shape: T, B, I, H"
+    title = "Time of torch.nn's layer / time of ours, by shape: T, B, I, H"
     figure.suptitle(f"{title}\n{', '.join(dtypes)}; {_sources(measured)}", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -262,9 +306,16 @@ def markdown(measured: list[rows.Row], command: str = "") -> str:
     return "\n\n".join([*parts, _note(measured, command)])
 
 
+def family_markdown(measured: list[rows.Row]) -> str:
+    """The table of `bench.loops` with its sources."""
+    header, lines = family(measured)
+    sources = _sources([row for row in measured if row["provider"] == "ours"])
+    return f"{_markdown_table(header, lines, left=3)}\n\n{sources}. Command: `python -m bench.loops`."
+
+
 def _note(measured: list[rows.Row], command: str) -> str:
     """What the tables hold, and where it comes from."""
-    note = f"{_sources(measured)}."
+    note = f"{_sources([row for row in measured if row['op'] == 'lstm'])}."
     if command:
         note += f" Command: `{command}`."
     return note + (
@@ -331,6 +382,8 @@ def main(argv: list[str] | None = None) -> int:
     text = overview(measured) + "\n\n" + _note(measured, command) if short else markdown(measured, command)
     if options.readme:
         rewrite_block(options.readme, options.block, text)
+        if options.block == "cpu":
+            rewrite_block(options.readme, "loops", family_markdown(measured))
     if options.markdown or options.overview:
         print(text)
     else:

@@ -284,7 +284,7 @@ def measure(case: Case, settings: Settings, send) -> None:
     suffix = (
         f" tf32={int(case.dtype == 'float32')} inputs={len(inputs)}"
         if gpu
-        else f" threads={settings.threads} wait={os.environ.get('OMP_WAIT_POLICY', 'default')}"
+        else f" {environment.threads(settings.threads)}"
     )
 
     def write(name, metric, unit, values, protocol):

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, transforms
+from fusedlstm import transforms
+from fusedlstm.cells import Cell, Recurrence, State, Weights
 from fusedlstm.engines import reference
 from fusedlstm.gradients import ParameterGradients, of_first_steps
 from fusedlstm.layout import DENSE, Layout
@@ -102,7 +103,7 @@ class Layer(NamedTuple):
     it, and the backward recomputes the rest from the output.
     """
 
-    cell: str
+    cell: Cell
     engine: str  # of the ops
     recurrences: int  # directions
     clip: float | None  # the largest element of the gradient of a state that enters a step
@@ -143,16 +144,14 @@ class Layer(NamedTuple):
 
     def specified(self, batch: Batch, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
         """The specification, in operations that autograd can differentiate again; returns what has gradients."""
-        cell = cells.CELLS[self.cell]
+        spec = Recurrence(self.cell, clip)
 
         def call(input, hx, cx, preact_0, *parameters):
             per_direction = grouped(parameters, self.recurrences)
             preact_x = input_product(self.cell, input, per_direction, preact_0, batch.layout)
-            weight_hh, vectors = [p[1] for p in per_direction], cell.step_vectors(per_direction)
-            output, h_n, c_n, _, c_seq = reference.recurrence_fwd(
-                self.cell, preact_x, weight_hh, hx, cx, batch.layout, clip=clip, vectors=vectors, noise=batch.noise
-            )
-            return output, h_n, c_n, c_seq.to(state_dtype(c_seq.dtype))
+            weights = Weights([p[1] for p in per_direction], self.cell.step_vectors(per_direction))
+            saved = reference.recurrence_fwd(spec, preact_x, weights, State(hx, cx), batch)
+            return saved.output, saved.h_n, saved.c_n, saved.c_seq.to(state_dtype(saved.c_seq.dtype))
 
         return call
 
@@ -160,7 +159,7 @@ class Layer(NamedTuple):
         """The gradients of input, hx, cx, preact_0 and the parameters."""
         grad_output, grad_h_n, grad_c_n, grad_c_seq = grads
         input, hx, cx, preact_0, output, kept, c_kept, products = tensors
-        weight_hh, vectors = [p[1] for p in parameters], cells.CELLS[self.cell].step_vectors(parameters)
+        weight_hh, vectors = [p[1] for p in parameters], self.cell.step_vectors(parameters)
         gradients = ParameterGradients(self.cell, parameters, grouped(needs[4:], self.recurrences))
         blocks = self._blocks(input, batch.layout)
         of_states = cx.dtype if self.save == "gates" else state_dtype(input.dtype)
@@ -181,7 +180,7 @@ class Layer(NamedTuple):
                 None if grad_c_seq is None else grad_c_seq[:, steps],
             )
             grad_preact, grad_h, grad_c = recurrence_bwd(
-                self.cell,
+                self.cell.name,
                 self.engine,
                 [*of_rows, grad_h, grad_c],
                 weight_hh,
@@ -213,7 +212,7 @@ class Layer(NamedTuple):
 class Wave(NamedTuple):
     """The layers of a stack in one launch. Kernels only; one direction, and nothing between the layers."""
 
-    cell: str
+    cell: Cell
     engine: str
     recurrences: int  # layers
     clip: float | None
@@ -223,10 +222,10 @@ class Wave(NamedTuple):
         """What `wave_fwd` returns, of all layers, and two that are empty; `saves`: gates and states, both if nothing is
         said.
         """
-        cell = cells.CELLS[self.cell]
-        preact_x = input_product(self.cell, input, parameters[:1], None, batch.layout)
+        cell = self.cell
+        preact_x = input_product(cell, input, parameters[:1], None, batch.layout)
         weights = (*_above_first(cell, parameters, input), [p[1] for p in parameters], cell.step_vectors(parameters))
-        found = wave_fwd(self.cell, preact_x, *weights, hx, cx, batch.flat[0], *(saves or (True, True)), self.engine)
+        found = wave_fwd(cell.name, preact_x, *weights, hx, cx, batch.flat[0], *(saves or (True, True)), self.engine)
         return *found, input.new_empty(0), input.new_empty(0)
 
     def kept(self, gates, c_seq, borders, products) -> tuple[Tensor | None, ...]:
@@ -249,9 +248,8 @@ class Wave(NamedTuple):
         def call(x, hx, cx, preact_0, *flat):
             h_n, c_n = [], []
             for k, own in enumerate(grouped(flat, self.recurrences)):
-                x, h, c, c_seq = reference.layer(
-                    self.cell, x, hx[k : k + 1], cx[:, k : k + 1], [own], batch.layout, clip=clip
-                )
+                state = State(hx[k : k + 1], cx[:, k : k + 1])
+                x, h, c, _, c_seq = reference.layer(Recurrence(self.cell, clip), x, state, [own], batch)
                 h_n.append(h)
                 c_n.append(c)
             return x, torch.cat(h_n), torch.cat(c_n, 1), c_seq.to(state_dtype(c_seq.dtype))
@@ -264,7 +262,7 @@ class Wave(NamedTuple):
         of_layers = zip(parameters, grouped(needs[4:], self.recurrences), strict=True)
         layers = [ParameterGradients(self.cell, [p], [n]) for p, n in of_layers]
         grad_preact, grad_hx, grad_cx = wave_bwd(
-            self.cell,
+            self.cell.name,
             [
                 grad_output,
                 grad_c_seq,
@@ -273,7 +271,7 @@ class Wave(NamedTuple):
             ],
             stacked([layers[0].in_blocks(p[0]) for p in parameters[1:]]),
             [p[1] for p in parameters],
-            cells.CELLS[self.cell].step_vectors(parameters),
+            self.cell.step_vectors(parameters),
             hx,
             cx,
             [output, gates, c_seq],
@@ -291,7 +289,7 @@ class Wave(NamedTuple):
 
 
 def layer(
-    cell: str,
+    cell: Cell,
     input: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, ...],  # h first, each [D, B, H]
     parameters: list[list[Tensor]],  # per direction, as in `fusedlstm.cells.cell`
@@ -306,7 +304,7 @@ def layer(
     """One layer over a sequence, differentiable in every tensor.
 
     Args:
-        cell: A name of `fusedlstm.cells.CELLS`.
+        cell: One of `fusedlstm.cells.CELLS`.
         engine: Of the ops, see `fusedlstm.ops`.
         clip: The largest element of the gradient of a state that enters a step.
         wants_c_seq: Whether the states beside h are wanted of every step.
@@ -329,7 +327,7 @@ def layer(
 
 
 def wave(
-    cell: str,
+    cell: Cell,
     engine: str,  # "triton" or "auto"
     input: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, ...],  # h first, each [L, B, H]
@@ -358,7 +356,7 @@ def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) ->
 
 
 def layers_together(
-    cell: str,
+    cell: Cell,
     input: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, ...],  # h first, each [L, B, H]
     weights: list[Tensor],
@@ -374,10 +372,10 @@ def layers_together(
     if weights[1].size(1) < hx.size(-1):
         return 1  # heads
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (input, *state, *weights))
-    return launch.layers_together(cell, input, hx, layers, layout.name, training)
+    return launch.layers_together(cell.name, input, hx, layers, layout.name, training)
 
 
-def _above_first(cell: cells.Cell, parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
+def _above_first(cell: Cell, parameters: list, like: Tensor) -> tuple[Tensor, Tensor]:
     """weight_ih [L-1, G*H, H] and what is added to its product [L-1, G*H] of the layers above the first."""
     weight_ih = stacked([p[0] for p in parameters[1:]])
     if not cell.has_bias(parameters[0]):
@@ -386,7 +384,7 @@ def _above_first(cell: cells.Cell, parameters: list, like: Tensor) -> tuple[Tens
 
 
 def _block_fwd(
-    cell: str,
+    cell: Cell,
     engine: str,
     input: Tensor,  # [T, B, I] or [R, I]
     parameters: list,
@@ -404,16 +402,16 @@ def _block_fwd(
     if preact_0 is None and not batch.noise.rates and is_one_step(cell, engine, input, batch.layout):
         flat = [p for direction in parameters for p in direction]
         output, h_n, c_n, gates, c_seq = step_fwd(
-            cell, input[0], hx, cx, flat, len(parameters), save_gates, save_states, engine
+            cell.name, input[0], hx, cx, flat, len(parameters), save_gates, save_states, engine
         )
         gates, c_seq = gates.unsqueeze(0) if save_gates else gates, c_seq.unsqueeze(1) if save_states else c_seq
         return output.unsqueeze(0), h_n, c_n, gates, c_seq, input.new_empty(0)
     products = input_products(cell, input, parameters)
     preact_x = preact_from(cell, input, products, parameters, preact_0, batch.layout)
-    if not (cells.CELLS[cell].norms and save_gates):
+    if not (cell.norms and save_gates):
         products = input.new_empty(0)
-    own = ([p[1] for p in parameters], cells.CELLS[cell].step_vectors(parameters), hx, cx, *batch.flat)
-    return *recurrence_fwd(cell, engine, preact_x, *own, save_gates, save_states), products
+    own = ([p[1] for p in parameters], cell.step_vectors(parameters), hx, cx, *batch.flat)
+    return *recurrence_fwd(cell.name, engine, preact_x, *own, save_gates, save_states), products
 
 
 def begins_of_blocks(T: int, B: int) -> list[int]:
@@ -433,7 +431,7 @@ def _placed(whole: Tensor | None, part: Tensor, steps: slice, size: int, dim: in
 
 
 def _recomputed(
-    cell: str,
+    cell: Cell,
     engine: str,
     input: Tensor,  # [T, B, I] or [R, I]
     parameters: list,
@@ -447,7 +445,7 @@ def _recomputed(
     preact = input_product(cell, input, parameters, preact_0, batch.layout)
     if is_batch_major(input):
         preact = preact.contiguous()
-    taken, factor = cells.CELLS[cell].step_vectors(parameters), batch.noise.of_sequences(*hx.shape, hx.dtype)
+    taken, factor = cell.step_vectors(parameters), batch.noise.of_sequences(*hx.shape, hx.dtype)
     by_direction = output.chunk(len(parameters), -1)
 
     def before(d: int) -> Tensor:
@@ -457,17 +455,18 @@ def _recomputed(
             *((y, h_0) if factor is None else entering(y, h_0, factor[d], batch.layout)), d
         )
 
-    if cells.CELLS[cell].norms:
-        return _recomputed_with_norms(engine, preact, parameters, taken, before, hx, cx, output, batch)
-    if not cells.CELLS[cell].adds:
+    if cell.norms:
+        return _recomputed_with_norms(cell, engine, preact, parameters, taken, before, hx, cx, output, batch)
+    if not cell.adds:
         gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
         return gates, output.new_empty(0, *output.shape, dtype=c_seq_dtype(engine, output))
     for d, p in enumerate(parameters):
         add_recurrent_product(preact[d].view(-1, preact.size(-1)), before(d), p[1])
-    return recompute(cell, engine, preact, taken, hx, cx, *batch.flat)
+    return recompute(cell.name, engine, preact, taken, hx, cx, *batch.flat)
 
 
 def _recomputed_with_norms(
+    cell: Cell,
     engine: str,
     preact_x: Tensor,  # [D, T, B, 4*H] or [D, R, 4*H]
     parameters: list,
@@ -478,29 +477,26 @@ def _recomputed_with_norms(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Of the LSTM with layer normalisation: with the recurrent products normalised too, gates and c are those of an
-    LSTM.
-    """
+    """Of a cell with norms: once the recurrent products are normalised too, gates and c are those of `Cell.plain`."""
+    plain = cell.plain
     D, H = len(parameters), hx.size(-1)
     recurrent = [product(before(d), p[1].t()) for d, p in enumerate(parameters)]  # [R, 4*H]
     for x, u, own in zip(preact_x, recurrent, vectors, strict=True):
         x += (normalised(u) * own[:4].flatten()).view(x.shape)
-    gates, c_seq = recompute("lstm", engine, preact_x, None, hx, cx, *batch.flat)
+    gates, c_seq = recompute(plain.name, engine, preact_x, None, hx, cx, *batch.flat)
     kept = []
     for d, (u, own) in enumerate(zip(recurrent, vectors, strict=True)):
         of_d, c = gates.chunk(D, -1)[d].flatten(0, -2), c_seq[0].chunk(D, -1)[d]
         if batch.noise.holds:  # the c that the step itself made
             drop = batch.noise.of_rows(len(u), d, H, hx)[2]
-            c = cells.CELLS["lstm"].equations.update(
-                of_d.chunk(4, -1), (None, batch.layout.states_before(c, cx[0, d], d)), drop
-            )[1]
+            c = plain.equations.update(of_d.chunk(4, -1), (None, batch.layout.states_before(c, cx[0, d], d)), drop)[1]
         m = torch.tanh(own[4] * normalised(c.flatten(0, -2)) + own[5]).to(output.dtype)
         kept += [of_d, m, u]
     return torch.cat(kept, -1).unflatten(0, output.shape[:-1]), c_seq
 
 
 def _recomputed_at_once(
-    cell: str,
+    cell: Cell,
     preact_x: Tensor,  # [D, T, B, G*H] or [D, R, G*H]
     parameters: list,
     vectors: Tensor | None,  # [D, V, H]
@@ -508,14 +504,14 @@ def _recomputed_at_once(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
 ) -> Tensor:
     """gates of a cell without states beside h: every step is known at once."""
-    of, gates = cells.CELLS[cell], []
+    gates = []
     dtype = state_dtype(preact_x.dtype)
     for d, p in enumerate(parameters):
         h = before(d)
         preact_h = torch.zeros_like(preact_x[d].reshape(len(h), -1))
         add_recurrent_product(preact_h, h, p[1])
-        parts = (x.reshape(len(h), -1).to(dtype).chunk(of.num_gates, -1) for x in (preact_x[d], preact_h))
+        parts = (x.reshape(len(h), -1).to(dtype).chunk(cell.num_gates, -1) for x in (preact_x[d], preact_h))
         own = () if vectors is None else vectors[d].to(dtype).unbind(0)
-        kept, _ = cells.CELLS[cell].equations.step(*parts, (h.to(dtype),), own, 1.0)
+        kept, _ = cell.equations.step(*parts, (h.to(dtype),), own, 1.0)
         gates.append(torch.cat(kept, -1))
     return joined(gates, -1).to(output.dtype).unflatten(0, output.shape[:-1])

@@ -37,7 +37,7 @@ def save(value: str) -> str:
     return value
 
 
-def num_heads(value: int, hidden_size: int, proj_size: int = 0, cell: str = "lstm") -> int:
+def num_heads(value: int, hidden_size: int, proj_size: int = 0, cell: str | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"num_heads: expected an integer, got {type(value).__name__}")
     if value < 1 or hidden_size % value:
@@ -46,7 +46,7 @@ def num_heads(value: int, hidden_size: int, proj_size: int = 0, cell: str = "lst
         raise ValueError(
             f"num_heads: expected 1 with proj_size={proj_size}, which mixes the units of all heads, got {value}"
         )
-    if value > 1 and cells.CELLS[cell].norms:
+    if value > 1 and cell is not None and cells.CELLS[cell].norms:
         raise ValueError(f"num_heads: expected 1 of {cell}, whose norms mix the units of all heads, got {value}")
     return int(value)
 
@@ -189,8 +189,8 @@ def _given_states(of: cells.Cell, hx) -> list[Tensor]:
         return [hx]
     if isinstance(hx, Tensor) or len(hx) != len(of.states):
         came = "a tensor" if isinstance(hx, Tensor) else f"{len(hx)}"
-        if of.name == "lstm":
-            raise RuntimeError(f"lstm expects two hidden states, got {came}")
+        if of.aten is not None:
+            raise RuntimeError(f"{of.aten} expects two hidden states, got {came}")
         raise RuntimeError(f"hx: expected the {len(of.states)} states {', '.join(of.states)}, got {came}")
     for name, state in zip(_names(hx), hx, strict=True):
         instance(name, state, Tensor)

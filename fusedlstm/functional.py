@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
 from fusedlstm import autograd, engines, noise, ops, transforms
-from fusedlstm.cells import Cell
+from fusedlstm.cells import Cell, Recurrence, State
 from fusedlstm.engines import aten, reference
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
@@ -173,11 +173,11 @@ def step(
     Returns:
         The states after the step, each [B, H]. Their dtype is that of the results of `run`.
     """
-    cell, dtype, hidden = spec.cell.name, _result_dtype(input), states[0].size(-1)
+    cell, dtype, hidden = spec.cell, _result_dtype(input), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
-    engine = engines.choose(spec.backend, input.device, dtype, cell, hidden, heads=heads)
+    engine = engines.choose(spec.backend, input.device, dtype, cell.name, hidden, heads=heads)
     derived = transforms.transformed() or transforms.has_tangents((input, *states, *weights))
-    if engine == "torch" and heads == 1 and aten.has(cell) and not derived:
+    if engine == "torch" and heads == 1 and cell.aten is not None and not derived:
         compute_dtype = aten.compute_dtype(cell, input.device, dtype, "cell", dense=False)
         input, states, weights = _cast((input, states, weights), compute_dtype)
         with _autocast_off(input):
@@ -336,7 +336,7 @@ def _engine(call: _Call) -> tuple[str, str]:
         return "reference", "forward-mode AD, of whose tangents neither the kernels nor ATen's layers know"
     if engine == "triton" and _has_rival(call) and 1 < call.steps <= aten.CUDNN_STEPS:
         sizes = (rows.batch_sizes, rows.masked, spec.num_layers, spec.directions, spec.proj_size)
-        asked = tuned_call(spec.cell.name, call.input, call.states, call.weights, call.dtype, *sizes)
+        asked = tuned_call(spec.cell, call.input, call.states, call.weights, call.dtype, *sizes)
         if asked is not None:
             return engines.fastest(asked, call.input.device.index)
     return engine, why
@@ -347,7 +347,7 @@ def _has_rival(call: _Call) -> bool:
     spec = call.spec
     return (
         call.input.is_cuda
-        and aten.has(spec.cell.name)
+        and spec.cell.aten is not None
         and engines.requested(spec.backend) == "auto"
         and spec.save == "gates"  # else memory is asked for, and not time
         and torch.backends.cudnn.enabled
@@ -359,7 +359,7 @@ def _has_rival(call: _Call) -> bool:
 
 
 def tuned_call(
-    cell: str,
+    cell: Cell,
     input: Tensor,
     states: tuple[Tensor, ...],  # h first, each [L * D, B, H]
     weights: list[Tensor],
@@ -372,12 +372,12 @@ def tuned_call(
 ) -> tuned.Call | None:
     """The sizes for which an engine is chosen, from arguments of `run`. None if ATen does not serve the call."""
     _, batch, hidden = states[-1].shape
-    if batch == 0 or not aten.has(cell) or (not proj_size and weights[1].size(1) < hidden):  # heads
+    if batch == 0 or cell.aten is None or (not proj_size and weights[1].size(1) < hidden):  # heads
         return None
     from fusedlstm.engines import launch
 
     return tuned.Call(
-        cell=cell,
+        cell=cell.name,
         batch=batch,
         input_size=input.size(-1),
         hidden=hidden,
@@ -395,7 +395,7 @@ def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
     """The schedule of ATen that runs a call, or "loop", and the dtype in which to compute."""
     if engine != "torch":
         return "loop", call.dtype
-    spec, rows, cell = call.spec, call.rows, call.spec.cell.name
+    spec, rows, cell = call.spec, call.rows, call.spec.cell
     asks_more = rows.masked or spec.in_steps or spec.cell_states or spec.grad_clip is not None or call.heads > 1
     schedule = "loop"
     if not asks_more and not transforms.transformed():
@@ -421,7 +421,7 @@ def _computed(call: _Call, engine: str) -> Results:
             results = _by_layers(call, engine, drawn)
         else:
             output, states = aten.stack(
-                spec.cell.name,
+                spec.cell,
                 schedule,
                 call.input,
                 rows.batch_sizes,
@@ -463,7 +463,7 @@ def _with_noise(call: _Call) -> tuple[noise.Noise, _Call]:
 
 def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
     """The results of our own loops, which run layer by layer, or several layers in one launch."""
-    spec, cell = call.spec, call.spec.cell.name
+    spec, cell = call.spec, call.spec.cell
     # The ops know that nobody asked for the kernels by name, and go on without them where a launch fails.
     of_ops = "auto" if engine == "triton" and engines.requested(spec.backend) == "auto" else engine
     input, resets = _time_major(call.rows, call.input, call.rows.resets)
@@ -475,7 +475,7 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
         saves = (False, False)
         cx = ops.states_beside_h(states)
         output, h_n, c_n, _, _ = ops.step_fwd(
-            cell, input[0], states[0], cx, call.weights, spec.directions, *saves, of_ops
+            cell.name, input[0], states[0], cx, call.weights, spec.directions, *saves, of_ops
         )
         return _as_given(call.rows, output.unsqueeze(0), (h_n, *c_n.unbind(0)), None)
     together = spec.directions
@@ -505,12 +505,12 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
     Its arguments are x, layout, states, parameters, the number of the first layer, and whether the last layer is among
     them.
     """
-    cell, clip = spec.cell.name, spec.grad_clip
+    cell, clip = spec.cell, spec.grad_clip
 
     def fused(x, layout, states, parameters, first, is_last):
         wants_c_seq = spec.cell_states and is_last
         if spec.proj_size:
-            return _projected_layer(x, states, parameters, engine, layout, wants_c_seq, spec.save)
+            return _projected_layer(cell, x, states, parameters, engine, layout, wants_c_seq, spec.save)
         if len(parameters) > spec.directions:
             return autograd.wave(cell, engine, x, states, parameters, layout, clip, wants_c_seq)
         own = drawn._replace(place=(first, 0))
@@ -520,9 +520,9 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         """The specification, including a projection. Plain autograd differentiates it."""
         weight_hr = [p[-1] for p in parameters] if spec.proj_size else None
         parameters = [p[:-1] for p in parameters] if spec.proj_size else parameters
-        own = drawn._replace(place=(first, 0))
-        cx = ops.states_beside_h(states)
-        output, h_n, c_n, c_seq = reference.layer(cell, x, states[0], cx, parameters, layout, weight_hr, clip, own)
+        batch = noise.Batch(layout, drawn._replace(place=(first, 0)))
+        state = State(states[0], ops.states_beside_h(states))
+        output, h_n, c_n, _, c_seq = reference.layer(Recurrence(cell, clip), x, state, parameters, batch, weight_hr)
         return output, (h_n, *c_n.unbind(0)), c_seq if spec.cell_states and is_last else None
 
     # The loop over o tanh(c) has no gradient of a projected h to clip.
@@ -530,11 +530,11 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
 
 
 def _projected_layer(
+    cell: Cell,
     x: Tensor,  # [T, B, I] or packed [R, I]
     state: tuple[Tensor, Tensor],  # [D, B, P] and [D, B, H]
-    parameters: list[
-        list[Tensor]
-    ],  # per direction: weight_ih, weight_hh [4H, P] (, bias_ih, bias_hh), weight_hr [P, H]
+    # Per direction: weight_ih, weight_hh [4H, P] (, bias_ih, bias_hh), weight_hr [P, H].
+    parameters: list[list[Tensor]],
     engine: str,
     layout: Layout,
     wants_c_seq: bool,
@@ -551,7 +551,7 @@ def _projected_layer(
     preact_0 = stacked([product(h, p[1].t()) for h, p in zip(state[0], parameters, strict=True)])
     no_y = torch.zeros_like(state[1])
     y, (y_n, c_n), c_seq = autograd.layer(
-        "lstm", x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, save=save, preact_0=preact_0
+        cell, x, (no_y, state[1]), over_y, engine, layout, wants_c_seq=wants_c_seq, save=save, preact_0=preact_0
     )
     by_direction = zip(y.chunk(len(parameters), -1), weight_hr, strict=True)
     output = joined([product(y_d.flatten(0, -2), w.t()) for y_d, w in by_direction], -1)

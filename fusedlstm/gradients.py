@@ -5,7 +5,7 @@ once.
 import torch
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm.cells import Cell
 from fusedlstm.layout import Layout
 from fusedlstm.noise import NO_NOISE, Noise, entering
 from fusedlstm.products import add_product, joined, normed_input_backward, product, recurrent_weight_gradient
@@ -20,8 +20,8 @@ class ParameterGradients:
     the input's preactivations, the last G those of the recurrent ones.
     """
 
-    def __init__(self, cell: str, per_direction: list, needs: list) -> None:
-        self.cell, self.per_direction, self.needs = cells.CELLS[cell], per_direction, needs
+    def __init__(self, cell: Cell, per_direction: list, needs: list) -> None:
+        self.cell, self.per_direction, self.needs = cell, per_direction, needs
         self.equations, self.has_bias = self.cell.equations, self.cell.has_bias(per_direction[0])
         self.H = len(per_direction[0][1]) // self.cell.num_gates
         self.merged = self.cell.num_kept == self.cell.num_gates  # then both directions share each product

@@ -8,7 +8,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import checks, functional
 from fusedlstm.base import Recurrent, State
+from fusedlstm.cells import CELLS, Recurrence, Weights
+from fusedlstm.cells import State as Entering
 from fusedlstm.engines import reference
+from fusedlstm.modules import LSTM
 
 
 class GateTrace(NamedTuple):
@@ -97,15 +100,15 @@ def gate_trace(
         hx = (zeros[..., : module.proj_size or module.hidden_size], zeros)
     elif input.dim() == 2:
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    cell, flat = "lstm", module._flat_weights
+    spec, flat = Recurrence(CELLS[LSTM.cell]), module._flat_weights
     count = len(flat) // (module.num_layers * D)
     parameters = [flat[k : k + count] for k in range(0, len(flat), count)]  # per layer and direction
     projections = [[p.pop()] if module.proj_size else None for p in parameters]  # weight_hr
     for k in range(layer):
         rows = slice(k * D, (k + 1) * D)
         weight_hr = [w for ws in projections[rows] for w in ws] if module.proj_size else None
-        state = hx[0][rows], hx[1][rows].unsqueeze(0)
-        x = reference.layer(cell, x, *state, parameters[rows], weight_hr=weight_hr)[0]
+        state = Entering(hx[0][rows], hx[1][rows].unsqueeze(0))
+        x = reference.layer(spec, x, state, parameters[rows], weight_hr=weight_hr).output
 
     # The direction by itself, turned forward: step t of a reverse direction is its step T - 1 - t.
     row = layer * D + direction
@@ -113,14 +116,9 @@ def gate_trace(
     preact_x = x @ weight_ih.t() + (sum(biases) if biases else 0)  # [T, B, 4H]
     if direction == 1:
         preact_x = preact_x.flip(0)
-    h, _, _, gates, c_seq = reference.recurrence_fwd(
-        cell,
-        preact_x.unsqueeze(0),
-        [weight_hh],
-        hx[0][row : row + 1],
-        hx[1][row : row + 1].unsqueeze(0),
-        weight_hr=projections[row],
-    )
+    state = Entering(hx[0][row : row + 1], hx[1][row : row + 1].unsqueeze(0))
+    weights = Weights([weight_hh], weight_hr=projections[row])
+    h, _, _, gates, c_seq = reference.recurrence_fwd(spec, preact_x.unsqueeze(0), weights, state)
     T, B = x.shape[:2]
     i, f, g, o = gates.reshape(T, B, -1).chunk(4, -1)
     trace = GateTrace(i, f, g, o, h, c_seq.reshape(T, B, -1))

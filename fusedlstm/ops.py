@@ -15,16 +15,16 @@ features on one axis, so that both directions share each product. A recurrent we
 (`fusedlstm.products`).
 """
 
-import functools
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, transforms
+from fusedlstm import transforms
+from fusedlstm.cells import CELLS, Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.engines import failures, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
-from fusedlstm.noise import NO_NOISE, Batch
+from fusedlstm.noise import EVERY_ROW, Batch
 from fusedlstm.products import joined, product
 
 KERNELS = ("triton", "auto")  # engines that run them, if they can
@@ -50,36 +50,33 @@ def recurrence_fwd(
 
     gates and c_seq are empty unless saved; of padding, output and c_seq are zero, and gates have no meaning.
     """
-    layout, noise = Batch.of(tables, rates, place)
-    given = (preact_x, weight_hh, hx, cx, layout, vectors, noise)
+    spec, batch = Recurrence(CELLS[cell], None, save_gates, save_states), Batch.of(tables, rates, place)
+    given = (spec, preact_x, Weights(weight_hh, vectors), State(hx, cx), batch)
 
     def kernels():
         from fusedlstm.engines import launch
 
-        return launch.recurrence_fwd(cell, *given, save_gates=save_gates, save_states=save_states)
+        return launch.recurrence_fwd(*given)
 
-    at = partial(failures.where, hx.device, cell, preact_x.dtype, weight_hh, hx, layout)
-    return failures.attempt(engine, at, kernels, lambda: loop_fwd(cell, engine, *given, save_gates, save_states))
+    at = partial(failures.where, hx.device, cell, preact_x.dtype, weight_hh, hx, batch.layout)
+    return failures.attempt(engine, at, kernels, lambda: loop_fwd(engine, *given))
 
 
-def loop_fwd(cell, engine, preact_x, weight_hh, hx, cx, layout, vectors, noise, save_gates, save_states):
+def loop_fwd(
+    engine: str, spec: Recurrence, preact_x: Tensor, weights: Weights, state: State, batch: Batch = EVERY_ROW
+) -> Saved:
     """`recurrence_fwd` by torch operations; in the place of kernels computed in float32, as they do."""
-    dtypes = (preact_x.dtype, hx.dtype, cx.dtype, preact_x.dtype, c_seq_dtype(engine, preact_x))
-    preact_x, weight_hh, hx, cx, vectors = _widened(engine, (preact_x, weight_hh, hx, cx, vectors))
-    if noise.rates:
-        found = reference.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors=vectors, noise=noise)
-        *results, gates, c_seq = found
-        found = *results, gates if save_gates else gates.new_empty(0), c_seq if save_states else c_seq.new_empty(0)
-    else:
-        found = torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, save_gates, save_states, vectors)
-    return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
+    dtypes = (preact_x.dtype, *(s.dtype for s in state), preact_x.dtype, c_seq_dtype(engine, preact_x))
+    serves = reference if batch.noise.rates else torch_loop
+    saved = serves.recurrence_fwd(spec, *_widened(engine, (preact_x, weights, state)), batch)
+    return Saved(*(x.to(dtype) for x, dtype in zip(saved, dtypes, strict=True)))
 
 
 @recurrence_fwd.register_fake
 def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, tables, rates, place, save_gates, save_states):
     D, *rows, _ = preact_x.shape
     S, H = cx.size(0), hx.size(-1)
-    gates = preact_x.new_empty((*rows, D * cells.CELLS[cell].num_kept * H) if save_gates else 0)
+    gates = preact_x.new_empty((*rows, D * CELLS[cell].num_kept * H) if save_gates else 0)
     c_seq = preact_x.new_empty((S, *rows, D * H) if save_states else 0, dtype=c_seq_dtype(engine, preact_x))
     return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
@@ -103,30 +100,37 @@ def recurrence_bwd(
 
     `clip`: the largest element of the gradient of a state that enters a step.
     """
-    layout, noise = Batch.of(tables, rates, place)
-    states = (weight_hh, hx, cx, *saved)
+    spec, batch = Recurrence(CELLS[cell], clip), Batch.of(tables, rates, place)
+    given = (spec, Grads(*grads), _as_saved(saved, grads), Weights(weight_hh, vectors), State(hx, cx), batch)
 
     def kernels():
         from fusedlstm.engines import launch
 
-        return launch.recurrence_bwd(cell, *grads, *states, layout, clip, vectors, noise)
+        return launch.recurrence_bwd(*given)
 
-    at = partial(failures.where, hx.device, cell, saved[1].dtype, weight_hh, hx, layout)
-    own = (cell, engine, grads, states, layout, clip, vectors, noise)
-    return failures.attempt(engine, at, kernels, lambda: loop_bwd(*own))
+    at = partial(failures.where, hx.device, cell, saved[1].dtype, weight_hh, hx, batch.layout)
+    return failures.attempt(engine, at, kernels, lambda: loop_bwd(engine, *given))
 
 
-def loop_bwd(cell, engine, grads, states, layout, clip, vectors, noise):
+def _as_saved(saved: list[Tensor], grads: list[Tensor | None]) -> Saved:
+    """Of output, gates and c_seq; no backward looks at the final states."""
+    output, gates, c_seq = saved
+    return Saved(output, grads[2], grads[3], gates, c_seq)
+
+
+def loop_bwd(
+    engine: str,
+    spec: Recurrence,
+    grads: Grads,
+    saved: Saved,
+    weights: Weights,
+    state: State,
+    batch: Batch = EVERY_ROW,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`recurrence_bwd` by torch operations, from what either engine saved; as `loop_fwd`."""
-    _, hx, cx, _, gates, _ = states
-    dtypes = (gates.dtype, hx.dtype, cx.dtype)
-    grads, states, vectors = _widened(engine, (grads, states, vectors))
-    if noise.rates:
-        of = zip(grads, (states[3], states[5]), strict=False)
-        none = (torch.zeros_like(x) if g is None else g for g, x in of)
-        found = reference.recurrence_bwd(cell, *none, *grads[2:], *states, layout, clip, vectors, noise)
-    else:
-        found = torch_loop.recurrence_bwd(cell, *grads, *states, layout, clip, vectors)
+    dtypes = (saved.gates.dtype, *(s.dtype for s in state))
+    serves = reference if batch.noise.rates else torch_loop
+    found = serves.recurrence_bwd(spec, *_widened(engine, (grads, saved, weights, state)), batch)
     return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
 
 
@@ -152,29 +156,20 @@ def step_fwd(
     output [B, D*H], h_n [L*D, B, H], c_n [S, L*D, B, H] in the dtype of cx; of the last layer gates [B, D*K*H] and
     c_seq [S, B, D*H], empty unless saved.
     """
-    parameters = grouped(parameters, len(hx))
+    spec, parameters = Recurrence(CELLS[cell], None, save_gates, save_states), grouped(parameters, len(hx))
 
     def kernels():
         from fusedlstm.engines import launch
 
-        saves = {"save_gates": save_gates, "save_states": save_states}
-        return launch.step_fwd(cell, input, hx, cx, parameters, directions, **saves)
+        return launch.step_fwd(spec, input, State(hx, cx), parameters, directions)
 
     def loop():
         h_n, c_n, x = [], [], input.unsqueeze(0)
         for k in range(0, len(hx), directions):
             own, rows = parameters[k : k + directions], slice(k, k + directions)
-            preact_x = input_product(cell, x, own, None, DENSE)
-            given = (
-                preact_x,
-                [p[1] for p in own],
-                hx[rows],
-                cx[:, rows],
-                DENSE,
-                cells.CELLS[cell].step_vectors(own),
-                NO_NOISE,
-            )
-            x, h, c, gates, c_seq = loop_fwd(cell, engine, *given, save_gates, save_states)
+            weights = Weights([p[1] for p in own], spec.cell.step_vectors(own))
+            preact_x = input_product(spec.cell, x, own, None, DENSE)
+            x, h, c, gates, c_seq = loop_fwd(engine, spec, preact_x, weights, State(hx[rows], cx[:, rows]))
             h_n.append(h)
             c_n.append(c)
         gates, c_seq = gates.squeeze(0) if save_gates else gates, c_seq.squeeze(1) if save_states else c_seq
@@ -187,7 +182,7 @@ def step_fwd(
 @step_fwd.register_fake
 def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engine="triton"):
     (_, B, H), D = hx.shape, directions
-    gates = input.new_empty((B, D * cells.CELLS[cell].num_kept * hx.size(-1)) if save_gates else 0)
+    gates = input.new_empty((B, D * CELLS[cell].num_kept * hx.size(-1)) if save_gates else 0)
     c_seq = input.new_empty((cx.size(0), B, D * H) if save_states else 0, dtype=state_dtype(input.dtype))
     return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
@@ -208,19 +203,20 @@ def recompute(
 
     Of cells that add both parts of a preactivation.
     """
-    layout, noise = Batch.of(tables, rates, place)
+    spec, batch, state = Recurrence(CELLS[cell]), Batch.of(tables, rates, place), State(hx, cx)
 
     def kernels():
         from fusedlstm.engines import launch
 
-        return launch.recompute(cell, preact, hx, cx, layout, vectors, noise)
+        return launch.recompute(spec, preact, vectors, state, batch)
 
     def loop():
         nothing = [preact.new_zeros(preact.size(-1), hx.size(-1))] * len(hx) if rates else []
-        return loop_fwd(cell, engine, preact, nothing, hx, cx, layout, vectors, noise, True, True)[3:]
+        saved = loop_fwd(engine, spec, preact, Weights(nothing, vectors), state, batch)
+        return saved.gates, saved.c_seq
 
     # A launch of its own: nothing waits in it, and what fails here says nothing about the loops.
-    at = partial(failures.where, hx.device, f"{cell}, recomputed", preact.dtype, [], hx, layout)
+    at = partial(failures.where, hx.device, f"{cell}, recomputed", preact.dtype, [], hx, batch.layout)
     return failures.attempt(engine, at, kernels, loop)
 
 
@@ -250,36 +246,40 @@ def wave_fwd(
 
     `engine` is "triton" or "auto", as in `recurrence`.
     """
-    layout, _ = Batch.of(tables)
+    spec, batch = Recurrence(CELLS[cell], None, save_gates, save_states), Batch.of(tables)
 
     def kernels():
         from fusedlstm.engines import launch
 
-        stack, saves = launch.Stack(weight_ih, bias), {"save_gates": save_gates, "save_states": save_states}
-        return launch.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, layout, vectors, **saves, stack=stack)
+        weights = Weights(weight_hh, vectors, weight_ih, bias)
+        return launch.recurrence_fwd(spec, preact_x, weights, State(hx, cx), batch)
 
     def loop():
         found, x = [], preact_x
-        for k, w in enumerate(weight_hh):
-            own = slice(k, k + 1)
+        for k in range(len(weight_hh)):
             if k > 0:
                 x = product(found[-1][0].flatten(0, -2), weight_ih[k - 1].t(), bias[k - 1]).view(preact_x.shape)
-            given = (x, [w], hx[own], cx[:, own], layout, None if vectors is None else vectors[own], NO_NOISE)
-            found.append(loop_fwd(cell, engine, *given, save_gates, save_states))
+            found.append(loop_fwd(engine, spec, x, *_of_layer(k, weight_hh, vectors, hx, cx), batch))
         output, h_n, c_n, gates, c_seq = zip(*found, strict=True)
         gates = torch.stack(gates) if save_gates else gates[0]
         c_seq = torch.stack(c_seq, 1) if save_states else c_seq[0]
         return torch.stack(output), torch.cat(h_n), torch.cat(c_n, 1), gates, c_seq
 
-    at = functools.partial(failures.where, hx.device, failures.as_wave(cell), preact_x.dtype, weight_hh[:1], hx, layout)
+    at = partial(failures.where, hx.device, failures.as_wave(cell), preact_x.dtype, weight_hh[:1], hx, batch.layout)
     return failures.attempt(engine, at, kernels, loop)
+
+
+def _of_layer(k: int, weight_hh: list[Tensor], vectors: Tensor | None, hx: Tensor, cx: Tensor) -> tuple[Weights, State]:
+    """What layer k of a wave has of its own."""
+    own = slice(k, k + 1)
+    return Weights(weight_hh[own], None if vectors is None else vectors[own]), State(hx[own], cx[:, own])
 
 
 @wave_fwd.register_fake
 def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, tables, save_gates, save_states, *_):
     _, *rows, _ = preact_x.shape
     L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
-    gates = preact_x.new_empty((L, *rows, cells.CELLS[cell].num_kept * H) if save_gates else 0)
+    gates = preact_x.new_empty((L, *rows, CELLS[cell].num_kept * H) if save_gates else 0)
     c_seq = preact_x.new_empty((S, L, *rows, H) if save_states else 0, dtype=state_dtype(preact_x.dtype))
     return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
@@ -299,29 +299,29 @@ def wave_bwd(
     engine: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_preact like gates, grad_hx [L, B, H], grad_cx [S, L, B, H]; `engine` as in `wave_fwd`."""
-    layout, _ = Batch.of(tables)
+    spec, batch = Recurrence(CELLS[cell], clip), Batch.of(tables)
     output, gates, c_seq = saved
 
     def kernels():
         from fusedlstm.engines import launch
 
-        stack = launch.Stack(weight_ih)
-        return launch.recurrence_bwd(cell, *grads, weight_hh, hx, cx, *saved, layout, clip, vectors, stack=stack)
+        weights = Weights(weight_hh, vectors, weight_ih)
+        return launch.recurrence_bwd(spec, Grads(*grads), _as_saved(saved, grads), weights, State(hx, cx), batch)
 
     def loop():
         found, (*of_rows, grad_h_n, grad_c_n) = [], grads
         for k in reversed(range(len(weight_hh))):
             own = slice(k, k + 1)
-            states = ([weight_hh[k]], hx[own], cx[:, own], output[k], gates[k], c_seq[:, k])
-            arguments = (layout, clip, None if vectors is None else vectors[own], NO_NOISE)
-            found.append(loop_bwd(cell, engine, (*of_rows, grad_h_n[own], grad_c_n[:, own]), states, *arguments))
+            of_layer = Grads(*of_rows, grad_h_n[own], grad_c_n[:, own])
+            kept = _as_saved([output[k], gates[k], c_seq[:, k]], of_layer)
+            found.append(loop_bwd(engine, spec, of_layer, kept, *_of_layer(k, weight_hh, vectors, hx, cx), batch))
             if k > 0:  # the gradient of the input's preactivations comes first (`ParameterGradients`)
                 of_x = found[-1][0][..., : weight_ih.size(1)]
                 of_rows = product(of_x.flatten(0, -2), weight_ih[k - 1]).view(output[k].shape), None
         grad_preact, grad_hx, grad_cx = zip(*reversed(found), strict=True)
         return torch.stack(grad_preact), torch.cat(grad_hx), torch.cat(grad_cx, 1)
 
-    at = functools.partial(failures.where, hx.device, failures.as_wave(cell), gates.dtype, weight_hh[:1], hx, layout)
+    at = partial(failures.where, hx.device, failures.as_wave(cell), gates.dtype, weight_hh[:1], hx, batch.layout)
     return failures.attempt(engine, at, kernels, loop)
 
 
@@ -330,10 +330,9 @@ def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_):
     return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
-def is_one_step(cell: str, engine: str, input: Tensor, layout: Layout) -> bool:
+def is_one_step(cell: Cell, engine: str, input: Tensor, layout: Layout) -> bool:
     """Whether one kernel can take an input [T, B, I] whole: a single step, without masks, in which no program waits."""
-    waits = cells.CELLS[cell].norms
-    return engine in KERNELS and not waits and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
+    return engine in KERNELS and not cell.norms and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
 
 
 def states_beside_h(state: tuple[Tensor, ...]) -> Tensor:
@@ -354,7 +353,8 @@ def _widened(engine: str, tree):
         return tree
     if isinstance(tree, Tensor):
         return tree.float()
-    return type(tree)(_widened(engine, x) for x in tree)
+    values = [_widened(engine, x) for x in tree]
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -374,37 +374,37 @@ def is_batch_major(input: Tensor) -> bool:
     return input.dim() == 3 and input.stride(0) < input.stride(1)
 
 
-def input_product(cell: str, input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
+def input_product(cell: Cell, input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:
     """preact_x [D, T, B, G*H] or [D, R, G*H] of all steps and directions: one product, in the order of `input` in
     memory.
     """
     return preact_from(cell, input, input_products(cell, input, parameters), parameters, preact_0, layout)
 
 
-def input_products(cell: str, input: Tensor, parameters: list) -> Tensor:
+def input_products(cell: Cell, input: Tensor, parameters: list) -> Tensor:
     """W x of all directions, [T, B, D, G*H] or [R, D, G*H], in the order of `input` in memory; with biases unless norms
     follow.
     """
     by_batch = is_batch_major(input)
     ordered = input.transpose(0, 1) if by_batch else input
     weight_ih = joined([p[0] for p in parameters])  # [D*G*H, I]
-    adds_bias = cells.CELLS[cell].has_bias(parameters[0]) and not cells.CELLS[cell].norms
-    bias = joined([cells.CELLS[cell].input_bias(p) for p in parameters]) if adds_bias else None
+    adds_bias = cell.has_bias(parameters[0]) and not cell.norms
+    bias = joined([cell.input_bias(p) for p in parameters]) if adds_bias else None
     products = product(ordered.flatten(0, -2), weight_ih.t(), bias)
     products = products.view(*ordered.shape[:-1], len(parameters), parameters[0][0].size(0))
     return products.transpose(0, 1) if by_batch else products
 
 
 def preact_from(
-    cell: str, input: Tensor, products: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout
+    cell: Cell, input: Tensor, products: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout
 ) -> Tensor:
     """preact_x from the products: normed where the cell has norms, else the products themselves, of which the first
     steps' change.
     """
     preact = products
-    if cells.CELLS[cell].norms:
+    if cell.norms:
         by_batch = is_batch_major(input)
-        preact = cells.CELLS[cell].normed(products.transpose(0, 1) if by_batch else products, parameters)
+        preact = cell.normed(products.transpose(0, 1) if by_batch else products, parameters)
         preact = preact.transpose(0, 1) if by_batch else preact
     preact = preact.movedim(-2, 0)
     for d in range(0 if preact_0 is None else len(parameters)):

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import checks, engines, functional
 from fusedlstm.base import Recurrent, State, as_states
+from fusedlstm.cells import CELLS
 from fusedlstm.plan import PlanError, tuned
 from fusedlstm.plan.tuned import Call, Problem
 
@@ -169,7 +170,7 @@ class _Run:
         states = (data.new_empty(module.num_layers, batch, module.hidden_size),)  # of which only the shape is asked
         sizes = (self.batch_sizes, masked, module.num_layers, 1 + bool(module.bidirectional), module.proj_size)
         with torch.set_grad_enabled(training):
-            return functional.tuned_call(module.cell, data, states, module._flat_weights, dtype, *sizes)
+            return functional.tuned_call(CELLS[module.cell], data, states, module._flat_weights, dtype, *sizes)
 
     def _backward(self, data, results) -> None:
         wanted = [data, *(p for p in self.module.parameters() if p.requires_grad)]

@@ -10,9 +10,32 @@ import itertools
 from collections.abc import Callable
 
 from fusedlstm.cells import coupled, gru, layernorm, lstm, peephole, rnn, slstm
-from fusedlstm.cells.cell import CELLS, EQUATIONS, LOOPS, Cell, Equations, Loop
+from fusedlstm.cells.cell import (
+    CELLS,
+    EQUATIONS,
+    LOOPS,
+    Cell,
+    Equations,
+    Grads,
+    Loop,
+    Recurrence,
+    Saved,
+    State,
+    Weights,
+)
 
-__all__ = ["CELLS", "Cell", "Equations", "Loop", "register_cell"]
+__all__ = [
+    "CELLS",
+    "Cell",
+    "Equations",
+    "Grads",
+    "Loop",
+    "Recurrence",
+    "Saved",
+    "State",
+    "Weights",
+    "register_cell",
+]
 
 PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 

@@ -1,4 +1,6 @@
-r"""What a recurrent cell is made of: its names, its equations in torch, and how it takes a layer's parameters.
+r"""The parts of a recurrent cell: its names, its equations in torch, and how it takes the parameters of a layer.
+
+The file also has the arguments and results that every engine has for a recurrence over a cell.
 
 The equations of a cell are four functions. Their arguments are tuples of tensors [B, H], or with any leading axes in
 place of B. Vectors are [H]:
@@ -66,6 +68,7 @@ class Cell(NamedTuple):
         norms: Whether both products are normalised over all G*H values before they are added, so a unit needs sums over
             the others within a step. The first two vectors are then the gains of these norms, [G*H] each. The step
             takes the second one only, as G vectors.
+        without_norms: For a cell with norms, the name of the cell with the same gates and states but without them.
         aten: The name of ATen's function of the same cell, or None.
     """
 
@@ -77,6 +80,7 @@ class Cell(NamedTuple):
     vectors: tuple[str, ...] = ()
     bias_in_step: bool = False
     norms: bool = False
+    without_norms: str | None = None
     aten: str | None = None
 
     @property
@@ -87,6 +91,11 @@ class Cell(NamedTuple):
     def loop(self) -> Loop | None:
         """The fast step on a CPU. With None the CPU loop derives a step from the equations."""
         return LOOPS.get(self.name)
+
+    @property
+    def plain(self) -> "Cell":
+        """The cell that is left of a cell with norms if both products are normalised already."""
+        return CELLS[self.without_norms or self.name]
 
     @property
     def num_gates(self) -> int:
@@ -161,6 +170,64 @@ class Cell(NamedTuple):
             return list(gradient.unbind(0))
         G = self.num_gates
         return [gradient[:G].flatten(), *gradient[G:].unbind(0)]
+
+
+# Every engine has these two functions for a recurrence over a cell (`fusedlstm.engines`):
+#
+#     recurrence_fwd(spec, preact_x, weights, state, batch) -> Saved
+#     recurrence_bwd(spec, grads, saved, weights, state, batch) -> grad_preact, grad_hx, grad_cx
+#
+# preact_x [D, T, B, G*H] or packed [D, R, G*H] is the input's part of the preactivations. `batch` is a
+# `fusedlstm.noise.Batch`. D recurrences are the directions of one layer.
+
+
+class Recurrence(NamedTuple):
+    """The settings of a recurrence, without tensors."""
+
+    cell: Cell
+    # The limit for an element of the gradient of a state that enters a step. None is no limit.
+    clip: float | None = None
+    # Whether the forward keeps what the backward needs. A tensor that is not kept is empty.
+    save_gates: bool = True
+    save_states: bool = True
+
+
+class Weights(NamedTuple):
+    """The parameters that a step needs."""
+
+    weight_hh: list[Tensor]  # D times [G*H, DH]; none if preact_x has the recurrent part already
+    vectors: Tensor | None = None  # [D, V, H]
+    # In a wave the recurrences are the layers of a stack. These are the input weights of the layers above the first.
+    weight_ih: Tensor | None = None  # [D-1, G*H, H]
+    bias: Tensor | None = None  # [D-1, G*H], for the forward
+    # A projection of h, which only the specification has.
+    weight_hr: list[Tensor] | None = None  # D times [P, H]
+
+
+class State(NamedTuple):
+    """The states before the first step."""
+
+    hx: Tensor  # [D, B, H]
+    cx: Tensor  # [S, D, B, H]: the states beside h
+
+
+class Saved(NamedTuple):
+    """The results of a forward. Packed sequences have [R] in place of [T, B]. A wave has [D, T, B, H] and so on."""
+
+    output: Tensor  # [T, B, D*H]: zero in padding
+    h_n: Tensor  # [D, B, H]
+    c_n: Tensor  # [S, D, B, H]
+    gates: Tensor  # [T, B, D*K*H]: after the nonlinearities; of no meaning in padding
+    c_seq: Tensor  # [S, T, B, D*H]: zero in padding
+
+
+class Grads(NamedTuple):
+    """The gradients of the results of a forward. None is zero."""
+
+    output: Tensor | None
+    c_seq: Tensor | None
+    h_n: Tensor
+    c_n: Tensor
 
 
 # All by the name of the cell. `fusedlstm.cells.register_cell` fills them.

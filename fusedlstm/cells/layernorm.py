@@ -30,6 +30,7 @@ CELL = Cell(
     x_blocks=(0, 1, 2, 3),
     vectors=("gain_ih", "gain_hh", "gain_c", "bias_c"),
     norms=True,
+    without_norms="lstm",
 )
 
 

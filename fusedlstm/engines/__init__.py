@@ -56,14 +56,14 @@ def requested(backend: str) -> str:
 def why_not_triton(
     device: torch.device,
     dtype: torch.dtype,
-    cell: str = "lstm",
+    cell: str | None = None,
     hidden: int | None = None,
     directions: int = 1,
     clipped_projection: bool = False,
     layout: str = "dense",
     heads: int = 1,
 ) -> str | None:
-    """The reason why the kernels cannot serve a call, or None if they can. If `hidden` is None, sizes do not matter."""
+    """The reason why the kernels cannot serve a call, or None. If `cell` or `hidden` is None, it does not matter."""
     if not TRITON_IS_INSTALLED:
         return 'the package triton is not installed (it exists for Linux only): pip install ".[triton]"'
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
@@ -79,7 +79,7 @@ def why_not_triton(
         return 'Triton interprets with numpy, which is not installed: pip install ".[interpret]"'
     from fusedlstm.engines import launch
 
-    if cell not in launch.STEPS:
+    if cell is not None and cell not in launch.STEPS:
         return f"the kernels have no cell {cell!r}, they have {', '.join(launch.STEPS)}"
     if device.type == "cuda":
         return launch.why_not(cell, hidden, dtype, directions, device, layout, heads)
@@ -95,7 +95,7 @@ def choice(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-    cell: str = "lstm",
+    cell: str | None = None,
     hidden: int | None = None,
     directions: int = 1,
     clipped_projection: bool = False,

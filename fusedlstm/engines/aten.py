@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm.cells import Cell
 from fusedlstm.layout import Layout
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
@@ -35,17 +35,7 @@ IN_WORDS = {
 }
 
 
-def has(cell: str) -> bool:
-    """Whether ATen has the cell."""
-    return _name(cell) is not None
-
-
-def _name(cell: str) -> str | None:
-    """The name of ATen's function of the cell."""
-    return cells.CELLS[cell].aten
-
-
-def compute_dtype(cell: str, device: torch.device, dtype: torch.dtype, schedule: str, dense: bool) -> torch.dtype:
+def compute_dtype(cell: Cell, device: torch.device, dtype: torch.dtype, schedule: str, dense: bool) -> torch.dtype:
     """The dtype in which to compute. It is float32 if ATen's code for half precision is slow or inexact.
 
     `dense` says that the sequences are not packed.
@@ -55,13 +45,13 @@ def compute_dtype(cell: str, device: torch.device, dtype: torch.dtype, schedule:
     if schedule == "loop":
         return torch.float32
     if device.type == "cpu":
-        fused = _name(cell) == "lstm" and dtype == torch.bfloat16 and dense and _onednn_has_bfloat16()
+        fused = cell.aten == "lstm" and dtype == torch.bfloat16 and dense and _onednn_has_bfloat16()
         return dtype if fused else torch.float32
     return dtype
 
 
 def schedule(
-    cell: str,
+    cell: Cell,
     input: Tensor,
     dtype: torch.dtype,
     batch_sizes: Tensor | None,
@@ -77,14 +67,14 @@ def schedule(
     On a CPU oneDNN is slow with a single step. ATen is slow with packed sequences of different lengths, and with the
     gradients of cells that oneDNN does not have.
     """
-    if not has(cell):
+    if cell.aten is None:
         return "loop"
     steps = len(batch_sizes) if batch_sizes is not None else input.size(1 if batch_first else 0)
     if input.is_cuda:
         return "runs" if batch_sizes is None and steps > CUDNN_STEPS else "stack"
     if input.device.type != "cpu":
         return "stack"
-    if _name(cell) != "lstm":
+    if cell.aten != "lstm":
         if batch_sizes is not None and torch.compiler.is_compiling():  # no graph is for some lengths
             return "loop"
         return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
@@ -110,7 +100,7 @@ def _weights_as_they_lie():
 
 
 def stack(
-    cell: str,
+    cell: Cell,
     schedule: str,
     input: Tensor,  # [T, B, I], or [B, T, I] with batch_first, or packed [R, I]
     batch_sizes: Tensor | None,  # [T] on the CPU if packed
@@ -138,7 +128,7 @@ def stack(
         output, states = _step(cell, input.squeeze(1 if batch_first else 0), states, weights, bias, *options)
         return output.unsqueeze(1 if batch_first else 0), states
     if schedule == "stretches":
-        return _by_direction(_by_stretches(batch_sizes, training), input, states, weights, *options)
+        return _by_direction(_by_stretches(cell, batch_sizes, training), input, states, weights, *options)
     if batch_sizes is not None:
         runs = _runs_of_sequences(batch_sizes)
         return _by_direction(_by_runs(cell, runs, training), input, states, weights, *options)
@@ -151,7 +141,7 @@ def stack(
 
 
 def cell(
-    cell: str,
+    cell: Cell,
     input: Tensor,  # [B, I]
     states: tuple[Tensor, ...],  # h first, each [B, H]
     weight_ih: Tensor,  # [G*H, I]
@@ -161,7 +151,7 @@ def cell(
 ) -> tuple[Tensor, ...]:
     """Run one step by ATen. Returns the states after it, each [B, H]."""
     biases = () if bias_ih is None else (bias_ih, bias_hh)
-    new = getattr(torch._VF, f"{_name(cell)}_cell")(input, _given(states), weight_ih, weight_hh, *biases)
+    new = getattr(torch._VF, f"{cell.aten}_cell")(input, _given(states), weight_ih, weight_hh, *biases)
     return new if len(states) == 2 else (new,)
 
 
@@ -170,10 +160,10 @@ def _given(states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
     return states if len(states) == 2 else states[0]
 
 
-def _layers(cell: str, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
+def _layers(cell: Cell, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
     """Call ATen's function of the cell for whole layers."""
     sizes = () if batch_sizes is None else (batch_sizes,)
-    output, *states = getattr(torch._VF, _name(cell))(input, *sizes, _given(states), weights, *options)
+    output, *states = getattr(torch._VF, cell.aten)(input, *sizes, _given(states), weights, *options)
     return output, tuple(states)
 
 
@@ -232,14 +222,14 @@ def _by_direction(
 
 
 def _dense(
-    cell: str, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], training: bool
+    cell: Cell, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], training: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run one layer forward in time, with x [T, B, I] and states [1, B, H]."""
     states = tuple(s.contiguous() for s in states)
     return _layers(cell, x, None, states, weights, len(weights) == 4, 1, 0.0, training, False, False)
 
 
-def _by_runs(cell: str, runs: list[tuple[int, int, int]], training: bool):
+def _by_runs(cell: Cell, runs: list[tuple[int, int, int]], training: bool):
     """A recurrence with one dense call for every run. The final state of a run is the initial state of the next.
 
     `runs` has the first row, the number of steps and the number of sequences of every run, in order of time. The
@@ -259,7 +249,7 @@ def _by_runs(cell: str, runs: list[tuple[int, int, int]], training: bool):
     return recurrence
 
 
-def _by_stretches(batch_sizes: Tensor, training: bool):
+def _by_stretches(cell: Cell, batch_sizes: Tensor, training: bool):
     """A recurrence of an LSTM with a dense call for every stretch of steps in which few of the sequences end.
 
     A sequence that has ended is held until the end of its stretch by one more input feature. It shuts the input gate
@@ -295,7 +285,7 @@ def _by_stretches(batch_sizes: Tensor, training: bool):
         for steps, n, source, living in stretches:
             final_c.append(c[:, n:])
             x = rows.index_select(0, source).view(steps, n, -1)
-            output, (h, c) = _dense("lstm", x, (h[:, :n], c[:, :n]), weights, training)
+            output, (h, c) = _dense(cell, x, (h[:, :n], c[:, :n]), weights, training)
             outputs.append(output.flatten(0, 1).index_select(0, living))
         output = torch.cat(outputs)
         h_n = output.index_select(0, ends).unsqueeze(0)

@@ -46,8 +46,8 @@ class Where(NamedTuple):
 
     device: torch.device
     sms: int | None
-    cell: str
-    hidden: int
+    cell: str | None
+    hidden: int | None
     dtype: torch.dtype
     directions: int
     layout: str
@@ -75,7 +75,13 @@ def where(device: torch.device, cell: str, dtype: torch.dtype, weight_hh: list, 
 
 @torch.compiler.assume_constant_result
 def reason(
-    device: torch.device, cell: str, hidden: int, dtype: torch.dtype, directions: int, layout: str, heads: int
+    device: torch.device,
+    cell: str | None,
+    hidden: int | None,
+    dtype: torch.dtype,
+    directions: int,
+    layout: str,
+    heads: int,
 ) -> str | None:
     """The reason why a launch of such a layer failed before, or None."""
     return (

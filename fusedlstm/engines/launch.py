@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fusedlstm import cells, products
 from fusedlstm import plan as planning
+from fusedlstm.cells import Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.engines import failures, stepping
 from fusedlstm.engines.bound import Bound, on, words
 from fusedlstm.kernels import barrier, exchange
@@ -22,8 +22,8 @@ from fusedlstm.kernels.product import Dot
 from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
-from fusedlstm.layout import DENSE, Layout
-from fusedlstm.noise import NO_NOISE, Noise, scale, threshold
+from fusedlstm.layout import Layout
+from fusedlstm.noise import EVERY_ROW, Batch, Noise, scale, threshold
 from fusedlstm.plan import Plan, devices, tuned
 from fusedlstm.plan.tuned import Problem
 
@@ -43,13 +43,6 @@ if INTERPRETED:
     from fusedlstm.engines import interpreter
 
     interpreter.repair_bfloat16()
-
-
-class Stack(NamedTuple):
-    """What the layers of a stack above the first make of the h of the layer below, in the launch of all of them."""
-
-    weight_ih: Tensor  # [D - 1, G*H, H]
-    bias: Tensor | None = None  # [D - 1, G*H], of the forward
 
 
 def constants(plan: Plan, **flags: bool) -> dict:
@@ -210,7 +203,7 @@ def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training, 
 # For a compiler an answer and no code: it is a constant of a layer, and the way to it leads through caches and files.
 @torch.compiler.assume_constant_result
 def why_not(
-    cell: str,
+    cell: str | None,
     hidden: int | None,
     dtype: torch.dtype,
     directions: int,
@@ -244,63 +237,51 @@ def _cached_plan(problem: Problem, index: int | None, generation: int, sms: int 
 
 
 def recurrence_fwd(
-    cell: str,
-    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous; of a stack layer 0's, [1, ...]
-    weight_hh: list[Tensor],  # D times [G*H, H / heads]
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]; c_n has its dtype
-    layout: Layout = DENSE,
-    vectors: Tensor | None = None,  # [D, V, H]
-    noise: Noise = NO_NOISE,
+    spec: Recurrence,
+    preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous; of a wave layer 0's, [1, ...]
+    weights: Weights,  # with `weight_ih` the D recurrences are the layers of a wave
+    state: State,
+    batch: Batch = EVERY_ROW,
     *,
-    save_gates: bool,
-    save_states: bool,
-    stack: Stack | None = None,
     plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel. Returns output, h_n, c_n, gates, c_seq as `recurrence.recurrence_fwd` does.
+) -> Saved:
+    """Launch the forward kernel. c_n has the dtype of cx; c_seq is float32.
 
-    With `stack` the D recurrences are the layers of a stack, and D is an axis of its own: output [D, T, B, H], gates
-    [D, T, B, K*H], c_seq [S, D, T, B, H].
+    Of a wave, D is an axis of its own: output [D, T, B, H], gates [D, T, B, K*H], c_seq [S, D, T, B, H].
     """
     _, *rows, GH = preact_x.shape
-    (D, B, H), S = hx.shape, cx.size(0)
-    packed = layout.first_row is not None
-    T = len(layout.first_row) - 1 if packed else rows[0]
-    sequence = (lambda width: (D, *rows, width)) if stack else (lambda width: (*rows, D * width))
-    new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
-    output, h_n, c_n = new(sequence(H)), new(D, B, H), new(S, D, B, H, dtype=cx.dtype)
-    gates = new(sequence(cells.CELLS[cell].num_kept * H) if save_gates else 0)
-    c_seq = new((S, *sequence(H)) if save_states else 0, dtype=torch.float32)
+    layout, hx, is_wave = batch.layout, state.hx, weights.weight_ih is not None
+    saved, T = _new_results(spec, preact_x, state, layout, is_wave)
+    D, B, H = hx.shape
     if B == 0:
-        return output, h_n, c_n, gates, c_seq
-    plan = plan or plan_for(cell, preact_x, weight_hh, hx, "fwd", layout.name, stack is not None)
+        return saved
+    plan = plan or plan_for(spec.cell.name, preact_x, weights.weight_hh, hx, "fwd", layout.name, is_wave)
     if plan.schedule == "stepped":
-        _only_dense(layout, stack, noise)
-        stepping.recurrence_fwd(plan, preact_x, weight_hh, vectors, hx, cx, output, h_n, c_n, gates, c_seq)
-        return output, h_n, c_n, gates, c_seq
-    counters = _counters(plan, output.device)
-    factor = noise.of_sequences(D, B, H, torch.float32)
+        _only_dense(batch, is_wave)
+        stepping.recurrence_fwd(plan, preact_x, weights, state, saved)
+        return saved
+    counters = _counters(plan, hx.device)
+    factor = batch.noise.of_sequences(D, B, H, torch.float32)
     aligned = plan.aligned_hidden
     # Whether the group reads something else of a step than its output: rows that are dropped, or aligned.
     apart = factor is not None or aligned > H
+    entering = _exchanged(preact_x.new_empty(_sequence(is_wave, rows, D, aligned)), plan) if apart else saved.output
     _launch(
         plan,
         preact_x_ptr=preact_x,
-        **_weights(weight_hh, stack, plan),
-        vectors_ptr=preact_x if vectors is None else vectors.contiguous(),
-        bias_ptr=stack.bias.contiguous() if stack else preact_x,
+        **_weights(weights, plan, preact_x),
+        bias_ptr=weights.bias.contiguous() if is_wave else preact_x,
         hx_ptr=hx.contiguous(),
-        cx_ptr=cx.float().contiguous(),
+        cx_ptr=state.cx.float().contiguous(),
         **_tables(layout, counters),
-        **_noise(noise, factor, hx, counters),
+        **_noise(batch.noise, factor, hx, counters),
         hx_entering_ptr=_padded(hx if factor is None else (hx * factor).to(hx.dtype), aligned),
-        entering_ptr=_exchanged(new(sequence(aligned)), plan) if apart else output,
-        output_ptr=output if apart else _exchanged(output, plan),
-        h_n_ptr=h_n,
-        c_n_ptr=c_n,
-        gates_ptr=gates,
-        c_seq_ptr=c_seq,
+        entering_ptr=entering,
+        output_ptr=saved.output if apart else _exchanged(saved.output, plan),
+        h_n_ptr=saved.h_n,
+        c_n_ptr=saved.c_n,
+        gates_ptr=saved.gates,
+        c_seq_ptr=saved.c_seq,
         arrived_ptr=counters,
         sums_ptr=_sums(plan, counters),
         T=T,
@@ -308,120 +289,141 @@ def recurrence_fwd(
         D=D,
         R=math.prod(rows),
         rows_preact_d=preact_x.stride(0) // GH,
-        rows_preact_t=0 if packed else preact_x.stride(1) // GH,
+        rows_preact_t=0 if layout.name == "packed" else preact_x.stride(1) // GH,
         rows_preact_b=preact_x.stride(-2) // GH,
-        flags={**_flags(layout), **_noises(noise), "SAVE_GATES": save_gates, "SAVE_STATES": save_states},
+        flags={
+            **_flags(layout),
+            **_noises(batch.noise),
+            "SAVE_GATES": spec.save_gates,
+            "SAVE_STATES": spec.save_states,
+        },
     )
-    return output, h_n, c_n, gates, c_seq
+    return saved
+
+
+def _sequence(is_wave: bool, rows: list[int], D: int, width: int) -> tuple[int, ...]:
+    """The shape of a sequence of `width` features a recurrence."""
+    return (D, *rows, width) if is_wave else (*rows, D * width)
+
+
+def _new_results(spec: Recurrence, preact_x: Tensor, state: State, layout: Layout, is_wave: bool) -> tuple[Saved, int]:
+    """What a forward writes, and T."""
+    _, *rows, _ = preact_x.shape
+    (D, B, H), S = state.hx.shape, state.cx.size(0)
+    new = functools.partial(torch.empty, dtype=preact_x.dtype, device=preact_x.device)
+    sequence = functools.partial(_sequence, is_wave, rows, D)
+    saved = Saved(
+        output=new(sequence(H)),
+        h_n=new(D, B, H),
+        c_n=new(S, D, B, H, dtype=state.cx.dtype),
+        gates=new(sequence(spec.cell.num_kept * H) if spec.save_gates else 0),
+        c_seq=new((S, *sequence(H)) if spec.save_states else 0, dtype=torch.float32),
+    )
+    return saved, rows[0] if layout.first_row is None else len(layout.first_row) - 1
 
 
 def recurrence_bwd(
-    cell: str,
-    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]; of a stack the last layer's, [T, B, H] or [R, H]
-    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]; the same
-    grad_h_n: Tensor,  # [D, B, H]
-    grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, H / heads]
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D*H] or [R, D*H]; these three as `recurrence_fwd` returns them
-    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
-    c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
-    layout: Layout = DENSE,
-    clip: float | None = None,
-    vectors: Tensor | None = None,  # [D, V, H]
-    noise: Noise = NO_NOISE,
+    spec: Recurrence,
+    grads: Grads,  # output and c_seq of a wave: the last layer's
+    saved: Saved,  # as `recurrence_fwd` returns it
+    weights: Weights,
+    state: State,
+    batch: Batch = EVERY_ROW,
     *,
-    stack: Stack | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel. Returns grad_preact like gates, grad_hx, grad_cx as `recurrence.recurrence_bwd`
-    does.
-    """
-    rows, width = output.shape[bool(stack) : -1], output.size(-1)
+    """Launch the backward kernel. Returns grad_preact like gates, grad_hx and grad_cx."""
+    layout, (hx, cx), is_wave = batch.layout, state, weights.weight_ih is not None
+    output, gates, c_seq = saved.output, saved.gates, saved.c_seq
     D, B, H = hx.shape
-    packed = layout.first_row is not None
-    T = len(layout.first_row) - 1 if packed else rows[0]
     grad_preact, grad_hx, grad_cx = torch.empty_like(gates), hx.new_empty(D, B, H), cx.new_empty(cx.shape)
     if B == 0:
         return grad_preact, grad_hx, grad_cx
-    plan = plan or plan_for(cell, gates, weight_hh, hx, "bwd", layout.name, stack is not None)
-    grad_c_seq = grad_c_seq if cx.size(0) else None
-    if grad_output is None:  # one row of zeros stands for all
-        grad_output = output.new_zeros(width).expand(*rows, width)
-    elif not _rows_of(grad_output, width):
-        grad_output = grad_output.contiguous()
+    plan = plan or plan_for(spec.cell.name, gates, weights.weight_hh, hx, "bwd", layout.name, is_wave)
+    rows, width = output.shape[is_wave:-1], output.size(-1)
+    grad_output = _readable(grads.output, rows, output)
+    grads = grads._replace(output=grad_output, c_seq=grads.c_seq if len(cx) else None)
     if plan.schedule == "stepped":
-        _only_dense(layout, stack, noise)
-        given = (grad_output, grad_c_seq, grad_h_n, grad_c_n, weight_hh, vectors, hx, cx, output, gates, c_seq, clip)
-        stepping.recurrence_bwd(plan, *given, grad_preact, grad_hx, grad_cx)
+        _only_dense(batch, is_wave)
+        stepping.recurrence_bwd(plan, spec.clip, grads, saved, weights, state, grad_preact, grad_hx, grad_cx)
         return grad_preact, grad_hx, grad_cx
     counters = _counters(plan, output.device)
     aligned = plan.aligned_hidden
+    exchanged = grad_preact
+    if aligned > H:
+        exchanged = gates.new_empty(*gates.shape[:-1], gates.size(-1) // H * aligned)
+    _exchanged(exchanged, plan)
     _launch(
         plan,
         grad_output_ptr=grad_output,
-        grad_c_seq_ptr=c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
-        grad_h_n_ptr=grad_h_n.contiguous(),
-        grad_c_n_ptr=grad_c_n.contiguous(),
-        **_weights(weight_hh, stack, plan),
-        vectors_ptr=gates if vectors is None else vectors.contiguous(),
+        grad_c_seq_ptr=c_seq if grads.c_seq is None else grads.c_seq.float().contiguous(),
+        grad_h_n_ptr=grads.h_n.contiguous(),
+        grad_c_n_ptr=grads.c_n.contiguous(),
+        **_weights(weights, plan, gates),
         hx_ptr=hx.contiguous(),
         cx_ptr=cx.float().contiguous(),
         **_tables(layout, counters),
-        **_noise(noise, noise.of_sequences(D, B, H, torch.float32), hx, counters),
+        **_noise(batch.noise, batch.noise.of_sequences(D, B, H, torch.float32), hx, counters),
         output_ptr=output.contiguous(),
         gates_ptr=gates,
         c_seq_ptr=c_seq,
-        statistics_ptr=_row_statistics(cell, gates, c_seq, D, H) if cells.CELLS[cell].norms else c_seq,
-        grad_preact_ptr=grad_preact if aligned > H else _exchanged(grad_preact, plan),
-        exchanged_ptr=_exchanged(gates.new_empty(*gates.shape[:-1], gates.size(-1) // H * aligned), plan)
-        if aligned > H
-        else grad_preact,
+        statistics_ptr=_row_statistics(spec.cell, gates, c_seq, D, H) if spec.cell.norms else c_seq,
+        grad_preact_ptr=grad_preact,
+        exchanged_ptr=exchanged,
         grad_hx_ptr=grad_hx,
         grad_cx_ptr=grad_cx,
         arrived_ptr=counters,
         sums_ptr=_sums(plan, counters),
-        T=T,
+        T=rows[0] if layout.first_row is None else len(layout.first_row) - 1,
         B=B,
         D=D,
         R=math.prod(rows),
-        rows_grad_output_t=0 if packed else grad_output.stride(0) // width,
+        rows_grad_output_t=0 if layout.name == "packed" else grad_output.stride(0) // width,
         rows_grad_output_b=grad_output.stride(-2) // width,
-        clip=0.0 if clip is None else clip,
+        clip=0.0 if spec.clip is None else spec.clip,
         flags={
             **_flags(layout),
-            **_noises(noise),
-            "CLIP": clip is not None,
-            "HAS_GRAD_C_SEQ": grad_c_seq is not None,
+            **_noises(batch.noise),
+            "CLIP": spec.clip is not None,
+            "HAS_GRAD_C_SEQ": grads.c_seq is not None,
         },
     )
     return grad_preact, grad_hx, grad_cx
 
 
+def _readable(grad_output: Tensor | None, rows: torch.Size, output: Tensor) -> Tensor:
+    """The gradient of the output as the kernel reads it; without one, a row of zeros stands for all."""
+    width = output.size(-1)
+    if grad_output is None:
+        return output.new_zeros(width).expand(*rows, width)
+    return grad_output if _rows_of(grad_output, width) else grad_output.contiguous()
+
+
 def step_fwd(
-    cell: str,
+    spec: Recurrence,
     input: Tensor,  # [B, I]
-    hx: Tensor,  # [L*D, B, H]
-    cx: Tensor,  # [S, L*D, B, H]
-    parameters: list[list[Tensor]],  # per layer and direction, as in `fusedlstm.products`
+    state: State,  # hx [L*D, B, H], cx [S, L*D, B, H]
+    parameters: list[list[Tensor]],  # per layer and direction, as in `fusedlstm.cells.cell`
     directions: int,
-    *,
-    save_gates: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of a stack, one launch a layer. Returns output, h_n, c_n, gates, c_seq as `recurrence.step_fwd` does."""
-    (_, B, H), D, S = hx.shape, directions, cx.size(0)
+) -> Saved:
+    """One step of a stack, one launch a layer: output [B, D*H], h_n and c_n like `state`, and of the last layer gates
+    [B, D*K*H] and c_seq [S, B, D*H].
+    """
+    (_, B, H), D, S = state.hx.shape, directions, state.cx.size(0)
     new = functools.partial(torch.empty, dtype=input.dtype, device=input.device)
-    output = [new(B, D * H) for _ in parameters[::D]]
-    h_n, c_n = new(hx.shape), new(cx.shape, dtype=cx.dtype)
-    gates = new((B, D * cells.CELLS[cell].num_kept * H) if save_gates else 0)
-    c_seq = new((S, B, D * H) if save_states else 0, dtype=torch.float32)
+    outputs = [new(B, D * H) for _ in parameters[::D]]
+    saved = Saved(
+        output=outputs[-1],
+        h_n=new(state.hx.shape),
+        c_n=new(state.cx.shape, dtype=state.cx.dtype),
+        gates=new((B, D * spec.cell.num_kept * H) if spec.save_gates else 0),
+        c_seq=new((S, B, D * H) if spec.save_states else 0, dtype=torch.float32),
+    )
     if B > 0:
         heads = H // parameters[0][1].size(1)
-        plans = [step_plan_for(cell, input, H, D, heads, p[0].size(1)) for p in parameters[::D]]
-        stepping.single_step(plans, input, hx, cx, parameters, output, h_n, c_n, gates, c_seq)
-    return output[-1], h_n, c_n, gates, c_seq
+        plans = [step_plan_for(spec.cell.name, input, H, D, heads, p[0].size(1)) for p in parameters[::D]]
+        stepping.single_step(plans, input, state, parameters, outputs, saved)
+    return saved
 
 
 def step_plan_for(cell: str, like: Tensor, H: int, D: int, heads: int, input_size: int) -> Plan:
@@ -448,22 +450,21 @@ def _cached_step_plan(
     return planning.step_plan(cell, B, H, DTYPES[dtype], D, limits, "fwd", precision, heads, input_size)
 
 
-def _only_dense(layout: Layout, stack: Stack | None, noise: Noise) -> None:
-    got = "a stack" if stack else "zoneout or dropout" if noise.rates else layout.name
+def _only_dense(batch: Batch, is_wave: bool) -> None:
+    got = "a stack" if is_wave else "zoneout or dropout" if batch.noise.rates else batch.layout.name
     if got != "dense":
         raise ValueError(f"plan: the schedule 'stepped' runs dense batches of one layer, got {got}")
 
 
 def recompute(
-    cell: str,
+    spec: Recurrence,
     preact: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]; rows of G*H contiguous, one distance from row to row
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    layout: Layout = DENSE,
-    vectors: Tensor | None = None,  # [D, V, H]
-    noise: Noise = NO_NOISE,
+    vectors: Tensor | None,  # [D, V, H]
+    state: State,
+    batch: Batch = EVERY_ROW,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel that needs no product. Returns gates and c_seq as `recurrence.recompute` does."""
+    """Launch the kernel that needs no product. Returns gates and c_seq as `recurrence_fwd` does."""
+    layout, noise, (hx, cx) = *batch, state
     D, *rows, GH = preact.shape
     B, H, S = hx.size(1), hx.size(2), cx.size(0)
     gates = torch.empty(*rows, D * GH, dtype=preact.dtype, device=preact.device)
@@ -476,7 +477,7 @@ def recompute(
     launch = Bound(
         recompute_kernel,
         (B, triton.cdiv(H, RECOMPUTED_UNITS), D),  # the first axis of a grid is the long one
-        {**sizes, "STEP": STEPS[cell][0], **_flags(layout), **noises},
+        {**sizes, "STEP": STEPS[spec.cell.name][0], **_flags(layout), **noises},
         {"num_warps": RECOMPUTED_UNITS // 32, "sanitize_overflow": False},
     )
     with on(preact.device):
@@ -499,17 +500,21 @@ def recompute(
     return gates, c_seq
 
 
-def _weights(weight_hh: list[Tensor], stack: Stack | None, plan: Plan) -> dict[str, Tensor]:
+def _weights(weights: Weights, plan: Plan, unread: Tensor) -> dict[str, Tensor]:
     """The weights of all recurrences in one tensor each, with aligned rows; a single one is taken as it lies if it has
-    these.
+    these. `unread` stands where the kernel never looks.
     """
+    weight_hh, vectors = weights.weight_hh, weights.vectors
     weight_hh = weight_hh[0].contiguous() if len(weight_hh) == 1 else torch.stack(weight_hh)
-    weight_ih = stack.weight_ih.contiguous() if stack else weight_hh
+    weight_ih = weight_hh if weights.weight_ih is None else weights.weight_ih.contiguous()
     H, aligned = plan.hidden, plan.aligned_hidden
-    if aligned == H:
-        return {"weight_hh_ptr": weight_hh, "weight_ih_ptr": weight_ih}
-    weights = (_padded(w.unflatten(-2, (-1, H)), aligned, rows=True) for w in (weight_hh, weight_ih))
-    return dict(zip(("weight_hh_ptr", "weight_ih_ptr"), weights, strict=True))
+    if aligned > H:
+        weight_hh, weight_ih = (_padded(w.unflatten(-2, (-1, H)), aligned, rows=True) for w in (weight_hh, weight_ih))
+    return {
+        "weight_hh_ptr": weight_hh,
+        "weight_ih_ptr": weight_ih,
+        "vectors_ptr": unread if vectors is None else vectors.contiguous(),
+    }
 
 
 def _padded(x: Tensor, width: int, *, rows: bool = False) -> Tensor:
@@ -642,7 +647,7 @@ def _sums(plan: Plan, unread: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64, device=unread.device)
 
 
-def _row_statistics(cell: str, gates: Tensor, c_seq: Tensor, D: int, H: int) -> Tensor:
+def _row_statistics(cell: Cell, gates: Tensor, c_seq: Tensor, D: int, H: int) -> Tensor:
     """Of every row and direction what the backward of both norms needs, [R, D, 4] float32 (`kernels.norms`)."""
     R = gates.numel() // gates.size(-1)
     found = torch.empty(R, D, 4, dtype=torch.float32, device=gates.device)
@@ -655,14 +660,13 @@ def _row_statistics(cell: str, gates: Tensor, c_seq: Tensor, D: int, H: int) -> 
     return found
 
 
-def row_statistics_constants(cell: str, H: int) -> dict:
+def row_statistics_constants(cell: Cell, H: int) -> dict:
     """The compile-time arguments of `row_statistics_kernel`, and its warps: a thread has 32 numbers or less."""
-    of = cells.CELLS[cell]
-    block = triton.next_power_of_2(of.num_gates * H)
+    block = triton.next_power_of_2(cell.num_gates * H)
     return {
         "H": H,
-        "G": of.num_gates,
-        "KEPT": of.num_kept,
+        "G": cell.num_gates,
+        "KEPT": cell.num_kept,
         "BLOCK_GH": block,
         "BLOCK_H": triton.next_power_of_2(H),
         "num_warps": max(1, min(32, block // 1024)),

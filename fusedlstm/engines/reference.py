@@ -17,12 +17,13 @@ The step and its backward are those of `fusedlstm.cells.cell`; everything here i
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, transforms
-from fusedlstm.layout import DENSE, Layout, spans
-from fusedlstm.noise import NO_NOISE, Noise
+from fusedlstm import transforms
+from fusedlstm.cells import Grads, Recurrence, Saved, State, Weights
+from fusedlstm.layout import Layout, spans
+from fusedlstm.noise import EVERY_ROW, Batch
 from fusedlstm.products import recurrent_product, recurrent_product_backward
 
-State = tuple[Tensor, ...]  # h first, each [B, H]
+States = tuple[Tensor, ...]  # h first, each [B, H]
 
 
 def steps_of(T: int, direction: int) -> range:
@@ -74,7 +75,7 @@ def _lives(layout: Layout, t: int) -> Tensor | None:
     return (t < layout.lengths).unsqueeze(1)
 
 
-def _where(condition: Tensor | None, yes: State, no: State | float) -> State:
+def _where(condition: Tensor | None, yes: States, no: States | float) -> States:
     """State by state; all of `yes` if there is no condition."""
     if condition is None:
         return yes
@@ -82,7 +83,7 @@ def _where(condition: Tensor | None, yes: State, no: State | float) -> State:
     return tuple(torch.where(condition, y, n) for y, n in zip(yes, no, strict=True))
 
 
-def _stack(states: State, empty: Tensor) -> Tensor:
+def _stack(states: States, empty: Tensor) -> Tensor:
     """The states beside h, [S, B, H]; `empty`, which has that shape, if there are none."""
     return torch.stack(states) if states else empty
 
@@ -92,7 +93,7 @@ def _of_step(masks: tuple, first: int, n: int) -> tuple:
     return tuple(m[first : first + n] if isinstance(m, Tensor) else m for m in masks)
 
 
-def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: State, entered: State) -> State:
+def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: States, entered: States) -> States:
     """Zoneout of a state: masks or, in the mean, numbers."""
     return tuple(
         s if isinstance(held, float) and held == 0 else held * e + (1 - held) * s
@@ -101,41 +102,31 @@ def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: State, entere
 
 
 def recurrence_fwd(
-    cell: str,
+    spec: Recurrence,
     preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
-    weight_hh: list[Tensor],  # D times [G * H, P], or [G * H, DH] with heads
-    hx: Tensor,  # [D, B, P]
-    cx: Tensor,  # [S, D, B, H]
-    layout: Layout = DENSE,
-    weight_hr: list[Tensor] | None = None,  # D times [P, H]
-    clip: float | None = None,
-    vectors: Tensor | None = None,  # [D, V, H]
-    noise: Noise = NO_NOISE,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights: Weights,  # weight_hh D times [G * H, P], or [G * H, DH] with heads
+    state: State,  # hx [D, B, P], cx [S, D, B, H]
+    batch: Batch = EVERY_ROW,
+) -> Saved:
     """All T steps of one layer, both directions; plain autograd can differentiate it.
 
-    Args:
-        clip: the largest element of the gradient of a state that enters a step.
-        noise: what regularises the steps.
-
-    Returns:
-        output [T, B, D * P], h_n [D, B, P], c_n [S, D, B, H], gates [T, B, D * K * H] (after the nonlinearity) and
-        c_seq [S, T, B, D * H]; [R, ...] in place of [T, B, ...]. All but gates are zero in padding.
+    With a projection, output is [T, B, D * P] and h_n [D, B, P].
     """
-    num_gates, step = cells.CELLS[cell].num_gates, cells.CELLS[cell].equations.step
+    num_gates, step = spec.cell.num_gates, spec.cell.equations.step
+    (weight_hh, vectors, _, _, weight_hr), (hx, cx), (layout, noise), clip = weights, state, batch, spec.clip
     D, *leading, _ = preact_x.shape
     steps = spans(layout.first_row, leading)
     preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]
     factors = noise.of_sequences(*hx.shape, hx.dtype)
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
-        state, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
+        states, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
         masks = noise.of_rows(preact_x.size(1), d, hx.size(-1), hx)
-        states, gates = [None] * len(steps), [None] * len(steps)
+        by_step, gates = [None] * len(steps), [None] * len(steps)
         for t in steps_of(len(steps), d):
             first, n = steps[t]  # sequences 0 to n - 1 have this step; the others have ended, or in reverse not begun
             lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
-            entered = tuple(s[:n] for s in state)
+            entered = tuple(s[:n] for s in states)
             if clip is not None:
                 entered = tuple(transforms.apply(_ClipGradient, s, clip) for s in entered)
             if cut is not None:
@@ -148,64 +139,58 @@ def recurrence_fwd(
             now = _held(held_h, held_c, now, entered)
             if weight_hr:
                 now = (now[0] @ weight_hr[d].t(), *now[1:])
-            states[t] = _where(lives, now, 0.0)
-            now = _where(lives, now, tuple(s[:n] for s in state))
-            state = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, state, strict=True))
-        output.append(torch.cat([s[0] for s in states]))
-        h_n.append(state[0])
-        c_n.append(_stack(state[1:], cx[:, d]))
+            by_step[t] = _where(lives, now, 0.0)
+            now = _where(lives, now, tuple(s[:n] for s in states))
+            states = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, states, strict=True))
+        output.append(torch.cat([s[0] for s in by_step]))
+        h_n.append(states[0])
+        c_n.append(_stack(states[1:], cx[:, d]))
         gates_seq.append(torch.cat([torch.cat(g, -1) for g in gates]))
-        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : len(s[0])]) for s in states], 1))
-    return (
+        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : len(s[0])]) for s in by_step], 1))
+    return Saved(
         torch.cat(output, -1).unflatten(0, leading),
         torch.stack(h_n),
         torch.stack(c_n, 1),
-        torch.cat(gates_seq, -1).unflatten(0, leading),
-        torch.cat(c_seq, -1).unflatten(1, leading),
+        torch.cat(gates_seq, -1).unflatten(0, leading) if spec.save_gates else hx.new_empty(0),
+        torch.cat(c_seq, -1).unflatten(1, leading) if spec.save_states else hx.new_empty(0),
     )
 
 
 def recurrence_bwd(
-    cell: str,
-    grad_output: Tensor,  # [T, B, D * H] or packed [R, D * H]
-    grad_c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
-    grad_h_n: Tensor,  # [D, B, H]
-    grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G * H, DH]
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D * H] or [R, D * H]
-    gates: Tensor,  # [T, B, D * K * H] or [R, D * K * H]
-    c_seq: Tensor,  # [S, T, B, D * H] or [S, R, D * H]
-    layout: Layout = DENSE,
-    clip: float | None = None,
-    vectors: Tensor | None = None,  # [D, V, H]
-    noise: Noise = NO_NOISE,
+    spec: Recurrence,
+    grads: Grads,
+    saved: Saved,
+    weights: Weights,
+    state: State,
+    batch: Batch = EVERY_ROW,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that must be found step by step; those of the weights follow from them as one product each.
 
     Returns:
         grad_preact like gates (zero in padding), grad_hx [D, B, H], grad_cx [S, D, B, H].
     """
-    of, step_backward = cells.CELLS[cell], cells.CELLS[cell].equations.step_backward
+    of, step_backward = spec.cell, spec.cell.equations.step_backward
     first_h = of.first_h_block
-    *leading, _ = gates.shape
+    (weight_hh, vectors, *_), (hx, cx), (layout, noise), clip = weights, state, batch, spec.clip
+    *leading, _ = saved.gates.shape
     D, H, steps = len(weight_hh), hx.size(-1), spans(layout.first_row, leading)
-    output, grad_output, gates = (
-        x.reshape(-1, D, x.size(-1) // D) for x in (output, grad_output, gates)
+    output, gates, grad_output = (
+        x.reshape(-1, D, x.size(-1) // D) for x in (saved.output, saved.gates, _or_zero(grads.output, saved.output))
     )  # [R, D, features]
-    c_seq, grad_c_seq = (x.reshape(len(cx), len(output), D, H) for x in (c_seq, grad_c_seq))
+    c_seq, grad_c_seq = (
+        x.reshape(len(cx), len(output), D, H) for x in (saved.c_seq, _or_zero(grads.c_seq, saved.c_seq))
+    )
     factors = noise.of_sequences(*hx.shape, hx.dtype)
     grad_preact, grad_hx, grad_cx = [], [], []
     for d in range(D):
         order = steps_of(len(steps), d)
-        dstate, own = (grad_h_n[d], *grad_c_n[:, d]), () if vectors is None else tuple(vectors[d])
+        dstate, own = (grads.h_n[d], *grads.c_n[:, d]), () if vectors is None else tuple(vectors[d])
         masks = noise.of_rows(len(output), d, H, hx)
         dpreacts = [None] * len(steps)
         for k, t in reversed(list(enumerate(order))):
             first, n = steps[t]
             rows = slice(first, first + n)
-            state = (output[rows, d], *c_seq[:, rows, d])
+            reached = (output[rows, d], *c_seq[:, rows, d])
             lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
             # The state before: that of the step before where the sequence has it, else the initial one.
             first_prev, n_prev = steps[order[k - 1]] if k > 0 else (0, 0)
@@ -222,9 +207,9 @@ def recurrence_bwd(
             now = tuple(ds + g for ds, g in zip(carried, (grad_output[rows, d], *grad_c_seq[:, rows, d]), strict=True))
             held_h, held_c, drop = _of_step(masks, first, n)
             kept = gates[rows, d].chunk(of.num_kept, -1)
-            reached, through = state, (0.0,) * len(now)
+            through = (0.0,) * len(now)
             if noise.holds:
-                reached = cells.CELLS[cell].equations.update(kept, entered, drop)
+                reached = of.equations.update(kept, entered, drop)
                 through = tuple(held * ds for held, ds in zip((held_h, *[held_c] * (len(now) - 1)), now, strict=True))
                 now = tuple(ds - part for ds, part in zip(now, through, strict=True))
             dpreact, now = step_backward(kept, entered, reached, now, own, drop)
@@ -245,21 +230,20 @@ def recurrence_bwd(
     return torch.cat(grad_preact, -1).unflatten(0, leading), torch.stack(grad_hx), torch.stack(grad_cx, 1)
 
 
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
 def layer(
-    cell: str,
+    spec: Recurrence,
     input: Tensor,  # [T, B, I] or packed [R, I]
-    hx: Tensor,  # [D, B, P]
-    cx: Tensor,  # [S, D, B, H]
+    state: State,  # hx [D, B, P], cx [S, D, B, H]
     per_direction: list[list[Tensor]],  # weight_ih [G*H, I], weight_hh as above (, bias_ih, bias_hh [G*H]), vectors [H]
-    layout: Layout = DENSE,
+    batch: Batch = EVERY_ROW,
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
-    clip: float | None = None,
-    noise: Noise = NO_NOISE,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer with its input product: output [T, B, D * P] or [R, D * P], h_n [D, B, P], c_n [S, D, B, H], and
-    c_seq.
-    """
-    of = cells.CELLS[cell]
+) -> Saved:
+    """One layer with its input product."""
+    of = spec.cell
     biases = [of.input_bias(p) for p in per_direction]
     if of.norms:
         products = torch.stack([input @ p[0].t() for p in per_direction], -2)
@@ -268,8 +252,5 @@ def layer(
         preact_x = torch.stack(
             [input @ p[0].t() + (0 if b is None else b) for p, b in zip(per_direction, biases, strict=True)]
         )
-    vectors = of.step_vectors(per_direction)
-    output, h_n, c_n, _, c_seq = recurrence_fwd(
-        cell, preact_x, [p[1] for p in per_direction], hx, cx, layout, weight_hr, clip, vectors, noise
-    )
-    return output, h_n, c_n, c_seq
+    weights = Weights([p[1] for p in per_direction], of.step_vectors(per_direction), weight_hr=weight_hr)
+    return recurrence_fwd(spec, preact_x, weights, state, batch)

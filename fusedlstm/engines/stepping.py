@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedlstm import cells
+from fusedlstm.cells import Grads, Saved, State, Weights
 from fusedlstm.engines.bound import Bound, on, words
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.step_bwd import step_bwd_kernel
@@ -62,30 +63,26 @@ def options(plan: Plan) -> dict:
 def recurrence_fwd(
     plan: Plan,
     preact_x: Tensor,  # [D, T, B, G*H]; rows of G*H contiguous
-    weight_hh: list[Tensor],  # D times [G*H, DH]
-    vectors: Tensor | None,  # [D, V, H]
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D*H]  these are written
-    h_n: Tensor,  # [D, B, H]
-    c_n: Tensor,  # [S, D, B, H]
-    gates: Tensor,  # [T, B, D*K*H], or empty: not saved
-    c_seq: Tensor,  # [S, T, B, D*H] float32, or empty
+    weights: Weights,
+    state: State,
+    saved: Saved,  # is written; gates and c_seq [S, T, B, D*H] float32 are empty if they are not saved
 ) -> None:
     """All steps of a dense sequence, one launch each."""
     D, T, B, GH = preact_x.shape
+    output, h_n, c_n, gates, c_seq = saved
     save_gates, save_states = gates.numel() > 0, c_seq.numel() > 0
+    cx = state.cx.float().contiguous()
     if not save_states:
         c_seq = torch.empty(cx.size(0), 2, B, output.size(-1), dtype=torch.float32, device=cx.device)
-    weight_hh, hx = [w.contiguous() for w in weight_hh], hx.contiguous()
+    weight_hh = [w.contiguous() for w in weights.weight_hh]
     arguments = dict(
         **dict.fromkeys(_OF_INPUT, preact_x),
         preact_x_ptr=preact_x,
-        vectors_ptr=preact_x if vectors is None else vectors.contiguous(),
+        vectors_ptr=preact_x if weights.vectors is None else weights.vectors.contiguous(),
         weight_hh_ptr=weight_hh[0],
         weight_hh_reverse_ptr=weight_hh[-1],
-        hx_ptr=hx,
-        cx_ptr=cx.float().contiguous(),
+        hx_ptr=state.hx.contiguous(),
+        cx_ptr=cx,
         output_ptr=output,
         h_n_ptr=h_n,
         c_n_ptr=c_n,
@@ -110,50 +107,44 @@ def recurrence_fwd(
 
 def recurrence_bwd(
     plan: Plan,
-    grad_output: Tensor,  # [T, B, D*H]; rows of D*H contiguous, and a stride of 0 is one row for all
-    grad_c_seq: Tensor | None,  # [S, T, B, D*H]
-    grad_h_n: Tensor,  # [D, B, H]
-    grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, DH]
-    vectors: Tensor | None,  # [D, V, H]
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D*H]
-    gates: Tensor,  # [T, B, D*K*H]
-    c_seq: Tensor,  # [S, T, B, D*H] float32
     clip: float | None,
+    grads: Grads,  # output: rows of D*H contiguous, and a stride of 0 is one row for all
+    saved: Saved,
+    weights: Weights,
+    state: State,
     grad_preact: Tensor,  # [T, B, D*K*H]  these are written
     grad_hx: Tensor,  # [D, B, H]
     grad_cx: Tensor,  # [S, D, B, H]
 ) -> None:
     """All steps of a dense sequence, one launch each, and one for the gradients of the initial states."""
-    (T, B, DH), D = output.shape, hx.size(0)
+    (T, B, DH), (hx, cx) = saved.output.shape, state
+    assert grads.output is not None
     dstate = torch.empty(2, 1 + cx.size(0), *hx.shape, dtype=torch.float32, device=hx.device)
-    dstate[0, 0], dstate[0, 1:] = grad_h_n, grad_c_n
-    weight_hh = [w.contiguous() for w in weight_hh]
+    dstate[0, 0], dstate[0, 1:] = grads.h_n, grads.c_n
+    weight_hh = [w.contiguous() for w in weights.weight_hh]
     arguments = {
-        "grad_output_ptr": grad_output,
-        "grad_c_seq_ptr": c_seq if grad_c_seq is None else grad_c_seq.float().contiguous(),
+        "grad_output_ptr": grads.output,
+        "grad_c_seq_ptr": saved.c_seq if grads.c_seq is None else grads.c_seq.float().contiguous(),
         "weight_hh_ptr": weight_hh[0],
         "weight_hh_reverse_ptr": weight_hh[-1],
-        "vectors_ptr": gates if vectors is None else vectors.contiguous(),
+        "vectors_ptr": saved.gates if weights.vectors is None else weights.vectors.contiguous(),
         "hx_ptr": hx.contiguous(),
         "cx_ptr": cx.float().contiguous(),
-        "output_ptr": output.contiguous(),
-        "gates_ptr": gates,
-        "c_seq_ptr": c_seq,
+        "output_ptr": saved.output.contiguous(),
+        "gates_ptr": saved.gates,
+        "c_seq_ptr": saved.c_seq,
         "grad_preact_ptr": grad_preact,
         "dstate_ptr": dstate,
         "T": T,
         "B": B,
-        "D": D,
+        "D": hx.size(0),
         "clip": 0.0 if clip is None else clip,
-        "rows_grad_output_t": grad_output.stride(0) // DH,
-        "rows_grad_output_b": grad_output.stride(1) // DH,
+        "rows_grad_output_t": grads.output.stride(0) // DH,
+        "rows_grad_output_b": grads.output.stride(1) // DH,
         "step": 0,
     }
-    with on(output.device, waits=False):
-        bound = _bound(plan, 0, CLIP=clip is not None, HAS_GRAD_C_SEQ=grad_c_seq is not None)
+    with on(saved.output.device, waits=False):
+        bound = _bound(plan, 0, CLIP=clip is not None, HAS_GRAD_C_SEQ=grads.c_seq is not None)
         launch = bound.launcher(arguments, "step")
         for step in range(T + 1):
             launch(step)
@@ -165,18 +156,14 @@ def recurrence_bwd(
 def single_step(
     plans: list[Plan],  # a layer
     input: Tensor,  # [B, I]
-    hx: Tensor,  # [L*D, B, H]
-    cx: Tensor,  # [S, L*D, B, H]
-    parameters: list[list[Tensor]],  # per layer and direction, as in `fusedlstm.products`
-    output: list[Tensor],  # a layer [B, D*H]  these are written
-    h_n: Tensor,  # [L*D, B, H]
-    c_n: Tensor,  # [S, L*D, B, H]
-    gates: Tensor,  # [B, D*K*H], or empty: not saved; of the last layer
-    c_seq: Tensor,  # [S, B, D*H] float32, or empty; of the last layer
+    state: State,  # hx [L*D, B, H], cx [S, L*D, B, H]
+    parameters: list[list[Tensor]],  # per layer and direction, as in `fusedlstm.cells.cell`
+    outputs: list[Tensor],  # a layer [B, D*H]  is written
+    saved: Saved,  # is written: h_n, c_n, and of the last layer gates [B, D*K*H] and c_seq [S, B, D*H], or empty
 ) -> None:
     """One step of a stack, one launch a layer."""
     B, D = input.size(0), len(parameters) // len(plans)
-    hx, cx = hx.contiguous(), cx.contiguous()
+    hx, cx = state.hx.contiguous(), state.cx.contiguous()
     with on(input.device, waits=False):
         for layer, plan in enumerate(plans):
             if input.stride(1) != 1 or input.stride(0) % input.size(1):
@@ -194,8 +181,8 @@ def single_step(
                 HAS_INPUT=True,
                 HAS_BIAS=has_bias,
                 HAS_BIAS_HH=has_bias and not cell.bias_in_step,
-                SAVE_GATES=gates.numel() > 0,
-                SAVE_STATES=c_seq.numel() > 0,
+                SAVE_GATES=saved.gates.numel() > 0,
+                SAVE_STATES=saved.c_seq.numel() > 0,
             )
             launch(
                 input_ptr=input,
@@ -211,11 +198,11 @@ def single_step(
                 vectors_ptr=input if vectors is None else vectors,
                 hx_ptr=hx,
                 cx_ptr=cx,
-                output_ptr=output[layer],
-                h_n_ptr=h_n,
-                c_n_ptr=c_n,
-                gates_ptr=gates,
-                c_seq_ptr=c_seq,
+                output_ptr=outputs[layer],
+                h_n_ptr=saved.h_n,
+                c_n_ptr=saved.c_n,
+                gates_ptr=saved.gates,
+                c_seq_ptr=saved.c_seq,
                 step=0,
                 T=1,
                 B=B,
@@ -227,7 +214,7 @@ def single_step(
                 rows_preact_t=0,
                 rows_preact_b=0,
             )
-            input = output[layer]
+            input = outputs[layer]
 
 
 # Arguments of the forward kernel that it reads only with HAS_INPUT.

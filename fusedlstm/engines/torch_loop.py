@@ -28,9 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import cells, products
+from fusedlstm import products
+from fusedlstm.cells import Cell, Grads, Loop, Recurrence, Saved, State, Weights
 from fusedlstm.engines.reference import steps_of
 from fusedlstm.layout import Layout, Pieces, spans
+from fusedlstm.noise import EVERY_ROW, Batch
 
 
 class Forward(NamedTuple):
@@ -68,7 +70,7 @@ class Backward(NamedTuple):
         return rows.unflatten(1, (-1, self.dh.size(1))).split(self.sizes)
 
 
-def derived(cell: cells.Cell) -> cells.Loop:
+def derived(cell: Cell) -> Loop:
     """A cell's step from its equations."""
     equations, G = cell.equations, cell.num_gates
 
@@ -103,38 +105,34 @@ def derived(cell: cells.Cell) -> cells.Loop:
 
         return step
 
-    return cells.Loop(forward, backward)
+    return Loop(forward, backward)
 
 
-def _step_of(cell: str) -> cells.Loop:
-    of = cells.CELLS[cell]
-    return of.loop or derived(of)
+def _step_of(cell: Cell) -> Loop:
+    return cell.loop or derived(cell)
 
 
 def recurrence_fwd(
-    cell: str,
+    spec: Recurrence,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
-    weight_hh: list[Tensor],  # D times [G*H, DH]; none if preact_x has the recurrent part already
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    layout: Layout,
-    save_gates: bool,
-    save_states: bool,
-    vectors: Tensor | None = None,  # [D, V, H]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All steps forward; returns what `recurrence.recurrence_fwd` does."""
+    weights: Weights,
+    state: State,
+    batch: Batch = EVERY_ROW,  # without noise in the steps
+) -> Saved:
+    """All steps forward."""
     D, *leading, GH = preact_x.shape
-    S, H, K = len(cx), hx.size(-1), cells.CELLS[cell].num_kept
+    layout, (hx, cx) = batch.layout, state
+    S, H, K = len(cx), hx.size(-1), spec.cell.num_kept
     if layout.name == "ragged" or layout.resets is not None:
         pieces, packed = _pieces(layout, leading, hx.device)
-        own = (_packed(preact_x, pieces, leading), weight_hh, _enter(pieces, hx), _enter(pieces, cx), packed)
-        output, h_n, c_n, gates, c_seq = recurrence_fwd(cell, *own, save_gates, save_states, vectors)
-        return (
-            _unpacked(output, pieces, leading),
-            _leave(pieces, h_n, hx),
-            _leave(pieces, c_n, cx),
-            _unpacked(gates, pieces, leading) if save_gates else gates,
-            _unpacked(c_seq, pieces, leading) if save_states else c_seq,
+        entered = State(_enter(pieces, hx), _enter(pieces, cx))
+        saved = recurrence_fwd(spec, _packed(preact_x, pieces, leading), weights, entered, Batch(packed))
+        return Saved(
+            _unpacked(saved.output, pieces, leading),
+            _leave(pieces, saved.h_n, hx),
+            _leave(pieces, saved.c_n, cx),
+            _unpacked(saved.gates, pieces, leading) if spec.save_gates else saved.gates,
+            _unpacked(saved.c_seq, pieces, leading) if spec.save_states else saved.c_seq,
         )
     steps = spans(layout.first_row, leading)
     sizes = [n for _, n in steps]
@@ -143,23 +141,23 @@ def recurrence_fwd(
     gates = preact_x.new_empty(R, D, K * H)
     h_n, c_n = hx.clone(), cx.clone()  # rows beyond a step's keep what they have
     for d in range(D):
-        weight = weight_hh[d] if weight_hh else None
+        weight = weights.weight_hh[d] if weights.weight_hh else None
         at = Forward(
             sizes=sizes,
             preact_x=preact_x[d].reshape(R, GH),
-            vectors=() if vectors is None else vectors[d].unbind(),
+            vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
             gates=gates[:, d],
             states=(output[:, d], *c_seq[:, :, d]),
             weight_hh=weight,
             add_recurrent=_recurrent_product(weight, H),
         )
-        _run(_step_of(cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
-    return (
+        _run(_step_of(spec.cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
+    return Saved(
         output.view(*leading, D * H),
         h_n,
         c_n,
-        gates.view(*leading, D * K * H) if save_gates else gates.new_empty(0),
-        c_seq.view(S, *leading, D * H) if save_states else c_seq.new_empty(0),
+        gates.view(*leading, D * K * H) if spec.save_gates else gates.new_empty(0),
+        c_seq.view(S, *leading, D * H) if spec.save_states else c_seq.new_empty(0),
     )
 
 
@@ -204,57 +202,50 @@ def _recurrent_product(weight_hh: Tensor | None, H: int):
 
 
 def recurrence_bwd(
-    cell: str,
-    grad_output: Tensor | None,  # [T, B, D*H] or packed [R, D*H]
-    grad_c_seq: Tensor | None,  # [S, T, B, D*H] or [S, R, D*H]
-    grad_h_n: Tensor,  # [D, B, H]
-    grad_c_n: Tensor,  # [S, D, B, H]
-    weight_hh: list[Tensor],  # D times [G*H, DH]
-    hx: Tensor,  # [D, B, H]
-    cx: Tensor,  # [S, D, B, H]
-    output: Tensor,  # [T, B, D*H] or [R, D*H]
-    gates: Tensor,  # [T, B, D*K*H] or [R, D*K*H]
-    c_seq: Tensor,  # [S, T, B, D*H] or [S, R, D*H]
-    layout: Layout,
-    clip: float | None,
-    vectors: Tensor | None = None,  # [D, V, H]
+    spec: Recurrence,
+    grads: Grads,
+    saved: Saved,
+    weights: Weights,
+    state: State,
+    batch: Batch = EVERY_ROW,  # without noise in the steps
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All steps backward; returns what `recurrence.recurrence_bwd` does."""
-    *leading, _ = output.shape
-    of, S, (D, _, H) = cells.CELLS[cell], len(cx), hx.shape
-    K = of.num_kept
+    """All steps backward: grad_preact like gates, grad_hx [D, B, H], grad_cx [S, D, B, H]."""
+    *leading, _ = saved.output.shape
+    of, layout, (hx, cx), clip = spec.cell, batch.layout, state, spec.clip
+    S, (D, _, H), K = len(cx), hx.shape, of.num_kept
     if layout.name == "ragged" or layout.resets is not None:
         pieces, packed = _pieces(layout, leading, hx.device)
-        grad_output, grad_c_seq, output, gates, c_seq = (
-            None if x is None else _packed(x, pieces, leading) for x in (grad_output, grad_c_seq, output, gates, c_seq)
+        of_rows = (None if g is None else _packed(g, pieces, leading) for g in grads[:2])
+        left = Grads(*of_rows, _left(pieces, grads.h_n), _left(pieces, grads.c_n))
+        kept = {name: _packed(getattr(saved, name), pieces, leading) for name in ("output", "gates", "c_seq")}
+        entered = State(_enter(pieces, hx), _enter(pieces, cx))
+        grad_preact, grad_h, grad_c = recurrence_bwd(
+            spec, left, saved._replace(**kept), weights, entered, Batch(packed)
         )
-        grads = (grad_output, grad_c_seq, _left(pieces, grad_h_n), _left(pieces, grad_c_n))
-        states = (_enter(pieces, hx), _enter(pieces, cx), output, gates, c_seq)
-        grad_preact, grad_h, grad_c = recurrence_bwd(cell, *grads, weight_hh, *states, packed, clip, vectors)
         return (
             _unpacked(grad_preact, pieces, leading),
-            _entered(pieces, grad_h, grad_h_n),
-            _entered(pieces, grad_c, grad_c_n),
+            _entered(pieces, grad_h, grads.h_n),
+            _entered(pieces, grad_c, grads.c_n),
         )
     steps = spans(layout.first_row, leading)
     sizes = [n for _, n in steps]
     R = sum(sizes)
+    gates, output, c_seq = saved.gates.view(R, D, K * H), saved.output.view(R, D, H), saved.c_seq.view(S, R, D, H)
     grad_preact = gates.new_empty(R, D, K * H)
-    grad_hx = torch.zeros_like(hx) if R else grad_h_n.clone()
-    grad_cx = grad_c_n.clone()
-    dh = gates.new_zeros(R, D, H) if grad_output is None else grad_output.reshape(R, D, H).clone()
-    gates, output, c_seq = gates.view(R, D, K * H), output.view(R, D, H), c_seq.view(S, R, D, H)
-    dc_seq = () if grad_c_seq is None else grad_c_seq.reshape(S, R, D, H)
+    grad_hx = torch.zeros_like(hx) if R else grads.h_n.clone()
+    grad_cx = grads.c_n.clone()
+    dh = gates.new_zeros(R, D, H) if grads.output is None else grads.output.reshape(R, D, H).clone()
+    dc_seq = () if grads.c_seq is None else grads.c_seq.reshape(S, R, D, H)
     if R:
         ends = _last_rows(steps, hx.size(1), dh.device)
         for d in range(D):  # a final h is the output of a last step
-            dh[:, d].index_add_(0, ends[d], grad_h_n[d])
+            dh[:, d].index_add_(0, ends[d], grads.h_n[d])
     for d in range(D):
         states = (output[:, d], *c_seq[:, :, d])
         initial = (hx[d], *cx[:, d])
         at = Backward(
             sizes=sizes,
-            vectors=() if vectors is None else vectors[d].unbind(),
+            vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
             gates=gates[:, d],
             states=states,
             before=lambda k, d=d, own=states, initial=initial: _states_before(own[k], initial[k], steps, d),
@@ -263,14 +254,14 @@ def recurrence_bwd(
         )
         through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
         _run_backward(
-            _step_of(cell).backward(at),
+            _step_of(spec.cell).backward(at),
             at,
             d,
             at.by_step(through),
             [at.by_step(g[:, d]) for g in dc_seq],
             grad_hx[d],
             tuple(grad_cx[:, d]),
-            _recurrent_backward(weight_hh[d], H, clip),
+            _recurrent_backward(weights.weight_hh[d], H, clip),
             clip,
         )
     return grad_preact.view(*leading, D * K * H), grad_hx, grad_cx

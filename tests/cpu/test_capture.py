@@ -9,8 +9,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedlstm import cells, functional, noise, transforms
+from fusedlstm.cells import Grads, Recurrence, State, Weights
 from fusedlstm.engines import torch_loop
-from fusedlstm.layout import DENSE, Layout, Pieces, spans
+from fusedlstm.layout import Layout, Pieces, spans
 
 GPU = torch.device("cuda", 0)
 
@@ -110,11 +111,9 @@ def test_a_dense_loop_asks_nothing_of_the_host(cell, directions, noisy):
             drawn.of_sequences(D, B, H, hx)
             noise.drop_weight(weight_hh[0], 0.5, seed, 0)
             return
-        found = torch_loop.recurrence_fwd(cell, preact_x, weight_hh, hx, cx, DENSE, True, True, vectors)
-        output, _, _, gates, c_seq = found
-        torch_loop.recurrence_bwd(
-            cell, output, None, hx, cx, weight_hh, hx, cx, output, gates, c_seq, DENSE, None, vectors
-        )
+        spec, given = Recurrence(of), (Weights(weight_hh, vectors), State(hx, cx))
+        saved = torch_loop.recurrence_fwd(spec, preact_x, *given)
+        torch_loop.recurrence_bwd(spec, Grads(saved.output, None, hx, cx), saved, *given)
 
 
 @pytest.mark.parametrize("resets", [False, True])

@@ -327,6 +327,7 @@ def test_more_steps_than_cudnn_takes():
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_runs_for_cudnn_equal_one_call(monkeypatch, batch_first):
     """What a GPU without our kernels does beyond cuDNN's 65535 steps, here with 3."""
+    from fusedlstm.cells import CELLS
     from fusedlstm.engines import aten
 
     monkeypatch.setattr(aten, "CUDNN_STEPS", 3)
@@ -334,7 +335,7 @@ def test_runs_for_cudnn_equal_one_call(monkeypatch, batch_first):
     x = torch.randn(2, 10, I) if batch_first else torch.randn(10, 2, I)
     hx = torch.randn(4, 2, H), torch.randn(4, 2, H)
     output, (h_n, c_n) = aten.stack(
-        "lstm", "runs", x, None, hx, module._flat_weights, True, 2, 0.0, True, True, batch_first
+        CELLS["lstm"], "runs", x, None, hx, module._flat_weights, True, 2, 0.0, True, True, batch_first
     )
     expected, (h, c) = module(x, hx)
     for a, b in ((output, expected), (h_n, h), (c_n, c)):

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fusedlstm import cells
+from fusedlstm.cells import Grads
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import reference
 from fusedlstm.noise import NO_NOISE, Noise
-from support import recurrence_inputs
+from support import recurrence, recurrence_inputs
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 LAYOUTS = {
@@ -40,21 +41,21 @@ def test_written_out_backward_of_what_is_regularised(cell, noise, layout):
 def test_written_out_backward_equals_autograd(cell, directions, layout, noise=NO_NOISE):
     of = cells.CELLS[cell]
     inputs = recurrence_inputs(5, 3, 6, directions, torch.float64, cell=cell, **LAYOUTS[layout])
-    preact_x, hx, cx = (inputs[name].requires_grad_() for name in ("preact_x", "hx", "cx"))
-    vectors = None if inputs["vectors"] is None else inputs["vectors"].requires_grad_()
-    output, h_n, c_n, gates, c_seq = reference.recurrence_fwd(cell, **inputs, noise=noise)
-    results = [x for x in (output, c_seq, h_n, c_n) if x.numel()]
+    inputs = inputs._replace(batch=inputs.batch._replace(noise=noise))
+    preact_x, (_, vectors, *_), (hx, cx), _ = inputs
+    for x in (preact_x, hx, cx, *(() if vectors is None else (vectors,))):
+        x.requires_grad_()
+    saved = reference.recurrence_fwd(recurrence(cell), *inputs)
+    results = [getattr(saved, name) for name in Grads._fields]
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (output, c_seq, h_n, c_n)]
+    grads = Grads(*(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in results))
+    results = [x for x in results if x.numel()]
     wanted = [x for x in (preact_x, hx, cx) if x.numel()]
     expected = iter(
         torch.autograd.grad(results, wanted, [g for g in grads if g.numel()], retain_graph=vectors is not None)
     )
-    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
     with torch.no_grad():
-        grad_preact, grad_hx, grad_cx = reference.recurrence_bwd(
-            cell, *grads, **states, output=output, gates=gates, c_seq=c_seq, noise=noise
-        )
+        grad_preact, grad_hx, grad_cx = reference.recurrence_bwd(recurrence(cell), grads, saved, *inputs[1:])
     by_block = grad_preact.unflatten(-1, (directions, of.num_kept, 6)).movedim(-3, 0)  # [D, ..., K, H]
     of_input = by_block[..., list(of.x_blocks) or slice(None), :].flatten(-2)
     torch.testing.assert_close(of_input, next(expected), **EXACT)

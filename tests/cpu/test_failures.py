@@ -8,13 +8,14 @@ import torch
 
 import fusedlstm
 from fusedlstm import autograd, cells, engines, ops
+from fusedlstm.cells import CELLS, Grads
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import bound, failures, launch, reference
-from fusedlstm.noise import NO_NOISE, Batch, Noise
+from fusedlstm.noise import NO_NOISE, Noise
 from fusedlstm.plan import devices
 from fusedlstm.plan.tiles import MOST_VARIANTS
 from grids import pairwise
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, without_padding
+from support import DTYPES, assert_accurate, cast, recurrence, recurrence_inputs, without_padding
 
 NOISES = {
     "none": NO_NOISE,
@@ -66,34 +67,34 @@ def test_the_loop_returns_what_the_kernels_would(cell, dtype, layout, directions
     if noise.rates and not EQUATIONS[cell].update:
         noise = noise._replace(rates=(0.0, 0.0, *noise.rates[2:]))  # it has no zoneout
     inputs = recurrence_inputs(3, 4, 7, directions, dtype, cell=cell, **LAYOUTS[layout])
-    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
-    same, exact = (reference.recurrence_fwd(cell, **cast(inputs, p), noise=noise) for p in (dtype, torch.float64))
-    saved = {"output": same[0], "gates": same[3], "c_seq": same[4].float()}
+    inputs = inputs._replace(batch=inputs.batch._replace(noise=noise))
+    spec, (weight_hh, vectors, *_) = recurrence(cell, clip=clip), inputs.weights
+    same, exact = (reference.recurrence_fwd(spec, *cast(inputs, p)) for p in (dtype, torch.float64))
+    saved = same._replace(c_seq=same.c_seq.float())
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(same[k].shape, generator=generator).to(dtype) for k in (0, 4, 1, 2)]
-    own = (inputs["vectors"], inputs["hx"], inputs["cx"], *Batch(inputs["layout"], noise).flat)
+    grads = Grads(*(torch.randn(getattr(same, k).shape, generator=generator).to(dtype) for k in Grads._fields))
+    own = (vectors, *inputs.state, *inputs.batch.flat)
     with falls_back():
-        ours = ops.recurrence_fwd(cell, "auto", inputs["preact_x"], inputs["weight_hh"], *own, True, True)
+        ours = ops.recurrence_fwd(cell, "auto", inputs.preact_x, weight_hh, *own, True, True)
     failures.forget()
+    kept = [saved.output, saved.gates, saved.c_seq]
     with falls_back():
-        ours_bwd = ops.recurrence_bwd(
-            cell, "auto", grads, inputs["weight_hh"], *own[:3], [*saved.values()], *own[3:], clip
-        )
-    shapes = ops.recurrence_fwd(cell, "auto", inputs["preact_x"].to("meta"), *to_meta(inputs, own), True, True)
+        ours_bwd = ops.recurrence_bwd(cell, "auto", [*grads], weight_hh, *own[:3], kept, *own[3:], clip)
+    shapes = ops.recurrence_fwd(cell, "auto", inputs.preact_x.to("meta"), *to_meta(weight_hh, own), True, True)
     assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in shapes], "as of the kernels"
     same_bwd, exact_bwd = (
-        reference.recurrence_bwd(cell, *cast(grads, p), **cast(states, p), **cast(saved, p), noise=noise, clip=clip)
+        reference.recurrence_bwd(spec, *(cast(x, p) for x in (grads, saved, *inputs[1:])))
         for p in (dtype, torch.float64)
     )
     names = ("output", "h_n", "c_n", "gates", "c_seq", "grad_preact", "grad_hx", "grad_cx")
     for name, *values in zip(names, (*ours, *ours_bwd), (*same, *same_bwd), (*exact, *exact_bwd), strict=True):
-        found = ((without_padding(x, inputs["layout"]) if name in ("gates", "grad_preact") else x) for x in values)
+        found = ((without_padding(x, inputs.batch.layout) if name in ("gates", "grad_preact") else x) for x in values)
         assert_accurate(name, *found)
 
 
-def to_meta(inputs, own):
+def to_meta(weight_hh, own):
     move = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x  # noqa: E731
-    return [w.to("meta") for w in inputs["weight_hh"]], *map(move, own)
+    return [*map(move, weight_hh)], *map(move, own)
 
 
 KINDS = {
@@ -197,7 +198,9 @@ def test_a_wave_that_fails_says_nothing_about_one_layer(kernels_chosen, tried, m
     for ours, *grads in zip(module.parameters(), same.parameters(), exact.parameters(), strict=True):
         assert_accurate("gradient", *(p.grad for p in (ours, *grads)))
     assert (
-        autograd.layers_together(module.cell, input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, autograd.DENSE)
+        autograd.layers_together(
+            CELLS[module.cell], input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, autograd.DENSE
+        )
         == 1
     )
 
@@ -210,13 +213,13 @@ def test_ops_that_go_on_pass_opcheck(cell):
     G, K, S = of.num_gates, of.num_kept, of.num_cell_states
     half = torch.bfloat16
     given = recurrence_inputs(T, B, H, 2, half, cell=cell)  # both directions, or two layers
-    weight_hh, hx, cx = given["weight_hh"], given["hx"], given["cx"]
+    (weight_hh, vectors, *_), (hx, cx) = given.weights, given.state
     weight_ih, bias = torch.randn(1, G * H, H).to(half), torch.zeros(1, G * H, dtype=half)
     parameters = [x for w in weight_hh for x in (weight_ih[0], w, bias[0], bias[0])]
     arguments = (cell, torch.randn(B, H).to(half), hx, cx, parameters, 1, True, True, "auto")
     torch.library.opcheck(ops.step_fwd, arguments, test_utils=checks)
-    own = (weight_ih, bias, weight_hh, given["vectors"], hx, cx, [None] * 4)
-    torch.library.opcheck(ops.wave_fwd, (cell, given["preact_x"][:1], *own, True, True, "auto"), test_utils=checks)
+    own = (weight_ih, bias, weight_hh, vectors, hx, cx, [None] * 4)
+    torch.library.opcheck(ops.wave_fwd, (cell, given.preact_x[:1], *own, True, True, "auto"), test_utils=checks)
     output, gates = torch.randn(2, T, B, H).to(half), torch.rand(2, T, B, K * H).to(half)
     grads, saved = [output[0], None, hx, cx], [output, gates, torch.rand(S, 2, T, B, H) + 1]
     arguments = (cell, grads, weight_ih, *own[2:6], saved, own[6], None, "auto")

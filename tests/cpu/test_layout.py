@@ -9,9 +9,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedlstm
 from fusedlstm import autograd
+from fusedlstm.cells import CELLS, Grads, State, Weights
 from fusedlstm.engines import aten, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout, Pieces, spans
-from support import assert_accurate
+from fusedlstm.noise import Batch
+from support import assert_accurate, recurrence
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 LENGTHS = [[3], [4, 4, 4], [5, 3, 3, 1], [6, 5, 4, 3, 2, 1]]
@@ -68,7 +70,7 @@ def test_specification_equals_torch(lengths, directions, proj_size):
     for own, value in zip(stock.parameters(), [x for p in values for x in p], strict=True):
         own.data.copy_(value)
     output, (h_n, c_n) = stock(PackedSequence(input, batch_sizes), (hx, cx[0]))
-    ours = reference.layer("lstm", input, hx, cx, parameters, layout, weight_hr)[:3]
+    ours = reference.layer(recurrence(), input, State(hx, cx), parameters, Batch(layout), weight_hr)[:3]
     for a, b in zip(ours, (output.data, h_n, c_n.unsqueeze(0)), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -106,17 +108,17 @@ def test_loop_and_written_out_backward_equal_autograd(layout, directions, clip):
     preact_x = randn(directions, *leading, 4 * H).requires_grad_()
     weight_hh = [randn(4 * H, H) for _ in range(directions)]
     hx, cx = randn(directions, B, H).requires_grad_(), randn(1, directions, B, H).requires_grad_()
-    *results, gates, c_seq = reference.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, layout, clip=clip)
-    grads = [randn(*x.shape) for x in (results[0], c_seq, *results[1:])]
-    by_autograd = torch.autograd.grad([results[0], c_seq, *results[1:]], [preact_x, hx, cx], grads)
+    spec, given = recurrence(clip=clip), (Weights(weight_hh), State(hx, cx), Batch(layout))
+    specified = reference.recurrence_fwd(spec, preact_x, *given)
+    results = [getattr(specified, name) for name in Grads._fields]
+    grads = Grads(*(randn(*x.shape) for x in results))
+    by_autograd = torch.autograd.grad(results, [preact_x, hx, cx], grads)
     with torch.no_grad():
-        looped = torch_loop.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx, layout, True, True)
-        for a, b in zip([*looped[:3], looped[4]], [*results, c_seq], strict=True):
-            torch.testing.assert_close(a, b, **EXACT)
-        for module, saved in ((reference, gates), (torch_loop, looped[3])):
-            grad_preact, grad_hx, grad_cx = module.recurrence_bwd(
-                "lstm", *grads, weight_hh, hx, cx, results[0], saved, c_seq, layout, clip
-            )
+        looped = torch_loop.recurrence_fwd(spec, preact_x, *given)
+        for name, b in zip(Grads._fields, results, strict=True):
+            torch.testing.assert_close(getattr(looped, name), b, **EXACT)
+        for engine, saved in ((reference, specified), (torch_loop, specified._replace(gates=looped.gates))):
+            grad_preact, grad_hx, grad_cx = engine.recurrence_bwd(spec, grads, saved, *given)
             grad_preact = grad_preact.unflatten(-1, (directions, 4 * H)).movedim(-2, 0)
             for a, b in zip((grad_preact, grad_hx, grad_cx), by_autograd, strict=True):
                 torch.testing.assert_close(a, b, **EXACT)
@@ -136,7 +138,7 @@ def test_gradients_twice(directions, layout):
     def run(input, hx, cx, preact_0, *flat):
         per_direction = [flat[k : k + 4] for k in range(0, len(flat), 4)]
         output, (h, c), c_seq = autograd.layer(
-            "lstm", input, (hx, cx[0]), per_direction, "torch", layout, None, True, preact_0
+            CELLS["lstm"], input, (hx, cx[0]), per_direction, "torch", layout, None, True, preact_0
         )
         return output, h, c, c_seq
 
@@ -149,8 +151,8 @@ def test_gradient_through_one_result(given):
     lengths = [4, 2, 1]
     layout, _ = packed(lengths)
     input, hx, cx, parameters = random_layer(lengths, 2)
-    output, (h_n, c_n), _ = autograd.layer("lstm", input, (hx, cx[0]), parameters, "torch", layout)
-    expected = reference.layer("lstm", input, hx, cx, parameters, layout)
+    output, (h_n, c_n), _ = autograd.layer(CELLS["lstm"], input, (hx, cx[0]), parameters, "torch", layout)
+    expected = reference.layer(recurrence(), input, State(hx, cx), parameters, Batch(layout))
     leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
     ours = torch.autograd.grad((output, h_n, c_n)[given].square().sum(), leaves)
     exact = torch.autograd.grad(expected[given].square().sum(), leaves)
@@ -183,17 +185,19 @@ def test_every_way_of_a_cpu_equals_stock(monkeypatch, lengths, options, schedule
 def test_which_way_a_cpu_goes():
     def way(lengths, dtype=torch.float32, hidden=256, proj_size=0):
         sizes = packed(lengths)[1]
-        return aten.schedule("lstm", torch.zeros(sum(lengths), I, dtype=dtype), dtype, sizes, False, hidden, proj_size)
+        return aten.schedule(
+            CELLS["lstm"], torch.zeros(sum(lengths), I, dtype=dtype), dtype, sizes, False, hidden, proj_size
+        )
 
     assert way([40, 20]) == "runs" and way([40, 20], torch.float64) == "loop"
     assert way([5, 4, 3]) == "stretches" and way([5, 4, 3], hidden=257) == "loop"
     assert way([5, 4, 3], proj_size=2) == "stack" and way([5, 4, 3], torch.float16) == "stretches"
-    assert aten.schedule("lstm", torch.zeros(70_000, 1, I), torch.float32, None, False, H, 0) == "stack"
-    assert aten.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "step"
+    assert aten.schedule(CELLS["lstm"], torch.zeros(70_000, 1, I), torch.float32, None, False, H, 0) == "stack"
+    assert aten.schedule(CELLS["lstm"], torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "step"
     with torch.no_grad():
         assert way([5, 4, 3], hidden=257) == "stretches"
-        assert aten.schedule("lstm", torch.zeros(1, 8, I), torch.float32, None, False, H, 0) == "step"
-        assert aten.schedule("lstm", torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "stack"
+        assert aten.schedule(CELLS["lstm"], torch.zeros(1, 8, I), torch.float32, None, False, H, 0) == "step"
+        assert aten.schedule(CELLS["lstm"], torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "stack"
 
 
 def test_held_sequences_keep_their_state():

@@ -209,9 +209,10 @@ def test_packed_compiles_without_a_graph_break():
 
     def run(data, *layout):
         from fusedlstm import autograd
+        from fusedlstm.cells import CELLS
 
         zeros = data.new_zeros(2, len(layout[0]), 7)
-        return autograd.layer("lstm", data, (zeros, zeros), weights, "torch", Layout(*layout))[0]
+        return autograd.layer(CELLS["lstm"], data, (zeros, zeros), weights, "torch", Layout(*layout))[0]
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
     for lengths in ([4, 2, 1], [6, 6, 3], [5, 4, 4, 1]):
@@ -231,12 +232,13 @@ def test_packed_compiles_without_a_graph_break():
 def test_the_custom_ops_compile():
     """The path of the ops under Dynamo: the ops are opaque, the products around them are traced."""
     from fusedlstm import autograd
+    from fusedlstm.cells import CELLS
 
     ours = fusedlstm.LSTM(5, 7, bidirectional=True)
     weights = [[*direction] for direction in ours.all_weights]
 
     def run(x, h, c):
-        return autograd.layer("lstm", x, (h, c), weights, engine="torch")[0]
+        return autograd.layer(CELLS["lstm"], x, (h, c), weights, engine="torch")[0]
 
     x = torch.randn(4, 3, 5, requires_grad=True)
     h, c = torch.randn(2, 3, 7), torch.randn(2, 3, 7)

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import oracle
+from fusedlstm.cells import CELLS, Grads, State, Weights
 from fusedlstm.engines import reference
+from support import recurrence
 
 T, B, I, H = 5, 3, 4, 6
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -31,7 +33,7 @@ def test_equals_torch(directions):
             for name, value in zip(names, parameters[d], strict=True):
                 getattr(stock, name + suffix).copy_(value)
     expected, (h_n, c_n) = stock(input, (hx, cx[0]))
-    ours = reference.layer("lstm", input, hx, cx, parameters)[:3]
+    ours = reference.layer(recurrence(), input, State(hx, cx), parameters)[:3]
     for a, b in zip(ours, (expected, h_n, c_n.unsqueeze(0)), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -46,12 +48,13 @@ def test_written_out_backward_equals_autograd(directions):
     preact_x = randn(directions, T, B, 4 * H).requires_grad_()
     weight_hh = [randn(4 * H, H) for _ in range(directions)]
     hx, cx = randn(directions, B, H).requires_grad_(), randn(1, directions, B, H).requires_grad_()
-    output, h_n, c_n, gates, c_seq = reference.recurrence_fwd("lstm", preact_x, weight_hh, hx, cx)
-    grads = [randn(*x.shape) for x in (output, c_seq, h_n, c_n)]
-    by_autograd = torch.autograd.grad([output, c_seq, h_n, c_n], [preact_x, hx, cx], grads)
+    saved = reference.recurrence_fwd(recurrence(), preact_x, Weights(weight_hh), State(hx, cx))
+    results = [getattr(saved, name) for name in Grads._fields]
+    grads = Grads(*(randn(*x.shape) for x in results))
+    by_autograd = torch.autograd.grad(results, [preact_x, hx, cx], grads)
     with torch.no_grad():
         grad_preact, grad_hx, grad_cx = reference.recurrence_bwd(
-            "lstm", *grads, weight_hh, hx, cx, output, gates, c_seq
+            recurrence(), grads, saved, Weights(weight_hh), State(hx, cx)
         )
     grad_preact = grad_preact.unflatten(-1, (directions, 4 * H)).permute(2, 0, 1, 3)
     for a, b in zip((grad_preact, grad_hx, grad_cx), by_autograd, strict=True):
@@ -62,7 +65,7 @@ def test_equals_the_oracle():
     (input, hx, cx), parameters = random_layer(1)
     values = [x.detach().numpy() for x in (input, hx[0], cx[0, 0], *parameters[0])]
     outputs, h, c, tape = oracle.lstm_layer(*values)
-    output, h_n, c_n, _ = reference.layer("lstm", input, hx, cx, parameters)
+    output, h_n, c_n, _, _ = reference.layer(recurrence(), input, State(hx, cx), parameters)
     for ours, exact in ((output, outputs), (h_n[0], h), (c_n[0, 0], c)):
         torch.testing.assert_close(ours.detach(), torch.from_numpy(exact), **EXACT)
 
@@ -82,7 +85,9 @@ def test_saved_tensors_mean_what_they_say():
     preact_x = torch.randn(2, T, B, 4 * H, dtype=torch.float64)
     weight_hh = [torch.zeros(4 * H, H, dtype=torch.float64)] * 2
     zeros = torch.zeros(2, B, H, dtype=torch.float64)
-    output, h_n, c_n, gates, c_seq = reference.recurrence_fwd("lstm", preact_x, weight_hh, zeros, zeros[None])
+    output, h_n, c_n, gates, c_seq = reference.recurrence_fwd(
+        recurrence(), preact_x, Weights(weight_hh), State(zeros, zeros[None])
+    )
     i, f, g, o = preact_x[1, -1].chunk(4, -1)  # the reverse direction begins at the last step
     expected = torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], -1)
     torch.testing.assert_close(gates[-1, :, 4 * H :], expected, **EXACT)
@@ -100,7 +105,13 @@ def test_custom_ops_without_a_gpu():
 
     def run(*tensors):
         return LoopFunction.apply(
-            Layer("lstm", "torch", 2, None, False, "gates"), *[None] * 4, [], [0, 0], *tensors[:3], None, *tensors[3:]
+            Layer(CELLS["lstm"], "torch", 2, None, False, "gates"),
+            *[None] * 4,
+            [],
+            [0, 0],
+            *tensors[:3],
+            None,
+            *tensors[3:],
         )[:3]
 
     assert torch.autograd.gradcheck(run, (input[:2].detach().requires_grad_(), hx, cx, *flat))

@@ -14,8 +14,11 @@ import fusedlstm
 from bench import memory
 from bench.shapes import SHAPES
 from fusedlstm import autograd, checks, ops
+from fusedlstm.cells import CELLS, State
 from fusedlstm.engines import reference
 from fusedlstm.layout import DENSE, Layout
+from fusedlstm.noise import Batch
+from support import recurrence
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 I, H = 4, 6
@@ -76,9 +79,10 @@ def test_equals_the_specification(short_blocks, name, directions, clip, heads):
     input, hx, cx, parameters = random_layer(leading, batch, directions, heads=heads)
     leaves = [input, hx, cx, *(p for direction in parameters for p in direction)]
     output, (h_n, c_n), c_seq = autograd.layer(
-        "lstm", input, (hx, cx[0]), parameters, "torch", layout, clip, wants_c_seq=True, save="states"
+        CELLS["lstm"], input, (hx, cx[0]), parameters, "torch", layout, clip, wants_c_seq=True, save="states"
     )
-    exact = reference.layer("lstm", input, hx, cx, parameters, layout, clip=clip)
+    specified = reference.layer(recurrence(clip=clip), input, State(hx, cx), parameters, Batch(layout))
+    exact = (*specified[:3], specified.c_seq)
     results = (output, h_n, c_n.unsqueeze(0), c_seq)
     for a, b in zip(results, exact, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
@@ -98,7 +102,7 @@ def test_gradients_twice(short_blocks, name):
 
     def run(input, hx, cx, preact_0, *flat):
         output, states, c_seq = autograd.layer(
-            "lstm", input, (hx, cx[0]), [flat], "torch", layout, None, True, preact_0, "states"
+            CELLS["lstm"], input, (hx, cx[0]), [flat], "torch", layout, None, True, preact_0, "states"
         )
         return output, *states, c_seq
 
@@ -117,9 +121,10 @@ def test_some_gradients(short_blocks, given, wanted):
         leaf.requires_grad_(k in wanted)
     x = input.transpose(0, 1)
     output, (h_n, c_n), c_seq = autograd.layer(
-        "lstm", x, (hx, cx[0]), parameters, "torch", wants_c_seq=True, save="states"
+        CELLS["lstm"], x, (hx, cx[0]), parameters, "torch", wants_c_seq=True, save="states"
     )
-    exact = reference.layer("lstm", x, hx, cx, parameters)
+    specified = reference.layer(recurrence(), x, State(hx, cx), parameters)
+    exact = (*specified[:3], specified.c_seq)
     leaves = [leaves[k] for k in wanted]
     found = torch.autograd.grad((output, h_n, c_n, c_seq)[given].square().sum(), leaves)
     for a, b in zip(found, torch.autograd.grad(exact[given].square().sum(), leaves), strict=True):
@@ -134,7 +139,9 @@ def test_compiles(short_blocks, monkeypatch, T):
 
     def run(x, cuts):
         layout = Layout(resets=cuts)
-        return autograd.layer("lstm", x, (hx.detach(), cx[0].detach()), parameters, "torch", layout, save="states")[0]
+        return autograd.layer(
+            CELLS["lstm"], x, (hx.detach(), cx[0].detach()), parameters, "torch", layout, save="states"
+        )[0]
 
     found = []
     for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
@@ -196,7 +203,7 @@ def test_peak_is_as_memory_says(T, B, save, directions):
     grad = torch.randn(T, B, directions * H)
     before = [input, hx, cx, grad, *(p for direction in parameters for p in direction)]
     with LiveBytes(before) as live:
-        output = autograd.layer("lstm", input, (hx.detach(), cx[0].detach()), parameters, "torch", save=save)[0]
+        output = autograd.layer(CELLS["lstm"], input, (hx.detach(), cx[0].detach()), parameters, "torch", save=save)[0]
         assert live.now == memory.kept(T, B, H, 4, save, directions)
         output.backward(grad)
     own = memory.own_peak(T, B, H, 4, save, directions)

@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import bench.loops
 import fusedlstm
 from fusedlstm import autograd, cells, gradients, products
+from fusedlstm.cells import Grads, Saved
 from fusedlstm.cells.cell import LOOPS
 from fusedlstm.engines import aten, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
-from support import assert_accurate, cast, recurrence_inputs
+from support import assert_accurate, cast, recurrence, recurrence_inputs
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 T, B, H = 5, 3, 6
@@ -22,9 +23,9 @@ T, B, H = 5, 3, 6
 CASES = {
     "dense": {},
     "dense, two directions, heads": {"D": 2, "heads": 2},
-    "dense, clip, no grad_output": {"clip": 0.05, "without": "grad_output"},
+    "dense, clip, no grad_output": {"clip": 0.05, "without": ["output"]},
     "one step": {"T": 1, "D": 2, "clip": 0.05},
-    "resets, no grad_c_seq": {"resets": 0.3, "D": 2, "without": "grad_c_seq"},
+    "resets, no grad_c_seq": {"resets": 0.3, "D": 2, "without": ["c_seq"]},
     "ragged, resets, heads": {"lengths": [2, 0, 5, 1, 0], "resets": 0.3, "heads": 3},
     "ragged, two directions, clip": {"lengths": [3, 0, 1], "D": 2, "clip": 0.05},
     "ragged, all empty": {"lengths": [0, 0], "D": 2},
@@ -34,14 +35,14 @@ CASES = {
         "packed": [5, 3, 2],
         "resets": 0.3,
         "D": 2,
-        "without": "grad_output, grad_c_seq",
+        "without": ["output", "c_seq"],
     },
 }
 
 
-def assert_all_close(ours, exact):
-    for name in exact:
-        torch.testing.assert_close(ours[name], exact[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+def assert_all_close(names, ours, exact):
+    for name, a, b in zip(names, ours, exact, strict=True):
+        torch.testing.assert_close(a, b, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("by_equations", [False, True], ids=["own file", "by equations"])
@@ -52,47 +53,36 @@ def test_equals_the_specification(monkeypatch, cell, case, by_equations):
         monkeypatch.delitem(LOOPS, cell)
     else:
         assert cell in LOOPS
-    options = {"T": T, "D": 1, "heads": 1, "clip": None, "without": "", **CASES[case]}
+    options = {"T": T, "D": 1, "heads": 1, "clip": None, "without": [], **CASES[case]}
     clip, without, steps, D = (options.pop(name) for name in ("clip", "without", "T", "D"))
     if cells.CELLS[cell].norms:  # which mix the units of all heads
         options["heads"] = 1
     inputs = recurrence_inputs(steps, B, H, D, torch.float64, cell=cell, seed=4, **options)
-    own = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
-    names = ("output", "h_n", "c_n", "gates", "c_seq")
-    exact = dict(zip(names, reference.recurrence_fwd(cell, **inputs), strict=True))
-    ours = dict(zip(names, torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True), strict=True))
-    saved = {name: exact[name] for name in ("output", "gates", "c_seq")}
-    lives = torch.ones_like(exact["gates"][..., :1], dtype=torch.bool)
-    if inputs["layout"].name == "ragged" and inputs["layout"].lengths is not None:
-        lives = (torch.arange(steps).unsqueeze(1) < inputs["layout"].lengths).unsqueeze(-1)
-    ours["gates"], exact["gates"] = ours["gates"] * lives, exact["gates"] * lives
-    assert_all_close(ours, exact)
+    spec, layout = recurrence(cell, clip=clip), inputs.batch.layout
+    saved, ours = (engine.recurrence_fwd(spec, *inputs) for engine in (reference, torch_loop))
+    lives = torch.ones_like(saved.gates[..., :1], dtype=torch.bool)
+    if layout.name == "ragged" and layout.lengths is not None:
+        lives = (torch.arange(steps).unsqueeze(1) < layout.lengths).unsqueeze(-1)
+    assert_all_close(Saved._fields, *(x._replace(gates=x.gates * lives) for x in (ours, saved)))
 
     generator = torch.Generator().manual_seed(1)
-    grads = {
-        f"grad_{name}": torch.randn(exact[name].shape, generator=generator, dtype=torch.float64)
-        for name in ("output", "c_seq", "h_n", "c_n")
-    }
-    zero = {name: torch.zeros_like(g) if name in without else g for name, g in grads.items()}
-    none = {name: None if name in without else g for name, g in grads.items()}
-    names = ("grad_preact", "grad_hx", "grad_cx")
-    exact = dict(zip(names, reference.recurrence_bwd(cell, **zero, **own, **saved, clip=clip), strict=True))
-    ours = dict(zip(names, torch_loop.recurrence_bwd(cell, **none, **own, **saved, clip=clip), strict=True))
-    assert_all_close(ours, exact)
+    grads = Grads(*(torch.randn(getattr(saved, k).shape, generator=generator).double() for k in Grads._fields))
+    grads = grads._replace(**{name: None for name in ("output", "c_seq") if name in without})
+    found = (engine.recurrence_bwd(spec, grads, saved, *inputs[1:]) for engine in (torch_loop, reference))
+    assert_all_close(("grad_preact", "grad_hx", "grad_cx"), *found)
 
 
 @pytest.mark.parametrize("cell", cells.CELLS)
 def test_no_steps(cell):
     """Which the specification does not take: states and their gradients pass."""
     inputs = recurrence_inputs(0, B, H, 2, torch.float64, cell=cell)
-    own = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
-    output, h_n, c_n, gates, c_seq = torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True)
-    assert output.shape == (0, B, 2 * H) and torch.equal(h_n, own["hx"]) and torch.equal(c_n, own["cx"])
-    grad_preact, grad_hx, grad_cx = torch_loop.recurrence_bwd(
-        cell, None, None, h_n, c_n, **own, output=output, gates=gates, c_seq=c_seq, clip=None
-    )
+    saved = torch_loop.recurrence_fwd(recurrence(cell), *inputs)
+    assert saved.output.shape == (0, B, 2 * H)
+    assert torch.equal(saved.h_n, inputs.state.hx) and torch.equal(saved.c_n, inputs.state.cx)
+    grads = Grads(None, None, saved.h_n, saved.c_n)
+    grad_preact, grad_hx, grad_cx = torch_loop.recurrence_bwd(recurrence(cell), grads, saved, *inputs[1:])
     assert grad_preact.shape == (0, B, 2 * cells.CELLS[cell].num_kept * H)
-    assert torch.equal(grad_hx, h_n) and torch.equal(grad_cx, c_n)
+    assert torch.equal(grad_hx, saved.h_n) and torch.equal(grad_cx, saved.c_n)
 
 
 @pytest.mark.parametrize("layer", [fusedlstm.PeepholeLSTM, fusedlstm.LayerNormLSTM])
@@ -113,16 +103,14 @@ def test_passes_in_blocks_of_rows(monkeypatch, layer):
 def test_recomputed_from_the_preactivations(cell):
     """Without weights the preactivations are whole, and gates and states those of the loop."""
     inputs = recurrence_inputs(T, B, H, 2, torch.float64, cell=cell, resets=0.3)
-    output, *_, gates, c_seq = torch_loop.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True)
-    whole = inputs["preact_x"].clone()
-    for d, (y, weight) in enumerate(zip(output.chunk(2, -1), inputs["weight_hh"], strict=True)):
-        before = inputs["layout"].states_before(y, inputs["hx"][d], d)
+    saved = torch_loop.recurrence_fwd(recurrence(cell), *inputs)
+    whole, weights = inputs.preact_x.clone(), inputs.weights
+    for d, (y, weight) in enumerate(zip(saved.output.chunk(2, -1), weights.weight_hh, strict=True)):
+        before = inputs.batch.layout.states_before(y, inputs.state.hx[d], d)
         products.add_recurrent_product(whole[d].view(-1, whole.size(-1)), before, weight)
-    found = torch_loop.recurrence_fwd(
-        cell, **{**inputs, "preact_x": whole, "weight_hh": []}, save_gates=True, save_states=True
-    )
-    for ours, exact in zip(found[3:], (gates, c_seq), strict=True):
-        torch.testing.assert_close(ours, exact, **EXACT)
+    found = torch_loop.recurrence_fwd(recurrence(cell), whole, weights._replace(weight_hh=[]), *inputs[2:])
+    torch.testing.assert_close(found.gates, saved.gates, **EXACT)
+    torch.testing.assert_close(found.c_seq, saved.c_seq, **EXACT)
 
 
 def test_shut_output_gates_have_gradients():
@@ -130,18 +118,15 @@ def test_shut_output_gates_have_gradients():
     o = torch.tensor([-200.0, -95.0, -60.0, 0.0, 5.0, 200.0])
     for size in (1e-3, 1.0, 30.0):
         inputs = recurrence_inputs(T, B, H, 1, torch.float32, resets=0.2)
-        inputs["preact_x"][..., 3 * H :] = o
-        inputs["cx"] *= size
-        inputs["preact_x"][..., H : 2 * H] += 5.0  # c stays about as large
+        inputs.preact_x[..., 3 * H :] = o
+        inputs.state.cx.mul_(size)
+        inputs.preact_x[..., H : 2 * H] += 5.0  # c stays about as large
         exact = cast(inputs, torch.float64)
         found = []
-        for module, given in ((torch_loop, inputs), (reference, inputs), (reference, exact)):
-            saves = {"save_gates": True, "save_states": True} if module is torch_loop else {}
-            output, h_n, c_n, gates, c_seq = module.recurrence_fwd("lstm", **given, **saves)
-            own = {name: given[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
-            saved = {"output": output, "gates": gates, "c_seq": c_seq, "clip": None}
-            grads = [torch.ones_like(x) for x in (output, c_seq, h_n, c_n)]
-            found.append(module.recurrence_bwd("lstm", *grads, **own, **saved))
+        for engine, given in ((torch_loop, inputs), (reference, inputs), (reference, exact)):
+            saved = engine.recurrence_fwd(recurrence(), *given)
+            grads = Grads(*(torch.ones_like(getattr(saved, name)) for name in Grads._fields))
+            found.append(engine.recurrence_bwd(recurrence(), grads, saved, *given[1:]))
         for name, ours, same, truth in zip(("grad_preact", "grad_hx", "grad_cx"), *found, strict=True):
             assert_accurate(f"{name}, c {size}", ours, same, truth)
 
@@ -162,13 +147,13 @@ def test_atens_stacks_and_the_loop(cell, lengths, options):
     arguments = (stock._flat_weights, stock.bias, layers, 0.0, True, stock.bidirectional, False)
     schedules = ["stack"] if sizes is None else ["stack", "runs"]
     for schedule in schedules:
-        output, (h,) = aten.stack(cell, schedule, rows, sizes, (hx,), *arguments)
+        output, (h,) = aten.stack(cells.CELLS[cell], schedule, rows, sizes, (hx,), *arguments)
         torch.testing.assert_close(output, expected, **EXACT)
         torch.testing.assert_close(h, h_n, **EXACT)
-    step, (h,) = aten.stack(cell, "step", x[:1], None, (hx,), *arguments)
+    step, (h,) = aten.stack(cells.CELLS[cell], "step", x[:1], None, (hx,), *arguments)
     torch.testing.assert_close(step, stock(x[:1], hx)[0], **EXACT)
     if layers == 1:
-        (h,) = aten.cell(cell, x[0], (hx[0],), *stock._flat_weights)
+        (h,) = aten.cell(cells.CELLS[cell], x[0], (hx[0],), *stock._flat_weights)
         torch.testing.assert_close(h, step[0], **EXACT)
 
     layout = DENSE if sizes is None else Layout.of_packed(sizes, 4, torch.device("cpu"))
@@ -177,7 +162,7 @@ def test_atens_stacks_and_the_loop(cell, lengths, options):
     found = rows
     for layer in range(layers):
         own = slice(layer * D, (layer + 1) * D)
-        found, _, _ = autograd.layer(cell, found, (hx[own],), parameters[own], "torch", layout)
+        found, _, _ = autograd.layer(cells.CELLS[cell], found, (hx[own],), parameters[own], "torch", layout)
     torch.testing.assert_close(found, expected, **EXACT)
     grad = torch.randn_like(expected)
     for ours, exact in zip(
@@ -206,15 +191,17 @@ def test_rivals_of_the_benchmark_compute_the_same(cell):
 def test_who_serves_on_a_cpu():
     def way(cell, steps, dtype=torch.float32, sizes=None, batch_first=False):
         x = torch.zeros((2, steps, 4) if batch_first else (steps, 2, 4))
-        return aten.schedule(cell, x.flatten(0, 1) if sizes is not None else x, dtype, sizes, batch_first, H)
+        return aten.schedule(
+            cells.CELLS[cell], x.flatten(0, 1) if sizes is not None else x, dtype, sizes, batch_first, H
+        )
 
     for cell in ("gru", "rnn_tanh", "rnn_relu"):
-        assert aten.has(cell)
+        assert cells.CELLS[cell].aten
         assert way(cell, 32) == way(cell, 32, batch_first=True) == way(cell, 32, torch.float64) == "loop"
         assert way(cell, 32, sizes=torch.tensor([2] * 31 + [1])) == "loop"
         assert way(cell, 31) == way(cell, 1) == way(cell, 31, sizes=torch.tensor([2] * 30 + [1])) == "stack"
         with torch.no_grad():
             assert way(cell, 32) == "stack"
         for dtype in (torch.float16, torch.bfloat16):
-            assert aten.compute_dtype(cell, torch.device("cpu"), dtype, "stack", True) == torch.float32
-    assert not aten.has("peephole") and way("peephole", 1) == "loop"
+            assert aten.compute_dtype(cells.CELLS[cell], torch.device("cpu"), dtype, "stack", True) == torch.float32
+    assert cells.CELLS["peephole"].aten is None and way("peephole", 1) == "loop"

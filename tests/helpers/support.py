@@ -1,12 +1,14 @@
 """What the tests share: the accuracy rule, inputs, and plans with tiles of the test's choice."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedlstm import cells
+from fusedlstm.cells import CELLS, Recurrence, State, Weights
 from fusedlstm.layout import Layout
+from fusedlstm.noise import Batch
 from fusedlstm.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -99,6 +101,20 @@ def tiled(
     )
 
 
+class Inputs(NamedTuple):
+    """The arguments of a forward after its `Recurrence`. A backward takes all but the first, after `saved`."""
+
+    preact_x: Tensor
+    weights: Weights
+    state: State
+    batch: Batch
+
+
+def recurrence(cell: str = "lstm", **fields) -> Recurrence:
+    """What is asked of a recurrence over a cell; `fields` are those of `Recurrence`."""
+    return Recurrence(CELLS[cell], **fields)
+
+
 def recurrence_inputs(
     T: int,
     B: int,
@@ -112,14 +128,13 @@ def recurrence_inputs(
     lengths=None,
     resets=0.0,
     heads=1,
-) -> dict:
-    """preact_x, weight_hh, hx, cx, layout and vectors of a recurrence; the values are rounded to `dtype`.
+) -> Inputs:
+    """Random inputs of a recurrence; the values are rounded to `dtype`.
 
     T and B follow from `packed`, the descending lengths of a packed batch, or from T and `lengths`, those of a ragged
     one. `resets` is the share of the rows at which a sequence is cut; `heads` divides H.
     """
-    spec = cells.CELLS[cell]
-    G, S, V = spec.num_gates, spec.num_cell_states, spec.num_vectors
+    G, S, V = CELLS[cell].num_gates, CELLS[cell].num_cell_states, CELLS[cell].num_vectors
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape, scale=1.0):
@@ -135,14 +150,12 @@ def recurrence_inputs(
         leading = (T, B)
     if resets:
         layout = layout._replace(resets=(torch.rand(leading, generator=generator) < resets).to(device))
-    return {
-        "preact_x": randn(D, *leading, G * H),
-        "weight_hh": [randn(G * H, H // heads, scale=(H // heads) ** -0.5) for _ in range(D)],
-        "hx": randn(D, B, H),
-        "cx": randn(S, D, B, H) if cell != "slstm" else _slstm_states(randn, D, B, H),
-        "layout": layout,
-        "vectors": randn(D, V, H) if V else None,
-    }
+    preact_x = randn(D, *leading, G * H)
+    weight_hh = [randn(G * H, H // heads, scale=(H // heads) ** -0.5) for _ in range(D)]
+    hx = randn(D, B, H)
+    cx = randn(S, D, B, H) if cell != "slstm" else _slstm_states(randn, D, B, H)
+    weights = Weights(weight_hh, randn(D, V, H) if V else None)
+    return Inputs(preact_x, weights, State(hx, cx), Batch(layout))
 
 
 def _slstm_states(randn, D: int, B: int, H: int) -> Tensor:
@@ -162,9 +175,9 @@ def without_padding(gates: Tensor, layout: Layout) -> Tensor:
 
 
 def cast(tree, dtype: torch.dtype, device="cpu"):
-    """Tensors of a dict, list or named tuple in another dtype; integers keep theirs."""
-    if tree is None:
-        return None
+    """Tensors in dicts, lists and named tuples in another dtype; integers keep theirs, and what is no tensor stays."""
+    if tree is None or isinstance(tree, (int, float, str)):
+        return tree
     if isinstance(tree, Tensor):
         return tree.detach().to(device=device, dtype=dtype if tree.is_floating_point() else tree.dtype)
     if isinstance(tree, dict):
