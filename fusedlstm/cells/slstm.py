@@ -44,8 +44,9 @@ def _updated(gates, state_prev, m_new, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2;
-    di = dc g + dn, d\bar f = dc c + dn n.
+    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2.
+
+    Then di = dc g + dn, and d\bar f = dc c + dn n.
 
     i and \bar f shrink when m' grows, so its gradient is dm - (di i + d\bar f \bar f). It passes to the larger argument
     of the maximum: to preact_i if i is 1, and otherwise to log f + m.
