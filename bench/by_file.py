@@ -1,8 +1,10 @@
-"""pytest, a process a file and several at once, where pytest-xdist is missing: `python -m bench.by_file PATH... --
-OPTIONS`.
+"""Run pytest with one process per file, several at once, if pytest-xdist is missing.
 
-Verdicts of tests are printed as they come, the rest of a file's output when the file ends, and last one line of counts
-as pytest's own. A process that an assertion on the device ends takes no other file with it. Exit status as pytest's.
+    python -m bench.by_file PATH... -- OPTIONS
+
+The result of a test is printed when it is known, and the rest of the output of a file when the file ends. The last line
+has the counts, as pytest prints them. If an assertion on the device ends a process, the other files still run. The exit
+status is that of pytest.
 """
 
 import argparse

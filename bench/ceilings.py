@@ -1,6 +1,6 @@
-"""What the machine can do, for the planner and for every bound: `python -m bench.ceilings --out ROWS.csv`.
+"""Measure what the machine can do, for the planner and the bounds: `python -m bench.ceilings --out ROWS.csv`.
 
-| metric | unit | what |
+| metric | unit | meaning |
 |---|---|---|
 | `barrier` | us | one arrival and wait of `kernels/barrier.py`, P programs |
 | `exchange` | us | one step in which each of P programs hands a tile to all, by counter or by data |
@@ -11,9 +11,9 @@
 | `matmul` | TFLOP/s | a large product of torch |
 | `step_matmul` | us | the product of one step, [B, H] x [H, 4H], in a CUDA graph |
 
-The rates of barriers and exchanges are differences between a long and a short launch, over the steps between them, so
-that the launch is not in them. On a CPU the same runs interpreted, tiny, by the host clock: a rehearsal, its numbers
-mean nothing.
+The time of a barrier or an exchange is the difference between a long and a short launch, divided by the difference of
+their steps. So the time of the launch is not in it. On a CPU the same code runs interpreted, with tiny sizes and the
+clock of the host. This is a rehearsal, and its numbers mean nothing.
 """
 
 import argparse
@@ -114,9 +114,7 @@ def read_kernel(
     REPEATS,
     BLOCK: tl.constexpr,
 ):
-    """Every program reads COUNT blocks, REPEATS times, one further on each time; the next program begins APART further
-    on.
-    """
+    """Every program reads COUNT blocks REPEATS times, each time one block later. The next one begins APART later."""
     pid = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)
@@ -223,9 +221,7 @@ def barriers(machine: Machine):
 
 
 def loops(machine: Machine):
-    """A step of our own loops, forward and backward, by each protocol of the exchange; both must give the same
-    numbers.
-    """
+    """A step of our own loops, forward and backward, by each exchange protocol. Both must give the same numbers."""
     from fusedlstm import plan
     from fusedlstm.engines import launch
 
@@ -236,8 +232,8 @@ def loops(machine: Machine):
         by_data = [plan.plan("lstm", B, H, "bf16", 1, limits, p, protocol="data") for p in ("fwd", "bwd")]
         if any(p.schedule == "stepped" for p in by_data):
             print(
-                f"loop of B{B} H{H}: skipped, no group of programs fits on {limits.name} with {limits.num_sms} "
-                f"multiprocessors"
+                f"loop of B{B} H{H}: skipped, "
+                f"no group of programs fits on {limits.name} with {limits.num_sms} multiprocessors"
             )
             continue
         for protocol in ("counter", "data"):
@@ -417,7 +413,7 @@ def _row(machine: Machine, shape: str, provider: str, metric: str, unit: str, va
 
 
 def tell(path: Path) -> None:
-    """Print the planner's constants beside the measured ones, and these as an entry of fusedlstm/measured.json."""
+    """Print the planner's constants beside the measured ones, and these as an entry of fusedlstm/plan/measured.json."""
     lines, found = beside_constants(rows.read(path))
     print("\n".join(lines))
     values = {name: float(f"{value:.4g}") for name, value in found.items()}

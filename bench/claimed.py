@@ -1,6 +1,4 @@
-"""A driver for Triton that only claims to have a GPU: its just-in-time path goes on to the launch, which does
-nothing.
-"""
+"""A driver for Triton that claims to have a GPU. Triton compiles and goes on to the launch, which does nothing."""
 
 import torch
 from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""What a row says about the machine and the code."""
+"""The columns of a row that describe the machine and the code."""
 
 import datetime
 import hashlib
@@ -39,8 +39,9 @@ def commit() -> tuple[str, str]:
 
 
 def digest(root: Path) -> str:
-    """Ten digits of a SHA-1 of all sources under `CODE`, the same of every copy: `python -m bench.environment` prints a
-    checkout's.
+    """Ten digits of a SHA-1 of all sources under `CODE`. Every copy of a checkout has the same.
+
+    `python -m bench.environment` prints that of a checkout.
     """
     found = hashlib.sha1(usedforsecurity=False)
     for folder in CODE:

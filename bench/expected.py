@@ -1,4 +1,4 @@
-"""What a case should take: the plan's prediction, and the bound that no implementation passes at the measured rates."""
+"""Compute what a case should take: the prediction of the plan, and a lower bound from measured rates."""
 
 import inspect
 import math

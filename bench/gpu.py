@@ -1,13 +1,13 @@
-"""Everything that a GPU machine has to show, in one command that needs nobody beside it: `python -m bench.gpu --out
-DIR`.
+"""All checks and measurements on a GPU machine, unattended: `python -m bench.gpu --out DIR`.
 
-Facts about the machine, a first run of the kernels, GPU tests, the machine's ceilings, memory and race checkers where
-present, then the table with the time that is left, the profile of its slowest row, and tables and a plot from all rows.
-Each part is a process with a limit and a log; a part that fails or hangs does not stop the next, and every row is
-written when it is measured. DIR is flat and holds at most eight files: summary.md, <gpu>.csv, speedup.png and logs.
-Runs with the machine's own Python, torch and Triton, offline. Exit status 0 means that every correctness part passed.
+The parts are facts about the machine, a first run of the kernels, GPU tests, the machine's ceilings, and memory and
+race checkers if they are installed. The table takes the time that is left. The profile of its slowest row, and tables
+and a plot of all rows follow. Each part is a process with a time limit and a log. If a part fails or hangs, the next
+one still runs. Every row is written when it is measured. DIR has no folders and at most eight files: summary.md,
+<gpu>.csv, speedup.png and logs. The run needs no network and uses the Python, torch and Triton of the machine. Exit
+status 0 means that every correctness part passed.
 
-`--rehearse` walks the same parts on a CPU: kernels interpreted, sizes tiny.
+`--rehearse` runs the same parts on a CPU, with interpreted kernels and tiny sizes.
 """
 
 import argparse
@@ -165,9 +165,7 @@ def judge_sanitizer(status: int, log: str) -> tuple[str, str]:
 
 
 def only_our_kernels() -> list[str]:
-    """Options that keep racecheck off the libraries' kernels, whose hazards are not ours; the name changed over
-    time.
-    """
+    """Options that keep racecheck away from kernels of libraries. The name of the option changed over time."""
     text = _output("compute-sanitizer", "--help")
     for option in ("--kernel-name", "--kernel-regex"):
         if option in text:

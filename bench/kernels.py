@@ -1,10 +1,11 @@
-"""What the compiler makes of every plan for the field's shapes, on every target, without a GPU.
+"""Compile every plan for the benchmark shapes, for every target, without a GPU.
 
-`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. A kernel that spills
-is named in `fusedlstm/plan/spills.json`, the plan takes its next variant, and that is compiled, until none spills. With
-`--refresh` only the plans that are not in the table yet are compiled: for a change of the cost model or of the device
-table, not of the kernels. With `--spills` nothing but the list of spills is written, and only for the
-targets that are tuned for: for a second version of Triton.
+`python -m bench.kernels` compiles them, prints the table and rewrites `bench/results/kernels.csv`. If a kernel spills,
+its name goes into `fusedlstm/plan/spills.json`, and the next variant of the plan is compiled, until none spills.
+
+`--refresh` compiles only the plans that are not in the table yet. Use it after a change of the cost model or the device
+table, but not of the kernels. `--spills` only writes the list of spills, for the targets whose plans must not spill.
+Use it with a second version of Triton.
 """
 
 import argparse
@@ -56,9 +57,7 @@ COLUMNS = [
 
 
 class Numbers(NamedTuple):
-    """What the compiler made of a plan; the last four are of an iteration of the time loop (`offline.Loop`), none on
-    AMD.
-    """
+    """What the compiler made of a plan. The last four are of one iteration of the time loop, and empty on AMD."""
 
     regs: int
     spill_bytes: int
@@ -76,14 +75,15 @@ def shapes() -> list[Shape]:
 
 
 def plans() -> list[tuple[str, str, Plan]]:
-    """(shape id, dtype name, plan) for all shapes, dtypes, passes, targets and, on some, all layouts and stacks as a
-    wave.
+    """(shape id, dtype name, plan) for all shapes, dtypes, passes and targets.
+
+    On some targets there are also all layouts, and stacks as a wave.
     """
     found = []
     for s, (name, precision), limits in itertools.product(shapes(), DTYPES.items(), DEVICES.values()):
         sizes = (s.H, name.split("-")[0])
-        # float16 has the machine code of bfloat16, and IEEE products that of TF32 but for the dot: they are compiled
-        # dense.
+        # float16 has the machine code of bfloat16, and IEEE products differ from TF32 in the dot only. So both are
+        # compiled for dense batches only.
         layouts = LAYOUTS if limits.arch in OTHER_LAYOUTS and name in MOST else LAYOUTS[:1]
         if limits.arch not in OTHER_LAYOUTS and name not in MOST:
             continue
@@ -182,9 +182,7 @@ def times(shape: Shape, p: Plan) -> tuple[str, str]:
 
 
 def is_unfit(p: Plan, numbers: Numbers) -> bool:
-    """It spills more than the target allows, which is nothing where plans are tuned; or it does not compile, or to a
-    trap.
-    """
+    """Whether it spills more than the target allows, does not compile, or compiles to a trap."""
     return numbers.regs < 0 or numbers.spill_bytes > allowed_bytes(p.arch) or _lost_matrix(p, numbers)
 
 
@@ -282,9 +280,8 @@ def main() -> int:
     for p, found in bad:
         for fault in found:
             console.print(
-                f"[red]{p.cell} {p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} {p.schedule} {tiles(p)} "
-                f"w{p.num_warps} "
-                f"{layout(p)}: {fault}"
+                f"[red]{p.cell} {p.arch} {p.pass_} {p.dtype} {p.precision} H={p.hidden} "
+                f"{p.schedule} {tiles(p)} w{p.num_warps} {layout(p)}: {fault}"
             )
     return int(any(found and p.arch in ("sm_80", "sm_90") for p, found in bad))
 

@@ -1,17 +1,19 @@
-"""The loops without a GPU: `python -m bench.loops`. Every cell's layer on the engine "torch", forward and backward.
+"""Time the loops on a CPU: `python -m bench.loops`.
 
-The rival is ATen's layer for a GRU and a vanilla RNN. For the other cells it is a loop of torch operations that
-autograd differentiates, in two forms that both take the input product before the loop. "as written": step t is
-`preact_x[t] + linear(h, weight_hh)`. "careful": `preact_x` is taken apart by `unbind`, since the gradient of indexing
-is slow, and the sum is part of the product. The LSTM's row shows what a loop costs beside oneDNN, which runs the whole
-layer; by default an LSTM runs there too.
+Every cell's layer runs on the engine "torch", forward and backward. The rival of a GRU and of a vanilla RNN is ATen's
+layer. The rival of the other cells is a loop of torch operations under autograd, in which the input product is taken
+before the loop. It has two forms:
 
-Weights and input are the same on all sides. All gradients are compared first. The rounds take turns (`bench.timing`).
+- "as written" is the loop as people usually write it. Step t is `preact_x[t] + linear(h, weight_hh)`.
+- "careful" uses `unbind` on `preact_x`, because the gradient of indexing is slow, and adds within the product.
 
-A block of 31 MB is freed before all else, on behalf of every side. glibc gives free memory at the end of the heap back
-to the system if it is more than twice the largest block that was freed so far, and every page of it then costs a fault
-again. Without that block the order of the cases would decide who pays. A process that trains has freed such a block,
-with its data or weights.
+The row of the LSTM shows what a loop costs beside oneDNN, which runs the whole layer. By default an LSTM runs there.
+
+Weights and input are the same on all sides. All gradients are compared first. Then all run in rounds (`bench.timing`).
+
+A block of 31 MB is freed first, for all sides. glibc returns the free end of the heap to the system if it is more than
+twice the largest block freed so far, and later every page of it costs a fault. Without this block the order of the
+cases would decide who pays for the faults. A process that trains has freed such a block, with its data or weights.
 """
 
 import argparse

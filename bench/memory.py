@@ -1,33 +1,29 @@
 """Bytes of a training step of one LSTM layer, from its shapes.
 
-T steps, B batch, I input size, H hidden size; `itemsize`, bytes of a value of the layer's dtype. States beside h are
-kept in float32 (float64 in float64).
+T is the number of steps, B the batch, I the input size and H the hidden size. `itemsize` is the number of bytes of a
+value in the dtype of the layer. States beside h are kept in float32 (float64 in float64).
 
-What a step holds has three parts. Inputs and parameters, which were there before, count for nobody. The gradients of
-output, input and parameters are results, and every implementation holds them (`gradients`). The rest is the layer's own
-(`own_peak`), and the choice of `save` is about that:
+The memory of a step has three parts. Inputs and parameters are there before, and are not counted. The gradients of
+output, input and parameters are results, and every implementation holds them (`gradients`). The rest belongs to the
+layer (`own_peak`), and depends on `save`:
 
-- "gates": output, gates and c of all steps, kept from the forward to the backward, and in the backward the gradients of
-the
-  preactivations of all steps.
-- "states": output, and c between blocks of steps. Forward and backward go from block to block: the backward takes the
-last
-  one first, recomputes its gates and c (one product of all its steps, then an elementwise scan), and forgets them
-  again.
+- "gates": output, gates and c of all steps are kept from the forward to the backward. The backward also holds the
+  gradients of the preactivations of all steps.
+- "states": output, and c between blocks of steps, are kept. The backward takes one block after another, beginning with
+  the last. It computes the gates and c of the block again, by one product of all its steps and an elementwise scan, and
+  then drops them.
 
-Dense or ragged batches of one direction run in blocks. Two directions, which meet in `output` from both ends, and
-packed
-batches, whose steps have no fixed number of rows, are one block: between forward and backward they keep as little, but
-their peak is that of "gates" nearly.
+Dense and ragged batches of one direction run in blocks. Two directions are one block, because they meet in `output`
+from both ends. Packed batches are one block too, because their steps have no fixed number of rows. They keep as little
+between forward and backward, but their peak is nearly that of "gates".
 
-cuDNN, for comparison. `cudnnGetRNNTempSpaceSizes` is known only where cuDNN runs, and no table of it is published. Two
-sizes
-are: github.com/pytorch/pytorch/issues/2895 prints, for 4 layers of H 320 in float32, 736,000,000 bytes for an LSTM and
-864,000,000 for a GRU. Both are whole numbers of values of every unit and step if T * B is 25,000: 23 = 4 * 5 + 3 and
-27 = 4 * 6 + 3: for a layer of an LSTM five, which are four gates and c, for one of a GRU six, and the outputs between
-layers. T and B are inferred, and other versions may take more, so `cudnn_reserve` is a bound: gates and c are what a
-backward that recomputes nothing reads. In half precision c is taken to have two bytes as well, which is to cuDNN's
-credit. `make gpu` measures the peaks of `nn.LSTM` and of ours, gradients included.
+The numbers of cuDNN are a bound. `cudnnGetRNNTempSpaceSizes` needs a running cuDNN, and no table of it is published.
+Two sizes are known: github.com/pytorch/pytorch/issues/2895 prints, for 4 layers of H 320 in float32, 736,000,000 bytes
+for an LSTM and 864,000,000 for a GRU. If T * B is 25,000, these are 23 and 27 values per unit and step. 23 = 4 * 5 + 3
+and 27 = 4 * 6 + 3. So a layer of an LSTM has five values, which are four gates and c, and a layer of a GRU has six. The
+other three are the outputs between layers. T and B are inferred, and other versions may need more. `cudnn_reserve` is a
+bound, because gates and c are what a backward reads that recomputes nothing. In half precision c counts as two bytes,
+in favour of cuDNN. `make gpu` measures the peaks of `nn.LSTM` and of ours, gradients included.
 """
 
 import itertools
@@ -44,9 +40,7 @@ def kept(T: int, B: int, H: int, itemsize: int, save: str = "gates", directions:
 
 
 def gradients(T: int, B: int, I: int, H: int, itemsize: int, directions: int = 1) -> int:
-    """Bytes of the gradients of output, input, weights and the two biases, which every implementation holds at the
-    end.
-    """
+    """Bytes of the gradients of output, input, weights and two biases. Every implementation holds them at the end."""
     parameters = 4 * H * (I + H + 2) * directions
     return (T * B * (H * directions + I) + parameters) * itemsize
 

@@ -1,8 +1,9 @@
-"""What the host pays: `python -m bench.overhead`, on a CPU.
+"""Measure what the host pays for a call and for a launch, on a CPU: `python -m bench.overhead`.
 
-First `fusedlstm.LSTM` over `torch.nn.LSTM` where both run ATen. Then a launch of a kernel of ours, as
-`fusedlstm.engines.bound` does it and as Triton's `kernel[grid](...)` does, down to a driver that launches nothing: what
-the driver itself takes comes on top of both. The two take turns, and in turns go first; medians over all rounds.
+The first part compares `fusedlstm.LSTM` with `torch.nn.LSTM`, where both run ATen. The second part compares a launch of
+one of our kernels by `fusedlstm.engines.bound` with one by Triton's `kernel[grid](...)`. Both end in a driver that
+launches nothing, so the time of the driver comes on top. The two sides alternate, and each goes first in every second
+round. The numbers are medians over all rounds.
 """
 
 import contextlib

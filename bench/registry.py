@@ -1,6 +1,7 @@
-"""Who is measured. A provider builds a runnable LSTM that holds the given weights; torch is imported only then.
+"""The providers: the implementations that are measured. A provider builds an LSTM that has the given weights.
 
-To add one: write a function under `@provider("name")`, here or in a file given to `--plugin`.
+torch is imported only when a provider is built. To add one, write a function under `@provider("name")`, here or in a
+file that you pass as `--plugin`.
 """
 
 import dataclasses

@@ -1,10 +1,12 @@
-"""Tables from rows: `python -m bench.report bench/results/cpu.csv`, with `--readme docs/benchmarks.md` also into that
-page.
+"""Make tables from rows: `python -m bench.report bench/results/cpu.csv`.
 
-`--overview` is one line a shape and mode with all dtypes, and the geometric means; `--picture FILE.png` draws the
-ratios.
+`--readme docs/benchmarks.md` also writes the table into that page.
 
-Every ratio is the baseline's time over the provider's, taken within rounds: above 1 is faster than `torch.nn.LSTM`.
+`--overview` prints one line per shape and mode with all dtypes, and the geometric means. `--picture FILE.png` draws the
+ratios of the table.
+
+A ratio is the time of the baseline over the time of the provider, taken within a round. Above 1 the provider is faster
+than `torch.nn.LSTM`.
 """
 
 import argparse
@@ -122,8 +124,9 @@ def _or_dash(value: float | None, form: str | None = None) -> str:
 
 
 def overview(measured: list[rows.Row]) -> str:
-    """Markdown: per mode one line a shape, with ours in milliseconds and the ratio for every dtype, and geometric
-    means.
+    """Markdown with one line per shape for each mode, which has our times and the ratio for every dtype.
+
+    The geometric means follow.
     """
     cases, own = _cases(measured), ours(measured)
     present = [dtype for dtype in DTYPES if any(case[2] == dtype for case in cases)]

@@ -1,4 +1,4 @@
-"""Rows of measurements: one CSV file per device, one row per key; a rerun of a key replaces its row."""
+"""Rows of measurements. Each device has a CSV file, and each key one row, which a new measurement replaces."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Measure: `python -m bench.run --set cpu`. Every row is written as soon as it is measured; see bench/README.md."""
+"""Run the benchmarks: `python -m bench.run --set cpu`. Every row is written as soon as it is measured.
+
+See bench/README.md.
+"""
 
 import argparse
 import importlib.util
@@ -24,8 +27,9 @@ def plan_cases(
     modes: list[str] | None,
     device: str,
 ) -> list[Case]:
-    """Cases of a run, most telling first: fwdbwd and infer of the headline shapes, the other shapes, fwd, slow
-    rivals.
+    """The cases of a run, the most important first.
+
+    These are fwdbwd and infer of the headline shapes. The other shapes follow, then fwd, and then the slow rivals.
     """
     fast = tuple(p.name for p in providers if not p.slow)
     slow = tuple(p.name for p in providers if p.slow)

@@ -6,8 +6,8 @@ import torch
 
 import fusedlstm
 
-# One group and several, below and above the smallest tiles, odd sizes; kept tiny: a checker slows a kernel a
-# hundredfold.
+# One group and several, below and above the smallest tiles, and odd sizes. They are tiny, because a checker makes a
+# kernel a hundred times slower.
 SIZES = ((3, 2, 5, 7), (4, 17, 16, 33), (3, 33, 24, 136))  # T, B, I, H
 
 

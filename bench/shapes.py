@@ -1,6 +1,7 @@
-"""The named shapes of the field: plain data, importable without torch.
+"""The named shapes of the benchmarks. They are plain data and can be imported without torch.
 
-T steps, B batch, I input size, H hidden size. I = H unless given, one layer and one direction unless given.
+T is the number of steps, B the batch, I the input size and H the hidden size. By default I = H, and there is one layer
+and one direction.
 """
 
 import dataclasses
@@ -15,18 +16,18 @@ class Shape:
     """One problem.
 
     Attributes:
-        id: unique, no spaces.
-        T, B, I, H: steps, batch, input size, hidden size (per direction).
-        layers, bidirectional: as in `torch.nn.LSTM`.
-        proj: size of the projected h, 0 for none.
-        heads: number of blocks on the diagonal of `weight_hh`; `torch.nn.LSTM`, which has none, runs dense.
-        resets: share of the (t, b) pairs at which the state starts anew; `torch.nn.LSTM` runs without.
-        lengths: shortest and longest sequence of a packed batch, or None for a dense one.
-        alternating: every second layer runs backwards in time (its input and output flipped).
-        modes, dtypes: what is measured; dtypes on a GPU (a CPU runs float32).
-        sets: lists of the runner that hold the shape ("gpu", "cpu", "rehearsal").
-        telling: place in the order of a run that may be cut short, 0 first.
-        source: where the sizes come from.
+        id: A unique name without spaces.
+        T, B, I, H: Steps, batch, input size and hidden size (per direction).
+        layers, bidirectional: As in `torch.nn.LSTM`.
+        proj: The size of the projected h, or 0 without a projection.
+        heads: The number of blocks on the diagonal of `weight_hh`. `torch.nn.LSTM` has no heads and runs dense.
+        resets: The share of the (t, b) pairs at which the state is reset. `torch.nn.LSTM` runs without resets.
+        lengths: The shortest and the longest sequence of a packed batch, or None for a dense one.
+        alternating: Whether every second layer runs backwards in time, with its input and output flipped.
+        modes, dtypes: What is measured. The dtypes are those on a GPU, because a CPU runs float32.
+        sets: The sets of the runner that have the shape ("gpu", "cpu", "rehearsal").
+        telling: The place in the order of a run that may be cut short. 0 is first.
+        source: Where the sizes come from.
     """
 
     id: str

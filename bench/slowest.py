@@ -1,7 +1,7 @@
-"""Where the time of the slowest row goes: `python -m bench.slowest ROWS.csv`.
+"""Profile the slowest row: `python -m bench.slowest ROWS.csv`.
 
-The row with the smallest speed-up if it is below 1, else the one furthest above its bound, is run again under torch's
-profiler, ours and `torch.nn.LSTM`; a table of kernels each (on a CPU: of operators).
+It is the row with the smallest speed-up if that is below 1, and otherwise the row that is furthest above its bound.
+Ours and `torch.nn.LSTM` run again under torch's profiler. Each gets a table of kernels, or of operators on a CPU.
 """
 
 import argparse

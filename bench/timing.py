@@ -1,11 +1,11 @@
-"""How a time is taken.
+"""Take times.
 
-All candidates of a case run in rounds, in one process: each round times every candidate once, beginning with another
-one each time, so that a drift of the machine falls on all alike. A sample is the mean of `inner` calls in a row. The
-ratio to the baseline is taken within each round; p20, p50 and p80 are over rounds.
+All candidates of a case run in rounds, in one process. Each round times every candidate once, and begins with another
+one, so a drift of the machine affects all in the same way. A sample is the mean of `inner` calls in a row. The ratio to
+the baseline is taken within each round. p20, p50 and p80 are percentiles over the rounds.
 
-On a GPU a sample lies between two device events. A call shorter than a few hundred microseconds is timed a second time
-as replay of a CUDA graph, where the host's share is gone. On a CPU the clock is `time.perf_counter`.
+On a GPU a sample is the time between two device events. A call shorter than a few hundred microseconds is timed a
+second time as a replay of a CUDA graph, which excludes the time of the host. On a CPU the clock is `time.perf_counter`.
 """
 
 import math

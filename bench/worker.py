@@ -1,5 +1,7 @@
-"""Measures cases in a process of its own, so that a crash, a hang or a poisoned GPU context costs one provider of one
-case and not the run. Talks to `bench.run` through a pipe, in tuples whose first item names the event.
+"""Measure cases in a process of its own. It talks to `bench.run` through a pipe.
+
+So a crash, a hang or a broken GPU context costs one provider of one case, and not the run. The messages are tuples
+whose first item names the event.
 """
 
 import itertools
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from bench import environment, expected, registry, timing
 from bench.shapes import BY_ID, Shape
 
-# Only what is grossly wrong is refused here; how exact the results are is a matter of the tests.
+# Only grossly wrong results are refused here. The tests check the precision.
 WRONG_ABOVE = 0.1
 MIB = 2**20
 COLD_BYTES = 128 * MIB  # inputs that are used in turn are this large together: twice the L2 of any GPU here

@@ -1,13 +1,13 @@
-"""A recurrent policy learns to remember: policy gradients over batches in which episodes end in the middle.
+"""A recurrent policy learns to remember: policy gradients on batches in which episodes end at any step.
 
-The task: an episode shows one of four cues, then nothing for 4 to 12 steps, then a bell. The action at the bell must
-name the cue, for a reward of 1. A new episode begins at once, so a batch of T steps holds several of each
-environment's, and nothing may leak from one to the next. The policy is an LSTM whose state is reset where an episode
-begins.
+An episode shows one of four cues, then nothing for 4 to 12 steps, and then a bell. The action at the bell must name the
+cue, for a reward of 1. The next episode begins at once, so a batch of T steps holds several episodes of each
+environment. No information may leak from one episode into the next. The policy is an LSTM whose state is reset where an
+episode begins.
 
-The same training runs twice from the same seed, and prints the same learning curve up to rounding: with `resets=`, all
-steps in one call; and with a loop over `torch.nn.LSTMCell`, as it is written by hand. Rollouts are alike in both; the
-time printed is that of the updates (forward, backward and optimiser).
+The same training runs twice from the same seed. One run passes `resets=` and computes all steps in one call. The other
+one is a loop over `torch.nn.LSTMCell`, as people write it by hand. Both print the same learning curve up to rounding.
+The rollouts are the same code in both. The time that is printed is that of the updates (forward, backward, optimiser).
 
     python examples/recurrent_policy.py
 """
@@ -186,8 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     (ours, _), (by_hand, _) = found.values()
     apart = max(abs(a - b) for a, b in zip(ours, by_hand, strict=True))
     console.print(
-        f"The curves are at most {apart:.2%} apart; an update by the loop takes {medians[1] / medians[0]:.2f} "
-        f"times as long."
+        f"The curves are at most {apart:.2%} apart; "
+        f"an update by the loop takes {medians[1] / medians[0]:.2f} times as long."
     )
 
 

@@ -1,4 +1,4 @@
-"""Fused recurrent layers for PyTorch: `fusedlstm.LSTM` in place of `torch.nn.LSTM`, and the family around it."""
+"""Fused recurrent layers for PyTorch: `fusedlstm.LSTM` takes the place of `torch.nn.LSTM`, and related layers."""
 
 from fusedlstm import cells, inits, sequences
 from fusedlstm.base import Recurrent, RecurrentCell

@@ -1,4 +1,4 @@
-"""`python -m fusedlstm`: train the demo, say what runs here, explain a plan, measure the best one."""
+"""Train a demo model, describe this machine, explain how the kernels would run a layer, or tune them on a GPU."""
 
 import argparse
 import importlib
@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Parser(argparse.ArgumentParser):
-    """Every error is one line that says what is wrong and one that says what to do next."""
+    """A parser whose errors have two lines: the first says what is wrong, the second says what to do next."""
 
     def error(self, message: str, then: str = "") -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n{then or f'{self.prog} --help lists what it takes.'}\n")
@@ -52,41 +52,54 @@ def parser() -> Parser:
         return made.add_argument
 
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    where = {"type": device, "default": here, "help": "cpu, cuda or cuda:1 (here %(default)s)"}
+    where = {"type": device, "default": here, "help": "cpu, cuda or a GPU such as cuda:1 (default here: %(default)s)"}
 
-    add = command("train", run_train, "train a model that reads handwritten digits, and time it beside torch.nn's")
-    add("--epochs", type=positive, default=50, help="passes over the data (%(default)s)")
-    add("--hidden", type=positive, default=128, help="hidden units (%(default)s)")
-    add("--seed", type=int, default=0, help="of weights, batches and noise (%(default)s)")
-    add("--backend", choices=engines.BACKENDS, default="auto", help="the engine (%(default)s)")
+    add = command(
+        "train", run_train, "Train a model that reads handwritten digits, and compare its time with torch.nn."
+    )
+    add("--epochs", type=positive, default=50, help="number of passes over the data (default: %(default)s)")
+    add("--hidden", type=positive, default=128, help="number of hidden units (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the weights, batches and noise (default: %(default)s)")
+    add("--backend", choices=engines.BACKENDS, default="auto", help="engine of the LSTM (default: %(default)s)")
     add("--device", **where)
-    add("--out", type=Path, default=Path("out"), help="folder for digits.png (%(default)s)")
+    add("--out", type=Path, default=Path("out"), help="folder for digits.png (default: %(default)s)")
 
-    command("info", run_info, "versions, devices and settings, for a bug report; and which engine serves here")
+    command("info", run_info, "Print versions, devices and settings for a bug report, and which engine runs here.")
 
     def add_layer(add: Callable) -> None:
         """The arguments that `plan` and `tune` share."""
-        add("--cell", choices=[*cells.CELLS], default=next(iter(cells.CELLS)), help="the cell (%(default)s)")
-        add("--batch", type=positive, default=32, help="sequences (%(default)s)")
-        add("--steps", type=positive, default=100, help="steps of each (%(default)s)")
-        add("--dtype", choices=DTYPES, default="fp32", help="of input and weights (%(default)s)")
-        add("--directions", type=int, choices=(1, 2), default=1, help="2 if bidirectional (%(default)s)")
+        add(
+            "--cell",
+            choices=[*cells.CELLS],
+            default=next(iter(cells.CELLS)),
+            help="name of the cell (default: %(default)s)",
+        )
+        add("--batch", type=positive, default=32, help="number of sequences (default: %(default)s)")
+        add("--steps", type=positive, default=100, help="number of steps per sequence (default: %(default)s)")
+        add("--dtype", choices=DTYPES, default="fp32", help="dtype of input and weights (default: %(default)s)")
+        add(
+            "--directions",
+            type=int,
+            choices=(1, 2),
+            default=1,
+            help="1, or 2 for a bidirectional layer (default: %(default)s)",
+        )
 
-    add = command("plan", run_plan, "how the kernels would run a layer, and why; needs no GPU")
-    add("--hidden", type=positive, required=True, help="hidden units; must be given")
+    add = command("plan", run_plan, "Explain how the kernels would run a layer, and why. This needs no GPU.")
+    add("--hidden", type=positive, required=True, help="number of hidden units (required)")
     add_layer(add)
-    add("--heads", type=positive, default=1, help="blocks of a block-diagonal weight_hh (%(default)s)")
-    add("--arch", default="sm_90", help="the GPU, such as h100, a100, 4090, l4, mi300x or sm_89 (%(default)s)")
+    add("--heads", type=positive, default=1, help="number of heads (default: %(default)s)")
+    add("--arch", default="sm_90", help="GPU, such as h100, a100, 4090, l4, mi300x or sm_89 (default: %(default)s)")
 
-    add = command("tune", run_tune, "measure the best plans and cuDNN on this GPU, and keep the choice")
-    add("--hidden", type=positive, help="hidden units; must be given but for --show and --clear")
+    add = command("tune", run_tune, "Measure the best plans and cuDNN on this GPU, and store the fastest.")
+    add("--hidden", type=positive, help="number of hidden units (required, except with --show and --clear)")
     add_layer(add)
-    add("--input", type=positive, help="input size (that of --hidden)")
-    add("--layers", type=positive, default=1, help="layers of the module (%(default)s)")
-    add("--seconds", type=float, default=20.0, help="to measure for (%(default)s); compiling comes on top")
+    add("--input", type=positive, help="number of input features (default: that of --hidden)")
+    add("--layers", type=positive, default=1, help="number of layers (default: %(default)s)")
+    add("--seconds", type=float, default=20.0, help="time to measure, without compiling (default: %(default)s)")
     add("--device", **where)
-    add("--show", action="store_true", help="print the choices that are kept, and nothing else")
-    add("--clear", action="store_true", help="forget all choices, and nothing else")
+    add("--show", action="store_true", help="only print the stored choices")
+    add("--clear", action="store_true", help="only delete all stored choices")
     return main
 
 
@@ -124,7 +137,7 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def facts() -> dict[str, Callable[[], object]]:
-    """What a bug report should say, and how to find out."""
+    """The facts of a bug report, each with a function that finds it out."""
     return {
         "fusedlstm": lambda: fusedlstm.__version__,
         "Python": platform.python_version,
@@ -143,7 +156,7 @@ def facts() -> dict[str, Callable[[], object]]:
 
 
 def told(ask: Callable[[], object]) -> str:
-    """The answer, or what went wrong: a report is written where something is broken."""
+    """The answer, or the error, because people write a report when something is broken."""
     try:
         return str(ask())
     except Exception as error:
@@ -164,7 +177,7 @@ def version(package: str) -> str:
 
 
 def gpus() -> range:
-    """Indices of those that torch can use."""
+    """The indices of the GPUs that torch can use."""
     return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
@@ -192,7 +205,7 @@ def tuning_file() -> str:
 
 
 def engine_line(where: torch.device, dtype: torch.dtype) -> str:
-    """What `auto` picks, and why."""
+    """The engine that `auto` chooses, and why."""
     try:
         engine, why = engines.choice("auto", where, dtype)
     except (RuntimeError, ValueError) as error:  # FUSEDLSTM_BACKEND asks for what cannot be

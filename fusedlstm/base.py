@@ -1,4 +1,4 @@
-"""What all layers and cells have in common: parameters and conventions of `torch.nn`, no arithmetic."""
+"""What all layers and cells share: the parameters and conventions of `torch.nn`, but no arithmetic."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Device = torch.device | str | int | None
 
 
 class _CheckedAttributes(nn.Module):
-    """What is set after construction is checked like what the constructor is given."""
+    """Checks attributes that are set after construction in the same way as the arguments of the constructor."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
@@ -41,45 +41,55 @@ _FIXED = ("num_heads", "rates")
 
 
 class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
-    """A stack of recurrent layers over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
+    """A stack of recurrent layers of any cell, with the conventions of `torch.nn`. A subclass names its cell.
 
     Example::
 
         class MyGRU(fusedlstm.Recurrent):
-            cell = "gru"  # or a cell of your own, made known by `fusedlstm.register_cell`
+            cell = "gru"  # or a cell of your own, see `fusedlstm.register_cell`
 
         output, h_n = MyGRU(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: As in
             `torch.nn.GRU`.
-        backend: "auto", "triton", "torch" or "reference"; see `fusedlstm.engines`. An engine asked for by name
-            serves the call or raises.
-        grad_clip: in the backward, every element of the gradient of a state that enters a step is kept within
-            -grad_clip and grad_clip; None is no limit. Of scaled losses (`GradScaler`) it bounds the scaled gradient.
-        save: what our own loops, the kernels' above all, keep for the backward: "gates" is faster; "states" is lean,
-            the backward recomputes the gates with one more product. Where ATen serves the call, ATen decides.
-        num_heads: n, how many groups of DH = H / n hidden units there are, each of which sees only its own h: the
-            recurrent weight is block diagonal. Unit u is of head u // DH, and `weight_hh_l*` is [G*H, DH], a column for
-            every unit of the row's head. 1 is the usual layer.
-        init: a function of the module that changes its initial values, or several; see `fusedlstm.inits`. Before it
-            they are torch's, uniform in 1 / sqrt(H).
-        zoneout: probability with which a unit's state stays what it was, of all states, or two numbers, of h and of the
-            others; evaluation takes the mean of both (Krueger et al. 2016).
-        candidate_dropout: probability of dropping what a unit offers to its memory, step by step (Semeniuta et al.
-            2016).
-        recurrent_dropout: of dropping an element of the h that enters the recurrent product, the same ones at all steps
-            of a sequence (Gal & Ghahramani 2016).
-        weight_dropout: of dropping an element of `weight_hh`, once a call (Merity et al. 2017). These three divide what
-            is left by 1 - p, and do nothing in evaluation. Masks are those of `torch.manual_seed`, the same on every
-            engine of a device; see `fusedlstm.noise`. None of the four with `proj_size`.
+        backend: The engine: "auto", "triton", "torch" or "reference" (see `fusedlstm.engines`). With "auto" the package
+            chooses. An engine that you name serves the call or raises an error.
+        grad_clip: In the backward, every element of the gradient of a state that enters a step is limited to the range
+            from -grad_clip to grad_clip. None is no limit. With a scaled loss (`GradScaler`) this limits the scaled
+            gradient.
+        save: What the kernels and our own loops keep for the backward. "gates" is faster. "states" needs less memory,
+            but the backward computes the gates again, which takes one more product. If ATen serves the call, this has
+            no effect.
+        num_heads: The number n of heads. The hidden units form n groups of DH = H / n units, and each group sees only
+            its own h, so the recurrent weight is block diagonal. Unit u belongs to head u // DH. `weight_hh_l*` is
+            [G*H, DH] and has a column for every unit of the row's head. 1 is the usual layer.
+        init: A function of the module that changes its initial values, or a list of such functions (see
+            `fusedlstm.inits`). They run after torch's initial values were drawn, which are uniform in ±1 / sqrt(H).
+        zoneout: The probability with which a unit of a state keeps its previous value. Two numbers are for h and for
+            the other states. Evaluation takes the expected value (Krueger et al. 2016).
+        candidate_dropout: The probability with which the value that a unit offers to its memory is dropped. Every step
+            has a new mask (Semeniuta et al. 2016).
+        recurrent_dropout: The probability with which an element of the h that enters the recurrent product is dropped.
+            All steps of a sequence have the same mask (Gal & Ghahramani 2016).
+        weight_dropout: The probability with which an element of `weight_hh` is dropped, with one mask per call (Merity
+            et al. 2017). The three dropouts divide the rest by 1 - p, and do nothing in evaluation. All masks repeat
+            under `torch.manual_seed`, and all engines of a device draw the same ones (see `fusedlstm.noise`). Zoneout
+            and the dropouts cannot be combined with `proj_size`.
 
-    Parameters: per layer and direction `weight_ih_l*` [G*H, I], `weight_hh_l*` [G*H, H / n], `bias_ih_l*` and
-        `bias_hh_l*` [G*H], then the cell's own vectors [H]; rows in the order of the cell's gates.
-    Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; every initial state [L * D, B,
-        H] (or without B), zero if not given; output [T, B, D * H] (or like input); final states like the initial ones.
-        A cell that has only h takes and returns a tensor, others a tuple, h first.
-    Precision: products in the dtype of `input`; on the Triton engine sums, gates and states beside h in float32.
+    Parameters: Each layer and direction has `weight_ih_l*` [G*H, I], `weight_hh_l*` [G*H, H / n], `bias_ih_l*` and
+        `bias_hh_l*`, each [G*H], and then the vectors of the cell, each [H]. G is the number of gates, and the rows are
+        in the order of the gates.
+    Shapes: L is the number of layers and D the number of directions. `input` is [T, B, I], or [B, T, I] with
+        `batch_first`, or [T, I] without a batch, or a PackedSequence. Every initial state is [L * D, B, H], or without
+        B, and zero if it is not given. `output` is [T, B, D * H], or has the form of `input`. The final states have the
+        shapes of the initial ones. A cell that has only h takes and returns a tensor. The others take and return a
+        tuple, with h first.
+    Precision: Products have the dtype of `input`. On the engine "triton", sums, gates and the states beside h are
+        float32.
+    Raises:
+        ValueError, TypeError: An argument is wrong. The text names the argument, what was expected and what came.
+            Where `torch.nn` has an error for it, type and text are the same.
     """
 
     cell: str
@@ -151,15 +161,18 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         self._init_flat_weights()
 
     def reset_parameters(self) -> None:
-        """Draw new initial values: torch's, and then what `init` makes of them."""
+        """Draw new initial values. They are torch's, changed by the functions in `init`."""
         inits.uniform_(self)
         for change in checks.init(self.init):
             change(self)
 
     def num_parameters(self) -> int:
-        """How many numbers all parameters have: over L layers the sum of D (G H (I_l + H / n) + 2 G H + V H), I_l being
-        I for the first and D H for the others. G gates and V vectors of the cell, n heads; no 2 G H without biases.
-        With a projection P stands for H / n and in I_l for H, and P H is added.
+        """Return the number of elements of all parameters, without looking at their values.
+
+        It is the sum over the layers l of D (G H (I_l + H / n) + 2 G H + V H). I_l is I for the first layer and D H for
+        the others. There are D directions, G gates, n heads and V vectors of the cell. Without biases the term 2 G H is
+        missing. With a projection P takes the place of H / n, and of H in I_l, and each layer and direction has P H
+        more.
         """
         shapes = [shape for layer in range(self.num_layers) for shape in self._shapes(layer).values()]
         return self._directions * sum(map(math.prod, shapes))
@@ -177,7 +190,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         return ", ".join([super().extra_repr(), *_differing(self), *([str(self.rates)] if any(self.rates) else [])])
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the kernels read every weight where it lies. Kept because code for `torch.nn` calls it."""
+        """Do nothing. The kernels read every weight where it is. Code for `torch.nn` calls this method."""
 
     @overload
     def forward(
@@ -225,24 +238,32 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         return_cell_states: bool = False,
         grad_clip: float | None = None,
     ) -> tuple[Any, ...]:
-        """Run the stack over a sequence; see the class for shapes.
+        """Run the layers over a sequence. The class describes the shapes.
 
         Args:
-            lengths: how many steps every sequence has, 0 to T, on any device. The rest is padding: output is zero
-                there, final states are those of the last step before it (hx, where there is none), and the reverse
-                direction begins before it. The same numbers as packing; what the padding holds should be finite. A
-                number below 0 or above T is an error where `lengths` are on the host. On a device they are not looked
-                at, since that would wait for it, unless `FUSEDLSTM_DEBUG=1` is set, nor inside of a compiled graph:
-                there it counts as 0 or T.
-            resets: a true at step t cuts the sequence between t - 1 and t: forward, the state that enters step t is
-                zero (at t = 0 hx is dropped); in the reverse direction, that which enters step t - 1. No gradient
-                crosses.
-            return_cell_states: return also the states beside h of every step of the last layer, each [T, B, D * H] or
-                like the output: a tensor if there is one, else a tuple.
-            grad_clip: for this call, in place of the module's.
+            input: The sequences, in the dtype of the parameters, or in any dtype under autocast.
+            hx: The initial states. They are zero if they are not given.
+            lengths: The number of valid steps of each sequence, integers [B] from 0 to T, on any device. Later steps
+                are padding. `output` is zero there, and the final state is the one after the last valid step, or `hx`
+                if there is none. The reverse direction starts at the last valid step. The results equal those of
+                packing. The padding should hold finite values. Lengths on the host are checked. Lengths on another
+                device are not checked, because that would wait for the device. There, and inside of a compiled graph, a
+                length below 0 counts as 0 and one above T as T. With `FUSEDLSTM_DEBUG=1` they are checked on a device
+                too.
+            resets: Where a sequence starts anew, bool, with the leading axes of `input`. True at step t cuts the
+                sequence between steps t - 1 and t. In the forward direction the state that enters step t is zero, and
+                at t = 0 `hx` is ignored. In the reverse direction the state that enters step t - 1 is zero. No gradient
+                crosses the cut.
+            return_cell_states: Whether to return the states beside h of every step of the last layer too.
+            grad_clip: The limit for this call. None takes that of the module.
+
+        Returns:
+            `output` and the final states. With `return_cell_states` also the states beside h, each [T, B, D * H] or of
+            the form of `output`: a tensor if there is one such state, else a tuple.
 
         Raises:
-            ValueError, RuntimeError: a shape, dtype or device disagrees; type and text are those of `torch.nn`.
+            ValueError, RuntimeError, TypeError: A shape, dtype or device is wrong. Type and text are those of
+                `torch.nn` where it has such an error.
         """
         spec = self._spec(return_cell_states, grad_clip)
         data, states, rows, restore = self._prepared(input, hx, lengths, resets)
@@ -253,8 +274,9 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         __call__ = forward
 
     def _prepared(self, input, hx, lengths, resets):
-        """Arguments of `forward`, checked, as `functional.run` takes them; and what makes of its results those of
-        `forward`.
+        """Check the arguments of `forward` and bring them into the form of `functional.run`.
+
+        The last value that is returned is a function that brings the results of `run` into the form of `forward`.
         """
         self._update_flat_weights()
         checks.sequence(self, input, hx)
@@ -290,7 +312,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         return input, as_states(hx), functional.Rows(self.batch_first, None, lengths, resets), restore
 
     def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
-        """The initial states where none are given."""
+        """The initial states if none are given."""
         rows = self.num_layers * self._directions
         zeros = torch.zeros(rows, batch, self.hidden_size, dtype=input.dtype, device=input.device)
         h = zeros[..., : self.proj_size] if self.proj_size else zeros
@@ -314,7 +336,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         )
 
     def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:
-        """States in another order of the batch; code for `torch.nn` calls it too."""
+        """Return the states, each [L * D, B, H], in another order of the batch. Code for `torch.nn` calls this."""
         if permutation is None:
             return hx
         if isinstance(hx, Tensor):
@@ -323,15 +345,22 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
 
 
 class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
-    """One step over any cell, with the conventions of `torch.nn`. Subclasses name their cell.
+    """One step of any cell, with the conventions of `torch.nn`. A subclass names its cell.
+
+    Example::
+
+        class MyGRUCell(fusedlstm.RecurrentCell):
+            cell = "gru"  # or a cell of your own, see `fusedlstm.register_cell`
+
+        h = MyGRUCell(10, 20)(torch.randn(3, 10))  # [B, I] -> [B, H]
 
     Args:
-        input_size, hidden_size, bias, device, dtype: as in `torch.nn.GRUCell`.
-        backend, num_heads, init: as in :class:`Recurrent`.
+        input_size, hidden_size, bias, device, dtype: As in `torch.nn.GRUCell`.
+        backend, num_heads, init: As in :class:`Recurrent`.
 
-    Parameters: those of one layer of :class:`Recurrent`, without `_l0`.
-    Shapes: input [B, I] or [I]; every state [B, H] or [H], zero if not given; returns the new ones. A cell that has
-        only h takes and returns a tensor, others a tuple, h first.
+    Parameters: They are those of one layer of :class:`Recurrent`, and their names have no `_l0`.
+    Shapes: `input` is [B, I] or [I]. Every state is [B, H] or [H], and zero if it is not given. The call returns the
+        new states. A cell that has only h takes and returns a tensor. The others take and return a tuple, with h first.
     """
 
     cell: str
@@ -363,13 +392,16 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new initial values: torch's, and then what `init` makes of them."""
+        """Draw new initial values. They are torch's, changed by the functions in `init`."""
         inits.uniform_(self)
         for change in checks.init(self.init):
             change(self)
 
     def num_parameters(self) -> int:
-        """How many numbers all parameters have: G H (I + H / n) + 2 G H + V H, as :meth:`Recurrent.num_parameters`."""
+        """Return the number of elements of all parameters, G H (I + H / n) + 2 G H + V H.
+
+        The letters are those of :meth:`Recurrent.num_parameters`.
+        """
         return sum(map(math.prod, self._shapes().values()))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -383,7 +415,12 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
         input: Tensor,  # [B, I] or [I]
         hx: States | None = None,  # each [B, H] or [H]
     ) -> States:
-        """Run one step; see the class for shapes."""
+        """Run one step and return the new states. The class describes the shapes.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: A shape, dtype or device is wrong. Type and text are those of
+                `torch.nn` where it has such an error.
+        """
         checks.step(self, input, hx)
         batched = input.dim() == 2
         if not batched:

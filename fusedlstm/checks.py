@@ -1,4 +1,4 @@
-"""Every error that a user can cause. Texts and types are torch.nn's where it has one."""
+"""The errors that a user can cause. If torch.nn has an error for it, its type and text are the same."""
 
 import importlib
 import numbers
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedlstm import cells, engines
 from fusedlstm.noise import Rates
 
-# Whether values on a device are looked at, which waits for it.
+# Whether values on a device are checked, which waits for the device.
 DEBUG = os.environ.get("FUSEDLSTM_DEBUG") == "1"
 
 
@@ -52,7 +52,7 @@ def num_heads(value: int, hidden_size: int, proj_size: int = 0, cell: str | None
 
 
 def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) -> Rates:
-    """The probabilities of `fusedlstm.noise`, from the arguments of a layer."""
+    """The probabilities for `fusedlstm.noise`, from the arguments of a layer."""
     both = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
     if len(both) != 2:
         raise ValueError(f"zoneout: expected a probability or two, of h and of the other states, got {len(both)}")
@@ -77,7 +77,7 @@ def nonlinearity(value: str) -> str:
 
 
 def cell_of_nonlinearity(value: str) -> str:
-    """The cell of an RNNCell, whose error differs from that of an RNN."""
+    """The name of the cell of an RNNCell. Its error differs from that of an RNN."""
     if value not in ("tanh", "relu"):
         raise RuntimeError(f"Unknown nonlinearity: {value}")
     return f"rnn_{value}"
@@ -103,7 +103,7 @@ def init(value) -> tuple:
 
 
 def recurrent(module) -> cells.Cell:
-    """The cell of a layer or a cell of ours."""
+    """The cell of one of our layers or cells."""
     found = getattr(module, "cell", None)
     if not isinstance(module, nn.RNNBase | nn.RNNCellBase) or found is None:
         raise TypeError(f"module: expected a layer or a cell of fusedlstm, got {type(module).__name__}")
@@ -111,7 +111,7 @@ def recurrent(module) -> cells.Cell:
 
 
 def keeping_gates(module, known) -> list[str]:
-    """Those of the gates that are `known` to decide what is kept, in the order of `known`."""
+    """The gates that decide what the state keeps, in the order of `known`."""
     of = recurrent(module)
     if not (found := [name for name in known if name in of.gates]):
         raise ValueError(f"module: expected a cell with a gate that keeps the state, got {of.name}, which has none")
@@ -135,7 +135,7 @@ def longest(value: int) -> None:
 
 
 def unchanged(name: str, before: object, value: object) -> None:
-    """Of what a module is built with and cannot become later."""
+    """Check that an attribute that is fixed at construction does not change."""
     if value != before:
         raise AttributeError(f"{name}: expected {before!r}, as the module was built, got {value!r}")
 
@@ -152,13 +152,13 @@ def module(model) -> nn.Module:
 
 
 def _cell_of(module) -> cells.Cell:
-    """Of ours, and of torch's layers, which have a mode."""
+    """The cell of one of our modules, or of one of torch's layers, which have a mode."""
     return cells.CELLS[getattr(module, "cell", None) or module.mode.lower()]
 
 
 def _name(module, of: cells.Cell, suffix: str = "") -> str:
-    """What torch calls it."""
-    # Of the cells that torch has; other layers are called by the name of their class.
+    """The name that torch uses in its errors."""
+    # torch has no name for the other layers, so these get the name of their class.
     return of.aten.split("_")[0].upper() + suffix if of.aten else type(module).__name__
 
 
@@ -183,7 +183,7 @@ def _same_device_and_dtype(input: Tensor, states: list[Tensor], weight: Tensor, 
 
 
 def _given_states(of: cells.Cell, hx) -> list[Tensor]:
-    """The states in `hx`, when it has as many as the cell; h alone is a tensor."""
+    """The states in `hx`, if their number is that of the cell. If h is the only state, `hx` is a tensor."""
     if len(of.states) == 1:
         instance("hx", hx, Tensor)
         return [hx]
@@ -198,7 +198,7 @@ def _given_states(of: cells.Cell, hx) -> list[Tensor]:
 
 
 def sequence(module, input: Tensor | PackedSequence, hx) -> None:
-    """Check what `Recurrent.forward` was given, before anything is reshaped."""
+    """Check the input and the states of `Recurrent.forward`, before anything is reshaped."""
     of, packed = _cell_of(module), isinstance(input, PackedSequence)
     if isinstance(input, PackedSequence):
         batch, input = int(input.batch_sizes[0]), _packed_data(input)
@@ -230,7 +230,7 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
     states = _given_states(of, hx)
     alone = len(states) == 1
     dims, expected_dim = [s.dim() for s in states], 3 if batched else 2
-    if any(d != expected_dim for d in dims) and not (packed and alone):  # torch says this one's size
+    if any(d != expected_dim for d in dims) and not (packed and alone):  # for that one torch names the size
         kind = "batched 3-D" if batched else "unbatched 2-D"
         came = f"{dims[0]}-D tensor" if alone else f"({', '.join(f'{d}-D' for d in dims)}) tensors"
         raise RuntimeError(
@@ -247,7 +247,7 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
 
 
 def _packed_data(input: PackedSequence) -> Tensor:
-    """The data of a packed sequence, when it is one that makes sense; of an LSTM's torch.nn looks at none of this."""
+    """The data of a packed sequence, if it is consistent. For an LSTM torch.nn checks none of this."""
     data, batch_sizes = input.data, input.batch_sizes
     if batch_sizes.device.type != "cpu":
         raise RuntimeError(f"batch_sizes tensor should be on CPU, but got it on {batch_sizes.device}")
@@ -255,9 +255,8 @@ def _packed_data(input: PackedSequence) -> Tensor:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if not torch.compiler.is_compiling() and (steps := int(batch_sizes.sum())) != len(data):
         raise ValueError(
-            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; was a length "
-            f"given to "
-            "pack_padded_sequence larger than its input is long?"
+            f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; "
+            "was a length given to pack_padded_sequence larger than its input is long?"
         )
     return data
 
@@ -265,10 +264,10 @@ def _packed_data(input: PackedSequence) -> Tensor:
 def lengths_and_resets(
     input: Tensor | PackedSequence, lengths, resets, batch_first: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Check the `lengths` and `resets` of a sequence that was checked before; returns them as tensors.
+    """Check the `lengths` and `resets` of a sequence that was checked before. Returns them as tensors.
 
-    Values are looked at on the host, and on a device only with `FUSEDLSTM_DEBUG=1`: that waits for it. Else lengths
-    beyond 0 to T count there as the nearer of these.
+    Values on the host are checked. Values on a device are checked only with `FUSEDLSTM_DEBUG=1`, because that waits for
+    the device. Otherwise a length below 0 counts as 0 there, and one above T as T.
     """
     if isinstance(input, PackedSequence):
         if lengths is not None:
@@ -290,7 +289,7 @@ def lengths_and_resets(
 
 
 def _packed_resets(input: PackedSequence, resets: PackedSequence) -> Tensor:
-    """The data of packed resets, when they lie as `input` does."""
+    """The data of packed resets, if they have the lengths and the order of `input`."""
     if not isinstance(resets, PackedSequence):
         raise TypeError(f"resets: expected a PackedSequence like input, got {type(resets).__name__}")
     a, b = resets.sorted_indices, input.sorted_indices
@@ -303,14 +302,14 @@ def _packed_resets(input: PackedSequence, resets: PackedSequence) -> Tensor:
 
 
 def _may_look(x: Tensor) -> bool:
-    """Whether the values of a tensor are there without waiting, or are worth it."""
+    """Whether the values of a tensor may be read: on the host, or on a device with `FUSEDLSTM_DEBUG=1`."""
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (DEBUG and not x.is_meta))
 
 
 def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bool = False) -> Tensor:
-    """Check the lengths of a padded batch; returns them as a tensor [B].
+    """Check the lengths of a padded batch. Returns them as a tensor [B].
 
-    `on_any_device`: look at their values wherever they are; else where `_may_look` says.
+    With `on_any_device` their values are checked wherever they are. Otherwise `_may_look` decides.
     """
     if not isinstance(lengths, Tensor):
         try:
@@ -330,7 +329,7 @@ def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bo
 
 
 def step(module, input: Tensor, hx) -> None:
-    """Check what `RecurrentCell.forward` was given, before anything is reshaped."""
+    """Check the input and the states of `RecurrentCell.forward`, before anything is reshaped."""
     of = _cell_of(module)
     name = _name(module, of, "Cell")
     if input.dim() not in (1, 2):
@@ -361,7 +360,7 @@ def _dtype_of_cell(module, input: Tensor, autocast: bool) -> None:
 
 
 def traced(module, input, layer: int, direction: int) -> None:
-    """Check what `gate_trace` was asked for."""
+    """Check the arguments of `gate_trace`."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
@@ -374,7 +373,7 @@ def traced(module, input, layer: int, direction: int) -> None:
 
 
 def needs(library: str, extra: str):
-    """Import and return a library that only an extra installs."""
+    """Import and return a library that an extra installs."""
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Ours in place of torch's, in models that are built already and in code that builds them; and back again."""
+"""Replace layers of `torch.nn` by ours, in models that exist and in code that builds models, and back again."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class PatchedLSTM(LSTM, nn.LSTM):  # type: ignore[misc]
-    """What `torch.nn.LSTM(...)` builds under :func:`patch_torch`: ours, and an instance of `torch.nn.LSTM` as well."""
+    """What `torch.nn.LSTM(...)` builds under :func:`patch_torch`: an instance of our LSTM and of `torch.nn.LSTM`."""
 
 
 class PatchedLSTMCell(LSTMCell, nn.LSTMCell):
@@ -64,11 +64,13 @@ _constructors: dict[Any, Callable[..., None]] = {}  # torch's, while ours stand 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`convert` or :func:`restore` did, by the names of `model.named_modules()`; "" is the model itself.
+    """What :func:`convert` or :func:`restore` did. `print` shows one line per module.
+
+    The keys are the names of `model.named_modules()`. The name of the model itself is "".
 
     Attributes:
-        replaced: name -> the class before and the class after.
-        kept: name -> why this recurrent module is what it was. Modules that are not recurrent are not mentioned.
+        replaced: For each module that was replaced, the class before and the class after, as text.
+        kept: For each recurrent module that was not replaced, the reason. Other modules are not listed.
     """
 
     replaced: dict[str, str]
@@ -85,33 +87,37 @@ def convert(model: _Model, *, backend: str = "auto", return_report: Literal[Fals
 @overload
 def convert(model: _Model, *, backend: str = "auto", return_report: Literal[True]) -> tuple[_Model, Report]: ...
 def convert(model: _Model, *, backend: str = "auto", return_report: bool = False) -> _Model | tuple[_Model, Report]:
-    """Make every LSTM, GRU and RNN of `torch.nn` in `model`, and their cells, one of ours. Changes `model` in place.
+    """Replace every LSTM, GRU and RNN of `torch.nn` in `model`, and their cells, by ours. `model` changes in place.
 
-    Only the class of a module changes and `backend` is added. The object stays, and with it parameters, buffers, hooks,
-    pruning, weight norm, and what optimizers and other modules hold. `isinstance(module, torch.nn.LSTM)` no longer
-    holds; for modules built under :func:`patch_torch` it does.
+    Only the class of each module changes, and the module gets the attribute `backend`. It stays the same object with
+    the same parameters, buffers, hooks, pruning and weight norm, so optimizers and other modules that hold it need no
+    change. `isinstance(module, torch.nn.LSTM)` is false afterwards.
 
-    A model that ran compiled keeps giving right results, but Dynamo does not look again at a function that it gave up
-    at `torch.nn.LSTM`: convert before the first call, or call `torch.compiler.reset()` afterwards.
+    If the model already ran under `torch.compile`, its results stay right. But Dynamo does not look again at a function
+    in which it broke the graph at `torch.nn.LSTM`. So convert before the first call, or call `torch.compiler.reset()`
+    after the conversion.
 
     Example::
 
-        model, report = fusedlstm.convert(model, return_report=True)
-        print(report)  # encoder.lstm: torch.nn.LSTM -> fusedlstm.LSTM
+        model = fusedlstm.convert(model)
+
+        layer, report = fusedlstm.convert(torch.nn.LSTM(10, 20), return_report=True)
+        print(report)  # (model): torch.nn.LSTM -> fusedlstm.LSTM
 
     Args:
-        model: the model, or a `torch.nn.LSTM` itself. Wrappers (DataParallel, DDP, FSDP, `torch.compile`) are walked
-            into. A module with several names is reported under the first.
-        backend: of every module replaced; see `fusedlstm.engines`.
-        return_report: Whether to return a :class:`Report` beside the model.
+        model: The model, or a single `torch.nn.LSTM`. The function also finds modules inside of wrappers (DataParallel,
+            DDP, FSDP, `torch.compile`).
+        backend: The engine of every module that is replaced, as in :class:`Recurrent`.
+        return_report: Whether to return a :class:`Report` too.
 
     Returns:
-        `model`, the same object. With `return_report` also what was replaced, and for every other recurrent module why
-        it was not: a subclass, quantized, scripted.
+        `model`, which is the same object. With `return_report` the pair (model, report). The report lists what was
+        replaced, and why every other recurrent module was kept: for example a subclass, or a quantized or scripted
+        module. A module with several names is listed under the first.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no such `backend`.
+        ValueError: There is no such `backend`.
     """
     checks.backend(backend)
     replaced: dict[str, str] = {}
@@ -138,21 +144,21 @@ def restore(model: _Model, *, return_report: Literal[False] = False) -> _Model: 
 @overload
 def restore(model: _Model, *, return_report: Literal[True]) -> tuple[_Model, Report]: ...
 def restore(model: _Model, *, return_report: bool = False) -> _Model | tuple[_Model, Report]:
-    """Make every layer and cell of ours in `model` that `torch.nn` has one of `torch.nn` again. Changes `model` in
-    place.
+    """Replace our LSTM, GRU, RNN and their cells in `model` by those of `torch.nn`. `model` changes in place.
 
-    The way back from :func:`convert`, :func:`patch_torch` and models built with ours, for what looks for
-    `torch.nn.LSTM` by its class: `torch.jit.script`, quantization, exporters. Nothing but `backend`, `save` and `init`
-    is lost. A module with `grad_clip`, zoneout or heads, or of a cell that torch has not, stays. What
-    was made or moved as ours wants `flatten_parameters()` before it runs on cuDNN, which likes its weights in one
-    piece.
+    This undoes :func:`convert` and :func:`patch_torch`, and it also works on models that were built with our classes.
+    It is for tools that look for the class `torch.nn.LSTM`: `torch.jit.script`, quantization and exporters. The
+    attributes `backend`, `save` and `init` are lost. A module is kept if it has `grad_clip`, zoneout, a dropout inside
+    of a step or heads, or if `torch.nn` does not have its cell. If the model was built or moved to a GPU while it had
+    our classes, call `flatten_parameters()` before it runs on cuDNN, which prefers its weights in one piece of memory.
 
     Args:
-        return_report: Whether to return a :class:`Report` beside the model.
+        model: The model, or a single layer or cell.
+        return_report: Whether to return a :class:`Report` too.
 
     Returns:
-        `model`, the same object. With `return_report` also what was replaced, and for every other module of ours why
-        it was not.
+        `model`, which is the same object. With `return_report` the pair (model, report). The report lists what was
+        replaced, and why every other module of ours was kept.
 
     Raises:
         TypeError: `model` is not a module.
@@ -182,15 +188,15 @@ def restore(model: _Model, *, return_report: bool = False) -> _Model | tuple[_Mo
 
 @contextlib.contextmanager
 def patch_torch(*, backend: str = "auto") -> Iterator[None]:
-    """Inside, `torch.nn.LSTM(...)`, `GRU(...)`, `RNN(...)` and their cells build ours, however their names were
-    imported.
+    """Inside of this context, `torch.nn.LSTM(...)`, `GRU(...)`, `RNN(...)` and their cells build ours.
 
-    For third-party code that builds its own layers. What it builds is an instance of `torch.nn.LSTM` and of
-    `fusedlstm.LSTM`. Subclasses of `torch.nn.LSTM`, copies and loaded files stay what they are. For the whole process,
-    every thread included; also a decorator. When the last of several is left, `torch.nn` is what it was.
+    This is for code of other libraries that builds its own layers, however it imports the names. A layer that is built
+    inside is an instance of both `torch.nn.LSTM` and `fusedlstm.LSTM`. Subclasses of `torch.nn.LSTM`, copies and loaded
+    files are not changed. The context acts on the whole process with all its threads. It is also a decorator. It can be
+    nested, and `torch.nn` is restored when the last context is left.
 
-    Dynamo breaks the graph at instances of `torch.nn.LSTM`, and so at these. :func:`convert` makes them plain
-    `fusedlstm.LSTM`, at which it does not.
+    Dynamo breaks the graph at every instance of `torch.nn.LSTM`, and therefore at these layers too. :func:`convert`
+    makes each of them a plain `fusedlstm.LSTM`, which does not break the graph.
 
     Example::
 
@@ -198,10 +204,11 @@ def patch_torch(*, backend: str = "auto") -> Iterator[None]:
             model = third_party.Model()
 
     Args:
-        backend: of the modules built inside; nested, the one entered last counts.
+        backend: The engine of the modules that are built inside. In nested contexts, the one that was entered last
+            counts for all.
 
     Raises:
-        ValueError: there is no such `backend`.
+        ValueError: There is no such `backend`.
     """
     checks.backend(backend)
     entry = object()
@@ -248,7 +255,7 @@ def _inside(name: str, wrapper: str) -> bool:
 
 
 def _assign_class(module: nn.Module, target: type[nn.Module]) -> str:
-    """Make `module` a `target`; returns both names."""
+    """Make `module` a `target`. Returns the names of both classes, as text."""
     change = f"{_class_name(parametrize.type_before_parametrizations(module))} -> {_class_name(target)}"
     if parametrize.is_parametrized(module):
         # As parametrize makes it: a class of its own with a property a parameter, under the class it goes back to.
@@ -293,7 +300,7 @@ def _own_code(cls: type[nn.Module]) -> str:
 
 
 def dense_weight(weight_hh: Tensor, hidden_size: int) -> Tensor:
-    """The recurrent weight of a dense layer that computes the same: [G * H, DH] -> [G * H, H], zero between heads.
+    """Return the recurrent weight of a layer without heads that computes the same as a layer with heads.
 
     Example::
 
@@ -301,6 +308,13 @@ def dense_weight(weight_hh: Tensor, hidden_size: int) -> Tensor:
         weights = lstm.state_dict()
         weights["weight_hh_l0"] = fusedlstm.dense_weight(weights["weight_hh_l0"], 20)
         dense.load_state_dict(weights)
+
+    Args:
+        weight_hh: The recurrent weight [G * H, DH] of a layer with H / DH heads and G gates.
+        hidden_size: H.
+
+    Returns:
+        The weight [G * H, H] of the dense layer, with zeros between different heads, in the dtype of `weight_hh`.
     """
     rows, DH = weight_hh.shape
     head = torch.arange(hidden_size, device=weight_hh.device) // DH  # of every unit

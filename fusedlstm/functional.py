@@ -1,8 +1,9 @@
-"""A call of a module: put into one form, run by an engine that is chosen once, and put back into the caller's form.
+"""Run a call of a module, by an engine that is chosen once.
 
-    run: canonical form -> choose an engine -> compute layer by layer, or by ATen -> restore
+    run: bring the call into one form -> choose an engine -> compute layer by layer, or by ATen -> restore the form
 
-What a module asks of every call is a `Spec`, which has no tensors. How the sequences of a call lie is `Rows`.
+`Spec` has the settings of the module, which are the same for every call. `Rows` says how the sequences of a call lie in
+memory.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ Results = tuple[Tensor, tuple[Tensor, ...], Tensor | None]  # output, final stat
 
 
 class Spec(NamedTuple):
-    """What a module asks of every call."""
+    """The settings of a module, which are the same for every call."""
 
     cell: Cell
     num_layers: int = 1
@@ -53,25 +54,25 @@ class Spec(NamedTuple):
 
     @property
     def in_steps(self) -> tuple[float, ...]:
-        """The rates of noise inside of the steps, as `Noise` has them; none, if there is no noise."""
+        """The rates of noise inside of the steps, as in `Noise`. Empty if there is no noise."""
         return self.rates.in_steps(self.training)
 
     @property
     def between_layers(self) -> float:
-        """The dropout between layers that acts."""
+        """The rate of dropout between layers. 0 if there is none in this call."""
         return self.dropout if self.training and self.num_layers > 1 else 0.0
 
 
 class Rows(NamedTuple):
-    """How the sequences of a call lie."""
+    """How the sequences of a call lie in memory."""
 
     # Whether `input` is [B, T, I], and `resets` and the results are alike. Packed input has no such axes.
     batch_first: bool = False
     # [T] int64 on the CPU: how many sequences have a step t, as in a PackedSequence. `input`, `states` and the results
     # are then in its sorted order.
     batch_sizes: Tensor | None = None
-    # [B] integers: steps of every sequence, 0 to T. A number beyond these counts as the nearer. What follows is
-    # padding.
+    # [B] integers: the number of steps of each sequence, 0 to T. Lower numbers count as 0 and higher ones as T. Later
+    # steps are padding.
     lengths: Tensor | None = None
     # bool, the leading axes of `input`: where a sequence is cut, see `fusedlstm.layout`.
     resets: Tensor | None = None
@@ -82,7 +83,7 @@ class Rows(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the layout, as a plan has it."""
+        """The name of the layout in a plan."""
         return "packed" if self.batch_sizes is not None else "ragged" if self.masked else "dense"
 
 
@@ -90,7 +91,7 @@ DENSE_ROWS = Rows()
 
 
 class _Call(NamedTuple):
-    """A call on its way: `input` [T, B, I], [B, T, I] or packed [R, I], every state [L * D, B, P or H], h first."""
+    """A call: `input` is [T, B, I], [B, T, I] or packed [R, I]. Every state is [L * D, B, P or H], with h first."""
 
     spec: Spec
     input: Tensor
@@ -124,21 +125,28 @@ def run(
     weights: list[Tensor],  # per layer and direction: weight_ih, weight_hh (, bias_ih, bias_hh) (, weight_hr), vectors
     rows: Rows = DENSE_ROWS,
 ) -> Results:
-    """Run a stack of recurrent layers over a sequence; differentiable in every tensor argument.
+    """Run a stack of recurrent layers over a batch of sequences. All tensor arguments are differentiable.
 
     Args:
-        input: Any strides.
-        states: Before the first step, as `Cell.states` has them.
-        weights: In the order of `torch.nn.LSTM._flat_weights`, then the cell's own vectors [H]; rows in the order of
-            `Cell.gates`. A weight_hh [G*H, DH] with fewer columns than h has H / DH heads (`fusedlstm.products`).
+        spec: The settings of the module.
+        input: The sequences, with any strides.
+        states: The states before the first step, in the order of `Cell.states`.
+        weights: The parameters of each layer and direction, in the order of `torch.nn.LSTM._flat_weights`, and then the
+            vectors of the cell [H]. The rows are in the order of `Cell.gates`. A weight_hh [G*H, DH] with fewer columns
+            than h has H / DH heads (`fusedlstm.products`).
+        rows: How the sequences lie in memory.
 
     Returns:
-        output [T, B, D * P] (or [B, T, D * P], or [R, D * P]), zero in padding; the final states, the given ones of a
-        sequence without steps; the S states beside h of every step [S, T, B, D * H] or the like, zero in padding, or
-        None. They have the dtype of `input`, under autocast that of autocast.
+        Three results, in the dtype of `input`, or in the dtype of autocast if it is on. The first is the output,
+        [T, B, D * P], or [B, T, D * P], or packed [R, D * P]. It is zero in padding. The second is the final states.
+        For a sequence without steps they are the given ones. The third is the S states beside h of every step,
+        [S, T, B, D * H] or in the form of the output. It is None if `spec.cell_states` is false.
 
-    Precision: products in the dtype of the results; on a CPU float16, and bfloat16 where the CPU has no instructions
-        for it, are computed in float32.
+    Raises:
+        RuntimeError: The engine that the user named cannot serve the call. The text says why.
+
+    Precision: Products have the dtype of the results. On a CPU float16 is computed in float32, and so is bfloat16 if
+        the CPU has no instructions for it.
     """
     if not torch.is_grad_enabled():
         spec = spec._replace(grad_clip=None)
@@ -160,7 +168,11 @@ def step(
     states: tuple[Tensor, ...],  # each [B, H]
     weights: list[Tensor],  # weight_ih, weight_hh (, bias_ih, bias_hh), vectors
 ) -> tuple[Tensor, ...]:
-    """Run one step of one layer; differentiable in every tensor argument. Returns the states. Dtypes as in `run`."""
+    """Run one step of one layer. All tensor arguments are differentiable.
+
+    Returns:
+        The states after the step, each [B, H]. Their dtype is that of the results of `run`.
+    """
     cell, dtype, hidden = spec.cell, _result_dtype(input), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
     engine = engines.choose(spec.backend, input.device, dtype, cell.name, hidden, heads=heads)
@@ -176,7 +188,7 @@ def step(
 
 
 class Explanation(NamedTuple):
-    """Which engine serves a call, why, and how it goes about it; all in words."""
+    """Which engine runs a call, why, and how, as three texts."""
 
     engine: str
     why: str
@@ -187,7 +199,7 @@ class Explanation(NamedTuple):
 
 
 def explain(spec: Spec, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], rows: Rows) -> Explanation:
-    """What `run` would do with these arguments; nothing is computed."""
+    """Say what `run` would do with these arguments. This computes nothing."""
     call, _ = _dense_if_equal(_Call(spec, input, states, weights, rows, _result_dtype(input)))
     engine, why = _engine(call)
     if engine == "reference":
@@ -212,7 +224,7 @@ def _same(*results):
 
 
 def _after(*steps: Callable) -> Callable:
-    """The steps one after another, each of the results of the one before."""
+    """A function that runs the steps one after another, each on the results of the one before."""
 
     def restore(*results):
         for step in steps:
@@ -223,7 +235,7 @@ def _after(*steps: Callable) -> Callable:
 
 
 def _dense_if_equal(call: _Call) -> tuple[_Call, Callable[..., Results]]:
-    """A packed batch of equal lengths as a dense one, and the way back."""
+    """Turn a packed batch of equal lengths into a dense one. Returns it and a function that turns the results back."""
     sizes = call.rows.batch_sizes
     # A graph is for any lengths, so a compiler may not ask.
     if sizes is None or torch.compiler.is_compiling() or sizes[0] != sizes[-1]:
@@ -237,8 +249,9 @@ def _dense_if_equal(call: _Call) -> tuple[_Call, Callable[..., Results]]:
 
 
 def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:
-    """A batch with lengths and resets as the packed batch of its uncut pieces, so that all that serves packed batches
-    serves it.
+    """Turn a batch with lengths and resets into the packed batch of its pieces, each of which has no cut.
+
+    Everything that serves packed batches then serves it. Returns it and a function that turns the results back.
     """
     spec, rows = call.spec, call.rows
     input, resets = _time_major(rows, call.input, rows.resets)
@@ -265,14 +278,14 @@ def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:
 
 
 def _time_major(rows: Rows, *tensors: Tensor | None) -> list[Tensor | None]:
-    """[T, B, ...] of tensors like `input`; a packed one is as it is."""
+    """Tensors with the axes of `input` as [T, B, ...]. Packed ones stay as they are."""
     if not rows.batch_first or rows.batch_sizes is not None:
         return [*tensors]
     return [None if x is None else x.transpose(0, 1) for x in tensors]
 
 
 def _as_given(rows: Rows, output: Tensor, states: tuple[Tensor, ...], c_seq: Tensor | None) -> Results:
-    """And back."""
+    """The reverse of `_time_major`."""
     if not rows.batch_first or rows.batch_sizes is not None:
         return output, states, c_seq
     return output.transpose(0, 1), states, None if c_seq is None else c_seq.transpose(1, 2)
@@ -299,8 +312,9 @@ def _layout(
 
 
 def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`x` there, in that type. To a GPU without waiting for it, but for pinned memory: the caller may write that
-    again.
+    """Move `x` to a device and dtype.
+
+    The copy to a GPU does not wait for it, except from pinned memory, because the caller may overwrite that.
     """
     if x.device == device:
         return x.to(dtype)
@@ -313,7 +327,7 @@ def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _engine(call: _Call) -> tuple[str, str]:
-    """The engine that serves a call, "triton", "torch" or "reference"; and why, in words."""
+    """The engine that serves a call ("triton", "torch" or "reference"), and why, as text."""
     spec, rows = call.spec, call.rows
     clips_projection = spec.grad_clip is not None and spec.proj_size > 0
     layer = (spec.cell.name, call.hidden, spec.directions, clips_projection, rows.name, call.heads)
@@ -329,7 +343,7 @@ def _engine(call: _Call) -> tuple[str, str]:
 
 
 def _has_rival(call: _Call) -> bool:
-    """Whether cuDNN could serve a call in the kernels' place, and nobody asked for these."""
+    """Whether cuDNN could serve a call in place of the kernels, and the user did not name an engine."""
     spec = call.spec
     return (
         call.input.is_cuda
@@ -356,9 +370,7 @@ def tuned_call(
     directions: int,
     proj_size: int,
 ) -> tuned.Call | None:
-    """What an engine is chosen for, of arguments of `run` and the dtype of its results; None if ATen does not serve
-    it.
-    """
+    """The sizes for which an engine is chosen, from arguments of `run`. None if ATen does not serve the call."""
     _, batch, hidden = states[-1].shape
     if batch == 0 or cell.aten is None or (not proj_size and weights[1].size(1) < hidden):  # heads
         return None
@@ -380,7 +392,7 @@ def tuned_call(
 
 
 def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
-    """The schedule of ATen that takes a call, or "loop", and the dtype in which to compute."""
+    """The schedule of ATen that runs a call, or "loop", and the dtype in which to compute."""
     if engine != "torch":
         return "loop", call.dtype
     spec, rows, cell = call.spec, call.rows, call.spec.cell
@@ -397,7 +409,7 @@ def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
 
 
 def _computed(call: _Call, engine: str) -> Results:
-    """The results of a call by an engine, in the form of the call."""
+    """The results of a call, computed by an engine, in the form of the call."""
     spec, rows = call.spec, call.rows
     drawn, call = _with_noise(call)
     schedule, compute_dtype = _ways(call, engine)
@@ -437,7 +449,7 @@ def _per_layer_and_direction(call: _Call) -> list[list[Tensor]]:
 
 
 def _with_noise(call: _Call) -> tuple[noise.Noise, _Call]:
-    """What regularises the steps, and the call with the weights that are left of its own."""
+    """The noise of the steps, and the call with the weights that weight dropout leaves."""
     spec, seed = call.spec, None
     if spec.training and any(spec.rates):
         seed = noise.draw(call.input.device)
@@ -450,7 +462,7 @@ def _with_noise(call: _Call) -> tuple[noise.Noise, _Call]:
 
 
 def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
-    """By our own loops, layer by layer or several layers in one launch."""
+    """The results of our own loops, which run layer by layer, or several layers in one launch."""
     spec, cell = call.spec, call.spec.cell
     # The ops know that nobody asked for the kernels by name, and go on without them where a launch fails.
     of_ops = "auto" if engine == "triton" and engines.requested(spec.backend) == "auto" else engine
@@ -488,8 +500,11 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
 
 
 def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
-    """What does one layer, or a wave of them: a function of x, layout, states, parameters, number of the first, and
-    whether it is the last."""
+    """A function that runs one layer, or a wave of layers.
+
+    Its arguments are x, layout, states, parameters, the number of the first layer, and whether the last layer is among
+    them.
+    """
     cell, clip = spec.cell, spec.grad_clip
 
     def fused(x, layout, states, parameters, first, is_last):
@@ -502,7 +517,7 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         return autograd.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=spec.save, noise=own)
 
     def specified(x, layout, states, parameters, first, is_last):
-        """The specification, projection and all; plain autograd differentiates it."""
+        """The specification, including a projection. Plain autograd differentiates it."""
         weight_hr = [p[-1] for p in parameters] if spec.proj_size else None
         parameters = [p[:-1] for p in parameters] if spec.proj_size else parameters
         batch = noise.Batch(layout, drawn._replace(place=(first, 0)))
@@ -525,10 +540,11 @@ def _projected_layer(
     wants_c_seq: bool,
     save: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    """h_t = weight_hr y_t of a recurrence over y, whose recurrent weight is weight_hh weight_hr.
+    """A layer with a projection, h_t = weight_hr y_t.
 
-    So the loop has one product and one wait a step, as without a projection, and the projection is one product of all
-    steps after it. h_0 is no projection of anything: its part of the first preactivation is added by itself.
+    The recurrence runs over y, with the product weight_hh weight_hr as its recurrent weight. So the loop has one
+    product and one wait per step, as without a projection. The projection of all steps is one product after it. h_0 is
+    not a projection of any y, so its part of the first preactivation is added separately.
     """
     weight_hr = [p[-1] for p in parameters]
     over_y = [[p[0], product(p[1], p[-1]), *p[2:-1]] for p in parameters]
@@ -549,7 +565,7 @@ def _projected_layer(
 
 
 def _result_dtype(input: Tensor) -> torch.dtype:
-    """The dtype of the results: that of the input, or of autocast where it is on, which leaves float64 alone."""
+    """The dtype of the results: that of autocast if it is on and the input is not float64, else that of the input."""
     if _autocasts(input) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
@@ -575,7 +591,7 @@ def _cast(tree, dtype: torch.dtype):
 
 
 def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
-    """Whether a sequence is known to have a step: a compiler may not ask."""
+    """Whether a sequence is known to have a step. A compiler may not ask, so the answer is no under one."""
     if _traced(input):
         return False
     if lengths is not None:
@@ -584,5 +600,5 @@ def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
 
 
 def _traced(input: Tensor) -> bool:
-    """Whether the values of tensors are not to be had."""
+    """Whether the values of tensors cannot be read."""
     return torch.compiler.is_compiling() or input.is_meta

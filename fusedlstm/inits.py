@@ -1,14 +1,13 @@
-"""Initial values: functions that change a layer or a cell in place, and what the argument `init` of their constructors
-takes.
+"""Functions that set the initial values of a layer or a cell, in place. Pass them to a constructor as `init`.
 
     lstm = fusedlstm.LSTM(10, 20, init=[inits.orthogonal_, inits.forget_bias_])
     gru = fusedlstm.GRU(10, 20, init=functools.partial(inits.chrono_, longest=784))
-    inits.chrono_(gru, longest=784)  # later, the same
+    inits.chrono_(gru, longest=784)  # the same, after construction
 
-Without `init` values are torch's, `uniform_`; what `init` has follows it, in order, and again in `reset_parameters`.
-Biases are known by the names of the gates (`fusedlstm.cells`): f of an LSTM and z of a GRU keep the state, 1 - i of
-coupled gates does. torch's layers have two biases, which are added: what is said of the sum is written to `bias_ih`,
-and `bias_hh` is zero.
+By default the values are those of torch (`uniform_`). The functions in `init` run after that, in order, at construction
+and in `reset_parameters`. They find the biases by the names of the gates (`fusedlstm.cells`). The gates f of an LSTM
+and z of a GRU keep the state. In an LSTM with coupled gates 1 - i does so. torch's layers have two biases, which are
+added. These functions write the value to `bias_ih` and set `bias_hh` to zero.
 """
 
 import math
@@ -24,10 +23,13 @@ KEEPS = {"f": 1, "z": 1, "i": -1}
 
 
 def uniform_(module: Module) -> None:
-    """Every parameter uniform in 1 / sqrt(H), drawn in the order of `parameters()`: the values of `torch.nn` under a
-    seed.
+    """Draw every parameter uniformly from -1 / sqrt(H) to 1 / sqrt(H), as `torch.nn` does.
 
-    Gains and biases of norms are 1 and 0, as those of `torch.nn.LayerNorm`.
+    The parameters are drawn in the order of `parameters()`, so that under a seed the values are those of `torch.nn`. In
+    a layer with norms, gains are 1 and biases are 0, as in `torch.nn.LayerNorm`.
+
+    Args:
+        module: A layer or a cell of this package.
     """
     bound = 1 / math.sqrt(module.hidden_size) if module.hidden_size else 0.0
     for parameter in module.parameters():
@@ -39,11 +41,18 @@ def uniform_(module: Module) -> None:
 
 
 def forget_bias_(module: Module, value: float = 1.0) -> None:
-    """The bias of the gate that keeps the state: at 1, a step keeps three quarters (Gers et al. 2000; Jozefowicz et al.
-    2015).
+    """Set the bias of the gate that keeps the state (Gers et al. 2000; Jozefowicz et al. 2015).
+
+    This gate is f of an LSTM and z of a GRU. In an LSTM with coupled gates it is i, which gets -value. With a value of
+    1, a step keeps about three quarters of the state at first.
+
+    Args:
+        module: A layer or a cell of this package.
+        value: The sum of both biases, for every unit.
 
     Raises:
-        ValueError: no gate of the cell keeps the state, or the module has no biases.
+        TypeError: `module` is not a layer or a cell of this package.
+        ValueError: The cell has no gate that keeps the state, or the module has no biases.
     """
     gates = checks.keeping_gates(module, KEEPS)[:1]
     for bias_ih, bias_hh in checks.biases(module):
@@ -52,11 +61,18 @@ def forget_bias_(module: Module, value: float = 1.0) -> None:
 
 
 def chrono_(module: Module, longest: int) -> None:
-    """Units that remember for 1 to `longest` steps (Tallec & Ollivier 2018): b_f = log u and b_i = -b_f, u uniform in
-    [1, longest - 1], unit by unit. GRU: b_z = log u; coupled gates: b_i = -log u.
+    """Set the biases so that the units remember for 1 to `longest` steps (Tallec & Ollivier 2018).
+
+    An LSTM gets b_f = log u and b_i = -b_f. u is drawn uniformly from 1 to longest - 1 for each unit. A GRU gets
+    b_z = log u, and an LSTM with coupled gates gets b_i = -log u.
+
+    Args:
+        module: A layer or a cell of this package.
+        longest: The largest number of steps, at least 2.
 
     Raises:
-        ValueError: as `forget_bias_`, or `longest` is less than 2.
+        TypeError: `module` is not a layer or a cell of this package, or `longest` is not a number.
+        ValueError: `longest` is less than 2, the cell has no gate that keeps the state, or the module has no biases.
     """
     checks.longest(longest)
     gates = checks.keeping_gates(module, KEEPS)
@@ -67,7 +83,17 @@ def chrono_(module: Module, longest: int) -> None:
 
 
 def orthogonal_(module: Module, gain: float = 1.0) -> None:
-    """Recurrent weights orthogonal (Saxe et al. 2014), each gate's, and of each head, by itself; times `gain`."""
+    """Make the recurrent weights orthogonal (Saxe et al. 2014).
+
+    The matrix of each gate becomes a random orthogonal matrix times `gain`. With heads, each head has one of its own.
+
+    Args:
+        module: A layer or a cell of this package.
+        gain: The factor.
+
+    Raises:
+        TypeError: `module` is not a layer or a cell of this package.
+    """
     checks.recurrent(module)
     for name, weight in module.named_parameters(recurse=False):
         if name.startswith("weight_hh"):
@@ -77,7 +103,7 @@ def orthogonal_(module: Module, gain: float = 1.0) -> None:
 
 
 def _rows(module: Module, gates: list[str]) -> list[tuple[slice, int]]:
-    """Where the biases of gates are, and in which direction they move what is kept."""
+    """The rows of the biases of these gates, and the sign with which they move the share of the state that is kept."""
     of, H = checks.recurrent(module), module.hidden_size
     return [(slice(k * H, (k + 1) * H), KEEPS[name]) for name in gates for k in [of.gates.index(name)]]
 

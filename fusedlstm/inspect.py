@@ -1,4 +1,4 @@
-"""What a layer does inside: which engine runs it and why, its gates and states step by step, and their picture."""
+"""Look inside of a layer: which engine runs it and why, its gates and states at every step, and a plot of them."""
 
 from typing import NamedTuple
 
@@ -15,13 +15,13 @@ from fusedlstm.modules import LSTM
 
 
 class GateTrace(NamedTuple):
-    """Everything that one direction of one layer computed; step t is step t of the input, also in reverse."""
+    """Everything that one direction of one layer computed. Step t is step t of the input, also in reverse."""
 
     i: Tensor  # [T, B, H]  input gate, 0 to 1
     f: Tensor  # [T, B, H]  forget gate, 0 to 1
     g: Tensor  # [T, B, H]  candidate, -1 to 1
     o: Tensor  # [T, B, H]  output gate, 0 to 1
-    h: Tensor  # [T, B, P]  hidden state after the step, -1 to 1; P is H, or any value and proj_size if projected
+    h: Tensor  # [T, B, P]  hidden state after the step, -1 to 1; with a projection P is proj_size and h is unbounded
     c: Tensor  # [T, B, H]  cell state after the step, unbounded
 
 
@@ -35,7 +35,7 @@ def explain(
     return_cell_states: bool = False,
     grad_clip: float | None = None,
 ) -> functional.Explanation:
-    """Say which engine would run a call of a layer, why, and how. Nothing is computed.
+    """Say which engine would run a call of a layer, why, and how. This computes nothing.
 
     Example::
 
@@ -44,14 +44,16 @@ def explain(
 
     Args:
         module: A layer of this package.
-        input, hx, lengths, resets, return_cell_states, grad_clip: The arguments of the call.
+        input, hx, lengths, resets, return_cell_states, grad_clip: The arguments of the call, as in
+            `Recurrent.forward`.
 
     Returns:
         A named tuple of three texts: `engine` ("triton", "torch" or "reference"), `why` it was chosen, and `how` it
-        runs. `print` shows them as one sentence.
+        runs. `print` shows them on one line.
 
     Raises:
-        TypeError: `module` is none of ours. Other errors are those of the call.
+        TypeError: `module` is not a layer of this package.
+        ValueError, RuntimeError: The call itself would raise this error.
     """
     checks.instance("module", module, Recurrent)
     spec = module._spec(return_cell_states, grad_clip)
@@ -67,24 +69,26 @@ def gate_trace(
     layer: int = 0,
     direction: int = 0,
 ) -> GateTrace:
-    """Compute the gates and states of one layer and direction by the specification, whatever engine the module uses.
+    """Compute the gates and states of one layer and direction. The specification does this, whatever the engine is.
 
     Args:
-        module: a `fusedlstm.LSTM` or a `torch.nn.LSTM`.
-        input: as for the module's `forward`; any dtype and device that plain torch serves.
-        hx: h and c before step 0; zero if not given.
-        layer: 0 is the layer that reads `input`.
+        module: A `fusedlstm.LSTM` or a `torch.nn.LSTM`.
+        input: The input of the module's `forward`, not packed, in the dtype of the module.
+        hx: h and c before step 0. They are zero if they are not given.
+        layer: The number of the layer. 0 is the layer that reads `input`.
         direction: 0 is forward, 1 is reverse.
 
     Returns:
-        i, f, g, o, h and c, each [T, B, H], h [T, B, P] (B = 1 if `input` is not batched), without gradients. Dropout
-        between layers is off, as in `eval()`.
+        A :class:`GateTrace` of i, f, g, o, h and c, without gradients. Each is [T, B, H], and h is [T, B, P] with a
+        projection. B is 1 if `input` has no batch axis. Dropout between layers, zoneout and the dropouts inside of a
+        step are left out.
 
     Raises:
         TypeError: `module` is not an LSTM, or `input` is packed.
-        ValueError: it has no such layer or direction. Errors of `input` and `hx` are those of `fusedlstm.LSTM`.
+        ValueError: The module has no such layer or direction.
+        ValueError, RuntimeError: `input` or `hx` is wrong. Type and text are those of `fusedlstm.LSTM`.
 
-    Precision: that of `fusedlstm.engines.reference` in the dtype of `input`.
+    Precision: That of `fusedlstm.engines.reference` in the dtype of `input`.
     """
     checks.traced(module, input, layer, direction)
     module._update_flat_weights()
@@ -133,20 +137,21 @@ _PANELS = {
 
 
 def plot_gates(trace: GateTrace, *, sample: int = 0, figure=None, period: int | None = None):
-    """Draw the gates and states of one sequence as heat maps, unit by step.
+    """Draw the gates and states of one sequence as six heat maps, with units as rows and steps as columns.
 
     Args:
-        sample: which sequence of the batch.
-        figure: a matplotlib `Figure` or `SubFigure` to draw on; a new one of 12 by 7 inches if not given.
-        period: draw a tick every so many steps; matplotlib's choice if not given.
+        trace: The result of :func:`gate_trace`.
+        sample: The number of the sequence in the batch.
+        figure: A matplotlib `Figure` or `SubFigure` to draw on. If it is not given, a new one of 12 by 7 inches.
+        period: The distance between two ticks, in steps. If it is not given, matplotlib chooses.
 
     Returns:
-        The figure. Units are in the same order in all six panels: by the mean step of the changes of their cell state,
-        earliest on top.
+        The figure. All panels have the units in the same order: by the mean step at which their cell state changes,
+        with the earliest on top. A projected h has units of its own, which stay in their order.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        IndexError: the batch has no such sample.
+        IndexError: The batch has no such sequence.
     """
     checks.needs("matplotlib.figure", "demo")
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The layers and cells that a user builds: each names its cell, and has its equations and their source."""
+"""The layers and cells that a user builds: every class names its cell, and its docstring has the equations."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ FourStates = tuple[Tensor, Tensor, Tensor, Tensor]  # h, c, n and m
 
 
 class LSTM(Recurrent[TwoStates]):
-    r"""A stack of LSTM layers; takes the place of `torch.nn.LSTM`.
+    r"""A stack of LSTM layers. It takes the place of `torch.nn.LSTM`.
 
     .. math::
         i_t, f_t, o_t = \sigma(W x_t + U h_{t-1} + b), \quad g_t = \tanh(W x_t + U h_{t-1} + b), \quad
@@ -25,20 +25,23 @@ class LSTM(Recurrent[TwoStates]):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
-            `torch.nn.LSTM`, with the same parameter names, shapes, gate order (i, f, g, o) and values under a seed.
-        backend, grad_clip, save, num_heads, init, zoneout, candidate_dropout, recurrent_dropout, weight_dropout: as in
-            :class:`Recurrent`. Neither heads nor the last four with `proj_size`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: As in
+            `torch.nn.LSTM`. Parameter names, shapes, gate order (i, f, g, o) and initial values under a seed are the
+            same.
+        backend, grad_clip, save, num_heads, init, zoneout, candidate_dropout, recurrent_dropout, weight_dropout: As in
+            :class:`Recurrent`. Heads, zoneout and the three dropouts cannot be combined with `proj_size`.
 
-    Shapes: input [T, B, I], [B, T, I] with `batch_first`, [T, I], or a PackedSequence; h_0 [L * D, B, P] and c_0
-        [L * D, B, H] (or without B), zero if not given; output [T, B, D * P] (or like input); h_n and c_n like h_0 and
-        c_0. L layers, D directions; P is `proj_size`, or H without one.
-
-    Precision: products in the dtype of `input`; on the Triton engine sums, gates and c in float32.
-    Memory: beside its output the Triton engine keeps T * B * H * D * (4 * itemsize + 4) bytes a layer for the backward;
-        with save="states" 4 * B * H for each of at most nine borders between blocks of steps, in two directions and
-        packed none. `bench/memory.py` has kept and peak bytes as functions of the shapes.
-    Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000, as `torch.nn.LSTM` writes it.
+    Shapes: L is the number of layers and D the number of directions. P is `proj_size`, or H without a projection.
+        `input` is [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence. h_0 is
+        [L * D, B, P] and c_0 is [L * D, B, H], or both without B. They are zero if they are not given. `output` is
+        [T, B, D * P], or has the form of `input`. h_n and c_n have the shapes of h_0 and c_0.
+    Precision: Products have the dtype of `input`. On the engine "triton", sums, gates and c are float32.
+    Memory: Beside its output, the engine "triton" keeps T * B * H * D * (4 * itemsize + 4) bytes per layer for the
+        backward. With save="states" it keeps 4 * B * H bytes for each border between blocks of steps, of which there
+        are at most nine. It keeps none if there are two directions or if the batch is packed. `bench/memory.py`
+        computes kept and peak bytes from the shapes.
+    Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000. The equations are those of
+        `torch.nn.LSTM`.
     """
 
     cell = "lstm"
@@ -94,17 +97,19 @@ class LSTM(Recurrent[TwoStates]):
 
 
 class LSTMCell(RecurrentCell[TwoStates]):
-    r"""One LSTM step; takes the place of `torch.nn.LSTMCell`. Equations, engines and heads as in :class:`LSTM`.
+    r"""One step of an LSTM. It takes the place of `torch.nn.LSTMCell`. The equations are those of :class:`LSTM`.
 
-    Shapes: input [B, I] or [I]; h_0 and c_0 [B, H] or [H], zero if not given; returns (h_1, c_1) of the same shape.
-    Raises: ValueError or RuntimeError with the type and text of `torch.nn.LSTMCell`.
+    Args: As in :class:`RecurrentCell`.
+    Shapes: `input` is [B, I] or [I]. h_0 and c_0 are [B, H] or [H], and zero if they are not given. The call returns
+        (h_1, c_1) with the shapes of (h_0, c_0).
+    Raises: ValueError and RuntimeError, of the same type and with the same text as `torch.nn.LSTMCell`.
     """
 
     cell = "lstm"
 
 
 class GRU(Recurrent[Tensor]):
-    r"""A stack of GRU layers; takes the place of `torch.nn.GRU`.
+    r"""A stack of GRU layers. It takes the place of `torch.nn.GRU`.
 
     .. math::
         r_t, z_t = \sigma(W x_t + b + U h_{t-1} + b'), \quad
@@ -116,26 +121,28 @@ class GRU(Recurrent[Tensor]):
         gru = fusedlstm.GRU(10, 20, num_layers=2)
         output, h_n = gru(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
 
-    Args and shapes: as in :class:`Recurrent`; parameter names, shapes, gate order (r, z, n) and values under a seed are
-        those of `torch.nn.GRU`. h_0 is a tensor.
-    Source: Cho et al. 2014, with the reset gate after the product as `torch.nn.GRU` has it (Chung et al. 2014).
+    Args and shapes: As in :class:`Recurrent`. Parameter names, shapes, gate order (r, z, n) and initial values under a
+        seed are those of `torch.nn.GRU`. The state is a tensor, h.
+    Source: Cho et al. 2014. The reset gate comes after the product, as in `torch.nn.GRU` (Chung et al. 2014).
     """
 
     cell = "gru"
 
 
 class GRUCell(RecurrentCell[Tensor]):
-    """One GRU step; takes the place of `torch.nn.GRUCell`. Equations as in :class:`GRU`.
+    """One step of a GRU. It takes the place of `torch.nn.GRUCell`. The equations are those of :class:`GRU`.
 
-    Shapes: input [B, I] or [I]; h_0 [B, H] or [H], zero if not given; returns h_1.
-    Raises: ValueError or RuntimeError with the type and text of `torch.nn.GRUCell`.
+    Args: As in :class:`RecurrentCell`.
+    Shapes: `input` is [B, I] or [I]. h_0 is [B, H] or [H], and zero if it is not given. The call returns h_1, which has
+        the shape of h_0.
+    Raises: ValueError and RuntimeError, of the same type and with the same text as `torch.nn.GRUCell`.
     """
 
     cell = "gru"
 
 
 class RNN(Recurrent[Tensor]):
-    r"""A stack of vanilla RNN layers; takes the place of `torch.nn.RNN`.
+    r"""A stack of vanilla RNN layers. It takes the place of `torch.nn.RNN`.
 
     .. math::
         h_t = \tanh(W x_t + U h_{t-1} + b), \quad\text{or}\quad h_t = \max(0, W x_t + U h_{t-1} + b)
@@ -145,9 +152,10 @@ class RNN(Recurrent[Tensor]):
         rnn = fusedlstm.RNN(10, 20, nonlinearity="relu")
         output, h_n = rnn(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
 
-    Args and shapes: as in :class:`Recurrent`, with `nonlinearity`, "tanh" or "relu", after `num_layers`; parameter
-        names, shapes and values under a seed are those of `torch.nn.RNN`. h_0 is a tensor.
-    Source: Elman 1990; with the rectifier Le et al. 2015.
+    Args and shapes: As in :class:`Recurrent`, with one more argument after `num_layers`: `nonlinearity` is "tanh" or
+        "relu". Parameter names, shapes and initial values under a seed are those of `torch.nn.RNN`. The state is a
+        tensor, h.
+    Source: Elman 1990. The version with the rectifier is from Le et al. 2015.
     """
 
     def __init__(
@@ -202,10 +210,13 @@ class RNN(Recurrent[Tensor]):
 
 
 class RNNCell(RecurrentCell[Tensor]):
-    """One step of a vanilla RNN; takes the place of `torch.nn.RNNCell`. Equations as in :class:`RNN`.
+    """One step of a vanilla RNN. It takes the place of `torch.nn.RNNCell`. The equations are those of :class:`RNN`.
 
-    Shapes: input [B, I] or [I]; h_0 [B, H] or [H], zero if not given; returns h_1.
-    Raises: ValueError or RuntimeError with the type and text of `torch.nn.RNNCell`, of an unknown nonlinearity at once.
+    Args: As in :class:`RecurrentCell`, with one more argument after `bias`: `nonlinearity` is "tanh" or "relu".
+    Shapes: `input` is [B, I] or [I]. h_0 is [B, H] or [H], and zero if it is not given. The call returns h_1, which has
+        the shape of h_0.
+    Raises: ValueError and RuntimeError, of the same type and with the same text as `torch.nn.RNNCell`. An unknown
+        nonlinearity is an error in the constructor, and not only in the first call.
     """
 
     __constants__ = nn.RNNCell.__constants__
@@ -232,7 +243,7 @@ class RNNCell(RecurrentCell[Tensor]):
 
 
 class PeepholeLSTM(Recurrent[TwoStates]):
-    r"""A stack of LSTM layers whose gates look at the cell.
+    r"""A stack of LSTM layers with peepholes: the gates also depend on the cell state c.
 
     .. math::
         i_t, f_t = \sigma(W x_t + U h_{t-1} + b + p \odot c_{t-1}), \quad g_t = \tanh(W x_t + U h_{t-1} + b), \quad
@@ -241,9 +252,9 @@ class PeepholeLSTM(Recurrent[TwoStates]):
     .. math::
         o_t = \sigma(W x_t + U h_{t-1} + b + p_o \odot c_t), \quad h_t = o_t \odot \tanh(c_t)
 
-    Args and shapes: as in :class:`Recurrent`; states h and c. Parameters are those of `torch.nn.LSTM`, gate order i, f,
-        g, o, and after them, per layer and direction, `weight_ci_l*`, `weight_cf_l*` and `weight_co_l*`, each [H]: p is
-        diagonal.
+    Args and shapes: As in :class:`Recurrent`. The states are h and c. The parameters are those of `torch.nn.LSTM`, in
+        the gate order i, f, g, o. After them, each layer and direction has `weight_ci_l*`, `weight_cf_l*` and
+        `weight_co_l*`, each [H]. They are the peepholes p, which are diagonal.
     Source: Gers & Schmidhuber 2000, "Recurrent nets that time and count".
     """
 
@@ -251,20 +262,20 @@ class PeepholeLSTM(Recurrent[TwoStates]):
 
 
 class PeepholeLSTMCell(RecurrentCell[TwoStates]):
-    """One step of :class:`PeepholeLSTM`: (h_0, c_0) to (h_1, c_1), each [B, H] or [H]."""
+    """One step of :class:`PeepholeLSTM`. It takes (h_0, c_0) and returns (h_1, c_1), each [B, H] or [H]."""
 
     cell = "peephole"
 
 
 class CoupledLSTM(Recurrent[TwoStates]):
-    r"""A stack of LSTM layers that forget as much as they take in (CIFG): f is 1 - i.
+    r"""A stack of LSTM layers with coupled gates (CIFG): the forget gate f is 1 - i.
 
     .. math::
         i_t, o_t = \sigma(W x_t + U h_{t-1} + b), \quad g_t = \tanh(W x_t + U h_{t-1} + b), \quad
         c_t = (1 - i_t) \odot c_{t-1} + i_t \odot g_t, \quad h_t = o_t \odot \tanh(c_t)
 
-    Args and shapes: as in :class:`Recurrent`; states h and c; three gates in the order i, g, o, so `weight_ih_l0` is
-        [3H, I].
+    Args and shapes: As in :class:`Recurrent`. The states are h and c. There are three gates, in the order i, g, o, so
+        `weight_ih_l0` is [3H, I].
     Source: Greff et al. 2015, "LSTM: a search space odyssey".
     """
 
@@ -272,13 +283,13 @@ class CoupledLSTM(Recurrent[TwoStates]):
 
 
 class CoupledLSTMCell(RecurrentCell[TwoStates]):
-    """One step of :class:`CoupledLSTM`: (h_0, c_0) to (h_1, c_1), each [B, H] or [H]."""
+    """One step of :class:`CoupledLSTM`. It takes (h_0, c_0) and returns (h_1, c_1), each [B, H] or [H]."""
 
     cell = "coupled"
 
 
 class SLSTM(Recurrent[FourStates]):
-    r"""A stack of sLSTM layers: exponential input gate, normaliser n and stabiliser m.
+    r"""A stack of sLSTM layers, with an exponential input gate, a normaliser n and a stabiliser m.
 
     .. math::
         f_t, o_t = \sigma(\tilde f_t), \sigma(\tilde o_t), \quad g_t = \tanh(\tilde g_t), \quad
@@ -289,19 +300,19 @@ class SLSTM(Recurrent[FourStates]):
         c_t = \bar f_t \odot c_{t-1} + i_t \odot g_t, \quad n_t = \bar f_t \odot n_{t-1} + i_t, \quad
         h_t = o_t \odot c_t / n_t
 
-    with a tilde for W x_t + U h_{t-1} + b.
+    A tilde marks W x_t + U h_{t-1} + b.
 
-    Args and shapes: as in :class:`Recurrent`; gate order i, f, g, o; states h, c, n and m, so hx is a tuple of four. A
-        state with n = 0 holds nothing, and its m is not looked at: zeros are a beginning, and so is what a reset
-        leaves. The paper has `num_heads` heads.
-    Source: Beck et al. 2024, "xLSTM: extended long short-term memory", with the forget gate a sigmoid.
+    Args and shapes: As in :class:`Recurrent`. The gate order is i, f, g, o. The states are h, c, n and m, so `hx` is a
+        tuple of four tensors. A state with n = 0 is empty, and its m is ignored. So zeros are a valid initial state,
+        and a reset leaves one. The heads of the paper are `num_heads`.
+    Source: Beck et al. 2024, "xLSTM: extended long short-term memory", with a sigmoid as forget gate.
     """
 
     cell = "slstm"
 
 
 class SLSTMCell(RecurrentCell[FourStates]):
-    """One step of :class:`SLSTM`: (h_0, c_0, n_0, m_0) to the same of the next step, each [B, H] or [H]."""
+    """One step of :class:`SLSTM`. It takes (h_0, c_0, n_0, m_0) and returns the new states, each [B, H] or [H]."""
 
     cell = "slstm"
 
@@ -316,14 +327,15 @@ class LayerNormLSTM(Recurrent[TwoStates]):
     .. math::
         c_t = f_t \odot c_{t-1} + i_t \odot g_t, \quad h_t = o_t \odot \tanh(\gamma_c N(c_t) + b_c)
 
-    N makes a vector's mean 0 and its variance 1: of all 4H preactivations together, and of the H numbers of c
-    (`torch.nn.LayerNorm`, with its epsilon of 1e-5). c itself is carried to the next step, as in the paper; PyTorch's
-    fastrnns benchmark carries the normalised one.
+    N shifts and scales a vector to mean 0 and variance 1, as `torch.nn.LayerNorm` does, with its epsilon of 1e-5. It
+    normalises all 4H preactivations together, and the H elements of c together. The next step gets c without the norm,
+    as in the paper. PyTorch's fastrnns benchmark hands on the normalised c instead.
 
-    Args and shapes: as in :class:`Recurrent`, but for `num_heads`, of which there is one; states h and c. Parameters
-        are those of `torch.nn.LSTM`, gate order i, f, g, o, and after them, per layer and direction, `gain_ih_l*` and
-        `gain_hh_l*` [4H], `gain_c_l*` and `bias_c_l*` [H]. b is the sum of `bias_ih_l*` and `bias_hh_l*`: the biases of
-        the first two norms. Gains begin as 1 and these biases as 0; without `bias` only the first two are left out.
+    Args and shapes: As in :class:`Recurrent`, without `num_heads`. The states are h and c. The parameters are those of
+        `torch.nn.LSTM`, in the gate order i, f, g, o. After them, each layer and direction has `gain_ih_l*` and
+        `gain_hh_l*`, each [4H], and `gain_c_l*` and `bias_c_l*`, each [H]. b is the sum of `bias_ih_l*` and
+        `bias_hh_l*`, which are the biases of the first two norms. Gains are 1 and all these biases are 0 at first. With
+        `bias=False` there are no `bias_ih_l*` and `bias_hh_l*`.
     Source: Ba, Kiros & Hinton 2016, "Layer normalization".
     """
 
@@ -331,6 +343,6 @@ class LayerNormLSTM(Recurrent[TwoStates]):
 
 
 class LayerNormLSTMCell(RecurrentCell[TwoStates]):
-    """One step of :class:`LayerNormLSTM`: (h_0, c_0) to (h_1, c_1), each [B, H] or [H]."""
+    """One step of :class:`LayerNormLSTM`. It takes (h_0, c_0) and returns (h_1, c_1), each [B, H] or [H]."""
 
     cell = "layernorm"

@@ -1,23 +1,23 @@
-r"""The products of a layer, how exact they are, and the norms that may follow them.
+r"""The matrix products of a layer, their precision, and the norms that may follow them.
 
-Float32 products on a GPU are as exact as those of `torch.nn.LSTM`, all of a layer's at once. `nn.LSTM` follows
-`torch.backends.cudnn.rnn.fp32_precision` (which `torch.backends.cudnn.allow_tf32` sets), its input product included. A
-matmul of torch follows `torch.backends.cuda.matmul.fp32_precision`. By default the two differ: TF32 and IEEE. So the
-products around the kernels run under the flag of the former; under that of the latter most of a layer's operations
-would run at a seventh of the rate on an H100.
+Float32 products on a GPU are as exact as those of `torch.nn.LSTM`. `nn.LSTM` follows the flag
+`torch.backends.cudnn.rnn.fp32_precision` (which `torch.backends.cudnn.allow_tf32` sets) in all of its products, the
+input product included. A matmul of torch follows `torch.backends.cuda.matmul.fp32_precision`. By default the two flags
+differ: the first is TF32, the second is IEEE. The products around the kernels follow the first one. With the second,
+most operations of a layer would run at a seventh of the rate on an H100.
 
 No product of torch takes its precision as an argument. So the flag is changed while a product is launched
-(`as_recurrent`), and left alone where both agree. Torch has an elder and a newer interface to it, and reading one
-raises where only the other was set; TunableOp reads the elder. So both are set together, and both are restored. Threads
-of ours wait for each other. A product that another thread launches meanwhile may get our precision, which only torch
-could prevent.
+(`as_recurrent`). If both flags agree, it is not changed. Torch has an older and a newer interface to the flag. Reading
+one raises an error if only the other was set, and TunableOp reads the older one. So both are set together, and both are
+restored. Our own threads wait for each other. A product that another thread launches meanwhile may get our precision,
+which only torch could prevent.
 
-Heads are block-diagonal recurrent weights: n groups of hidden units that see only their own h. With n heads of DH = H /
-n units, unit u belongs to head u // DH. A recurrent weight [G * H, DH] has a row for every gate and unit, in the order
-of a dense one, and a column for every unit of the row's own head. So n follows from the shapes, and one head is the
-dense weight.
+Heads are block-diagonal recurrent weights: n groups of hidden units that see only their own h. There are n heads with
+DH = H / n units each, and unit u belongs to head u // DH. A recurrent weight [G * H, DH] has a row for every gate and
+unit, in the order of a dense one, and a column for every unit of the row's own head. So n follows from the shapes, and
+one head is the dense weight.
 
-Layer normalisation (Ba et al. 2016) is over the last axis, to mean 0 and variance 1, as `torch.nn.LayerNorm`:
+Layer normalisation (Ba et al. 2016) makes the mean over the last axis 0 and the variance 1, as `torch.nn.LayerNorm`:
 
 .. math::
     n = (x - \mu) / s, \quad s^2 = \mathrm{mean}((x - \mu)^2) + \epsilon, \qquad
@@ -45,19 +45,18 @@ def tf32() -> bool:
 
 @contextlib.contextmanager
 def as_recurrent():
-    """float32 products on a GPU inside follow the flag of recurrent layers."""
+    """Inside of this context, float32 products on a GPU follow the flag of recurrent layers."""
     with contextlib.ExitStack() as changed:
         with _LOCK:
             if (_MATMUL.fp32_precision == "tf32") != tf32():
-                changed.enter_context(
-                    _LOCK
-                )  # until the flag is as it was: another thread of ours would find it changed
+                # Held until the flag is restored, because another thread of ours would find it changed.
+                changed.enter_context(_LOCK)
                 changed.callback(_switch())
         yield
 
 
 def _switch() -> Callable[[], None]:
-    """Let float32 products take the other precision of TF32 and IEEE; returns what takes that back."""
+    """Switch float32 products between TF32 and IEEE. Returns a function that switches back."""
     own, onednn = _MATMUL.fp32_precision, _ONEDNN.fp32_precision
     to_tf32 = own != "tf32"
     elder, of_all = _read(lambda: _MATMUL.allow_tf32), _read(torch.get_float32_matmul_precision)
@@ -70,17 +69,17 @@ def _switch() -> Callable[[], None]:
             _restore(_ONEDNN, onednn, torch.backends.mkldnn.fp32_precision)
         _restore(_MATMUL, own, torch.backends.cudnn.fp32_precision)
 
-    if elder is None:  # the user has set the newer flag alone, and with the other value they agree
+    if elder is None:  # the user has set only the newer flag, and with the other value the two agree
         _MATMUL.fp32_precision = "tf32" if to_tf32 else "ieee"
     elif to_tf32 or of_all is None:
         _MATMUL.allow_tf32 = to_tf32
-    else:  # "high" and "medium" are of oneDNN too
+    else:  # "high" and "medium" also change oneDNN
         torch.set_float32_matmul_precision("highest")
     return back
 
 
 def _read(flag: Callable):
-    """A flag of the elder interface; None where it contradicts the newer one."""
+    """A flag of the older interface. None if it contradicts the newer one."""
     try:
         return flag()
     except RuntimeError:
@@ -88,7 +87,7 @@ def _read(flag: Callable):
 
 
 def _restore(flag, value: str, inherited: str) -> None:
-    """A flag that says what it would inherit goes on inheriting."""
+    """Restore a flag. If its value is the one that it would inherit, it inherits again."""
     flag.fp32_precision = "none" if value == inherited else value
 
 
@@ -97,7 +96,7 @@ def product(
     b: Tensor,  # [K, N], likewise
     added: Tensor | None = None,  # [N] or [M, N]; not of a batch
 ) -> Tensor:
-    """a @ b (+ added), [M, N]; transforms."""
+    """a @ b (+ added), [M, N]. torch's transforms can differentiate it."""
     if a.is_cuda and a.dtype == torch.float32:
         return (_multiplied if transforms.transformed() else _product)(a, b, added)
     return a @ b if added is None else torch.addmm(added, a, b)
@@ -108,7 +107,7 @@ def add_product(
     a: Tensor,  # [M, K]
     b: Tensor,  # [K, N]
 ) -> Tensor:
-    """total + a @ b, [M, N], in place where there is a total. No gradient flows through it."""
+    """total + a @ b, [M, N], in place if there is a total. No gradient flows through it."""
     if total is None:
         return product(a, b)
     if a.is_cuda and a.dtype == torch.float32:
@@ -117,7 +116,7 @@ def add_product(
     return total.addmm_(a, b)
 
 
-# Transforms of torch see these operations themselves.
+# torch's transforms see these operations directly.
 def _multiplied(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     with as_recurrent():
         return a @ b if added is None else torch.addmm(added, a, b)
@@ -133,7 +132,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     _add_multiplied(total, a, b)
 
 
-# An op of its own, so that the flag is read when it runs and not when a compiler traces it.
+# This is an op, so that the flag is read when it runs and not when a compiler traces it.
 @transforms.op("fusedlstm::product")
 def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     return _multiplied(a, b, added)
@@ -167,7 +166,7 @@ _product.register_autograd(_backward, setup_context=_setup_context)
 
 
 def recurrent_product(h: Tensor, weight_hh: Tensor) -> Tensor:
-    """h_{t-1} U^T, [B, G * H], of h [B, H] and weight_hh [G * H, DH]; differentiable."""
+    """h_{t-1} U^T, [B, G * H], from h [B, H] and weight_hh [G * H, DH]. It is differentiable."""
     DH = weight_hh.size(1)
     n = h.size(-1) // DH
     if n == 1:
@@ -181,7 +180,7 @@ def add_recurrent_product(
     h: Tensor,  # [R, H], the states before
     weight_hh: Tensor,  # [G * H, DH]
 ) -> None:
-    """preact += h U^T, in place, all rows at once. No gradient flows through it."""
+    """preact += h U^T, in place, for all rows at once. No gradient flows through it."""
     (R, H), DH = h.shape, weight_hh.size(1)
     if H == DH:
         add_product(preact, h, weight_hh.t())
@@ -193,7 +192,7 @@ def add_recurrent_product(
 
 
 def recurrent_product_backward(dpreact: Tensor, weight_hh: Tensor, hidden: int) -> Tensor:
-    """dpreact_t U, [B, H], of dpreact [B, G * H] and weight_hh [G * H, DH]; differentiable."""
+    """dpreact_t U, [B, H], from dpreact [B, G * H] and weight_hh [G * H, DH]. It is differentiable."""
     DH = weight_hh.size(1)
     if hidden == DH:
         return dpreact @ weight_hh
@@ -207,7 +206,7 @@ def recurrent_weight_gradient(
     num_heads: int,
     total: Tensor | None = None,  # [G * H, DH]
 ) -> Tensor:
-    """total + sum over rows of dpreact^T h within heads, [G * H, DH]; in place where there is a total."""
+    """total + the sum over rows of dpreact^T h within heads, [G * H, DH]. In place if there is a total."""
     if num_heads == 1:
         return add_product(total, dpreact.t(), h)
     DH = h.size(1) // num_heads
@@ -228,7 +227,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def normalised_backward(dn: Tensor, x: Tensor) -> Tensor:
-    """dx, of dn the gradient of n."""
+    """dx, from the gradient dn of n."""
     centred = x - x.mean(-1, keepdim=True)
     s = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
     n = centred / s
@@ -240,7 +239,7 @@ def normed_input(
     gains: list[Tensor],  # D times [G*H]
     biases: list[Tensor | None],  # D times [G*H]
 ) -> Tensor:
-    """gain n + bias of every direction, [..., D, G*H]."""
+    """gain n + bias for every direction, [..., D, G*H]."""
     by_direction = zip(x.split(1, -2), gains, biases, strict=True)
     found = [layer_norm(own, own.shape[-1:], gain, bias, EPS) for own, gain, bias in by_direction]
     return found[0] if len(found) == 1 else torch.cat(found, -2)
@@ -251,7 +250,7 @@ def normed_input_backward(
     x: Tensor,  # [R, G*H]
     gain: Tensor,  # [G*H]
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the gain, [G*H]."""
+    """The gradients of x, [R, G*H], and of the gain, [G*H]."""
     _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, None, EPS)
     return aten_backward(grad, x, x.shape[-1:], mean, rstd, gain, None, [True, True, False])[:2]
 
@@ -260,10 +259,10 @@ def normed_input_backward(
 
 
 def joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """One tensor of several; of one, itself."""
+    """Concatenate tensors. A single tensor is returned as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """The same along a new first axis; of one, a view."""
+    """Stack tensors along a new first axis. A single tensor gives a view."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)

@@ -1,13 +1,13 @@
-"""A batch of sequences of different lengths in the three forms that PyTorch has for it, and the ways between them.
+"""Conversions between the three forms that PyTorch has for a batch of sequences of different lengths, and `Stream`.
 
 | form | what it is |
 |---|---|
-| padded | a tensor [T, B, ...] or [B, T, ...], and lengths [B]: what `lstm(input, lengths=lengths)` takes |
-| packed | `torch.nn.utils.rnn.PackedSequence`: longest first, no sequence empty |
-| jagged | a tensor of `torch.nested` with `layout=torch.jagged`, [B, *, ...]: sequence after sequence |
+| padded | a tensor [T, B, ...] or [B, T, ...] and lengths [B], as `lstm(input, lengths=lengths)` takes them |
+| packed | `torch.nn.utils.rnn.PackedSequence`, sorted with the longest first; no sequence may be empty |
+| jagged | a tensor of `torch.nested` with `layout=torch.jagged`, [B, *, ...], one sequence after another |
 
-All ways are differentiable, and padding is zero. `torch` packs and pads; jagged tensors are made and read here, because
-torch 2.13 pads one to the sum of its lengths, and pads none that has holes.
+All conversions are differentiable, and padding is filled with zeros. torch does the packing. Jagged tensors are read
+and made here, because torch 2.13 pads a jagged tensor to the sum of its lengths, and cannot pad one with holes.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,39 @@ from fusedlstm.layout import put_rows, take_rows
 def padded_from_packed(
     packed: PackedSequence, *, batch_first: bool = False, total_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Padded [T, B, ...] and lengths [B] int64, on the device of the data; T is the longest, or `total_length`."""
+    """Convert a packed batch into a padded one.
+
+    Args:
+        packed: The packed batch.
+        batch_first: Whether the result is [B, T, ...].
+        total_length: T. If it is not given, T is the longest length.
+
+    Returns:
+        The padded batch [T, B, ...] or [B, T, ...], and its lengths [B] int64 on the same device.
+
+    Raises:
+        TypeError: `packed` is not a PackedSequence.
+        ValueError: `total_length` is less than the longest length.
+    """
     checks.instance("packed", packed, PackedSequence)
     padded, lengths = pad_packed_sequence(packed, batch_first, total_length=total_length)
     return padded, lengths.to(padded.device)
 
 
 def packed_from_padded(padded: Tensor, lengths: Tensor, *, batch_first: bool = False) -> PackedSequence:
-    """A PackedSequence that remembers the order of the batch. Waits for the device of `lengths`.
+    """Convert a padded batch into a packed one. This waits for the device of `lengths`.
+
+    Args:
+        padded: The padded batch [T, B, ...] or [B, T, ...].
+        lengths: The number of valid steps of each sequence, integers [B] from 1 to T, on any device.
+        batch_first: Whether `padded` is [B, T, ...].
+
+    Returns:
+        A PackedSequence, which stores the order of the batch.
 
     Raises:
-        ValueError: a sequence is longer than `padded`, or empty, which none of a PackedSequence can be.
+        TypeError, ValueError: An argument has a wrong type or shape.
+        ValueError: A sequence is longer than T, or empty. A PackedSequence cannot have empty sequences.
     """
     lengths = _checked_lengths(padded, lengths, batch_first).cpu()
     if empty := (lengths == 0).nonzero()[:, 0].tolist():
@@ -45,10 +67,19 @@ def packed_from_padded(padded: Tensor, lengths: Tensor, *, batch_first: bool = F
 def padded_from_jagged(
     jagged: Tensor, *, batch_first: bool = False, total_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Padded [T, B, ...] and lengths [B] int64; T is the longest, or `total_length`. Waits for the device of `jagged`.
+    """Convert a jagged batch into a padded one. This waits for the device of `jagged`.
+
+    Args:
+        jagged: A nested tensor [B, *, ...] with `layout=torch.jagged`, with or without holes.
+        batch_first: Whether the result is [B, T, ...].
+        total_length: T. If it is not given, T is the longest length.
+
+    Returns:
+        The padded batch [T, B, ...] or [B, T, ...], and its lengths [B] int64 on the same device.
 
     Raises:
-        ValueError: `total_length` is less than the longest sequence.
+        TypeError, ValueError: `jagged` is not such a tensor.
+        ValueError: `total_length` is less than the longest length.
     """
     values, starts, lengths = _parts(jagged)
     longest = int(lengths.max()) if len(lengths) else 0
@@ -62,7 +93,19 @@ def padded_from_jagged(
 
 
 def jagged_from_padded(padded: Tensor, lengths: Tensor, *, batch_first: bool = False) -> Tensor:
-    """A nested tensor [B, *, ...] with `layout=torch.jagged`, without holes. Waits for the device of `lengths`."""
+    """Convert a padded batch into a jagged one. This waits for the device of `lengths`.
+
+    Args:
+        padded: The padded batch [T, B, ...] or [B, T, ...].
+        lengths: The number of valid steps of each sequence, integers [B] from 0 to T, on any device.
+        batch_first: Whether `padded` is [B, T, ...].
+
+    Returns:
+        A nested tensor [B, *, ...] with `layout=torch.jagged`, without holes.
+
+    Raises:
+        TypeError, ValueError: An argument has a wrong type or shape, or a length is below 0 or above T.
+    """
     lengths = _checked_lengths(padded, lengths, batch_first).to(padded.device)
     T, B = padded.size(1 if batch_first else 0), len(lengths)
     sequence, step = _places(lengths, T)
@@ -72,12 +115,26 @@ def jagged_from_padded(padded: Tensor, lengths: Tensor, *, batch_first: bool = F
 
 
 def packed_from_jagged(jagged: Tensor) -> PackedSequence:
-    """A PackedSequence that remembers the order of the batch. Raises as `packed_from_padded` does."""
+    """Convert a jagged batch, a nested tensor [B, *, ...], into a packed one. This waits for its device.
+
+    Returns:
+        A PackedSequence, which stores the order of the batch.
+
+    Raises:
+        TypeError, ValueError: `jagged` is not a nested tensor with `layout=torch.jagged`, or a sequence is empty.
+    """
     return packed_from_padded(*padded_from_jagged(jagged))
 
 
 def jagged_from_packed(packed: PackedSequence) -> Tensor:
-    """A nested tensor [B, *, ...] with `layout=torch.jagged`, in the order of the batch."""
+    """Convert a packed batch into a jagged one.
+
+    Returns:
+        A nested tensor [B, *, ...] with `layout=torch.jagged`, in the order of the batch.
+
+    Raises:
+        TypeError: `packed` is not a PackedSequence.
+    """
     return jagged_from_padded(*padded_from_packed(packed))
 
 
@@ -91,7 +148,7 @@ def _checked_lengths(padded: Tensor, lengths: Tensor, batch_first: bool) -> Tens
 
 
 def _parts(jagged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The values of a jagged tensor, [R, ...], and of every sequence the first row and the length, each [B] int64."""
+    """The values of a jagged tensor, [R, ...], and the first row and the length of every sequence, each [B] int64."""
     checks.instance("jagged", jagged, Tensor)
     if not jagged.is_nested or jagged.layout != torch.jagged or isinstance(jagged.shape[1], int):
         raise ValueError("jagged: expected a nested tensor [B, *, ...] with layout=torch.jagged")
@@ -101,13 +158,15 @@ def _parts(jagged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _places(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Sequence and step of every row, sequence after sequence, each [R] int64."""
+    """The sequence and the step of every row, one sequence after another, each [R] int64."""
     sequence, step = (torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
     return sequence, step
 
 
 class Stream:
-    """Carries the state of a layer from chunk to chunk, so that the chunks equal one long run.
+    """Runs a long sequence in chunks, and hands the state of the layer on from each chunk to the next.
+
+    The outputs equal those of one long run.
 
     Example::
 
@@ -117,10 +176,17 @@ class Stream:
             loss.backward()  # through this chunk: truncated backpropagation through time
 
     Args:
-        module: a `fusedlstm.LSTM` or another of the family, or whatever is called as `module(input, hx, ...)` and
-            returns its output first and its state next. In one direction: the reverse one would begin with what has not
-            come yet.
-        detach: whether gradients stop at the beginning of a chunk. If not, the graph grows until `detach()` is called.
+        module: A layer of this package, or any module that is called as `module(input, hx, ...)` and returns its output
+            and its state. It must have one direction, because a reverse direction would have to start at the end.
+        detach: Whether gradients stop at the beginning of each chunk. If they do not, the graph grows until you call
+            `detach()` yourself.
+
+    Attributes:
+        state: The state after the last chunk, as the module returns it. None means zeros.
+
+    Raises:
+        TypeError: `module` is not a module.
+        ValueError: `module` is bidirectional.
     """
 
     def __init__(self, module: nn.Module, *, detach: bool = True) -> None:
@@ -129,12 +195,18 @@ class Stream:
             raise ValueError("module: expected one direction, got a bidirectional one, which begins with the end")
         self.module = module
         self.detaches = detach
-        self.state: Tensor | tuple[Tensor, ...] | None = (
-            None  # after the last chunk, as the module returns it; None is zeros
-        )
+        self.state: Tensor | tuple[Tensor, ...] | None = None
 
     def __call__(self, input: Tensor, **options: Any) -> Any:
-        """Run a chunk; `options` are those of the module. Returns what it returns, without the state."""
+        """Run the next chunk.
+
+        Args:
+            input: The chunk, as the module takes it.
+            options: Further arguments of the module, such as `lengths` or `resets`.
+
+        Returns:
+            The output of the module. If the module returns more than output and state, a tuple of all but the state.
+        """
         output, state, *more = self.module(input, self.state, **options)
         self.state = state
         if self.detaches:
@@ -146,13 +218,17 @@ class Stream:
         return f"Stream({self.module!r}, detach={self.detaches}), {state}"
 
     def detach(self) -> None:
-        """Let no gradient flow further back than here."""
+        """Stop gradients here: those of later chunks do not flow into earlier ones."""
         self._change(Tensor.detach)
 
     def reset(self, which: Tensor | None = None) -> None:
-        """Begin anew: all sequences, or those where `which` is true, [B] bool ([1] or [] without a batch axis).
+        """Set the state to zero, of all sequences or of some. To do so inside of a chunk, pass `resets` instead.
 
-        Inside a chunk, that is `resets=`.
+        Args:
+            which: Which sequences begin anew, bool [B], or [1] or [] if the chunks have no batch axis. None is all.
+
+        Raises:
+            TypeError, ValueError: `which` is not a bool tensor of this shape.
         """
         if which is None:
             self.state = None

@@ -1,7 +1,7 @@
-"""The demo: an LSTM learns to read handwritten digits, one pixel a step.
+"""The demo: an LSTM learns to read handwritten digits, one pixel per step.
 
-The data are the 1797 digits that scikit-learn carries: 8 by 8 pixels, read row by row as sequences of T = 64 steps of
-I = 1 value. No downloads.
+The data are the 1797 digits that come with scikit-learn, so nothing is downloaded. Each has 8 by 8 pixels, which are
+read row by row as a sequence of T = 64 steps with I = 1 value.
 """
 
 import statistics
@@ -22,7 +22,7 @@ CLASSES = 10
 
 
 class Settings(NamedTuple):
-    """How to train. The defaults reach 96 % test accuracy in under a minute on two cores."""
+    """How to train. With the defaults the test accuracy reaches 96 % in less than a minute on two cores."""
 
     epochs: int = 50
     hidden_size: int = 128
@@ -32,11 +32,11 @@ class Settings(NamedTuple):
     batch_size: int = 64
     max_lr: float = 0.01
     clip: float = 1.0
-    noise: float = 0.1  # standard deviation, in shares of full ink
+    noise: float = 0.1  # standard deviation of the noise on a pixel, where full ink is 1
 
 
 class Digits(NamedTuple):
-    """Sequences of pixels, 0 (paper) to 1 (ink), and what they show."""
+    """Sequences of pixels, from 0 (paper) to 1 (ink), and the digits that they show."""
 
     x: Tensor  # [T, B, 1]
     y: Tensor  # [B]
@@ -48,14 +48,14 @@ class Split(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What an epoch left behind."""
+    """Loss and accuracy, one number per epoch."""
 
     loss: list[float]  # mean over the epoch's batches
     accuracy: list[float]  # on the test set, 0 to 1
 
 
 class Race(NamedTuple):
-    """Epochs of the same training, on `fusedlstm.LSTM` and on `torch.nn.LSTM`."""
+    """The times of the same epochs of training with `fusedlstm.LSTM` and with `torch.nn.LSTM`."""
 
     fused_ms: float  # median time of an epoch
     torch_ms: float
@@ -64,9 +64,9 @@ class Race(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """An LSTM reads the sequence; its last h says the class.
+    """An LSTM reads the sequence, and a linear layer reads the class from its last h.
 
-    Shapes: x [T, B, 1]; returns logits [B, 10].
+    Shapes: x is [T, B, 1]. The logits that are returned are [B, 10].
     """
 
     def __init__(self, lstm: nn.RNNBase) -> None:
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 
 
 def load_digits(device: str = "cpu") -> Split:
-    """A quarter of every class is the test set; the split is the same for every seed."""
+    """Load the digits. A quarter of every class is the test set. The split does not depend on the seed."""
     datasets = checks.needs("sklearn.datasets", "demo")
     model_selection = checks.needs("sklearn.model_selection", "demo")
     pixels, labels = datasets.load_digits(return_X_y=True)  # [N, 64], 0 to 16
@@ -92,25 +92,25 @@ def load_digits(device: str = "cpu") -> Split:
 
 
 def build(settings: Settings) -> Classifier:
-    """A classifier on `fusedlstm.LSTM`; the same weights for the same seed."""
+    """Build a classifier with `fusedlstm.LSTM`. The same seed gives the same weights."""
     torch.manual_seed(settings.seed)
     model = Classifier(LSTM(1, settings.hidden_size, backend=settings.backend))
     H = settings.hidden_size
     with torch.no_grad():
-        # torch.nn adds two biases; together they hold the forget gate open at the start, so that gradients live.
+        # torch.nn adds two biases. Together they hold the forget gate open at first, so that gradients do not vanish.
         model.lstm.bias_ih_l0[H : 2 * H] = 1
         model.lstm.bias_hh_l0[H : 2 * H] = 0
     return model.to(settings.device)
 
 
 def optimizer_of(model: Classifier, settings: Settings, steps: int):
-    """Adam and its one-cycle schedule over so many steps."""
+    """Adam, and a one-cycle schedule over the given number of steps."""
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.max_lr)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.max_lr, total_steps=steps)
 
 
 def batches(digits: Digits, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Indices of one shuffled epoch; what does not fill a batch waits for another epoch."""
+    """The indices of the batches of one shuffled epoch. Digits that do not fill a batch are left out."""
     N = len(digits.y)
     batch_size = min(batch_size, N)
     order = torch.randperm(N, generator=generator)[: N // batch_size * batch_size]
@@ -120,12 +120,12 @@ def batches(digits: Digits, batch_size: int, generator: torch.Generator) -> list
 def train_epoch(
     model: Classifier, digits: Digits, order: list[Tensor], optimizer, schedule, settings: Settings
 ) -> Tensor:
-    """One pass; returns the loss of every step, [len(order)], without waiting for the device."""
+    """Train for one epoch. Returns the loss of every step, [len(order)], without waiting for the device."""
     model.train()
     losses = []
     for index in order:
         x = digits.x[:, index]
-        # Fresh noise on the pixels at every step: without it 1347 digits are learnt by heart and the rest suffers.
+        # Every step adds new noise to the pixels. Without it the model learns the 1347 digits by heart.
         logits = model(x + settings.noise * torch.randn_like(x))
         loss = nn.functional.cross_entropy(logits, digits.y[index])
         optimizer.zero_grad()
@@ -139,13 +139,13 @@ def train_epoch(
 
 @torch.no_grad()
 def accuracy(model: Classifier, digits: Digits) -> float:
-    """Share of digits read right, 0 to 1."""
+    """The share of digits that are read correctly, from 0 to 1."""
     model.eval()
     return (model(digits.x).argmax(-1) == digits.y).float().mean().item()
 
 
 def fit(data: Split, settings: Settings) -> tuple[Classifier, Curve]:
-    """Train with a progress bar; the same result for the same seed, device and engine."""
+    """Train with a progress bar. The same seed, device and engine give the same result."""
     tqdm = checks.needs("tqdm", "demo").tqdm
     model = build(settings)
     shuffle = torch.Generator().manual_seed(settings.seed)
@@ -162,10 +162,11 @@ def fit(data: Split, settings: Settings) -> tuple[Classifier, Curve]:
 
 
 def race(data: Split, settings: Settings, epochs: int = 5) -> Race:
-    """Time an epoch of training on `fusedlstm.LSTM` beside `torch.nn.LSTM`, from the same weights.
+    """Time an epoch of training with `fusedlstm.LSTM` and with `torch.nn.LSTM`.
 
-    Every epoch starts from the same weights, with the same batches and noise, so the losses of the two can be compared
-    step by step. The two take turns, and in turns go first; one epoch of each before that is not timed.
+    Every epoch starts from the same weights and has the same batches and noise, so the losses of both can be compared
+    step by step. The two alternate, and each goes first in every second turn. One epoch of each is not timed, to warm
+    up.
     """
     start = build(settings).state_dict()
     order = batches(data.train, settings.batch_size, torch.Generator().manual_seed(settings.seed))
@@ -200,7 +201,7 @@ def synchronize(device: str) -> None:
 
 
 def picture(model: Classifier, curve: Curve, digits: Digits, path: Path, sample: int = 0) -> None:
-    """Save the learning curve, one digit, and the gates and states over its steps, as a PNG."""
+    """Save a PNG with the learning curve, one digit, and the gates and states while the model reads it."""
     checks.needs("matplotlib.figure", "demo")
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -242,7 +243,7 @@ def picture(model: Classifier, curve: Curve, digits: Digits, path: Path, sample:
 
 
 def run(settings: Settings, out: Path, say: Callable[[str], None]) -> float:
-    """The whole demo; says what it finds and returns the test accuracy, 0 to 1."""
+    """Run the whole demo. Prints the results with `say`, and returns the test accuracy, from 0 to 1."""
     checks.needs("matplotlib.figure", "demo")  # before a minute of training, not after
     engine = engines.choose(settings.backend, torch.device(settings.device), torch.float32)
     data = load_digits(settings.device)

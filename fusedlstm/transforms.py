@@ -1,15 +1,16 @@
-"""What our ops and functions owe to the transforms of torch: gradients of gradients, many at once, forward-mode
-derivatives.
+"""How our ops and functions behave under the transforms of torch.
 
-| under | a call is served by |
+These are gradients of gradients, many gradients at once, and forward-mode derivatives.
+
+| transform | what serves the call |
 |---|---|
 | `create_graph=True`, `is_grads_batched=True`, `torch.func.grad` | the specification (`wanted`, `gradients`) |
-| forward-mode AD | the specification, already forward (`has_tangents`); `tangents` where a transform hides them |
+| forward-mode AD | the specification, in the forward too (`has_tangents`); `tangents` if a transform hides them |
 | `torch.vmap` | the same op, once for every sample (`by_sample`); never ATen, which has no rules for layers |
-| forward-mode AD of a compiled graph without gradients | nobody: an error (`op`) |
+| forward-mode AD of a compiled graph without gradients | nothing: this is an error (`op`) |
 
-`grad_clip` clips gradients, which no derivative knows of: second derivatives clip the parts of a gradient that come by
-different ways each by itself, and tangents are not clipped.
+`grad_clip` clips gradients, and no derivative takes this into account. Second derivatives clip each part of a gradient
+separately if the parts come by different ways. Tangents are not clipped.
 """
 
 import functools
@@ -26,9 +27,10 @@ def gradients(
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Those of call(*tensors) by the tensors that are needed, from those of its results; autograd can go on from them.
+    """The gradients of the tensors that are needed, from those of the results of call(*tensors).
 
-    What a tensor was made from is another function's affair, even where that is one of the tensors too.
+    Autograd can differentiate them again. They do not flow on to what a tensor was computed from, even if that is one
+    of the tensors too.
     """
 
     def of_needed(*needed: Tensor) -> tuple[Tensor, ...]:
@@ -43,9 +45,9 @@ def gradients(
 def tangents(
     call: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None], given: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Those of the results of call(*tensors), from those of the tensors, of which one at least has one.
+    """The tangents of the results of call(*tensors), from those of the tensors. At least one tensor must have one.
 
-    By reverse mode twice, since forward mode does not nest: u -> J^T u is linear, and its transpose is J.
+    This uses reverse mode twice, because forward mode does not nest. u -> J^T u is linear, and its transpose is J.
     """
     has = [t is not None for t in given]
     moved = [x for x, own in zip(tensors, has, strict=True) if own]
@@ -55,38 +57,37 @@ def tangents(
 
 
 def _filled(values: Sequence, where: Sequence[bool], others: Sequence) -> list:
-    """`values`, with the others in their places."""
+    """`values`, with `others` in the places that `where` marks."""
     given = iter(others)
     return [next(given) if there else x for x, there in zip(values, where, strict=True)]
 
 
 def wanted(grads: Sequence[Tensor | None]) -> bool:
-    """Whether what a backward makes of `grads` is to be differentiable, or `grads` are such as our ops do not take.
+    """Whether the results of a backward must be differentiable, or our ops cannot take `grads`.
 
-    That is with `create_graph=True`; where they have tangents; and where many come at once.
+    This is so with `create_graph=True`, if they have tangents, and if many gradients come at once.
     """
     return torch.is_grad_enabled() or has_tangents(grads) or any(g is not None and many_at_once(g) for g in grads)
 
 
 def many_at_once(grad: Tensor) -> bool:
-    """Whether it is many gradients: `is_grads_batched=True` uses the elder vmap, which takes no rules from outside.
+    """Whether `grad` holds many gradients: `is_grads_batched=True` uses the older vmap, which takes no custom rules.
 
-    No public function of torch tells.
+    No public function of torch says so.
     """
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def transformed() -> bool:
-    """Whether a transform of `torch.func` runs, which hides from a tensor what is behind it: samples, gradients,
-    tangents.
+    """Whether a transform of `torch.func` runs. It hides what is behind a tensor: samples, gradients or tangents.
 
-    No public function of torch tells.
+    No public function of torch says so.
     """
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def followed(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd follows one of the tensors, or may do so behind a transform."""
+    """Whether autograd records one of the tensors, or may do so behind a transform."""
     return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or transformed())
 
 
@@ -97,8 +98,9 @@ def of_graph(
     grads: Sequence[Tensor | None],
     **options: bool,
 ) -> list[Tensor | None]:
-    """Of a graph that is there, those of the inputs that are needed, None for the others; `options` of
-    `torch.autograd.grad`.
+    """The gradients of the inputs that are needed, from a graph that exists, and None for the others.
+
+    `options` are those of `torch.autograd.grad`.
     """
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
@@ -109,26 +111,24 @@ def of_graph(
 
 
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether forward-mode AD follows one of the tensors: our ops would drop its tangent without a word."""
+    """Whether one of the tensors has a tangent of forward-mode AD. Our ops would drop it silently."""
     try:
         for x in tensors:
             if x is not None:
                 primal, tangent = forward_ad.unpack_dual(x)
-                if primal is x:  # as of every tensor where no level of forward-mode AD is open: one look is enough
+                if primal is x:  # so no level of forward-mode AD is open, and no other tensor has a tangent
                     return False
                 if tangent is not None:
                     return True
         return False
     except RuntimeError:
-        # What cannot be unpacked may have one: so in the graphs of a compiler, below autograd. But samples of vmap
-        # cannot be either, and what is behind them is the affair of `tangents`.
+        # A tensor that cannot be unpacked may have one. This happens below autograd in the graphs of a compiler.
+        # Samples of vmap cannot be unpacked either, and `tangents` handles what is behind them.
         return not transformed()
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, with `function.tangents` as its `jvp`: but for a compiler, since Dynamo takes no function that
-    has one.
-    """
+    """`function.apply`, with `function.tangents` as its `jvp`, except under a compiler: Dynamo refuses a `jvp`."""
     return (function if torch.compiler.is_compiling() else _with_jvp(function)).apply(*arguments)
 
 
@@ -140,20 +140,20 @@ def _with_jvp(function: type[torch.autograd.Function]) -> type[torch.autograd.Fu
 
 
 def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
-    """`torch.library.custom_op` of a function, with what all of ours have in common under transforms.
+    """A `torch.library.custom_op` of a function, with the rules for transforms that all of our ops have.
 
     Raises:
-        NotImplementedError: when called, in forward-mode AD, where torch drops the tangents of an op that does not
+        NotImplementedError: The op was called in forward-mode AD. torch would drop the tangents of an op that does not
             require grad.
     """
 
     def check(arguments) -> None:
         if has_tangents([x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]):
             raise NotImplementedError(
-                f"{name}: expected tensors without tangents, got a level of forward-mode AD, which is not served "
-                f"in a compiled graph, nor "
-                "under torch.vmap without gradients; take the derivative inside of the graph, call the module without "
-                "torch.compile and torch.no_grad, or use reverse mode"
+                f"{name}: expected tensors without tangents, got a level of forward-mode AD, "
+                "which is not served in a compiled graph, nor under torch.vmap without gradients; "
+                "take the derivative inside of the graph, "
+                "call the module without torch.compile and torch.no_grad, or use reverse mode"
             )
 
     def of_function(function: Callable):
@@ -175,9 +175,9 @@ def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
 
 
 def by_sample(call: Callable, info, in_dims, *arguments):
-    """A rule of vmap for `call`, an op or the `apply` of a function of autograd: one call for every sample.
+    """A rule of vmap for `call`, which is an op or the `apply` of an autograd function. It makes one call per sample.
 
-    So the samples' numbers are those of single calls, and no kernel has to know of one more axis.
+    So the numbers of a sample are those of a single call, and no kernel needs another axis.
     """
     found = [call(*_sample(arguments, in_dims, k)) for k in range(info.batch_size)]
     if isinstance(found[0], Tensor):
@@ -186,7 +186,7 @@ def by_sample(call: Callable, info, in_dims, *arguments):
 
 
 def _sample(x, dim, k: int):
-    """The k-th sample of a tensor that has samples along `dim`, or of such within tuples and lists."""
+    """The k-th sample of a tensor that has samples along `dim`, or of tensors in tuples and lists."""
     if isinstance(x, tuple | list):
         dims = dim if isinstance(dim, tuple | list) else [dim] * len(x)
         found = [_sample(y, d, k) for y, d in zip(x, dims, strict=True)]
@@ -195,14 +195,13 @@ def _sample(x, dim, k: int):
 
 
 def not_captured(name: str, device: torch.device, came: str) -> None:
-    """That no CUDA graph is being captured, where the work on `device` needs what only the host can do.
+    """Check that no CUDA graph is being captured. The caller needs the host for work on `device`.
 
     Raises:
-        RuntimeError: one is; `came` says what needs the host.
+        RuntimeError: A graph is being captured. `came` says what needs the host.
     """
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; a padded batch "
-            f"whose lengths and "
-            "resets are on the device can be captured with backend='triton'"
+            f"{name}: expected what needs no host while a CUDA graph is captured, got {came}; "
+            "a padded batch whose lengths and resets are on the device can be captured with backend='triton'"
         )

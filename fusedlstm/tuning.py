@@ -1,7 +1,7 @@
-"""`fusedlstm.tune`: measure on the user's own GPU what the plan and the choice of an engine only predict.
+"""`fusedlstm.tune`: measure on your own GPU what the planner and the choice of an engine only predict.
 
-Nothing here runs inside a forward or a backward: a user calls `tune` once for a module and an input like those to come,
-and later calls of the same sizes, in this process or another, find the choice (`fusedlstm.plan.tuned`).
+Nothing here runs inside of a forward or a backward. You call `tune` once for a module and a typical input. Later calls
+of the same sizes find the choice, in this process and in others (`fusedlstm.plan.tuned`).
 """
 
 import contextlib
@@ -26,12 +26,20 @@ WARM_UP, FEWEST_ROUNDS = 2, 3
 
 
 class Measured(NamedTuple):
-    """One choice: of a plan for a loop (`what` is a Problem) or of an engine for a module (a Call)."""
+    """One choice that :func:`tune` made.
+
+    Attributes:
+        what: A Problem if a plan was chosen for a loop, or a Call if an engine was chosen for a module.
+        chosen: The fastest plan or engine.
+        predicted: The plan or engine that would run without the measurement.
+        ms: For everything that was tried, the milliseconds of a forward, or of a forward and a backward, of the whole
+            module.
+    """
 
     what: Problem | Call
     chosen: str
-    predicted: str  # what would run without the measurement
-    ms: dict[str, float]  # a forward, or a forward and a backward, of the whole module, by what was tried
+    predicted: str
+    ms: dict[str, float]
 
 
 def tune(
@@ -44,28 +52,30 @@ def tune(
     seconds: float = 20.0,
     timer: Timer | None = None,
 ) -> list[Measured]:
-    """Measure the best few plans of a module's loops, forward and backward, and the kernels beside cuDNN; keep the
-    choices.
+    """Measure the plans that are predicted to be best, and the kernels beside cuDNN, and store the faster choices.
 
-    The choices hold for every module whose calls have these sizes, dtype, directions, layout and precision, with the
-    same GPU, driver and versions; T does not matter, values do not. Whether layers of a stack share a launch is not
-    tuned. The module, its gradients and the random state stay as they are. Hooks do not run.
+    The choices apply to every module whose calls have these sizes, dtype, directions, layout and precision, on the same
+    GPU with the same driver and versions. T and the values of the tensors do not matter. Whether layers share a launch
+    is not tuned. The module, its gradients and the random state stay as they are. Hooks do not run.
 
     Args:
-        module: any layer of the family, in the mode in which it will run; training is measured too if a parameter
-            requires a gradient. In training mode the forward's plans are timed with what a training step saves.
-        input, hx, lengths, resets: of one call, as of its forward, on the GPU.
-        seconds: to measure for, in all; compiling the plans comes on top.
-        timer: from functions and a number of seconds to the milliseconds of each; device events in interleaved rounds
-            if not given, and the host's clock where the kernels are interpreted.
+        module: A layer of this package, in the mode in which it will run. Training is measured too if a parameter
+            requires a gradient. In training mode the forward is timed with everything that it saves for the backward.
+        input, hx, lengths, resets: The arguments of one call, as in `Recurrent.forward`, on the GPU.
+        seconds: The time to measure for, in seconds. Compiling the plans takes extra time.
+        timer: A function that takes named functions and a number of seconds, and returns the milliseconds of each
+            function. If it is not given, device events in interleaved rounds are used, or the clock of the host if the
+            kernels are interpreted.
 
     Returns:
-        What was measured and chosen, which is also in the file `fusedlstm.plan.tuned.path()`.
+        A list with everything that was measured and chosen. The choices are also stored in the file
+        `fusedlstm.plan.tuned.path()`.
 
     Raises:
-        RuntimeError: there is no GPU, the input is not on it, the kernels cannot serve the call, or the file of choices
-            is another version's.
-        TypeError, ValueError: an argument is not what it should be; of the input as the module's forward.
+        RuntimeError: There is no GPU, the input is not on it, the kernels cannot serve the call, or another version
+            wrote the file of choices.
+        TypeError, ValueError: An argument is wrong. For `input`, `hx`, `lengths` and `resets` the errors are those of
+            the module.
     """
     checks.instance("module", module, Recurrent)
     if not 0 < seconds < float("inf"):
@@ -116,7 +126,7 @@ def tune(
 
 
 class _Run:
-    """One call of a module, forward or forward and backward, on inputs of its own."""
+    """One call of a module, forward or forward and backward, on copies of its inputs."""
 
     def __init__(self, module, input, hx, lengths, resets) -> None:
         self.module, self.lengths, self.resets = module, lengths, resets
@@ -172,7 +182,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _trial(plans: dict):
-    """Inside, loops run by `plans`; yields the problems that were asked for, in order, as keys."""
+    """Inside of this context, loops run with `plans`. It yields a dict whose keys are the problems, in their order."""
     from fusedlstm.engines import launch
 
     if launch.trial is not None:
@@ -191,7 +201,7 @@ def _trial(plans: dict):
 
 
 def _tried(problem: Problem, limits) -> dict[str, object]:
-    """The predicted best plans of every exchange protocol, and that with a launch a step, by name."""
+    """The plans with the least predicted time for every exchange protocol, and the best with a launch per step."""
     found = {}
     for protocol in ("counter", "data"):
         try:
@@ -220,10 +230,10 @@ def _with(plans: dict, problem: Problem, p, run: _Run, training: bool) -> Callab
 
 
 def _timed(calls: dict[str, Callable], timer: Timer, seconds: float) -> dict[str, float]:
-    """Milliseconds of the calls that run at all; the first run of each compiles.
+    """The milliseconds of the calls that run without an error. The first run of each compiles its kernels.
 
     Raises:
-        RuntimeError: none of them runs; from the last error.
+        RuntimeError: None of them runs. Its cause is the last error.
     """
     able, last = {}, None
     for name, call in calls.items():
@@ -239,7 +249,7 @@ def _timed(calls: dict[str, Callable], timer: Timer, seconds: float) -> dict[str
 
 
 def in_rounds(clock: Callable[[Callable], float]) -> Timer:
-    """A timer: the median of rounds in each of which every call has its turn, every second round backwards."""
+    """A timer that takes medians over rounds. In each round every call runs once, in every second round backwards."""
 
     def timer(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
         for call in calls.values():

@@ -1,7 +1,7 @@
-"""The recurrent cells: one file for each, with its declaration, its equations, and its fast step on a CPU.
+"""The recurrent cells. Each has a file with its declaration, its equations, and its fast step on a CPU.
 
-Our own cells come in as a user's do, by `register_cell`. The device code of a cell is in the file of the same name
-under `fusedlstm.kernels.cells`.
+The cells of this package are registered in the same way as a user's cells, by `register_cell`. The device code of a
+cell is in the file of the same name in `fusedlstm.kernels.cells`.
 """
 
 import importlib
@@ -46,7 +46,9 @@ def register_cell(
     kernels: tuple | str | None = None,
     loop: tuple[Callable, Callable] | None = None,
 ) -> None:
-    """Make a cell known, so that subclasses of `Recurrent` and `RecurrentCell` can name it. How to: docs/add_a_cell.md.
+    """Make a cell known, so that subclasses of `Recurrent` and `RecurrentCell` can name it.
+
+    docs/add_a_cell.md shows a complete example.
 
     Example::
 
@@ -57,18 +59,19 @@ def register_cell(
         )
 
     Args:
-        cell: What the cell is made of, under a name that is not taken.
-        equations: Functions of torch tensors: step, step_backward, update and vectors_backward, in this order.
-            `fusedlstm.cells.cell` says what they take and return. Without update (None) the cell has no zoneout;
-            vectors_backward is needed for the cell's own vectors.
-        kernels: Functions under `triton.jit`: step_fwd, step_bwd and update, in this order, as
-            `fusedlstm.kernels.cells` says. update is needed if the equations have it. Or the name of a module that has
-            them, which is imported where Triton is installed. None: every engine except "triton" serves the cell.
-        loop: Two functions, forward and backward, of a faster step on a CPU than the one that follows from the
-            equations (`fusedlstm.engines.torch_loop`).
+        cell: The names of the cell, its gates, its states and its vectors. The name of the cell must be a new one.
+        equations: The functions step, step_backward, update and vectors_backward, in this order. They work on torch
+            tensors, and `fusedlstm.cells.cell` says what they take and return. Without update (None) the cell has no
+            zoneout. vectors_backward is needed if the cell has vectors.
+        kernels: The functions step_fwd, step_bwd and update, in this order, each under `triton.jit`.
+            `fusedlstm.kernels.cells` says what they take and return. update is needed if the equations have it. You can
+            also pass the name of a module with these functions. It is imported only if Triton is installed. With None,
+            every engine except "triton" serves the cell.
+        loop: Two functions, forward and backward, for a faster step on a CPU (`fusedlstm.engines.torch_loop`). Without
+            them, the CPU runs the equations.
 
     Raises:
-        TypeError, ValueError: A field of the cell or a function is wrong or missing. Then nothing is registered.
+        TypeError, ValueError: A field of the cell or a function is wrong or missing. Nothing is registered then.
     """
     _check_cell(cell)
     needed = {"step", "step_backward"} | ({"vectors_backward"} if cell.vectors else set())
@@ -128,7 +131,7 @@ def _check_cell(cell: Cell) -> None:
 def _check_functions(
     argument: str, given: tuple, names: tuple[str, ...], needed: set[str], cls: type = object, kind: str = ""
 ) -> None:
-    """Check a tuple of functions of a class. Those that are not `needed` may be None, or left out at the end."""
+    """Check a tuple of functions. A function that is not `needed` may be None, or left out at the end."""
     if not isinstance(given, tuple) or len(given) > len(names):
         raise TypeError(f"{argument}: expected a tuple of {', '.join(names)}, got {given!r}")
     for name, function in itertools.zip_longest(names, given):

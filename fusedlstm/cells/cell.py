@@ -1,22 +1,24 @@
-r"""What a recurrent cell is made of: its names, its equations in torch, and how it takes a layer's parameters. And what
-every engine takes and gives for a recurrence over a cell.
+r"""The parts of a recurrent cell: its names, its equations in torch, and how it takes the parameters of a layer.
 
-A cell's equations are functions of tuples of tensors [B, H] (of any leading axes); vectors are [H]:
+The file also has the arguments and results that every engine has for a recurrence over a cell.
+
+The equations of a cell are four functions. Their arguments are tuples of tensors [B, H], or with any leading axes in
+place of B. Vectors are [H]:
 
     step(preact_x, preact_h, state, vectors, drop) -> gates, state
     step_backward(gates, state_prev, state, dstate, vectors, drop) -> dpreact, dstate_prev
     update(gates, state_prev, drop) -> state
     vectors_backward(dpreact, gates, state_prev, state) -> dvectors
 
-`gates` are what `Cell.kept` names, after the nonlinearities, and `dpreact` are the gradients in their places. In
-`dstate_prev`, h is the part that does not pass through `weight_hh`. `drop` multiplies the candidate, which is what a
-step offers to its memory (g of an LSTM, n of a GRU). It is 1 unless the candidate is dropped; gates keep the candidate
-without it. `update` is what follows when the gates are known: the state that a step would have reached if no zoneout
-had held it. `vectors_backward` gives every row's part of the gradients of the vectors, except biases in the step, which
-have the gradients of the recurrent preactivations.
+`gates` are the blocks that `Cell.kept` names, after the nonlinearities. `dpreact` are the gradients in their places. In
+`dstate_prev`, the gradient of h has only the part that does not pass through `weight_hh`. `drop` multiplies the
+candidate, which is the value that a step offers to its memory (g of an LSTM, n of a GRU). It is 1 unless the candidate
+is dropped. `gates` hold the candidate without this factor. `update` computes the state that follows from the gates,
+without zoneout. `vectors_backward` returns the part of each row in the gradients of the vectors. Biases inside of the
+step are not among them, because their gradients are those of the recurrent preactivations.
 
-The parameters of one layer and direction are a list: weight_ih, weight_hh (, bias_ih, bias_hh), then the cell's
-vectors.
+The parameters of one layer and direction are a list: weight_ih, weight_hh, bias_ih and bias_hh if there are biases, and
+then the vectors of the cell.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Equations(NamedTuple):
-    """A cell's equations, in plain torch and any dtype."""
+    """The equations of a cell, in plain torch and for any dtype."""
 
     step: Callable[..., tuple[Tensors, Tensors]]
     step_backward: Callable[..., tuple[Tensors, Tensors]]
@@ -39,7 +41,7 @@ class Equations(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A cell's fast step on a CPU. `fusedlstm.engines.torch_loop` says what both functions take and return."""
+    """The fast step of a cell on a CPU. `fusedlstm.engines.torch_loop` says what both functions take and return."""
 
     forward: Callable
     backward: Callable
@@ -48,21 +50,25 @@ class Loop(NamedTuple):
 class Cell(NamedTuple):
     """A recurrent cell: the names and the order of its gates, states and vectors.
 
-    Attributes:
-        gates: The rows of `weight_ih` and `weight_hh`, in order.
-        states: h first, which is also the output. The others never leave their program, and are saved in float32.
-        kept: The blocks of H that a step keeps for the backward; the gates, if none are named. The backward puts as
-            many gradients in their places. The gradients of the recurrent preactivations are the last G of them, in the
-            order of the gates. Those of the input's preactivations are the first G, and gate k's is the one at
-            `x_blocks[k]`.
-        x_blocks: See `kept`.
-        vectors: Parameters with one number a unit, beside the four of `torch.nn`.
-        bias_in_step: Whether the step adds `bias_hh` to the recurrent product itself, as vectors before the others. If
-            not, it is a part of the input's preactivations.
-        norms: Whether both products are normalised over all their G*H before they are added, so that units need each
-            other's sums within a step. The first two vectors are then the gains of these norms, G*H each, of which the
-            step takes only the second, as G vectors.
-        without_norms: The name of the cell with the same gates and states beside h, of one with norms.
+    G is the number of gates, and H the number of hidden units.
+
+    Args:
+        name: The name that a subclass of `Recurrent` gives as `cell`: letters, digits and underscores.
+        gates: The names of the gates, in the order of the rows of `weight_ih` and `weight_hh`. Each has H rows.
+        states: The names of the states. The first is h, which is also the output. The kernels keep the others in
+            registers, and save them in float32.
+        kept: The names of the blocks of H values that a step keeps for the backward. They are the gates if you name
+            none. The backward returns one gradient for each block. The last G of these are the gradients of the
+            recurrent preactivations, in the order of the gates. The first G are the gradients of the input's
+            preactivations, in the order that `x_blocks` gives.
+        x_blocks: The place of each gate among the first G blocks of `kept`.
+        vectors: The names of parameters [H], beside the four of `torch.nn`.
+        bias_in_step: Whether the step itself adds `bias_hh` to the recurrent product. It then comes as the first G of
+            the vectors. If not, `bias_hh` is a part of the input's preactivations.
+        norms: Whether both products are normalised over all G*H values before they are added, so a unit needs sums over
+            the others within a step. The first two vectors are then the gains of these norms, [G*H] each. The step
+            takes the second one only, as G vectors.
+        without_norms: For a cell with norms, the name of the cell with the same gates and states but without them.
         aten: The name of ATen's function of the same cell, or None.
     """
 
@@ -83,66 +89,66 @@ class Cell(NamedTuple):
 
     @property
     def loop(self) -> Loop | None:
-        """None: the CPU loop derives a step from the equations."""
+        """The fast step on a CPU. With None the CPU loop derives a step from the equations."""
         return LOOPS.get(self.name)
 
     @property
     def plain(self) -> "Cell":
-        """What is left of a cell with norms when both products are normalised already."""
+        """The cell that is left of a cell with norms if both products are normalised already."""
         return CELLS[self.without_norms or self.name]
 
     @property
     def num_gates(self) -> int:
-        """G: blocks of H rows in `weight_hh`."""
+        """G, the number of blocks of H rows in `weight_hh`."""
         return len(self.gates)
 
     @property
     def num_cell_states(self) -> int:
-        """S: states beside h."""
+        """S, the number of states beside h."""
         return len(self.states) - 1
 
     @property
     def num_kept(self) -> int:
-        """K: blocks that a step keeps."""
+        """K, the number of blocks that a step keeps."""
         return len(self.kept or self.gates)
 
     @property
     def first_h_block(self) -> int:
-        """Where the gradients of the recurrent preactivations begin."""
+        """The number of the block with which the gradients of the recurrent preactivations begin."""
         return self.num_kept - self.num_gates
 
     @property
     def num_vectors(self) -> int:
-        """V: vectors that a step takes."""
+        """V, the number of vectors that a step takes."""
         more = self.num_gates if self.bias_in_step else self.num_gates - 2 if self.norms else 0
         return len(self.vectors) + more
 
     @property
     def vector_blocks(self) -> dict[str, int]:
-        """How many numbers a unit the parameters have that are called vectors."""
+        """For each of the parameters called vectors, how many elements it has per unit."""
         return {name: self.num_gates if self.norms and k < 2 else 1 for k, name in enumerate(self.vectors)}
 
     @property
     def adds(self) -> bool:
-        """Whether a step looks at the sum of both parts of a preactivation only."""
+        """Whether a step needs only the sum of both parts of a preactivation."""
         return not (self.kept or self.bias_in_step or self.norms)
 
     def has_bias(self, parameters: list[Tensor]) -> bool:
         return len(parameters) - len(self.vectors) == 4
 
     def input_bias(self, parameters: list[Tensor]) -> Tensor | None:
-        """What is added to the input product, [G*H]; None: nothing."""
+        """The bias of the input product, [G*H], or None."""
         if not self.has_bias(parameters):
             return None
         return parameters[2] if self.bias_in_step else parameters[2] + parameters[3]
 
     def normed(self, products: Tensor, per_direction: list[list[Tensor]]) -> Tensor:
-        """Input products [..., D, G*H] of a cell with norms as preactivations, with their biases."""
+        """The preactivations of a cell with norms, from input products [..., D, G*H]."""
         gains = [p[-len(self.vectors)] for p in per_direction]
         return normed_input(products, gains, [self.input_bias(p) for p in per_direction])
 
     def step_vectors(self, per_direction: list[list[Tensor]]) -> Tensor | None:
-        """What a step takes beside the preactivations, [D, V, H]; None: nothing."""
+        """The vectors that a step takes beside the preactivations, [D, V, H], or None."""
         return stacked([self._step_vectors(p) for p in per_direction]) if self.num_vectors else None
 
     def _step_vectors(self, parameters: list[Tensor]) -> Tensor:
@@ -156,8 +162,9 @@ class Cell(NamedTuple):
         return joined(own).view(self.num_vectors, len(weight_hh) // self.num_gates)
 
     def vectors_gradients(self, gradient: Tensor) -> list[Tensor]:
-        """Gradients [V, H] of what `step_vectors` takes as those of the parameters: of all vectors, or with norms all
-        but the first.
+        """The gradients of the vectors as parameters, from the gradients [V, H] of what `step_vectors` returns.
+
+        With norms, the first vector is not among them.
         """
         if not self.norms:
             return list(gradient.unbind(0))
@@ -165,7 +172,7 @@ class Cell(NamedTuple):
         return [gradient[:G].flatten(), *gradient[G:].unbind(0)]
 
 
-# A recurrence over a cell, as every engine has it (`fusedlstm.engines`):
+# Every engine has these two functions for a recurrence over a cell (`fusedlstm.engines`):
 #
 #     recurrence_fwd(spec, preact_x, weights, state, batch) -> Saved
 #     recurrence_bwd(spec, grads, saved, weights, state, batch) -> grad_preact, grad_hx, grad_cx
@@ -175,25 +182,25 @@ class Cell(NamedTuple):
 
 
 class Recurrence(NamedTuple):
-    """What is asked of a recurrence; it has no tensors."""
+    """The settings of a recurrence, without tensors."""
 
     cell: Cell
-    # The largest element of the gradient of a state that enters a step; None: any.
+    # The limit for an element of the gradient of a state that enters a step. None is no limit.
     clip: float | None = None
-    # Whether the forward keeps what the backward needs. What is not kept is empty.
+    # Whether the forward keeps what the backward needs. A tensor that is not kept is empty.
     save_gates: bool = True
     save_states: bool = True
 
 
 class Weights(NamedTuple):
-    """What multiplies and shifts h at every step."""
+    """The parameters that a step needs."""
 
     weight_hh: list[Tensor]  # D times [G*H, DH]; none if preact_x has the recurrent part already
     vectors: Tensor | None = None  # [D, V, H]
-    # Of a wave, in which the recurrences are the layers of a stack: what those above the first make of the h below.
+    # In a wave the recurrences are the layers of a stack. These are the input weights of the layers above the first.
     weight_ih: Tensor | None = None  # [D-1, G*H, H]
     bias: Tensor | None = None  # [D-1, G*H], for the forward
-    # A projection of h, which the specification alone has.
+    # A projection of h, which only the specification has.
     weight_hr: list[Tensor] | None = None  # D times [P, H]
 
 
@@ -205,7 +212,7 @@ class State(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward returns. Packed sequences have [R] in place of [T, B]. A wave has [D, T, B, H] and the like."""
+    """The results of a forward. Packed sequences have [R] in place of [T, B]. A wave has [D, T, B, H] and so on."""
 
     output: Tensor  # [T, B, D*H]: zero in padding
     h_n: Tensor  # [D, B, H]
@@ -215,7 +222,7 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """The gradients of what a forward returns. None: zero."""
+    """The gradients of the results of a forward. None is zero."""
 
     output: Tensor | None
     c_seq: Tensor | None
@@ -223,7 +230,7 @@ class Grads(NamedTuple):
     c_n: Tensor
 
 
-# By name: filled by `fusedlstm.cells.register_cell`.
+# All by the name of the cell. `fusedlstm.cells.register_cell` fills them.
 CELLS: dict[str, Cell] = {}
 EQUATIONS: dict[str, Equations] = {}
 LOOPS: dict[str, Loop] = {}

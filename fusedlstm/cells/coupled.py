@@ -27,7 +27,7 @@ def update(gates, state_prev, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    """As the LSTM's, with di = dc (g - c) and the previous dc = dc (1 - i)."""
+    """As for the LSTM, but di = dc (g - c), and the previous dc is dc (1 - i)."""
     i, g, o = gates
     _, c_prev = state_prev
     _, c = state

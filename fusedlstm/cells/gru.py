@@ -1,11 +1,11 @@
-r"""GRU as `torch.nn` has it, reset after the product (Cho et al. 2014; Chung et al. 2014). Gates r, z, n; state h.
+r"""GRU as in `torch.nn`, with the reset after the product (Cho et al. 2014; Chung et al. 2014). Gates r, z, n; state h.
 
 .. math::
     r, z = \sigma(\mathrm{preact\_x} + \mathrm{preact\_h} + b_h), \quad n_h = \mathrm{preact\_h} + b_h, \quad
     n = \tanh(\mathrm{preact\_x} + r n_h), \quad h' = (1 - z) n + z h
 
-`vectors` are b_h of r, z and n. Kept are n, r, z, n_h: so the gradients of the input's
-preactivations (n, r, z) and those of the recurrent ones (r, z, n_h) each lie together.
+`vectors` are b_h of r, z and n. The step keeps n, r, z and n_h, in this order. So the gradients of the input's
+preactivations (n, r, z) and those of the recurrent ones (r, z, n_h) are both side by side.
 """
 
 import torch
@@ -57,7 +57,7 @@ def loop_forward(at):
     H = at.states[0].size(1)
     n, r, z, n_h = at.gates.chunk(4, -1)
     r_and_z, of_h = at.gates[:, H : 3 * H], at.gates[:, H:]
-    # Everything but the product is in its place before the first step.
+    # Everything except the product is written to its place before the first step.
     bias_r_and_z, bias_n = torch.cat(at.vectors).split([2 * H, H])
     x_r_and_z, x_n = at.preact_x.split([2 * H, H], -1)
     torch.add(x_r_and_z, bias_r_and_z, out=r_and_z)
@@ -76,7 +76,7 @@ def loop_forward(at):
 
 
 def loop_backward(at):
-    """Every preactivation's gradient is dh times a factor."""
+    """Write a factor to the place of each preactivation's gradient, and multiply it by dh in the step."""
     n, r, z, n_h = at.gates.chunk(4, -1)
     dn, dr, dz, dn_h = at.dpreact.chunk(4, -1)
     torch.addcmul(torch.ones_like(n[:1]), n, n, value=-1, out=dn).addcmul_(dn, z, value=-1)  # (1 - n^2) (1 - z)

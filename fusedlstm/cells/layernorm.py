@@ -7,9 +7,10 @@ r"""LSTM with layer normalisation (Ba et al. 2016). Gates i, f, g, o; states h, 
 .. math::
     c' = f c + i g, \quad m = \tanh(\mathrm{gain\_c}\, N(c') + \mathrm{bias\_c}), \quad h' = o m
 
-N normalises a whole row: u over all 4H, c' over H (`fusedlstm.products`). `preact_x` is normalised before, and has the
-biases of both norms. `vectors` are the gains of i, f, g and o, gain_c and bias_c. Kept are i, f, g, o, m and the four
-parts of u; in the place of m the backward has the gradient of what its tanh takes.
+N normalises a whole row: u over all 4H values, c' over H (`fusedlstm.products`). `preact_x` is normalised before the
+loop, and includes the biases of both norms. `vectors` are the gains of i, f, g and o, then gain_c and bias_c. The step
+keeps i, f, g, o, m and the four parts of u. In the place of m the backward puts the gradient of the argument of its
+tanh.
 """
 
 import torch
@@ -24,17 +25,8 @@ CELL = Cell(
     "layernorm",
     gates=("i", "f", "g", "o"),
     states=("h", "c"),
-    kept=(
-        "i",
-        "f",
-        "g",
-        "o",
-        "m",
-        "u_i",
-        "u_f",
-        "u_g",
-        "u_o",
-    ),  # h = o m, and u is the recurrent product before its norm
+    # h = o m, and u is the recurrent product before its norm.
+    kept=("i", "f", "g", "o", "m", "u_i", "u_f", "u_g", "u_o"),
     x_blocks=(0, 1, 2, 3),
     vectors=("gain_ih", "gain_hh", "gain_c", "bias_c"),
     norms=True,
@@ -58,8 +50,9 @@ def update(gates, state_prev, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""As the LSTM's, but c' gets what its norm hands down, of dm = dh o (1 - m^2), and u what its own does, of dpreact
-    gain.
+    r"""As for the LSTM. c' also gets the gradient of its norm, from dm = dh o (1 - m^2).
+
+    u gets the gradient of its own norm, from dpreact gain.
     """
     i, f, g, o, m, *u = gates
     *gains, gain_c, _ = vectors
@@ -86,7 +79,7 @@ def vectors_backward(dpreact, gates, state_prev, state):
 
 
 def _by_gate(norm, *parts):
-    """A function of whole rows, of and to its parts by gates."""
+    """Apply a function of whole rows to rows that are split by gate, and split the result by gate."""
     return norm(*(torch.cat(part, -1) for part in parts)).chunk(len(parts[0]), -1)
 
 
@@ -116,7 +109,10 @@ def loop_forward(at):
 
 
 def loop_backward(at):
-    """All gradients but those through norms are dc or dh times a factor that stands in their place."""
+    """Write a factor to the place of each gradient, and multiply it by dc or dh in the step.
+
+    The gradients through the norms are computed separately.
+    """
     *gains, gain_c, _ = at.vectors
     H, gain = len(gain_c), torch.cat(gains)
     i, f, g, o, m = at.gates[:, : 5 * H].chunk(5, -1)
@@ -148,7 +144,7 @@ class _Norm:
 
     def __init__(self, at, x, gain):
         self.gain, self.shape, self.by_step = gain, x.shape[1:], at.by_step(x)
-        # Some steps at a time: of all at once the normalised rows, which nobody wants, would take new pages.
+        # Some steps at a time. For all steps at once, the normalised rows, which are not needed, would take new pages.
         parts = [torch.native_layer_norm(rows, self.shape, None, None, EPS)[1:] for rows in x.split(ROWS_AT_ONCE)]
         self.mean, self.rstd = (at.by_step(torch.cat(of)) for of in zip(*parts, strict=True))
 

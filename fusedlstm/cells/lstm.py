@@ -26,8 +26,9 @@ def update(gates, state_prev, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""With dh and dc the gradients of h' and c': do = dh tanh(c'), dc += dh o (1 - tanh(c')^2), then
-    di = dc g, df = dc c, dg = dc i, and the previous dc is dc f. \sigma' = y (1 - y), \tanh' = 1 - y^2.
+    r"""With dh and dc the gradients of h' and c': do = dh tanh(c') and dc += dh o (1 - tanh(c')^2).
+
+    Then di = dc g, df = dc c, dg = dc i, and the previous dc is dc f. \sigma' = y (1 - y) and \tanh' = 1 - y^2.
     """
     i, f, g, o = gates
     _, c_prev = state_prev
@@ -78,19 +79,22 @@ def candidate_factor(i, g, out):
 
 
 def output_factor(at):
-    """Of h = o tanh(c), the last gate being o: do = dh times h (1 - o), which is put in its place, and dc = dh times
-    o (1 - tanh(c)^2) = o - h h / o, which is returned, [R, H]."""
+    """The factors of dh in the gradients of h = o tanh(c). The last gate is o.
+
+    The factor in do is h (1 - o), and it is written to the place of do. The factor in dc is o (1 - tanh(c)^2), which
+    equals o - h h / o. It is returned, [R, H].
+    """
     h = at.states[0]
     o, do = at.gates[:, -h.size(1) :], at.dpreact[:, -h.size(1) :]
     torch.addcmul(h, h, o, value=-1, out=do)
-    # In one buffer: the pages of a new one cost more than a pass. h is 0 where o is.
+    # In one buffer, because the pages of a new one cost more than a pass. If o is 0, so is h.
     tanh_c = o.clamp_min(torch.finfo(o.dtype).tiny)
     torch.div(h, tanh_c, out=tanh_c)
     return torch.addcmul(o, h, tanh_c, value=-1, out=tanh_c)
 
 
 def steps_backward(at, dc_of_dh, dc_of_dc):
-    """Every preactivation's gradient is dc, and the last one's dh, times the factor that stands in its place."""
+    """Multiply the factor in the place of each preactivation's gradient by dc, and that of the last gate by dh."""
     H = dc_of_dh.size(1)
     of_c, of_h = at.blocks_by_step(at.dpreact[:, :-H]), at.by_step(at.dpreact[:, -H:])
     dh, dc_of_dh, dc_of_dc = map(at.by_step, (at.dh, dc_of_dh, dc_of_dc))

@@ -1,4 +1,4 @@
-r"""Peephole LSTM (Gers & Schmidhuber 2000): the gates look at the cell. Gates i, f, g, o; states h, c.
+r"""LSTM with peepholes (Gers & Schmidhuber 2000): the gates depend on c too. Gates i, f, g, o; states h, c.
 
 .. math::
     i, f = \sigma(\mathrm{preact} + p c), \quad g = \tanh(\mathrm{preact}), \quad c' = f c + i g, \quad
@@ -35,7 +35,7 @@ def update(gates, state_prev, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    """As the LSTM's, and do reaches c' as do p_o, di and df reach the previous c as di p_i + df p_f."""
+    """As for the LSTM. dc also gets do p_o, and the previous dc also gets di p_i + df p_f."""
     i, f, g, o = gates
     p_i, p_f, p_o = vectors
     _, c_prev = state_prev
@@ -79,7 +79,7 @@ def loop_forward(at):
 
 
 def loop_backward(at):
-    """What the gates' gradients hand to c by the peepholes is dc and dh times factors too."""
+    """The gradients that pass from the gates to c through the peepholes are dc and dh times factors too."""
     p_i, p_f, p_o = at.vectors
     i, f, g, _ = at.gates.chunk(4, -1)
     di, df, dg, do = at.dpreact.chunk(4, -1)

@@ -62,7 +62,7 @@ def loop_forward_relu(at):
 
 
 def loop_backward(at):
-    """A preactivation's gradient is dh times the factor that stands in its place."""
+    """Multiply the factor in the place of each preactivation's gradient by dh."""
     dpreact, dh = at.by_step(at.dpreact), at.by_step(at.dh)
 
     def step(t, dstate):

@@ -1,5 +1,6 @@
-r"""sLSTM (Beck et al. 2024, xLSTM): exponential input gate, normaliser and stabiliser. Gates i, f, g, o; states h, c,
-n, m.
+r"""sLSTM, with exponential input gate, normaliser and stabiliser (Beck et al. 2024, xLSTM).
+
+Gates i, f, g, o; states h, c, n, m.
 
 .. math::
     f, o = \sigma(\mathrm{preact}), \quad g = \tanh(\mathrm{preact}), \quad
@@ -8,8 +9,8 @@ n, m.
 .. math::
     c' = \bar f c + i g, \quad n' = \bar f n + i, \quad h' = o c' / n'
 
-c and n are scaled by e^{-m}, so h does not depend on m. A state with n = 0 holds nothing, and its m counts as
-minus infinity: zeros are a valid beginning.
+c and n are scaled by e^{-m}, so h does not depend on m. A state with n = 0 is empty, and its m counts as minus
+infinity. So zeros are a valid initial state.
 """
 
 import torch
@@ -21,7 +22,7 @@ CELL = Cell("slstm", gates=("i", "f", "g", "o"), states=("h", "c", "n", "m"))
 
 
 def _carried(n, m):
-    """m of what the state holds."""
+    """m, or minus infinity if the state is empty."""
     return torch.where(n == 0, float("-inf"), m)
 
 
@@ -43,11 +44,12 @@ def _updated(gates, state_prev, m_new, drop):
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2; di = dc g + dn, d\bar f = dc c +
-    dn n.
+    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2.
 
-    m' takes what i and \bar f lose when it grows, -(di i + d\bar f \bar f), and hands it to the larger of both:
-    preact_i, where i is 1, or else log f + m.
+    Then di = dc g + dn, and d\bar f = dc c + dn n.
+
+    i and \bar f shrink when m' grows, so its gradient is dm - (di i + d\bar f \bar f). It passes to the larger argument
+    of the maximum: to preact_i if i is 1, and otherwise to log f + m.
     """
     i, f, g, o = gates
     _, c_prev, n_prev, m_prev = state_prev
@@ -96,7 +98,7 @@ def loop_forward(at):
 
 
 def loop_backward(at):
-    """Every gradient is a sum of those of the states times factors, which are put together beforehand."""
+    """Compute in advance the factors by which each gradient depends on those of the states."""
     i, f, g, o = at.gates.chunk(4, -1)
     _, c, n, m = at.states
     c_prev, n_prev, m_prev = (at.before(k) for k in (1, 2, 3))

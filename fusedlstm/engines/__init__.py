@@ -1,18 +1,18 @@
-"""Which engine serves a call, and why.
+"""Choose the engine that serves a call, and say why.
 
 | engine | what runs |
 |---|---|
-| `triton` | the kernels: on a GPU, or interpreted on CPU tensors with `TRITON_INTERPRET=1` |
-| `torch` | ATen: oneDNN on a CPU, cuDNN on a GPU; a loop of torch operations for cells and calls that it has not |
-| `reference` | the specification in plain torch, any dtype, slow |
+| `triton` | the kernels, on a GPU, or interpreted on CPU tensors with `TRITON_INTERPRET=1` |
+| `torch` | ATen (oneDNN on a CPU, cuDNN on a GPU), or a loop of torch operations for everything that ATen lacks |
+| `reference` | the specification in plain torch, for any dtype, slow |
 
-`auto` is `triton` on a GPU for what the kernels serve, else `torch`; and `torch` where cuDNN serves the call too and is
-faster, measured (`fusedlstm.tune`) or clearly by prediction (`fastest`). An engine asked for by name serves the call or
-raises: nothing falls back in silence. Where a launch of the kernels fails that `auto` chose, `torch` takes that layer
-from then on, with one warning (`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` overrides every module whose backend
-is `auto`.
+With `auto`, a call runs on `triton` if it is on a GPU and the kernels support it, and otherwise on `torch`. It also
+runs on `torch` if cuDNN supports the call and is faster, either in a measurement (`fusedlstm.tune`) or clearly in the
+prediction (`fastest`). An engine that the user names serves the call or raises an error. It never falls back silently.
+If a launch of the kernels fails that `auto` chose, there is one warning, and from then on `torch` runs that layer
+(`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` replaces the backend of every module whose backend is `auto`.
 
-The logger `fusedlstm` tells at level DEBUG which engine ran a call and why. `FUSEDLSTM_LOG=1` writes that to stderr.
+The logger `fusedlstm` says at level DEBUG which engine ran a call and why. `FUSEDLSTM_LOG=1` writes this to stderr.
 """
 
 import functools
@@ -29,7 +29,7 @@ LOGGER = logging.getLogger("fusedlstm")
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDNN_WITH_BFLOAT16 = 91300
-# Looked up once: it takes longer than the rest of a choice, and a compiler cannot.
+# Looked up once, because it takes longer than the rest of a choice, and a compiler cannot trace it.
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 NUMPY_IS_INSTALLED = importlib.util.find_spec("numpy") is not None
 
@@ -45,7 +45,7 @@ def interpreting() -> bool:
 
 
 def requested(backend: str) -> str:
-    """The backend of a module, after `FUSEDLSTM_BACKEND`."""
+    """The backend of a module. `FUSEDLSTM_BACKEND` takes the place of "auto"."""
     if backend == "auto":
         backend = os.environ.get("FUSEDLSTM_BACKEND") or "auto"
         if backend not in BACKENDS:
@@ -63,7 +63,7 @@ def why_not_triton(
     layout: str = "dense",
     heads: int = 1,
 ) -> str | None:
-    """The reason why the kernels cannot serve a call, or None if they can. None as `cell` and `hidden`: any."""
+    """The reason why the kernels cannot serve a call, or None. If `cell` or `hidden` is None, it does not matter."""
     if not TRITON_IS_INSTALLED:
         return 'the package triton is not installed (it exists for Linux only): pip install ".[triton]"'
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
@@ -87,7 +87,7 @@ def why_not_triton(
 
 
 def choose(*arguments, **more) -> str:
-    """The engine of `choice`, whose arguments these are."""
+    """The engine that `choice` returns, with the same arguments."""
     return choice(*arguments, **more)[0]
 
 
@@ -102,10 +102,10 @@ def choice(
     layout: str = "dense",
     heads: int = 1,
 ) -> tuple[str, str]:
-    """Resolve `backend` for tensors of `dtype` on `device` to "triton", "torch" or "reference"; and why, in words.
+    """Choose "triton", "torch" or "reference" for tensors of `dtype` on `device`. Returns the engine and the reason.
 
     Raises:
-        RuntimeError: `triton` was asked for and cannot serve; the text names the reason.
+        RuntimeError: The user named `triton`, and it cannot serve the call. The text says why.
     """
     engine = requested(backend)
     call = (device, dtype, cell, hidden, directions, clipped_projection, layout, heads)
@@ -123,9 +123,10 @@ def choice(
 
 
 def fastest(call: tuned.Call, index: int | None) -> tuple[str, str]:
-    """The faster of "triton" and "torch" for a call that both serve on GPU `index`, and why in words.
+    """The faster of "triton" and "torch" for a call that both can serve on GPU `index`, and the reason as text.
 
-    Measured where `fusedlstm.tune` has, else predicted (`plan.beside_cudnn`): torch only if it is clearly faster.
+    A measurement by `fusedlstm.tune` decides. If there is none, the prediction of `plan.beside_cudnn` does, and "torch"
+    is chosen only if it is clearly faster.
     """
     return _fastest(call, index, tuned.generation(), devices.sms())
 
@@ -137,10 +138,11 @@ def _fastest(call: tuned.Call, index: int | None, generation: int, sms: int | No
 
 
 def predicted(call: tuned.Call, index: int | None) -> tuple[str, str]:
-    """As `fastest`, of what nothing is measured; index None is the interpreter, which plays an sm_90.
+    """As `fastest`, but without measurements. If `index` is None, the kernels are interpreted as for an sm_90.
 
-    A packed batch is taken for one in which all sequences have every step, as its plan is too: most of the time goes
-    into steps that many have, and an engine that changed with the lengths would change from batch to batch.
+    For a packed batch the prediction assumes that all sequences have every step, as its plan does. Most of the time is
+    spent in steps that many sequences have. And an engine that depended on the lengths would change from batch to
+    batch.
     """
     from fusedlstm import plan
     from fusedlstm.engines import launch

@@ -1,6 +1,4 @@
-"""ATen's recurrent layers: oneDNN and loops on a CPU, cuDNN on a GPU. The embedded default without a GPU, for the cells
-it has.
-"""
+"""ATen's recurrent layers: oneDNN and loops on a CPU, cuDNN on a GPU."""
 
 import contextlib
 import functools
@@ -14,20 +12,19 @@ from fusedlstm.layout import Layout
 
 CUDNN_STEPS = 65535  # cuDNN takes no more
 
-# An LSTM's packed sequences on a CPU: from as many steps on between two ends, on average, oneDNN gets a call for every
-# run of steps that the same sequences have; below, a call for every stretch in which no more than a third of them end;
-# but where the weights are large, training spends more on preparing and summing them for every call than `torch_loop`
-# does.
+# Packed sequences of an LSTM on a CPU. If there are on average SHORTEST_RUN steps or more between two ends, oneDNN gets
+# one call for every run of steps that the same sequences have. Otherwise it gets one call for every stretch in which at
+# most a third of them end. But in training with large weights, each call spends a long time on preparing the weights
+# and summing their gradients, and `torch_loop` is faster.
 SHORTEST_RUN, HELD, WIDEST_STRETCH = 8, 2 / 3, 256
 SHUT = 1e8  # saturates a gate whatever else is added
-# A single step of an LSTM on a CPU: up to as many sequences ATen's cells are faster than oneDNN without gradients, and
-# always with.
+# A single step of an LSTM on a CPU: ATen's cells are faster than oneDNN for up to as many sequences without gradients,
+# and for any number with gradients.
 STEP_OF_INFERENCE = 8
-# oneDNN has no other cell: ATen loops over their steps. Its forward is as fast as `torch_loop`, but autograd takes
-# every step apart and sums the gradients of the weights step by step. From as many steps on that costs more than a
-# loop's set-up.
+# oneDNN has no other cell, so ATen loops over the steps of the others. Its forward is as fast as `torch_loop`. But
+# autograd sums the gradients of the weights step by step, and from as many steps on that costs more than the set-up of
+# our loop.
 SHORTEST_LOOP = 32
-
 
 IN_WORDS = {
     "stack": "ATen's layers take the stack whole",
@@ -39,9 +36,9 @@ IN_WORDS = {
 
 
 def compute_dtype(cell: Cell, device: torch.device, dtype: torch.dtype, schedule: str, dense: bool) -> torch.dtype:
-    """The dtype in which to compute: float32 for half precision where there is only slow code, or inexact.
+    """The dtype in which to compute. It is float32 if ATen's code for half precision is slow or inexact.
 
-    `dense`: the sequences are not packed.
+    `dense` says that the sequences are not packed.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return dtype
@@ -62,11 +59,13 @@ def schedule(
     hidden: int,
     proj_size: int = 0,
 ) -> str:
-    """How a stack runs: "stack", ATen takes it whole; "runs" or "stretches", ATen takes some steps at a time; "step",
-    ATen's cells take its only step; "loop", `torch_loop` takes it. `dtype` is that of the results.
+    """How a stack runs: "stack", "runs", "stretches", "step" or "loop". `dtype` is that of the results.
 
-    On a CPU oneDNN is slow with a single step, and ATen with packed sequences of different lengths, and with gradients
-    of any cell that oneDNN does not have.
+    With "stack" ATen takes the whole stack. With "runs" and "stretches" it takes some steps at a time. With "step" its
+    cells take the only step. With "loop" `torch_loop` takes it.
+
+    On a CPU oneDNN is slow with a single step. ATen is slow with packed sequences of different lengths, and with the
+    gradients of cells that oneDNN does not have.
     """
     if cell.aten is None:
         return "loop"
@@ -94,9 +93,7 @@ def schedule(
 
 @contextlib.contextmanager
 def _weights_as_they_lie():
-    """cuDNN copies weights that are not one piece of memory, and warns that `flatten_parameters` would help: not
-    ours.
-    """
+    """Hide cuDNN's warning about weights that are not one piece of memory: `flatten_parameters` would not help here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         yield
@@ -116,7 +113,7 @@ def stack(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A stack by ATen, output and final states; `schedule` is one of its own."""
+    """Run a stack by ATen. Returns output and final states. `schedule` is not "loop"."""
     dropout = dropout if training else 0.0
     if input.is_cuda:
         states = tuple(s.contiguous() for s in states)
@@ -152,19 +149,19 @@ def cell(
     bias_ih: Tensor | None = None,  # [G*H]
     bias_hh: Tensor | None = None,  # [G*H]
 ) -> tuple[Tensor, ...]:
-    """One step."""
+    """Run one step by ATen. Returns the states after it, each [B, H]."""
     biases = () if bias_ih is None else (bias_ih, bias_hh)
     new = getattr(torch._VF, f"{cell.aten}_cell")(input, _given(states), weight_ih, weight_hh, *biases)
     return new if len(states) == 2 else (new,)
 
 
 def _given(states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
-    """States as ATen takes them: a tensor where there is one."""
+    """States as ATen takes them: a tensor if there is only one."""
     return states if len(states) == 2 else states[0]
 
 
 def _layers(cell: Cell, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
-    """ATen's function of the cell."""
+    """Call ATen's function of the cell for whole layers."""
     sizes = () if batch_sizes is None else (batch_sizes,)
     output, *states = getattr(torch._VF, cell.aten)(input, *sizes, _given(states), weights, *options)
     return output, tuple(states)
@@ -180,7 +177,7 @@ def _step(
     dropout: float,
     bidirectional: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One step of a stack, a cell for every layer and direction."""
+    """Run one step of a stack, with one cell for every layer and direction."""
     directions = 2 if bidirectional else 1
     count = 4 if bias else 2
     found = []
@@ -194,7 +191,7 @@ def _step(
 
 
 def _output(found: list[tuple[Tensor, ...]], directions: int) -> Tensor:
-    """h of a layer, both directions side by side."""
+    """h of a layer, with both directions side by side."""
     return found[-1][0] if directions == 1 else torch.cat([s[0] for s in found[-directions:]], -1)
 
 
@@ -207,7 +204,7 @@ def _by_direction(
     dropout: float,
     bidirectional: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A stack of which `recurrence(rows, states, weights, reverse)` does a layer in one direction; states [1, B, H]."""
+    """Run a stack. `recurrence(rows, states, weights, reverse)` runs one layer and direction, with states [1, B, H]."""
     directions = 2 if bidirectional else 1
     count = len(weights) // (num_layers * directions)
     found = []
@@ -227,15 +224,16 @@ def _by_direction(
 def _dense(
     cell: Cell, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], training: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer forward in time: x [T, B, I], states [1, B, H]."""
+    """Run one layer forward in time, with x [T, B, I] and states [1, B, H]."""
     states = tuple(s.contiguous() for s in states)
     return _layers(cell, x, None, states, weights, len(weights) == 4, 1, 0.0, training, False, False)
 
 
 def _by_runs(cell: Cell, runs: list[tuple[int, int, int]], training: bool):
-    """A recurrence with one dense call for every run; a run's final state is the next one's initial state.
+    """A recurrence with one dense call for every run. The final state of a run is the initial state of the next.
 
-    `runs`: first row, number of steps and number of sequences (the first ones) of every run, in order of time.
+    `runs` has the first row, the number of steps and the number of sequences of every run, in order of time. The
+    sequences are the first ones of the batch.
     """
 
     def recurrence(rows, states, weights, reverse):
@@ -254,10 +252,9 @@ def _by_runs(cell: Cell, runs: list[tuple[int, int, int]], training: bool):
 def _by_stretches(cell: Cell, batch_sizes: Tensor, training: bool):
     """A recurrence of an LSTM with a dense call for every stretch of steps in which few of the sequences end.
 
-    A sequence that has ended is held to the end of its stretch by one more input feature, which shuts its input gate
-    and
-    opens its forget gate: c and its gradient pass unchanged, and what it puts out is not looked at. In reverse every
-    sequence is turned round by itself.
+    A sequence that has ended is held until the end of its stretch by one more input feature. It shuts the input gate
+    and opens the forget gate, so c and its gradient pass unchanged. The output of these steps is not used. In reverse,
+    each sequence is reversed by itself.
     """
     sizes = batch_sizes.tolist()
     layout = Layout.of_packed(batch_sizes, sizes[0], batch_sizes.device)
@@ -299,7 +296,7 @@ def _by_stretches(cell: Cell, batch_sizes: Tensor, training: bool):
 
 
 def _runs_of_sequences(batch_sizes: Tensor) -> list[tuple[int, int, int]]:
-    """Stretches of steps that the same sequences have: first row, number of steps, number of sequences."""
+    """The runs of steps that the same sequences have: first row, number of steps, number of sequences."""
     sizes, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
     first = torch.cumsum(sizes * counts, 0) - sizes * counts
     return list(zip(first.tolist(), counts.tolist(), sizes.tolist(), strict=True))

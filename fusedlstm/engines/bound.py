@@ -1,20 +1,18 @@
-"""A kernel bound to what does not change from launch to launch, so that a launch costs the host little.
+"""A kernel with everything that stays the same from launch to launch, so that a launch costs the host little.
 
-Triton's `kernel[grid](...)` looks at every argument in order to find the compiled kernel that fits: 40 microseconds for
-the 65 arguments of a loop. Here that kernel is kept, by what can differ. This relies on Triton (3.6.0 and 3.7.1;
-`tests/compiled/test_bound.py` fails where it is otherwise) as follows:
+Triton's `kernel[grid](...)` looks at every argument to find the compiled kernel that fits. That takes 40 microseconds
+for the 65 arguments of a loop. Here the compiled kernels are kept in a dict, by everything that can differ. This relies
+on two properties of Triton 3.6.0 and 3.7.1 (`tests/compiled/test_bound.py` fails if they change):
 
-- `kernel.warmup(..., grid=...)` returns a `CompiledKernel`, and `compiled[grid](*arguments)` launches it, with all
-arguments of
-  the kernel in their order, constants too. Triton's tutorial of the fused softmax does so.
-- A kernel is compiled for the dtype of a pointer and whether it is divisible by 16, and for the type of a number, an
-integer's
-  being the least of 32 and 64 bits that holds it. For a number's value only where `do_not_specialize` does not name it;
-  it names all of ours.
+- `kernel.warmup(..., grid=...)` returns a `CompiledKernel`, and `compiled[grid](*arguments)` launches it. The arguments
+  are all of the kernel's, in their order, with its constants. Triton's tutorial of the fused softmax does the same.
+- A kernel is compiled for the dtype of a pointer and whether it is divisible by 16, and for the type of a number. An
+  integer has 32 bits if it fits, else 64. The value of a number matters only if `do_not_specialize` does not name it.
+  It names all numbers of ours.
 
-What Triton asks at every launch beside that, its knobs of the compiler and whether a global of a kernel has changed, is
-asked once a kernel here. Hooks of launches are called; a kernel with hooks before a run goes the way of
-`kernel[grid](...)`, as does one that is interpreted.
+At every launch Triton also checks the settings of its compiler, and whether a global of a kernel has changed. Here this
+is checked once per kernel. Hooks of launches are called. A kernel with hooks before a run, or one that is interpreted,
+is launched by `kernel[grid](...)`.
 """
 
 import contextlib
@@ -56,8 +54,7 @@ class Bound:
         self.launcher(arguments)()
 
     def launcher(self, arguments: dict, varying: str | None = None) -> Callable[..., None]:
-        """A function that launches it as often as it is called: with the value of the argument `varying`, if there is
-        one.
+        """A function that launches it at every call, with the value of the argument `varying` if there is one.
 
         `arguments` has a value of it too, of the same type.
         """
@@ -85,9 +82,7 @@ class Bound:
         return launch
 
     def _compiled(self, everything: dict) -> tuple[Callable[..., None] | None, int | None]:
-        """What launches the compiled kernel that fits the arguments, and its shared memory; None: Triton shall find
-        it.
-        """
+        """What launches the compiled kernel for these arguments, and its shared memory. None leaves it to Triton."""
         if not isinstance(self.kernel, JITFunction) or self.kernel.pre_run_hooks:
             return None, None
         pointers, numbers = self._pointers(everything), [everything[name] for name in self._numbers]
@@ -133,8 +128,10 @@ def words(plan) -> str:
 
 
 def on(device: torch.device, waits: bool = True):
-    """Where a launch must stand: on its GPU; or, if its programs wait for each other, with those of the interpreter
-    side by side, wherever the tensors are."""
+    """The context of a launch: its GPU, or the interpreter.
+
+    Programs that wait for each other are interpreted side by side.
+    """
     if triton.knobs.runtime.interpret:
         from fusedlstm.engines import interpreter
 

@@ -1,12 +1,12 @@
-"""Launches that fail: the error that says what was asked for and what the device has, and what `auto` does then.
+"""Launches that fail: the error that says what was requested and what the device has, and what `auto` does then.
 
-A launch that fails has not run: the compiler refused it, or the device has too little shared memory, too few registers,
-or too few multiprocessors to hold all its programs at once, as where others share it. Asked for by name
-(`backend="triton"`) that is a `LaunchError`. Chosen by `auto`, the call goes to a loop of torch operations with one
-warning, a backward too, and from then on so does every call of that layer (`attempt`, `reason`). An error of a kernel
-that ran, such as an illegal memory
-access, is no such failure: it is left alone, because nothing else works after it either (`explain` says what it can
-mean).
+A launch that fails has not run. Either the compiler failed, or the device has too little shared memory, too few
+registers, or too few multiprocessors to hold all its programs at once, for example because others share it. With
+`backend="triton"` this is a `LaunchError`. With `auto` there is one warning, and the call continues with a loop of
+torch operations. The same holds for a backward. From then on every call of that layer does so (`attempt`, `reason`).
+
+An error of a kernel that ran, such as an illegal memory access, is no such failure. It is passed on, because nothing
+else works after it either. `explain` says what it can mean.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ from fusedlstm.plan import devices
 
 Results = TypeVar("Results")
 
-# What a driver says of a launch that it refused. Whatever else it says belongs to a kernel that ran before.
+# The messages of a driver that refused a launch. All other messages belong to a kernel that ran before.
 REFUSED = (
     "too many blocks in cooperative launch",
     "too many resources requested for launch",
@@ -32,17 +32,17 @@ REFUSED = (
     "a PTX JIT compilation failed",
     "the provided PTX was compiled with an unsupported toolchain.",
 )
-REFUSALS = ("OutOfResources", "CompilationError", "PTXASError")  # Triton's own, by name: Triton may not be there
-# What torch says at the next synchronisation after a kernel gave up.
+REFUSALS = ("OutOfResources", "CompilationError", "PTXASError")  # Triton's own, by name: it may not be installed
+# The messages of torch at the next synchronisation after a kernel gave up.
 TRAPPED = ("unspecified launch failure", "an illegal instruction was encountered", "device-side assert triggered")
 
 
 class LaunchError(RuntimeError):
-    """A kernel could not be launched. Nothing of it has run, and the device is as it was."""
+    """A kernel could not be launched. Nothing of it has run, and the device has not changed."""
 
 
 class Where(NamedTuple):
-    """What is known of a layer before its launches: as `engines.choose` is asked."""
+    """What is known about a layer before its launches. These are the arguments of `engines.choose`."""
 
     device: torch.device
     sms: int | None
@@ -62,12 +62,12 @@ _failed: dict[Where, str] = {}
 
 
 def as_wave(cell: str) -> str:
-    """The name of layers that share a launch: what fails with them says nothing about one layer alone."""
+    """The name under which layers that share a launch fail. Such a failure says nothing about a single layer."""
     return f"{cell}, layers in one launch"
 
 
 def where(device: torch.device, cell: str, dtype: torch.dtype, weight_hh: list, hx: torch.Tensor, layout) -> Where:
-    """Of the arguments of an op: weight_hh [G*H, DH] a direction, hx [.., B, H]."""
+    """The key of a layer, from the arguments of an op: weight_hh [G*H, DH] for each direction, and hx [.., B, H]."""
     hidden = hx.size(-1)
     heads = hidden // weight_hh[0].size(1) if weight_hh and hidden else 1
     return Where(device, devices.sms(), cell, hidden, dtype, len(weight_hh), layout.name, heads)
@@ -83,7 +83,7 @@ def reason(
     layout: str,
     heads: int,
 ) -> str | None:
-    """Why a launch of such a layer failed before, or None."""
+    """The reason why a launch of such a layer failed before, or None."""
     return (
         _failed.get(Where(device, devices.sms(), cell, hidden, dtype, directions, layout, heads)) if _failed else None
     )
@@ -92,8 +92,10 @@ def reason(
 def attempt(
     engine: str, where: Callable[[], Where], kernels: Callable[[], Results], loop: Callable[[], Results]
 ) -> Results:
-    """By the engine "triton" what `kernels` return, by "torch" what `loop` does; by "auto" that of `kernels`, unless a
-    launch of theirs fails or has failed before."""
+    """Return what `kernels` return, or, with the engine "torch", what `loop` returns.
+
+    With "auto" it is that of `kernels`, unless a launch of theirs fails or has failed before.
+    """
     if engine == "triton":
         return kernels()
     if engine == "auto" and not (_failed and where() in _failed):
@@ -107,15 +109,16 @@ def attempt(
 
 
 def forget() -> None:
-    """Try again what failed."""
+    """Forget all failures, so that the kernels are tried again."""
     _failed.clear()
 
 
 def is_refusal(error: BaseException, compiling: bool) -> bool:
-    """Whether an error of Triton's says that a launch was refused, and not that a kernel before it failed.
+    """Whether an error of Triton means that a launch was refused, and not that a kernel before it failed.
 
     Args:
-        compiling: whether nothing but the compiler ran.
+        error: The error.
+        compiling: Whether only the compiler ran.
     """
     if isinstance(error, torch.AcceleratorError):  # of a kernel that ran
         return False
@@ -123,16 +126,18 @@ def is_refusal(error: BaseException, compiling: bool) -> bool:
         return str(error).endswith(REFUSED)
     if any(kind.__name__ in REFUSALS for kind in type(error).__mro__):
         return True
-    # Whatever goes wrong in a compiler; errors of a call, such as a TypeError, are ours.
+    # Everything that can go wrong in a compiler. Errors of a call, such as a TypeError, are ours.
     return compiling and isinstance(error, RuntimeError | OSError | subprocess.SubprocessError)
 
 
 def launch_error(error: BaseException, plan: str, device: torch.device, smem_bytes: int | None) -> LaunchError:
-    """What was asked of a device, in words, and what it has.
+    """The error that says what was requested from a device, and what it has.
 
     Args:
-        plan: the launch in words.
-        smem_bytes: shared memory of a program; None where the compiler has not told.
+        error: The error of Triton or of the driver.
+        plan: The launch in words.
+        device: The device of the launch.
+        smem_bytes: The shared memory of a program. None if the compiler has not reported it.
     """
     each = "" if smem_bytes is None else f", {smem_bytes / 1024:.0f} KiB of shared memory each"
     name = str(device)
@@ -153,19 +158,23 @@ def launch_error(error: BaseException, plan: str, device: torch.device, smem_byt
 
 
 def explain(error: BaseException) -> str | None:
-    """What an error that torch raised at a synchronisation can mean for these kernels, or None if it is none of theirs.
+    """Explain an error that torch raised at a synchronisation, if a kernel of this package may be its cause.
 
-    A kernel cannot tell the host why it gave up, and by the time of the error any kernel of the process may have been
-    the one.
+    A kernel cannot tell the host why it gave up. When the error appears, any kernel of the process may be its cause.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The explanation, or None if no kernel of this package can be the cause.
     """
     if not any(text in str(error) for text in TRAPPED):
         return None
     return (
-        "A kernel gave up. One of fusedlstm does so if a program of a group never arrived: the programs of a "
-        "launch wait for each "
-        "other's h, and after tens of seconds a wait ends with a trap. That happens if they are not on the "
-        "device at once "
-        "(a debugger, a device that is shared without FUSEDLSTM_SMS), or if another kernel wrote over their memory. "
-        "The context is lost, and the process must begin anew; CUDA_LAUNCH_BLOCKING=1 then names the call, and "
-        "FUSEDLSTM_BACKEND=torch shows whether it is ours. See docs/on_a_gpu.md."
+        "A kernel gave up. One of fusedlstm does so if a program of a group never arrived: "
+        "the programs of a launch wait for each other's h, and after tens of seconds a wait ends with a trap. "
+        "That happens if they are not on the device at once (a debugger, a device that is shared without "
+        "FUSEDLSTM_SMS), or if another kernel wrote over their memory. "
+        "The context is lost, and the process must begin anew; CUDA_LAUNCH_BLOCKING=1 then names the call, "
+        "and FUSEDLSTM_BACKEND=torch shows whether it is ours. See docs/on_a_gpu.md."
     )

@@ -1,12 +1,12 @@
-"""Triton's interpreter, made fit for these kernels: right bfloat16, and programs that run side by side.
+"""Repairs of Triton's interpreter for these kernels: correct bfloat16, and programs that run side by side.
 
-Used when `TRITON_INTERPRET=1` was set before triton was imported. Two things are wrong in the stock interpreter (3.6 to
-3.9) for us, and both without an error:
+They are used if `TRITON_INTERPRET=1` was set before triton was imported. Triton's own interpreter (3.6 to 3.9) does two
+things that are wrong for us, both without an error:
 
-- bfloat16: `tl.dot` multiplies bit patterns, and a cast from float32 truncates. `repair_bfloat16` mends both. Other
+- bfloat16: `tl.dot` multiplies bit patterns, and a cast from float32 truncates. `repair_bfloat16` corrects both. Other
   arithmetic on bfloat16 stays wrong, so the kernels compute in float32.
-- programs run one after another, so one that waits for another never ends. `side_by_side` runs each in a thread of its
-  own and passes a baton between them, in a schedule that a seed determines; a deadlock is detected.
+- Programs run one after another, so a program that waits for another never ends. `side_by_side` runs each in a thread
+  and passes a baton between them, in a schedule that a seed determines. It detects deadlocks.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _stock_call = stock.GridExecutor.__call__
 
 
 class Deadlock(RuntimeError):
-    """Every program of a launch waits, and none can go on."""
+    """Every program of a launch waits, and none can continue."""
 
 
 def repair_bfloat16() -> None:
@@ -60,7 +60,7 @@ def repair_bfloat16() -> None:
 
 
 def _repair_memory() -> None:
-    """What Triton 3.9 needs: it refuses masks of integers, and forgets how a load is cached."""
+    """Repairs for Triton 3.9, which refuses masks of integers, and drops the cache modifier of a load."""
     builder = stock.InterpreterBuilder
 
     def with_mask_at(place, operation):
@@ -79,7 +79,7 @@ def _repair_memory() -> None:
 
 
 class _Scheduler:
-    """One baton for all programs of a launch: whoever holds it runs."""
+    """One baton for all programs of a launch. The program that holds it runs."""
 
     def __init__(self, programs: list[tuple[int, int, int]], seed: int | None, patience: int) -> None:
         self.programs = programs
@@ -103,7 +103,7 @@ class _Scheduler:
         stock.interpreter_builder.set_grid_idx(*self.programs[me])
 
     def switch(self, me: int, progress: bool) -> None:
-        """Hand the baton on and wait until it is back."""
+        """Pass the baton on, and wait until it comes back."""
         self.idle = 0 if progress else self.idle + 1
         if self.idle > self.patience * len(self.running):
             raise Deadlock(f"no progress in {self.idle} polls; waiting programs: {sorted(self.running)}")
@@ -133,7 +133,7 @@ _local = threading.local()  # the scheduler and the number of the program that t
 
 
 def _yielding(name: str, always: bool):
-    """An interpreter operation after which the baton may go on; if not `always`, only where it polls."""
+    """An operation of the interpreter after which the baton may be passed on. If not `always`, only when it polls."""
     operation = getattr(stock.InterpreterBuilder, name)
 
     def yielding(self, *args, **kwargs):
@@ -149,15 +149,13 @@ def _yielding(name: str, always: bool):
 
 
 def _poll(name: str, args, result) -> tuple[bool, bool]:
-    """Whether an operation waits for another program, and whether it saw something new. What does not wait is
-    progress.
-    """
+    """Whether an operation waits for another program, and whether it saw something new, which others always do."""
     if name == "create_atomic_rmw":
         pointers, polls = args[1], not (args[2].data != 0).any()  # adding zero
     elif name == "create_masked_load" and args[3] == ir.CACHE_MODIFIER.CG:
         bits = np.ascontiguousarray(result.data).view(f"i{result.data.itemsize}")
-        # What `kernels.exchange` calls absent; or words with tags, of which only the kernel knows whether they have
-        # come.
+        # Either what `kernels.exchange` calls absent, or words with tags, of which only the kernel can say whether
+        # they have arrived.
         pointers, polls = args[0], bits.itemsize == 8 or bool((bits == -1).any())
     else:
         return False, True
@@ -170,7 +168,7 @@ def _poll(name: str, args, result) -> tuple[bool, bool]:
 
 
 def replace_grid(run_programs):
-    """Return a `GridExecutor.__call__` that hands `run_programs` the kernel, its arguments and its program ids."""
+    """A `GridExecutor.__call__` that passes the kernel, its arguments and its program ids to `run_programs`."""
 
     def __call__(self, *args, **kwargs):
         names = inspect.getfullargspec(self.fn).args
@@ -192,7 +190,7 @@ def replace_grid(run_programs):
 
 
 def active() -> bool:
-    """Whether launches already go to a scheduler."""
+    """Whether launches already run under a scheduler."""
     return stock.GridExecutor.__call__ is not _stock_call
 
 
@@ -201,13 +199,13 @@ def side_by_side(seed: int | None = None, yield_on_memory: bool = False, patienc
     """Run the programs of every launch concurrently, in a schedule that `seed` determines.
 
     Args:
-        seed: of the schedule; None is round robin.
-        yield_on_memory: hand the baton on at every load and store too, not only at atomics and at loads that see what
-            has not arrived. An exchange that does not wait is caught only so.
-        patience: polls without progress, a program, after which the launch is a deadlock.
+        seed: The seed of the schedule. None is round robin.
+        yield_on_memory: Whether to pass the baton on at every load and store too, and not only at atomics and at loads
+            of values that have not arrived. Only this catches an exchange that does not wait.
+        patience: The number of polls per program without progress after which the launch is a deadlock.
 
     Raises:
-        Deadlock: all programs wait.
+        Deadlock: All programs wait.
     """
     builder = stock.InterpreterBuilder
     saved = {}

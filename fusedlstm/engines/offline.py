@@ -1,6 +1,6 @@
-"""Compile a kernel for a target without a GPU, and read what the compiler made of it.
+"""Compile a kernel for a target without a GPU, and analyse the result.
 
-Works in a process in which `TRITON_INTERPRET` is not set. The NVIDIA tools used here ship inside Triton.
+`TRITON_INTERPRET` must not be set in the process. The NVIDIA tools that are used come with Triton.
 """
 
 import collections
@@ -30,7 +30,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Compiled(NamedTuple):
-    """A compiled kernel in numbers. `spill_bytes` are of local memory, a thread."""
+    """A compiled kernel in numbers. `spill_bytes` is the local memory of a thread."""
 
     regs: int
     spill_bytes: int
@@ -41,12 +41,14 @@ class Compiled(NamedTuple):
 
 
 def compile_kernel(kernel, signature: dict[str, str], constants: dict, arch: str, **options) -> Compiled:
-    """Compile `kernel`, whose pointers are taken as 16-byte aligned, as the just-in-time compiler would.
+    """Compile `kernel` as the just-in-time compiler would, with pointers that are 16-byte aligned.
 
     Args:
-        signature: type of every argument that is not a constant, such as "*bf16", "i32".
-        constants: values of the `tl.constexpr` arguments.
-        arch: one of `TARGETS`.
+        kernel: A function under `triton.jit`.
+        signature: The type of every argument that is not a constant, such as "*bf16" or "i32".
+        constants: The values of the `tl.constexpr` arguments.
+        arch: One of `TARGETS`.
+        options: Options of the compiler, such as `num_warps`.
     """
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
@@ -68,12 +70,12 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, arch: str
 
 
 def compile_plan(plan: Plan, **flags: bool) -> Compiled:
-    """Compile the kernel of `plan` for its architecture, as a launch would. Flags as in `launch.constants`."""
+    """Compile the kernel of `plan` for its architecture, as a launch would. `flags` are those of `launch.constants`."""
     if plan.schedule == "stepped":
         return compile_step(plan, **flags)
     kernel = launch.KERNELS[plan.pass_]
     training = {"SAVE_GATES", "SAVE_STATES"} if plan.pass_ == "fwd" else set()
-    # With masks, the most that a kernel can be asked for.
+    # With masks, everything that a kernel can be asked for is switched on.
     masks = {"dense": set(), "packed": {"PACKED", "RESETS"}, "ragged": {"RAGGED", "RESETS"}}[plan.layout]
     more = {"CLIP", "HAS_GRAD_C_SEQ"} if masks and plan.pass_ == "bwd" else set()
     constants = launch.constants(plan, **dict.fromkeys(training | masks | more, True) | flags)
@@ -81,9 +83,7 @@ def compile_plan(plan: Plan, **flags: bool) -> Compiled:
 
 
 def compile_clean(plan: Plan, limits: DeviceLimits, **flags: bool) -> tuple[Plan, Compiled]:
-    """Compile `plan`, or the next variant of its tiles that does not spill, as a launch does; the plan itself if all
-    do.
-    """
+    """Compile `plan`, or its next variant that does not spill, as a launch does. If all spill, it is `plan`."""
     first = compile_plan(plan, **flags)
     for other in variants(plan, limits) if first.spill_bytes else []:
         found = compile_plan(other, **flags)
@@ -93,8 +93,11 @@ def compile_clean(plan: Plan, limits: DeviceLimits, **flags: bool) -> tuple[Plan
 
 
 def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
-    """Compile the kernel of one step of `plan`, as a launch would: with the input product and for inference if
-    `input_size` is given, else with what training needs. Flags as in `stepping.constants`."""
+    """Compile the kernel of one step of `plan`, as a launch would.
+
+    With `input_size` it is the kernel for inference with the input product, else the one for training. The flags are
+    those of `stepping.constants`.
+    """
     if input_size:
         on = {"HAS_INPUT", "HAS_BIAS"}
     else:
@@ -104,7 +107,7 @@ def compile_step(plan: Plan, input_size: int = 0, **flags: bool) -> Compiled:
     return compile_kernel(stepping.KERNELS[plan.pass_], signature, constants, plan.arch, **stepping.options(plan))
 
 
-# What the order of a step is told by: an event, and the beginning of its instruction.
+# The events by which the order of a step is described, and the beginning of the instruction of each.
 EVENTS = {
     "poll": r"CCTL\.IVALL",  # the end of an acquire
     "exchange": r"LDG\.E\.(64|128)\.STRONG\.GPU",  # past the first-level cache
@@ -117,14 +120,14 @@ EVENTS = {
 
 
 class Instruction(NamedTuple):
-    """A line of machine code."""
+    """An instruction of the machine code."""
 
     operation: str  # with its suffixes, such as "LDG.E.128.STRONG.GPU"
     operands: str
 
     @property
     def event(self) -> str | None:
-        """Its name in `EVENTS`."""
+        """The name of its event in `EVENTS`, or None."""
         return next((name for name, pattern in EVENTS.items() if re.match(pattern, self.operation)), None)
 
     @property
@@ -136,9 +139,7 @@ class Instruction(NamedTuple):
 
     @property
     def read(self) -> set[int]:
-        """The registers that it reads, but for the upper ones of wide operands: no first one of a load is among
-        these.
-        """
+        """The registers that it reads, without the upper ones of wide operands, with which no load begins."""
         written, _, rest = self.operands.partition(",")
         if self.operation.startswith(("ST", "RED", "BAR", "BRA")):  # these write no register
             rest = self.operands
@@ -146,7 +147,7 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """The loop over time in numbers, an iteration; a loop that polls is counted once."""
+    """The numbers of one iteration of the loop over time. A loop that polls is counted once."""
 
     instructions: int
     bar_sync: int  # barriers of all threads of a program
@@ -155,7 +156,7 @@ class Loop(NamedTuple):
 
 
 def loop(sass: str) -> Loop:
-    """What an iteration of the loop over time does."""
+    """Count what an iteration of the loop over time does."""
     found = loop_instructions(sass)
     operations = [i.operation for i in found]
     return Loop(
@@ -167,10 +168,9 @@ def loop(sass: str) -> Loop:
 
 
 def read_before(sass: str, wait: str) -> list[tuple[Instruction, Instruction]]:
-    """What an iteration fetches from memory and reads before its first event `wait`: loads and the instructions that
-    read.
+    """The loads from memory whose values an iteration reads before its first event `wait`, each with its reader.
 
-    But for tables of rows, which are integers of 64 bits that addresses are made of.
+    Tables of rows are left out. They are integers of 64 bits, from which addresses are computed.
     """
     pending, found = {}, []
     for i in loop_instructions(sass):
@@ -184,7 +184,7 @@ def read_before(sass: str, wait: str) -> list[tuple[Instruction, Instruction]]:
 
 
 def _rounds(instructions: list[Instruction], event: str) -> int:
-    """How many loads of that kind wait for each other, one after another."""
+    """The number of rounds of loads of that event in which each round waits for the one before."""
     pending, waited, rounds = {}, 0, 0
     for i in instructions:
         for register in i.read & pending.keys():
@@ -196,21 +196,21 @@ def _rounds(instructions: list[Instruction], event: str) -> int:
 
 
 def loop_operations(sass: str) -> collections.Counter:
-    """Machine instructions of the loop over time, without their suffixes."""
+    """The machine instructions of the loop over time, without their suffixes, with their counts."""
     return collections.Counter(i.operation.partition(".")[0] for i in loop_instructions(sass))
 
 
 def loop_events(sass: str) -> list[str]:
-    """The names of `EVENTS`, one for every such instruction of the loop over time, in the order of the machine code."""
+    """The events of the loop over time, in the order of the machine code."""
     return [i.event for i in loop_instructions(sass) if i.event]
 
 
 def loop_instructions(sass: str) -> list[Instruction]:
-    """What an iteration of the loop over time does, in an order in which it can happen.
+    """The instructions of one iteration of the loop over time, in a possible order.
 
-    That is the smallest loop that multiplies, stores and has a barrier: loops inside of it poll, or go through chunks
-    of a reduction, and the loop around it walks over batch tiles. What is done only now and then is left out: where a
-    wait takes long, the look for values that are absent (`kernels.exchange`).
+    It is the smallest loop that multiplies, stores and has a barrier. The loops inside of it poll, or go through chunks
+    of a reduction. The loop around it goes through batch tiles. Instructions that rarely run are left out. These look
+    for absent values when a wait takes long (`kernels.exchange`).
     """
     blocks, after = _blocks(sass)
     loops = sorted(_loops(after), key=lambda loop: sum(len(blocks[k]) for k in loop[1]))
@@ -225,7 +225,7 @@ def loop_instructions(sass: str) -> list[Instruction]:
 
 
 def _blocks(sass: str) -> tuple[list[list[Instruction]], list[set[int]]]:
-    """The instructions between jumps and their targets, and which of these blocks can follow on each."""
+    """The blocks of instructions between jumps and their targets, and for each block those that can follow it."""
     blocks, labels, jumps, runs_on = [[]], {}, {}, {}
     for line in sass.splitlines():
         if m := re.match(r"\s*(\.L_x_\d+):", line):
@@ -250,7 +250,7 @@ def _blocks(sass: str) -> tuple[list[list[Instruction]], list[set[int]]]:
 
 
 def _loops(after: list[set[int]]) -> list[tuple[int, set[int]]]:
-    """The natural loops, each with its first block and all of its blocks."""
+    """The natural loops, each as its first block and the set of all its blocks."""
     before = [{j for j, follow in enumerate(after) if k in follow} for k in range(len(after))]
     order = _in_order(after, 0, {*range(len(after))})
     place = {k: n for n, k in enumerate(order)}
@@ -267,7 +267,7 @@ def _loops(after: list[set[int]]) -> list[tuple[int, set[int]]]:
 
 
 def _in_order(after: list[set[int]], first: int, among: set[int]) -> list[int]:
-    """Blocks that can be reached, each after all from which it is, but for jumps back."""
+    """The blocks that can be reached, in topological order without jumps back."""
     found, seen, path = [], {first}, [(first, iter(sorted(after[first] & among, reverse=True)))]
     while path:
         k, follow = path[-1]
@@ -281,7 +281,7 @@ def _in_order(after: list[set[int]], first: int, among: set[int]) -> list[int]:
 
 
 def _can_avoid(after: list[set[int]], header: int, body: set[int], block: int) -> bool:
-    """Whether an iteration can go without a block."""
+    """Whether an iteration can skip a block."""
     seen, left = {block}, [header]
     while left:
         k = left.pop()
@@ -298,7 +298,7 @@ def _multiplies(blocks: list[list[Instruction]], body: set[int]) -> bool:
 
 
 def _has(blocks: list[list[Instruction]], body: set[int], *names: str) -> bool:
-    """Whether every one of these operations is in the blocks."""
+    """Whether each of these operations is in one of the blocks."""
     found = {i.operation.partition(".")[0] for k in body for i in blocks[k]}
     return found.issuperset(names)
 

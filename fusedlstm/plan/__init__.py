@@ -1,21 +1,21 @@
-"""How a recurrence runs on a device: a pure function from sizes and device limits to a plan.
+"""Plan how a recurrence runs on a device. A plan is a pure function of sizes and device limits.
 
 A program owns `block_h` hidden units of one batch tile of `block_b` rows. Programs that share a batch tile and a
-direction form a group and exchange h (forward) or the gradients of the preactivations (backward) at every step.
+direction form a group. They exchange h (forward) or the gradients of the preactivations (backward) at every step.
 
 | schedule | weights | exchange |
 |---|---|---|
-| `single` | on chip | none: a group of one, all hidden units in one program |
+| `single` | on chip | none: the group is one program, which has all hidden units |
 | `resident` | the program's slice stays on chip for all steps | group barrier |
-| `streamed` | read from L2 at every step | group barrier |
-| `stepped` | the same | one launch a step, of any number of programs; dense only, and where nothing else fits |
+| `streamed` | read from the L2 at every step | group barrier |
+| `stepped` | the same | one launch per step, with any number of programs; for dense batches, if nothing else fits |
 
-Every other group of a launch must be on the device at once, or its programs would wait for ever; a launch therefore has
-at most as many programs as the device holds, and walks the remaining batch tiles one after another.
+All programs of a group must be on the device at once, except with `stepped`, or they would wait forever. A launch
+therefore has at most as many programs as the device holds, and takes the remaining batch tiles one after another.
 
-The choice is the candidate with the least predicted time (`fusedlstm.plan.cost`), of those that fit and compile well.
-The prediction's constants are not fitted to measurements (`fusedlstm.plan.devices`), so that it orders candidates and
-promises nothing; a choice measured by `fusedlstm.tune` overrides it.
+The planner takes the candidate with the least predicted time (`fusedlstm.plan.cost`) of those that fit and compile
+well. The constants of the prediction are not fitted to measurements (`fusedlstm.plan.devices`). So it orders the
+candidates, but it promises nothing. A choice that `fusedlstm.tune` measured replaces it.
 """
 
 from fusedlstm.plan.choice import CLEARLY, beside_cudnn, candidates, explain, plan, step_plan, step_plans, wave

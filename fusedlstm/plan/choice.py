@@ -1,4 +1,4 @@
-"""Which plan: of those that fit and compile well, the one with the least predicted time; and a plan in words."""
+"""Choose a plan: the one with the least predicted time of those that fit and compile well. Explain a plan in words."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -30,13 +30,13 @@ def plan(
 
 
 def candidates(of: Problem) -> list[Plan]:
-    """All plans with which one layer can run, by predicted time, least first; at least one.
+    """All plans with which one layer can run, at least one, ordered by predicted time with the least first.
 
-    The best of those with a launch a step comes last, until a GPU has told what launches cost (`fusedlstm.tune` tries
-    it). In a ragged or packed layout the tiles of a group end at different steps.
+    The best plan with one launch per step comes last, because no GPU has measured yet what launches cost.
+    `fusedlstm.tune` tries it too. If sequences have lengths, the tiles of a group end at different steps.
 
     Raises:
-        PlanError: nothing fits; the text names the size and the limit.
+        PlanError: No plan fits. The text names the size and the limit.
     """
     if min(of.batch, of.hidden) < 1:
         raise PlanError(f"batch and hidden: expected at least 1, got {of.batch} and {of.hidden}")
@@ -59,7 +59,7 @@ def candidates(of: Problem) -> list[Plan]:
 
 
 def step_plan(*arguments, **more) -> Plan:
-    """The first of `step_plans`, whose arguments these are."""
+    """The first of `step_plans`, with the same arguments."""
     return step_plans(*arguments, **more)[0]
 
 
@@ -75,15 +75,16 @@ def step_plans(
     heads: int = 1,
     input_size: int = 0,
 ) -> list[Plan]:
-    """All plans of the kernels of one step, by predicted time: nobody waits, so there may be more programs than the
-    device holds at once.
+    """All plans of the kernels of one step, by predicted time, least first.
 
-    Args: The fields of a `Problem`.
-        input_size: I, if the input product is taken in the same launch; 0: the preactivations come ready-made. Both
-            products being of one form, it does not change the order.
+    No program waits, so there may be more programs than the device holds at once.
+
+    Args: The fields of a `Problem`, and
+        input_size: I if the launch also computes the input product, or 0 if it gets the preactivations. It does not
+            change the order, because both products have the same form.
 
     Raises:
-        PlanError: a size is less than it can be.
+        PlanError: A size is too small.
     """
     if min(batch, hidden) < 1 or input_size < 0:
         raise PlanError(
@@ -99,7 +100,7 @@ def _precision(limits: DeviceLimits, precision: str) -> str:
 
 
 def _ranked(plans: list[Plan], of: Problem) -> list[Plan]:
-    """By predicted time, least first, and with it."""
+    """The plans with their predicted times, least first."""
     costed = [(p, costs.cost(p, 1, of.batch, of.limits)) for p in plans]
     costed.sort(key=lambda x: (*x[1].rank, x[0].grid[0] * x[0].grid[1], x[0].block_b, x[0].block_h))
     return [dataclasses.replace(p, step_us=c.step) for p, c in costed]
@@ -116,9 +117,9 @@ def wave(
     layout: str = "dense",
     training: bool = True,
 ) -> int:
-    """How many layers of a stack should share a launch, one step apart: what is predicted to take least; at least 1.
+    """How many layers of a stack should share a launch, one step apart. It is the number with the least predicted time.
 
-    Sizes as in `plan`; `training` if a backward will follow.
+    The sizes are those of `plan`. `training` says whether a backward will follow.
     """
 
     def stack_us(together: int) -> float:
@@ -157,9 +158,10 @@ def beside_cudnn(
     layout: str = "dense",
     proj_size: int = 0,
 ) -> tuple[float, float]:
-    """Predicted microseconds a step of the kernels and of cuDNN (`cost.cudnn_step_us`); training: of both passes.
+    """The predicted microseconds per step of the kernels and of cuDNN (`cost.cudnn_step_us`).
 
-    Of a packed batch, that of a step that all sequences have. The kernels know nothing of a projection.
+    In training they are of forward and backward together. For a packed batch they are those of a step that all
+    sequences have. A projection changes the time of cuDNN only.
     """
     ours = cudnn = 0.0
     for pass_ in ("fwd", "bwd") if training else ("fwd",):
@@ -187,11 +189,20 @@ def explain(
     runners_up: int = 4,
     cell: str = next(iter(cells.CELLS)),
 ) -> str:
-    """Both plans of a layer in words, as `python -m fusedlstm plan` prints them. `arch` as of `devices.find`.
+    """Explain the plans of a layer, forward and backward, in words. `python -m fusedlstm plan` prints this.
+
+    Args:
+        hidden, batch, steps: H, B and T, each at least 1.
+        dtype: "fp32", "fp16" or "bf16".
+        arch: A GPU or an architecture, as `devices.find` takes it.
+        directions: 1 or 2.
+        heads: The number of heads.
+        runners_up: How many further candidates to list for each pass.
+        cell: A name in `fusedlstm.cells.CELLS`.
 
     Raises:
-        ValueError: nothing is known of `arch`, or `FUSEDLSTM_SMS` is wrong.
-        RuntimeError: the kernels do not serve the device, or no plan fits.
+        ValueError: `arch` is unknown, or `FUSEDLSTM_SMS` is wrong.
+        RuntimeError: The kernels do not serve the device, or no plan fits.
     """
     if steps < 1:
         raise PlanError(f"steps: expected at least 1, got {steps}")
@@ -214,10 +225,9 @@ def explain(
             ours, cudnn = beside_cudnn(cell, batch, hidden, dtype, directions, limits, training=training)
             engine = "torch" if ours > CLEARLY * cudnn else "triton"
             text.append(
-                f"auto, {name}: {engine} - predicted {ours:.2f} us a step, cuDNN {cudnn:.2f} (a product and a "
-                f"pointwise "
-                f"kernel a step); torch is taken from {CLEARLY} times its time on, or where `fusedlstm.tune` "
-                f"measured it faster"
+                f"auto, {name}: {engine} - predicted {ours:.2f} us a step, "
+                f"cuDNN {cudnn:.2f} (a product and a pointwise kernel a step); "
+                f"torch is taken from {CLEARLY} times its time on, or where `fusedlstm.tune` measured it faster"
             )
     return "\n".join([*text, "", GLOSSARY])
 
@@ -258,7 +268,7 @@ def _compared(plans: list[Plan]) -> str:
 
 
 def table(columns: list[str], rows: Iterable[Sequence]) -> str:
-    """Rows in columns under their names, without a trailing newline."""
+    """A text table of rows under the names of the columns, without a newline at the end."""
     lines = [columns, *([str(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)

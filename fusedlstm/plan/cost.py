@@ -1,28 +1,29 @@
-"""What a plan costs and what no plan can beat: pure functions of counted work and of a device's constants.
+"""Predict what a plan costs, and compute a bound that no plan can beat.
 
-Times are in microseconds, sizes in bytes; a TB/s is 1e6 bytes a microsecond, a TFLOP/s 1e6 operations. One time step:
+These are pure functions of counted work and of the constants of a device. Times are in microseconds and sizes in bytes.
+A TB/s is 1e6 bytes per microsecond, and a TFLOP/s is 1e6 operations per microsecond. One time step takes:
 
-    wait       = the exchange: barrier_us (counter), exchange_us and half an operand, loaded too early (data), launch_us
-    or
-                 host_us (a launch a step), or nothing; and an exchange_us for every norm
-    operand    = (rows x K + streamed weights, in bytes) / the multiprocessor's share of l2_tbps; at least L2_US for
-    every
-                 round of loads (`work`)
-    product    = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the matrix rate of the
-    instruction;
-                 at least LINK_US for every instruction along K, of which each waits for the sum of the one before
-    issue      = instructions of a warp x warps / SCHEDULERS x ISSUE_US + barriers x SYNC_US + waits for wgmma x
-    WGMMA_US chain      = max(fetch_us, wait + operand + product) + issue         one after another; what a step needs
-    from memory
-                                                                           is asked for before the wait
-    port       = operand + the program's part of traffic / its share of l2_tbps     what its multiprocessor has to move
-    traffic    = (preactivations, gates, states, gradients; streamed weights that the L2 cannot hold) / memory_tbps
+    wait    = what the exchange takes, and an exchange_us for every norm:
+                  by counter                 barrier_us
+                  by data                    exchange_us, and half of operand, because it is loaded once too early
+                  with a launch per step     the larger of launch_us and host_us
+                  with one program           nothing
+    operand = (rows x K + streamed weights) bytes / the multiprocessor's share of l2_tbps,
+                  at least L2_US for every round of loads (`work`)
+    product = 2 x block_b x N x K, padded to the tiles / the multiprocessor's share of the rate of the instruction,
+                  at least LINK_US for every instruction along K, because each waits for the sum of the one before
+    issue   = instructions of a warp x warps / SCHEDULERS x ISSUE_US + barriers x SYNC_US + waits for wgmma x WGMMA_US
+    chain   = max(fetch_us, wait + operand + product) + issue
+                  the parts run one after another, but loads from memory are issued before the wait
+    port    = operand + the program's part of traffic / its share of l2_tbps
+                  what one multiprocessor has to move
+    traffic = (preactivations, gates, states, gradients, and weights that the L2 cannot hold) bytes / memory_tbps
 
-    step       = max(walked x chain, walked x port, traffic)
-    all        = launch_us + weights / memory_tbps + T x step           a wave over L layers has L - 1 steps more
+    step    = max(walked x chain, walked x port, traffic)
+    all     = launch_us + weights / memory_tbps + T x step, where a wave over L layers has T + L - 1 steps
 
-Nothing of this was fitted to a measurement of time. Not counted: bank conflicts, and instructions that wait for each
-other.
+Nothing of this was fitted to a measurement of time. Bank conflicts are not counted, nor are instructions that wait for
+each other.
 """
 
 import math
@@ -50,7 +51,7 @@ SYNCS, SYNCS_OF_ROUND, SYNCS_OF_NORM = 5, 2, 8  # barriers of a program's thread
 
 
 class Work(NamedTuple):
-    """Of one iteration and batch tile."""
+    """Estimated numbers of one iteration and batch tile."""
 
     instructions: float  # of a warp
     bar_sync: float
@@ -94,7 +95,7 @@ def work(p: Plan, wide_mma: bool) -> Work:
 
 
 class Cost(NamedTuple):
-    """One time step of a plan in parts, see the module's text; microseconds."""
+    """The parts of one time step of a plan, in microseconds. The module's docstring explains them."""
 
     fetch: float
     wait: float
@@ -113,7 +114,7 @@ class Cost(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The order of plans: by time, and of those that all wait for the same memory by their own work."""
+        """The key by which plans are sorted: the time, and then the work of those that all wait for the same memory."""
         own = self.wait + self.operand + self.product + self.issue
         return self.step, self.walked * own
 
@@ -128,12 +129,12 @@ class Cost(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """What the step spends its time with."""
+        """The part that determines the time of the step."""
         return "memory" if self.traffic >= self.step else "L2" if self.port > self.chain else "the chain of a step"
 
 
 class Bound(NamedTuple):
-    """What a step takes at least, however it is run; microseconds."""
+    """The least time of a step, whatever runs it, in microseconds."""
 
     arithmetic: float
     memory: float
@@ -149,11 +150,11 @@ class Bound(NamedTuple):
 
 
 def cost(p: Plan, steps: int, batch: int, limits: DeviceLimits, *, saves: bool = True) -> Cost:
-    """Predict a plan's time.
+    """Predict the time of a plan.
 
     Args:
         steps, batch: T and B.
-        saves: whether a forward saves gates and states, as training does.
+        saves: Whether a forward saves gates and states, as in training.
     """
     item, recurrences = ITEMSIZE[p.dtype], p.grid[2]
     products = 2 if p.stack else 1  # of a stack's layer also the input product
@@ -219,12 +220,15 @@ def bound(
     *,
     saves: bool = True,
 ) -> Bound:
-    """The least time of a step on a device, whatever runs it. Arguments as of `plan.plan`; `saves` as of `cost`.
+    """The least time of a step on a device, whatever runs it. The arguments are those of `plan.plan` and `cost`.
 
-    arithmetic: operations / the matrix rate of the whole device. memory: bytes that are read or written once /
-    memory_tbps, less what the L2 can hold of them; weights at every step, as far as neither chip nor L2 can hold them.
-    latency: T - 1 exchanges of one trip each, or what one program would read of weights from the L2 at every step, if
-    that is less.
+    It has three parts, and the largest counts:
+
+    - arithmetic: the operations divided by the matrix rate of the whole device.
+    - memory: the bytes that have to pass through memory, divided by memory_tbps. What the L2 can hold does not count.
+      Weights count at every step as far as neither chip nor L2 can hold them.
+    - latency: T - 1 exchanges of one trip each. If it is less, the time in which a single program would read its
+      weights from the L2 at every step.
     """
     item, gates = ITEMSIZE[dtype], cells.CELLS[cell].num_gates
     weights = _weight_bytes(cell, hidden, heads, directions, stack, item)
@@ -257,14 +261,14 @@ def cudnn_step_us(
     saves: bool = True,
     proj_size: int = 0,
 ) -> float:
-    """A step of cuDNN's standard algorithm: one product and one pointwise kernel, each at least a launch.
+    """Predict a step of cuDNN's standard algorithm, in microseconds: one product and one pointwise kernel.
 
-    product   = max(launch_us, operations / GEMM_EFFICIENCY of the matrix rate, weights / l2_tbps or memory_tbps)
+    product   = max(launch_us, operations / (GEMM_EFFICIENCY x matrix rate), weights / (l2_tbps or memory_tbps))
     pointwise = max(launch_us, bytes of gates and states / memory_tbps)
 
-    With a projection of h to P the product is of P values a row, and a second one, of H and P, follows the pointwise
-    kernel. Directions run one after another. cuDNN's kernels for small H (192 forward, 128 backward) and its persistent
-    kernels for float16 are faster than this; a measured choice (`fusedlstm.tune`) knows of them.
+    With a projection to P, the product has rows of P values, and a second product of H and P follows the pointwise
+    kernel. Directions run one after another. cuDNN has faster kernels for small H (192 forward, 128 backward) and
+    persistent kernels for float16. Only a measurement (`fusedlstm.tune`) takes these into account.
     """
     item, gates = ITEMSIZE[dtype], cells.CELLS[cell].num_gates
     factors = [(gates * hidden, proj_size or hidden), *([(proj_size, hidden)] if proj_size else [])]
@@ -279,7 +283,7 @@ def cudnn_step_us(
 
 
 def _unit_bytes(cell: str, item: int, pass_: str, saves: bool) -> int:
-    """Bytes of a hidden unit and sequence that a step reads from memory and writes to it."""
+    """The bytes that a step reads from memory and writes to it, per hidden unit and sequence."""
     of = cells.CELLS[cell]
     saved = of.num_kept * item + of.num_cell_states * STATE_ITEMSIZE
     if pass_ == "fwd":
@@ -288,13 +292,13 @@ def _unit_bytes(cell: str, item: int, pass_: str, saves: bool) -> int:
 
 
 def _weight_bytes(cell: str, hidden: int, heads: int, recurrences: int, stack: bool, item: int) -> int:
-    """weight_hh of all recurrences, and of a stack's layers above the first weight_ih."""
+    """The bytes of weight_hh of all recurrences. In a stack also of weight_ih of the layers above the first."""
     above = (recurrences - 1) * hidden if stack else 0
     return cells.CELLS[cell].num_gates * hidden * (recurrences * (hidden // heads) + above) * item
 
 
 def _between_layers(cell: str, pass_: str) -> int:
-    """Elements of a unit that only the outermost layer of a stack reads: preact_x, or grad_output."""
+    """The elements per unit that only the outermost layer of a stack reads: preact_x, or grad_output."""
     return cells.CELLS[cell].num_gates if pass_ == "fwd" else 1
 
 
@@ -305,7 +309,7 @@ def _matrix_rate(dtype: str, precision: str, limits: DeviceLimits) -> float:
 
 
 def _rate(p: Plan, limits: DeviceLimits) -> float:
-    """TFLOP/s of the whole device with the instruction that the plan's tile gets."""
+    """The TFLOP/s of the whole device with the matrix instruction that the compiler chooses for the tiles."""
     rate = _matrix_rate(p.dtype, p.precision, limits)
     matrix_rows = p.columns if p.transposed else p.block_b
     # Float32 has no matrix instruction, but few rows have little to reuse.

@@ -1,11 +1,11 @@
-"""What the planner knows of GPUs: limits, rates and latencies, one table, every constant with its source.
+"""What the planner knows about GPUs: limits, rates and latencies. There is one table, and each constant has a source.
 
-Rates are peaks of the data sheets, dense, until the same is measured on the device: `measured.json` beside this file
-holds what a GPU run found, by the name that torch gives the device, and overrides the table:
+Rates are the dense peaks of the data sheets, until they are measured. `measured.json` beside this file holds what a GPU
+run measured, by torch's name for the device, and replaces values of the table:
 
     {"NVIDIA H200": {"date": "2026-12-01", "commit": "0123abc", "values": {"barrier_us": 0.9, "l2_tbps": 5.1}}}
 
-Who shares a device caps the multiprocessors that a plan may use by `FUSEDLSTM_SMS` (`sms`).
+On a shared device, `FUSEDLSTM_SMS` caps the number of multiprocessors that a plan may use (`sms`).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ MEASURED = Path(__file__).parent / "measured.json"
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a plan may use, and how fast it is. Rates are of the whole device, sizes of memory in bytes."""
+    """What a plan may use, and how fast it is. Rates are for the whole device. Memory sizes are in bytes."""
 
     arch: str
     name: str  # as torch has it
@@ -49,7 +49,7 @@ class DeviceLimits:
     measured: str = ""  # date and commit of the fields that `measured.json` overrides, and their names
 
 
-# Of every field that is a rate, a size or a latency: where the number comes from.
+# Where the number in a field comes from, for every field that is a rate, a size or a latency.
 SOURCES = {
     "num_sms": "data sheet",
     "smem_bytes": "CUDA programming guide; CDNA 3 white paper",
@@ -68,7 +68,7 @@ SOURCES = {
     "launch_us": "assumed",
     "host_us": "python -m bench.overhead, less the driver's part, which is assumed",
 }
-# What a run on a GPU can find out.
+# The fields that a run on a GPU can measure.
 MEASURABLE = (
     "half_tflops",
     "tf32_tflops",
@@ -170,7 +170,7 @@ _TABLE = (
 
 
 class _Sheet(NamedTuple):
-    """The data sheet of a device that has no row, as far as the device itself would tell torch the same."""
+    """The part of a data sheet that torch would report, of a device that has no row in the table."""
 
     name: str  # as torch has it
     arch: str
@@ -181,6 +181,9 @@ class _Sheet(NamedTuple):
     memory_tbps: float
 
 
+# Memory and bandwidth are from NVIDIA's data sheets. Multiprocessors and L2 are from the white papers "NVIDIA Ampere
+# GA102 GPU Architecture" and "NVIDIA Ada GPU Architecture". Those of the A10G and the L4 are what torch reports there.
+# Compute capabilities 8.6 and 8.9 have 100 KiB of shared memory, less 1 KiB per program (CUDA programming guide).
 _SHEETS = (
     _Sheet("NVIDIA A10", "sm_86", 72, 99, 6, 24, 0.600),
     _Sheet("NVIDIA A10G", "sm_86", 80, 99, 6, 24, 0.600),
@@ -191,7 +194,7 @@ _SHEETS = (
     _Sheet("NVIDIA L40S", "sm_89", 142, 99, 96, 48, 0.864),
     _Sheet("NVIDIA GeForce RTX 4090", "sm_89", 128, 99, 72, 24, 1.008),
 )
-# Devices that people have and the kernels do not serve.
+# Devices that people may ask for, and that the kernels do not serve.
 _UNSERVED = {
     "P100": "sm_60",
     "V100": "sm_70",
@@ -207,14 +210,14 @@ SERVED = "the kernels serve NVIDIA from compute capability 8.0 on and AMD gfx942
 
 
 class UnsupportedDevice(RuntimeError):
-    """The kernels are not made for the device; the text names its architecture and what they serve."""
+    """The kernels do not serve the device. The text names its architecture and what they serve."""
 
 
 def of_properties(properties, hip: bool) -> DeviceLimits:
-    """Of a device by what `torch.cuda.get_device_properties` says of it.
+    """The limits of a device, from what `torch.cuda.get_device_properties` says about it.
 
     Raises:
-        UnsupportedDevice: the kernels do not serve it.
+        UnsupportedDevice: The kernels do not serve it.
     """
     name = properties.name
     if hip:
@@ -225,7 +228,7 @@ def of_properties(properties, hip: bool) -> DeviceLimits:
         if properties.major < 8:
             raise UnsupportedDevice(f"{SERVED}, {name} has {properties.major}.{properties.minor}")
         arch = _planned_as(properties.major)
-    # Older versions of torch do not tell all of them, and a driver may tell 0.
+    # Older versions of torch do not report all of them, and a driver may report 0.
     clock, width = (getattr(properties, field, 0) for field in ("memory_clock_rate", "memory_bus_width"))
     told = {
         "smem_bytes": getattr(properties, "shared_memory_per_block_optin", 0),
@@ -245,14 +248,14 @@ def _planned_as(major: int) -> str:
 
 
 def find(text: str) -> DeviceLimits:
-    """A device by what people call it: "h100", "RTX 4090", "sm_89", or torch's name for it. Case does not matter.
+    """Find a device by its usual name, such as "h100", "RTX 4090" or "sm_89", or by torch's name. Case is ignored.
 
-    One without a row in the table gets the numbers that `of_properties` would find on it. An architecture stands for
-    its first device.
+    A device without a row in the table gets the numbers that `of_properties` would return for it. An architecture
+    stands for its first device.
 
     Raises:
-        ValueError: nothing is known of it; the text lists what is accepted.
-        UnsupportedDevice: the kernels do not serve it.
+        ValueError: The name is unknown. The text lists what is accepted.
+        UnsupportedDevice: The kernels do not serve the device.
     """
     known = {_word(arch): limits for arch, limits in DEVICES.items()}
     for row in _TABLE:
@@ -285,29 +288,33 @@ def find(text: str) -> DeviceLimits:
 
 
 def described(limits: DeviceLimits) -> str:
-    """A device in words, and where its rates come from if it has no row."""
+    """The name of a device, and where its rates come from if it has no row in the table."""
     if _row(limits.name):
         return f"{limits.name} ({limits.arch})"
     return f"{limits.name} (planned as {limits.arch}, with rates scaled from those of {DEVICES[limits.arch].name})"
 
 
 def _word(name: str) -> str:
-    """What is left of a name without its maker and spaces."""
+    """A name without its maker and without spaces, in lower case."""
     return re.sub(r"nvidia|geforce|rtx|tesla|amd|instinct|[\s_-]", "", name.lower())
 
 
 def _short(name: str) -> str:
-    """The number by which people call it: h100 for an NVIDIA H100 80GB HBM3."""
+    """The short name that people use: h100 for an NVIDIA H100 80GB HBM3."""
     return re.search(r"[a-z]*\d+[a-z]*", name.lower())[0]
 
 
 def named(name: str, arch: str, num_sms: int | None = None, **told: float) -> DeviceLimits:
-    """The row of a device by torch's name for it; one that the table lacks is taken for a cut of the first of its arch.
+    """The limits of a device, by torch's name for it.
+
+    If the table does not have it, it is taken for a part of the first device of its architecture.
 
     Args:
-        num_sms: multiprocessors that it has; rates of the matrix units and of the L2 go with their number where the
-            table lacks the device.
-        told: fields that the device itself tells, such as `smem_bytes`.
+        name: Torch's name for the device.
+        arch: An architecture of the table.
+        num_sms: The number of its multiprocessors. If the table does not have the device, the rates of the matrix units
+            and of the L2 are proportional to this number.
+        told: Fields that the device itself reports, such as `smem_bytes`.
     """
     known = _row(name)
     if known is None:
@@ -320,7 +327,7 @@ def _row(name: str) -> DeviceLimits | None:
 
 
 def _cut(limits: DeviceLimits, num_sms: int | None) -> DeviceLimits:
-    """A device like it with as many multiprocessors."""
+    """A device like this one with another number of multiprocessors."""
     share = (num_sms or limits.num_sms) / limits.num_sms
     rates = {
         field: getattr(limits, field) * share for field in ("half_tflops", "tf32_tflops", "fp32_tflops", "l2_tbps")
@@ -329,10 +336,10 @@ def _cut(limits: DeviceLimits, num_sms: int | None) -> DeviceLimits:
 
 
 def sms() -> int | None:
-    """`FUSEDLSTM_SMS`: the most multiprocessors that a plan may use; None where it is not set.
+    """The value of `FUSEDLSTM_SMS`: the most multiprocessors that a plan may use. None if it is not set.
 
     Raises:
-        ValueError: it is no whole number from 1.
+        ValueError: The value is not a whole number from 1.
     """
     text = os.environ.get("FUSEDLSTM_SMS")
     if not text:
@@ -343,12 +350,12 @@ def sms() -> int | None:
 
 
 def capped(limits: DeviceLimits, most: int | None) -> DeviceLimits:
-    """The part of a device that has at most so many multiprocessors."""
+    """The part of a device that has at most `most` multiprocessors."""
     return limits if most is None or most >= limits.num_sms else _cut(limits, most)
 
 
 def with_measured(limits: DeviceLimits) -> DeviceLimits:
-    """`limits` with what was measured on that device in place of the table's."""
+    """`limits` with the values that were measured on that device."""
     entry = measurements().get(limits.name)
     if entry is None:
         return limits
@@ -358,7 +365,7 @@ def with_measured(limits: DeviceLimits) -> DeviceLimits:
 
 
 def source(limits: DeviceLimits, field: str) -> str:
-    """Where a constant comes from, in words."""
+    """Where a constant comes from, as text."""
     entry = measurements().get(limits.name, {"values": {}})
     if field in entry["values"]:
         return f"measured, {entry['date']}, {entry['commit']}"
@@ -367,10 +374,10 @@ def source(limits: DeviceLimits, field: str) -> str:
 
 @functools.cache
 def measurements() -> dict[str, dict]:
-    """`measured.json`, checked.
+    """The content of `measured.json`.
 
     Raises:
-        ValueError: it does not hold what this module's text says.
+        ValueError: The file does not have the form that this module's docstring describes.
     """
     table = json.loads(MEASURED.read_text())
     for name, entry in table.items():
@@ -384,6 +391,6 @@ def measurements() -> dict[str, dict]:
     return table
 
 
-# The device for which plans of an architecture are compiled offline: the first of it.
+# The first device of each architecture. The plans of an architecture are compiled offline for it.
 DEVICES = {row.arch: with_measured(row) for row in reversed(_TABLE)}
 DEVICES = {arch: DEVICES[arch] for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")}

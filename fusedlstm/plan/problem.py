@@ -1,4 +1,4 @@
-"""What is asked of a plan, and what a plan is."""
+"""The problem that a plan solves, and the plan."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from fusedlstm import cells
 from fusedlstm.plan.devices import DeviceLimits
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
-# How the rows of a batch lie (`fusedlstm.layout`): all of the same length; sorted and packed; or not, with lengths or
-# resets.
+# How the rows of a batch lie in memory (`fusedlstm.layout`): all sequences with the same length, sorted and packed, or
+# padded with lengths or resets.
 LAYOUTS = ("dense", "packed", "ragged")
 COUNTER_STRIDE = 32  # int32 values from one group's counter to the next: a cache line each
 SPIN_LIMIT = 1 << 26  # polls of a counter before a wait is an error; tens of seconds
@@ -17,11 +17,11 @@ ATTEMPT_LIMIT = 1 << 24  # the same by data, whose poll is a load of all that is
 
 
 class PlanError(RuntimeError):
-    """No plan fits the device; the text says what was asked and what the device has."""
+    """No plan fits the device. The text says what was requested and what the device has."""
 
 
 class Problem(NamedTuple):
-    """One launch, before it is known how. The number of steps is no part of it: it does not change a choice."""
+    """The sizes of one launch, before a plan is chosen. The number of steps is none of them: no choice depends on it."""
 
     cell: str  # a name of `fusedlstm.cells.CELLS`
     batch: int
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
     @property
     def head(self) -> int:
-        """Hidden units that a unit's preactivations are made of."""
+        """The number of hidden units on which the preactivations of a unit depend."""
         return self.hidden // self.heads
 
     @property
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 
     @property
     def ieee(self) -> bool:
-        """Whether products are of float32 in full: no matrix instruction has them."""
+        """Whether products have full float32 precision, for which there is no matrix instruction."""
         return self.dtype == "fp32" and self.precision == "ieee"
 
     @property
@@ -62,16 +62,16 @@ class Problem(NamedTuple):
 
     @property
     def masked(self) -> bool:
-        """Whether rows come and go."""
+        """Whether sequences end or are cut at different steps."""
         return self.layout != "dense"
 
     def product(self, block_h: int) -> tuple[int, int]:
-        """N and K of the product of a program with `block_h` units; of a group, with rows that are aligned."""
+        """N and K of the product of a program with `block_h` units. In a group the rows are aligned."""
         head = self.head if self.heads > 1 or block_h >= self.head else aligned(self.head, self.dtype)
         return product_sizes(self.cell, head, block_h, self.pass_)
 
     def planned(self, **how) -> "Plan":
-        """With all that is known of a launch beforehand; the cost model has yet to say how long it takes."""
+        """A plan with these sizes. Its predicted time is not known yet."""
         return Plan(
             cell=self.cell,
             pass_=self.pass_,
@@ -89,7 +89,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: every compile-time number of a kernel, its grid, and what it is expected to cost."""
+    """One launch: every compile-time number of a kernel, its grid, and its predicted time."""
 
     cell: str
     pass_: str  # "fwd" or "bwd"
@@ -119,27 +119,27 @@ class Plan:
 
     @property
     def aligned_hidden(self) -> int:
-        """H with what aligns the rows of weights, and of what is exchanged, to 16 bytes."""
+        """H, padded so that the rows of weights and of the exchanged values are aligned to 16 bytes."""
         return aligned(self.hidden, self.dtype) if self.protocol != "none" and self.heads == 1 else self.hidden
 
     @property
     def group(self) -> int:
-        """Programs that exchange data."""
+        """The number of programs that exchange data with each other."""
         return self.grid[0] // self.heads
 
     @property
     def columns(self) -> int:
-        """N of the program's product: gates and units forward, units backward."""
+        """N of the program's product: its gates and units in the forward, its units in the backward."""
         return product_sizes(self.cell, self.aligned_hidden // self.heads, self.block_h, self.pass_)[0]
 
     @property
     def reduction(self) -> int:
-        """K of the program's product: units forward, gates and units backward."""
+        """K of the program's product: all units in the forward, all gates and units in the backward."""
         return product_sizes(self.cell, self.aligned_hidden // self.heads, self.block_h, self.pass_)[1]
 
     @property
     def code(self) -> str:
-        """In words, all that the machine code depends on: plans that share it share a kernel."""
+        """Everything that the machine code depends on, as text. Plans with the same text share a kernel."""
         tiles = f"{self.block_b}x{self.block_h}x{self.block_k}"
         form = f"{'T' if self.transposed else ''} split {self.split} ahead {self.ahead} stages {self.stages}"
         precision = "ieee" if self.dtype == "fp32" and self.precision == "ieee" else self.dtype
@@ -151,19 +151,19 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        """Of the reduction: `block_k` each, cut where a gate ends if gates are taken one by one."""
+        """The number of chunks of `block_k` in the reduction. A chunk ends with its gate if gates are separate."""
         by_gate = self.schedule == "single" or self.heads > 1
         segments = cells.CELLS[self.cell].num_gates if self.pass_ == "bwd" and by_gate else 1
         return segments * math.ceil(self.reduction // segments / self.block_k)
 
     @property
     def padded_reduction(self) -> int:
-        """K with the padding of its chunks."""
+        """K, including the padding of its chunks."""
         return self.chunks * self.block_k
 
     @property
     def local(self) -> bool:
-        """Whether nothing is exchanged."""
+        """Whether programs exchange nothing."""
         return self.protocol == "none"
 
     @property
@@ -176,23 +176,27 @@ class Plan:
 
     @property
     def norms_per_step(self) -> int:
-        """Exchanges of sums, by words with tags whatever the protocol; backward with zoneout there is one more."""
+        """Exchanges of sums, by words with tags in either protocol. A backward with zoneout has one more."""
         return 2 if cells.CELLS[self.cell].norms and not self.local else 0
 
     @property
     def walked(self) -> int:
-        """Batch tiles that a program walks, one after another."""
+        """The number of batch tiles that a program takes, one after another."""
         return math.ceil(self.tiles_b / self.grid[1])
 
 
 def product_sizes(cell: str, hidden: int, block_h: int, pass_: str) -> tuple[int, int]:
-    """N and K of a program's product: gates of its units by all units forward, its units by all gates backward."""
+    """N and K of a program's product.
+
+    In the forward they are the gates of its units, and all units. In the backward they are its units, and all gates of
+    all units.
+    """
     gates = cells.CELLS[cell].num_gates
     return (block_h * power_of_2(gates), hidden) if pass_ == "fwd" else (block_h, gates * hidden)
 
 
 def aligned(hidden: int, dtype: str) -> int:
-    """`hidden` with what aligns rows of so many elements to 16 bytes."""
+    """`hidden`, padded so that rows of so many elements are aligned to 16 bytes."""
     elements = 16 // ITEMSIZE[dtype]
     return math.ceil(hidden / elements) * elements
 

@@ -1,9 +1,9 @@
-"""Plans that fit a device: which tiles are considered, and what a program with them needs.
+"""Find the plans that fit a device: which tiles are considered, and what a program with them needs.
 
-The kernels of a loop run all steps in one launch. For every choice of schedule, tiles and protocol there are variants
-of them. They compute the same, but are compiled differently: with another number of warps, length of the chunks of the
-reduction, or number of chunks loaded at once. The variants are in an order of preference. The plan is the first variant
-that is not known to spill.
+The kernels of a loop run all steps in one launch. For every choice of schedule, tiles and protocol they have variants,
+which compute the same but are compiled differently. They differ in the number of warps, the length of the chunks of the
+reduction, or the number of chunks that are loaded at once. The variants have an order of preference. The plan is the
+first variant that is not known to spill.
 
 A thread has 255 registers. A kernel that needs more moves values to memory and back at every step; that is a spill.
 Whether a kernel spills is known only after it is compiled. So `make kernels` compiles the plans for the benchmark
@@ -35,17 +35,17 @@ PADDING = 1 / 8  # of a reduction, at most, if shorter chunks have less
 
 @functools.cache
 def known_spills() -> frozenset[str]:
-    """`Plan.code` of every kernel that was found to spill."""
+    """`Plan.code` of every kernel that spilled when it was compiled."""
     return frozenset(json.loads(SPILLS.read_text()))
 
 
 def allowed_bytes(arch: str) -> int:
-    """What a thread may spill: nothing where plans are chosen so that none spills, a little elsewhere."""
+    """The bytes that a thread may spill. It is 0 if plans are chosen so that none spills, and small elsewhere."""
     return 0 if arch in WITHOUT_SPILLS else 64
 
 
 class Tiling(NamedTuple):
-    """What the cost model chooses from."""
+    """One of the choices of the cost model."""
 
     schedule: str
     block_b: int
@@ -54,7 +54,7 @@ class Tiling(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What the compiler is to make of a tiling."""
+    """One way to compile a tiling."""
 
     transposed: bool
     split: bool
@@ -64,14 +64,14 @@ class Variant(NamedTuple):
 
 
 def of_a_loop(of: Problem) -> list[Plan]:
-    """All that fit and compile, in no order: of every tiling the first variant that does not spill."""
+    """All plans that fit and compile, in no order. Each tiling gives its first variant that does not spill."""
     by_tiling = [plans for t in _loop_tilings(of) if (plans := _plans(of, t))]
     clean = [p for plans in by_tiling if (p := next((p for p in plans if p.code not in known_spills()), None))]
     return clean or [plans[0] for plans in by_tiling]
 
 
 def variants(p: Plan, limits: DeviceLimits) -> list[Plan]:
-    """The plans with the tiles of `p` that come after it in the order of preference; they take the same tensors."""
+    """The plans with the tiles of `p` that follow it in the order of preference. They take the same tensors."""
     batch, directions = p.tiles_b * p.block_b, p.grid[2]
     sizes = (p.cell, batch, p.hidden, p.dtype, directions, p.pass_, p.precision, p.layout, p.heads, p.stack)
     of, tiling = Problem(*sizes, device_limits=limits), Tiling(p.schedule, p.block_b, p.block_h, p.protocol)
@@ -82,7 +82,7 @@ def variants(p: Plan, limits: DeviceLimits) -> list[Plan]:
 
 
 def _plans(of: Problem, t: Tiling) -> list[Plan]:
-    """Of a tiling, in the order of preference: few, since where several spill the others do, too."""
+    """The plans of a tiling, in the order of preference. They are few, because if several spill, the others do too."""
     return [*itertools.islice((p for v in _variants(of, t) if (p := _loop_fit(of, t, v))), MOST_VARIANTS)]
 
 
@@ -92,31 +92,34 @@ def _loop_tilings(of: Problem) -> Iterator[Tiling]:
             continue
         if of.head <= 128 and not of.ieee and not of.stack:  # layers exchange h
             yield Tiling("single", block_b, max(16, power_of_2(of.head)), "none")
-        # A resident loop is unrolled over its chunks, and spills with IEEE products or with many rows.
+        # A resident loop is unrolled over its chunks. It spills with IEEE products or with many rows.
         most_rows = 0 if of.ieee else 16 if of.dtype == "fp32" else 64 if of.pass_ == "fwd" else 32
         for block_h in (8, 16, 32, 64):
             if block_h < of.head or block_h == 8:
                 if block_b <= most_rows:
                     for protocol in _protocols(of):
                         yield Tiling("resident", block_b, block_h, protocol)
-                # Pipelined loads of x may be kept in the first-level cache, where what is new is never seen.
+                # Pipelined loads of x may stay in the first-level cache, where new values are never seen.
                 if of.protocol != "data":
                     yield Tiling("streamed", block_b, block_h, "counter")
 
 
 def _protocols(of: Problem) -> tuple[str, ...]:
-    """Of a resident exchange. Triton 3.7.1 fails to compile data for sm_100; and on AMD a program's loads see only the
-    L2 of its own die, which nothing but an acquire makes them look behind."""
+    """The protocols of a resident exchange.
+
+    Triton 3.7.1 cannot compile data for sm_100. On AMD the loads of a program see only the L2 of its own die, unless an
+    acquire comes before them.
+    """
     possible = ("counter",) if of.limits.arch == "sm_100" or of.limits.arch.startswith("gfx") else ("data", "counter")
     return possible if of.protocol is None else tuple(p for p in possible if p == of.protocol)
 
 
 def _variants(of: Problem, t: Tiling) -> Iterator[Variant]:
-    """In the order of preference."""
+    """The variants of a tiling, in the order of preference."""
     columns, _ = of.product(t.block_h)
     can_transpose = of.limits.wide_mma and not of.ieee and t.block_b < 64 <= columns
     for transposed in (True, False) if can_transpose else (False,):
-        # A small tile has too few columns for all warps, and one warp's long chain of products would wait for itself.
+        # A small tile has too few columns for all warps, and the long chain of products of one warp would be slow.
         most = 32 if of.pass_ == "fwd" else 16
         split = t.schedule == "resident" and not transposed and columns <= most and t.block_b <= 32
         for num_warps in _warps(of, t, columns, split):
@@ -167,12 +170,15 @@ def _chunks(of: Problem, t: Tiling, columns: int, transposed: bool, split: bool,
 
 
 def _segment(of: Problem, t: Tiling, reduction: int) -> int:
-    """Elements of the reduction that lie together: backward a gate's, with heads or where a program has all units."""
+    """The elements of the reduction that are side by side.
+
+    In the backward they are those of one gate, if there are heads or if a program has all units.
+    """
     return of.head if of.pass_ == "bwd" and (of.heads > 1 or t.schedule == "single") else reduction
 
 
 def _aheads(of: Problem, t: Tiling, num_warps: int, block_k: int) -> list[int]:
-    """How many chunks are loaded at once after a wait by counter: as many as registers are to spare, or fewer."""
+    """How many chunks may be loaded at once after a wait by counter: as many as registers are free, or fewer."""
     if t.schedule != "resident" or t.protocol == "data":
         return [1]
     threads = num_warps * of.limits.warp_size
@@ -209,8 +215,8 @@ def _loop_fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
     else:
         in_registers = limits.weights_in_registers and t.schedule == "resident"  # one chunk passes through all the same
         smem_bytes = at_once * chunk_bytes + (v.block_k * columns * itemsize if in_registers else slice_bytes)
-    # A change of layout may stage the accumulators, and the sums of a chunk's parts meet there.
-    # (How often: not less than any plan of the table was found to take.)
+    # A change of layout may stage the accumulators there, and the sums of the parts of a chunk meet there.
+    # The factor is not less than that of any plan in the table.
     smem_bytes += 4 * t.block_b * columns * (max(t.block_b // 8, v.num_warps) if v.split else 1)
     if smem_bytes > limits.smem_bytes or _unfit_for_amd(of, t, v, columns, slice_bytes):
         return None
@@ -239,9 +245,7 @@ def _loop_fit(of: Problem, t: Tiling, v: Variant) -> Plan | None:
 
 
 def _unfit_for_amd(of: Problem, t: Tiling, v: Variant, columns: int, slice_bytes: int) -> bool:
-    """Where weights are kept in registers: 64 of a thread at most, and at least the columns of one matrix
-    instruction.
-    """
+    """Whether weights do not fit into 64 registers of a thread, or have fewer columns than a matrix instruction."""
     if not of.limits.weights_in_registers:
         return False
     if columns < 16 and not of.ieee:
@@ -254,7 +258,7 @@ def _unfit_for_amd(of: Problem, t: Tiling, v: Variant, columns: int, slice_bytes
 def _registers(
     t: Tiling, exchanged_bytes: int, columns: int, threads: int, slice_bytes: int, weights_in_registers: bool
 ) -> int:
-    """A rough count of 32-bit registers a thread: accumulators, the tiles of the cell, what is on its way."""
+    """A rough count of the 32-bit registers of a thread: accumulators, the tiles of the cell, and pending loads."""
     accumulators = t.block_b * columns / threads
     cell_tiles = 14 * t.block_b * t.block_h / threads
     weights = slice_bytes / 4 / threads if weights_in_registers and t.schedule != "streamed" else 0
@@ -271,7 +275,7 @@ def _why(schedule: str, slice_bytes: int, group: int, weights_in_registers: bool
 
 
 def of_a_step(of: Problem) -> list[Plan]:
-    """All that fit, in no order. Nobody waits, so there may be more programs than the device holds at once."""
+    """All plans that fit, in no order. No program waits, so there may be more than the device holds at once."""
     return [p for tiling in _step_tilings(of) if (p := _step_fit(of, *tiling))]
 
 
@@ -279,7 +283,7 @@ def _step_tilings(of: Problem) -> list[tuple[int, int]]:
     """(block_b, block_h)"""
     if of.batch == 1:
         return [(1, _units_of_a_row(of.hidden * of.directions, of.limits, of.pass_))]
-    # An element of the cell needs a dozen registers; unaligned rows need more, and so do two products at once.
+    # An element of the cell needs a dozen registers. Unaligned rows need more, and so do two products at once.
     unaligned = of.head * of.itemsize % 16 or of.ieee
     most = 2048 if unaligned or of.input_size or of.limits.arch.startswith("gfx") else 4096
     return [
@@ -293,9 +297,9 @@ def _step_tilings(of: Problem) -> list[tuple[int, int]]:
 
 
 def _units_of_a_row(units: int, limits: DeviceLimits, pass_: str) -> int:
-    """Hidden units of a program for a single sequence: as many as leave four programs to a multiprocessor.
+    """The hidden units of a program for a single sequence, so that each multiprocessor has four programs.
 
-    Backward at least 32: those lie side by side in memory.
+    In the backward there are at least 32, which are side by side in memory.
     """
     most = max(1, units // (4 * limits.num_sms))
     block_h = min(8, power_of_2(most + 1) // 2)

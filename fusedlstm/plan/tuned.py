@@ -1,9 +1,8 @@
-"""Choices that were measured on this machine (`fusedlstm.tune`): the file that keeps them, and the look-up.
+"""The file of choices that `fusedlstm.tune` measured on this machine, and the look-up.
 
-The file is `tuning.json` in `$FUSEDLSTM_CACHE`, or in `fusedlstm/` of the user's cache folder. A choice counts only on
-the device and with the versions on and with which it was measured (`Place`), and for the very sizes.
-`FUSEDLSTM_TUNING=0` looks nothing up. A file that cannot be read, or a choice that no longer fits, is ignored with one
-warning.
+The file is `tuning.json` in `$FUSEDLSTM_CACHE`, or in `fusedlstm/` of the user's cache folder. A choice applies only to
+the device and the versions with which it was measured (`Place`), and to the same sizes. With `FUSEDLSTM_TUNING=0`
+nothing is looked up. A file that cannot be read, or a choice that no longer fits, is ignored with one warning.
 """
 
 import contextlib
@@ -20,11 +19,11 @@ from fusedlstm.plan import devices
 from fusedlstm.plan.problem import Problem
 
 FORMAT = 1
-NOT_KEPT = ("device_limits", "protocol", "input_size")  # of a Problem: what it is asked of is the `Place`
+NOT_KEPT = ("device_limits", "protocol", "input_size")  # fields of a Problem: the `Place` stands for the device
 
 
 class Call(NamedTuple):
-    """What an engine is chosen for: a whole stack; T is no part of it."""
+    """What an engine is chosen for: a whole stack of layers. T does not belong to it."""
 
     cell: str
     batch: int
@@ -50,7 +49,7 @@ class Place(NamedTuple):
     fusedlstm: str
 
 
-# What of a plan is stored: enough to find it among the candidates again.
+# The fields of a plan that are stored. They are enough to find it among the candidates again.
 FIELDS = ("schedule", "block_b", "block_h", "block_k", "protocol", "transposed", "split", "num_warps", "stages")
 
 _generation = 1  # of what is known of the file: part of the keys of whoever keeps what was looked up
@@ -58,15 +57,15 @@ _warned: set[str] = set()
 
 
 def generation() -> int:
-    """Changes with every change of the choices by this process; 0 if they are to be ignored."""
+    """A number that changes whenever this process changes the choices. 0 if they are ignored."""
     return 0 if os.environ.get("FUSEDLSTM_TUNING") == "0" else _generation
 
 
 def path() -> Path:
-    """The file of all choices.
+    """The path of the file of all choices.
 
     Raises:
-        RuntimeError: no folder is named, and the user has no home directory.
+        RuntimeError: No environment variable names a folder, and the user has no home directory.
     """
     if folder := os.environ.get("FUSEDLSTM_CACHE"):
         return Path(folder) / "tuning.json"
@@ -80,7 +79,7 @@ def path() -> Path:
 
 
 def place(index: int | None) -> Place:
-    """Of a device by its index; None is the interpreter."""
+    """The place of a device, by its index. None is the interpreter."""
     return _place(index, devices.sms())
 
 
@@ -105,7 +104,7 @@ def _place(index: int | None, sms: int | None) -> Place:
 
 
 def find(index: int | None, what: Problem | Call) -> dict | None:
-    """The choice stored for a device, or None. It never fails: a forward that asks could do without."""
+    """The choice stored for a device, or None. It never fails, because a forward can do without it."""
     try:
         table = _table(path(), _generation)
         return table.get(words(place(index)), {}).get(words(what)) if table else None
@@ -114,11 +113,12 @@ def find(index: int | None, what: Problem | Call) -> dict | None:
 
 
 def store(index: int | None, choices: dict) -> Path:
-    """Of a device, add choices, `{problem or call: dict of JSON}`, to the file; what is there of others stays. Returns
-    the file.
+    """Add choices, `{problem or call: dict of JSON}`, to the file under a device. Returns the file.
+
+    Choices for other devices stay in the file.
 
     Raises:
-        RuntimeError: as `check`.
+        RuntimeError: As in `check`.
     """
     check()
     file = path()
@@ -142,10 +142,10 @@ def store(index: int | None, choices: dict) -> Path:
 
 
 def check() -> None:
-    """That choices can be added to the file without discarding another version's.
+    """Check that choices can be added to the file without discarding those of another version.
 
     Raises:
-        RuntimeError: there is no folder for it, or the file is of another format; the text names it.
+        RuntimeError: There is no folder for the file, or the file has another format. The text names it.
     """
     file = path()
     try:
@@ -160,7 +160,7 @@ def check() -> None:
 
 
 def clear() -> bool:
-    """Remove the file; whether there was one."""
+    """Remove the file. Returns whether there was one."""
     forget()
     try:
         path().unlink()
@@ -182,7 +182,7 @@ def everything() -> dict[str, dict[str, dict]]:
 
 
 def plan(problem: Problem, index: int | None, limits):
-    """The measured plan, rebuilt among those that fit the device now; None if there is none."""
+    """The measured plan, if it is among the plans that fit the device now, else None."""
     choice = find(index, problem)
     if choice is None:
         return None
@@ -201,7 +201,7 @@ def plan(problem: Problem, index: int | None, limits):
 
 
 def engine(call: Call, index: int | None) -> tuple[str, str] | None:
-    """The measured engine, "triton" or "torch", and why in words; None if there is none."""
+    """The measured engine, "triton" or "torch", and the reason as text. None if there is no measurement."""
     choice = find(index, call)
     if choice is None:
         return None
@@ -214,7 +214,7 @@ def engine(call: Call, index: int | None) -> tuple[str, str] | None:
 
 @functools.lru_cache(maxsize=2)
 def _table(file: Path, generation: int) -> dict[str, dict[str, dict]]:
-    """All choices in the file; empty if there is none that can be read."""
+    """All choices in the file. Empty if there is no file that can be read."""
     try:
         content = json.loads(file.read_text())
         if not isinstance(content, dict) or content.get("format") != FORMAT:

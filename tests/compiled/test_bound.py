@@ -45,8 +45,8 @@ def test_it_launches_what_triton_itself_would_launch(claimed_gpu):
         ours, theirs = claimed_gpu[-2:]
         assert ours[0].hash == theirs[0].hash
         assert ours[1:4] == theirs[1:4] == (2, 3, 1)
-        # After stream, function and packed metadata come metadata of the launch, made anew, two hooks and the
-        # arguments.
+        # The stream, the function and the packed metadata come first. Then come metadata of the launch, which are new
+        # objects, two hooks and the arguments.
         assert ours[4:7] == theirs[4:7] and [*map(id, ours[10:])] == [*map(id, theirs[10:])]
     assert len(launch._runs) > 8, "what differs is told apart"
 

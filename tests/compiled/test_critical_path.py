@@ -1,6 +1,4 @@
-"""The order of a time step in the machine code, and how much there is of it: of all cells, schedules, protocols and
-layouts.
-"""
+"""The order and the size of a time step in the machine code, for all cells, schedules, protocols and layouts."""
 
 import re
 
@@ -75,9 +73,7 @@ def test_the_order_of_a_step(cell, kind, pass_, layout, dtype, arch):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 def test_backward_saves_nothing_that_is_not_exchanged(arch, protocol):
-    """One exchange a step: every store of the loop is one of the gradients, after the product and before the
-    arrival.
-    """
+    """There is one exchange per step. All stores of the loop are gradients, after the product, before the arrival."""
     found = offline.loop_events(offline.compile_plan(planned("lstm", protocol, "bwd", arch=arch)).asm["sass"])
     # In the last iteration the gradients of the initial states leave, in a branch before the step's own.
     products, stores, arrivals = (positions(found, name) for name in ("product", "store", "arrive"))
@@ -113,8 +109,8 @@ def test_by_data_nobody_counts(pass_):
     assert "cp.async" not in compiled.asm["ptx"]
 
 
-# What a step may take at most: of shapes and passes the numbers of `offline.Loop`. The comment has those of 2026-11-28
-# before.
+# The most that a step may need, as numbers of `offline.Loop`, by shape and pass. The comments have the numbers before,
+# of 2026-11-28.
 AT_MOST = {
     ("F1", "bf16", "fwd"): {"instructions": 700, "bar_sync": 16},  # 1280, 33
     ("F1", "bf16", "bwd"): {"instructions": 1050, "bar_sync": 24},  # 1251, 49

@@ -73,9 +73,7 @@ def test_a_kernel_that_spills_makes_room_for_the_next_variant(claimed_gpu, monke
 
 
 def test_a_variant_that_is_refused_is_passed_over(claimed_gpu, monkeypatch):
-    """The plan spills and its first variant does not fit: the second is taken. If nothing can be launched, it is an
-    error.
-    """
+    """If the plan spills and its first variant does not fit, the second is taken. If nothing fits, it is an error."""
     limits = DEVICES["sm_90"]
     p = plan("lstm", 3, 16, 304, "bf16", 1, limits, "fwd", protocol="counter")
     expected = [p, *variants(p, limits)]

@@ -63,8 +63,9 @@ def test_the_family_compiles(cell, pass_):
 
 
 def test_the_committed_table_is_of_these_plans():
-    """bench/results/kernels.csv: a row for every cell, shape, dtype, pass, target and layout, with the plan of today,
-    and no fault.
+    """bench/results/kernels.csv has a row for every case, with the plan of today and no fault.
+
+    The cases are every cell, shape, dtype, pass, target and layout.
     """
     expected = {kernels.row_key(shape, dtype, p): p for shape, dtype, p in kernels.plans()}
     assert ROWS.keys() == expected.keys()

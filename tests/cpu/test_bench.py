@@ -620,9 +620,7 @@ def test_a_run_that_dies_keeps_its_rows(tmp_path, monkeypatch):
 
 
 def test_a_row_always_says_which_code_made_it(tmp_path, monkeypatch):
-    """Of a copy without git, also within the repository of somebody else: by its sources, which are the same in every
-    copy.
-    """
+    """A copy without git, even inside of another repository, is named by its sources, the same in every copy."""
     for folder in ("one", "two"):
         for name in ("fusedlstm/a.py", "kernels/b.py", "bench/c.py", "fusedlstm/measured.json"):
             file = tmp_path / folder / name

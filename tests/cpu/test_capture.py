@@ -1,5 +1,4 @@
-"""What a CUDA graph cannot capture is named before torch says what went wrong, and what it can asks nothing of the
-host.
+"""What a CUDA graph cannot capture is an error that says so. What it can capture needs nothing from the host.
 
 Tensors here are on no device ("meta"), and stand-ins say that they are on a GPU.
 """
@@ -92,9 +91,7 @@ class NoCopy(TorchFunctionMode):
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "layernorm", "slstm"])
 def test_a_dense_loop_asks_nothing_of_the_host(cell, directions, noisy):
-    """`torch_loop`, and the masks of every kind of noise, on tensors of no device: what a launch that failed goes
-    to.
-    """
+    """`torch_loop` and the masks of all noise run on tensors of no device. A launch that failed continues with them."""
     of, T, B, H, D = cells.CELLS[cell], 3, 2, 4, directions
     with torch.device("meta"):
         preact_x, hx, cx = (

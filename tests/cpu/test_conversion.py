@@ -501,9 +501,7 @@ def test_a_converted_model_compiles_without_a_graph_break(graphs):
 
 @pytest.mark.parametrize("how", ["wrapper", "in place"])
 def test_a_model_that_ran_compiled(graphs, how):
-    """Dynamo guards on the class: the results are ours. It looks again at the frame around nn.LSTM after a reset
-    only.
-    """
+    """Dynamo guards on the class, so the results are ours. It compiles the frame of nn.LSTM again only after reset."""
     model = seeded(Small)
     if how == "wrapper":
         compiled = torch.compile(model, backend=recording(graphs))

@@ -1,6 +1,4 @@
-"""plan/cost.py and devices.py: nothing is predicted below its bound, more work never costs less, and every constant has
-a source.
-"""
+"""plan/cost.py and devices.py: predictions respect their bound, more work never costs less, constants have sources."""
 
 import dataclasses
 import itertools
@@ -133,9 +131,7 @@ def test_what_each_choice_changes():
 
 
 def test_what_a_step_consists_of_is_what_the_compiler_made():
-    """The estimates of `cost.work` beside the columns of bench/results/kernels.csv: a shorter step is predicted
-    shorter.
-    """
+    """The estimates of `cost.work` beside bench/results/kernels.csv: a shorter step is predicted to be shorter."""
     estimated, compiled, same_rounds = [], [], []
     rows = kernels.rows_of(kernels.RESULTS)
     for shape, dtype, p in kernels.plans():

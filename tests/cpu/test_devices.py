@@ -1,6 +1,4 @@
-"""devices.py: limits of devices that the table has and has not, by what torch says of them; which are served; and
-FUSEDLSTM_SMS.
-"""
+"""devices.py: the limits of devices in the table and of others, which devices are served, and FUSEDLSTM_SMS."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,6 +1,4 @@
-"""The equations of every cell: the written-out backward is autograd's, in float64, with every state and in every
-layout.
-"""
+"""The equations of every cell: the written-out backward equals autograd, in float64, for all states and layouts."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""Every member of the family: against a loop by hand in all combinations of what a sequence can be, and torch.nn's
-conventions.
-"""
+"""Every layer of the family against a loop by hand, in all combinations of options, and torch.nn's conventions."""
 
 import copy
 import math

@@ -1,6 +1,4 @@
-"""Heads on the engines that need no kernel: against dense layers with block-diagonal weights, torch's where it has
-them.
-"""
+"""Heads on the engines without kernels, against dense layers with block-diagonal weights, torch's if it has them."""
 
 import copy
 import pickle

@@ -119,9 +119,7 @@ def test_uniform_is_torchs():
 
 
 def test_the_argument_is_the_functions():
-    """One or several, in order, at construction and at every reset, in copies and files too; on the meta device
-    nothing.
-    """
+    """The functions run in order, at construction and at every reset, also in copies, but not on the meta device."""
     several = [inits.orthogonal_, functools.partial(inits.forget_bias_, value=2.0)]
     module = seeded(lambda: fusedlstm.LSTM(5, 8, init=several))
     by_hand = seeded(lambda: fusedlstm.LSTM(5, 8))

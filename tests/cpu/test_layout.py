@@ -1,6 +1,4 @@
-"""layout.py, torch_loop.py and the specification of packed batches: against torch.nn.LSTM, and each other, in
-float64.
-"""
+"""layout.py, torch_loop.py and the specification for packed batches, against torch.nn.LSTM and each other."""
 
 import copy
 
@@ -81,8 +79,7 @@ def some_resets(leading):
     return torch.rand(leading, generator=torch.Generator().manual_seed(7)) < 0.3
 
 
-# Lengths of the ragged ones in no order, with a sequence without steps; resets also in the padding and at the
-# beginning.
+# The ragged lengths are in no order, and one sequence has no steps. Resets are in the padding and at the beginning too.
 LAYOUTS = {
     "dense": (DENSE, (4, 3)),
     "resets": (Layout(resets=some_resets((4, 3))), (4, 3)),

@@ -1,6 +1,4 @@
-"""Zoneout and the dropouts inside of a step: the generator, what the masks do, and that all engines see the same
-ones.
-"""
+"""Zoneout and the dropouts inside of a step: the generator, the effect of masks, and that all engines see the same."""
 
 import pytest
 import torch
@@ -121,9 +119,7 @@ def test_a_seed_repeats():
 
 
 def test_evaluation_is_the_mean():
-    """One step over many seeds: the mean state is the state of evaluation, which is p s + (1 - p) s' (Krueger et
-    al.).
-    """
+    """The mean state of one step over many seeds is the state in evaluation, p s + (1 - p) s' (Krueger et al. 2016)."""
     torch.manual_seed(0)
     rates = (0.3, 0.6)
     module, plain = fusedlstm.LSTM(I, H, zoneout=rates).double(), fusedlstm.LSTM(I, H).double()
@@ -142,9 +138,7 @@ def test_evaluation_is_the_mean():
 
 @pytest.mark.parametrize("kind", ["candidate", "recurrent", "weight"])
 def test_dropouts_keep_the_mean(kind):
-    """Of what they act on: the candidate, the recurrent product. A vanilla RNN at a small scale is linear in all of
-    them.
-    """
+    """The dropouts keep the mean of the candidate and the recurrent product. A small vanilla RNN is linear in them."""
     torch.manual_seed(0)
     module = fusedlstm.RNN(I, H, bias=False, **KINDS[kind]).double()
     x, h = torch.zeros(1, 1, I).double(), 1e-4 * torch.randn(1, 1, H).double()

@@ -90,9 +90,7 @@ def test_follows_the_new_flag(value):
 @pytest.mark.parametrize("rnn", ["tf32", "ieee"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_products_follow_the_flag_of_recurrent_layers(settings, rnn):
-    """And nobody who could read a flag finds it contradicted meanwhile: TunableOp reads the elder one, at every
-    product.
-    """
+    """Nobody reads contradicting flags meanwhile. TunableOp reads the older flag at every product."""
     for setter, value in settings:
         setter(value)
     RNN.fp32_precision = rnn

@@ -1,6 +1,4 @@
-"""save="states": the same numbers in blocks of steps, and the memory of a training step, counted and as memory.py
-says.
-"""
+"""save="states" gives the same numbers in blocks of steps, and needs as much memory as memory.py says."""
 
 import copy
 import itertools
@@ -47,8 +45,8 @@ def packed(*values):
     return Layout.of_packed(sizes, len(values), torch.device("cpu"))
 
 
-# Resets at a border, in the padding and at the beginning; sequences that end before, at and after a border, and without
-# steps.
+# Resets are at a border, in the padding and at the beginning. Sequences end before, at and after a border, and one has
+# no steps.
 LAYOUTS = {
     "dense": (DENSE, (7, 3)),
     "one step": (DENSE, (1, 3)),
@@ -170,9 +168,7 @@ def test_blocks():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations return: bytes that live now, and the most at once. `before` are not
-    counted.
-    """
+    """Counts the bytes of storages that operations return: those now, and the maximum. `before` do not count."""
 
     def __init__(self, before):
         super().__init__()

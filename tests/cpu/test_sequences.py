@@ -1,6 +1,4 @@
-"""Lengths, resets, cell states and clipped gradients of whole stacks: against a loop over LSTMCell, and torch on
-packs.
-"""
+"""Lengths, resets, cell states and clipped gradients of stacks, against a loop over LSTMCell and torch on packs."""
 
 import math
 

@@ -1,5 +1,7 @@
-"""torch_loop.py and aten.py: every cell equals the specification, forward and backward, in float64, and so does
-a cell without a file of its own, by its equations; ATen's cells equal torch.nn's, whoever serves them."""
+"""torch_loop.py and aten.py: every cell equals the specification, forward and backward, in float64.
+
+So does a cell without a loop of its own, by its equations. ATen's cells equal torch.nn's, whatever runs them.
+"""
 
 import pytest
 import torch

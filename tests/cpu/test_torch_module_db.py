@@ -1,5 +1,4 @@
-"""PyTorch's tests of its modules, over its own database of inputs for LSTM, GRU, RNN and their cells, with ours in
-their place.
+"""PyTorch's own tests of LSTM, GRU, RNN and their cells, with our modules in their place.
 
 Each test restates the one of its name in PyTorch's test/test_modules.py. That stock passes shows that the test is
 right. Inputs with a projection are subjects of their own.
@@ -112,9 +111,7 @@ class Subject(NamedTuple):
     def inputs(
         self, dtype: torch.dtype, training: bool, requires_grad=False, device="cpu", whole=False
     ) -> list[ModuleInput]:
-        """Of many every third, of GRU and RNN every fifth, so each option has each value; all if `whole` or with whole
-        grids.
-        """
+        """Every third input, of GRU and RNN every fifth: each option has each value. All if `whole` is true."""
         found = [
             m
             for m in self.info.module_inputs_func(

@@ -1,6 +1,4 @@
-"""Every transform of torch over every kind of call that needs no kernel: the right numbers, or an error that says what
-is not served.
-"""
+"""Every transform of torch with every call that needs no kernel: the right numbers, or an error that says why."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""The file of measured choices, who looks them up, and the errors of `tune`; the measuring itself is in
-tests/kernels.
-"""
+"""The file of measured choices, who reads it, and the errors of `tune`. tests/kernels tests the measuring itself."""
 
 import dataclasses
 import json
@@ -272,9 +270,7 @@ def test_without_a_measurement_cudnn_must_be_clearly_faster(monkeypatch):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_and_projected_calls_are_compared_with_cudnn_too(training, monkeypatch):
-    """Where the dense kernels are predicted to be far slower, packed ones and those of a projection are: the loop is
-    the same.
-    """
+    """If dense kernels are predicted to be far slower, so are packed and projected ones: the loop is the same."""
     from fusedlstm.engines import launch
     from fusedlstm.plan.devices import DEVICES
 

@@ -136,9 +136,7 @@ def test_cell_classes(cell, backend, training):
 
 
 def test_a_second_size_is_a_second_graph_and_no_break():
-    """Any number of steps and sequences; the planner is asked while the graph is made, and again for other sizes of the
-    layer.
-    """
+    """Any number of steps and sequences. The planner runs when the graph is made, and again for other sizes."""
     module = fusedlstm.LSTM(I, H, device=DEVICE)
     graphs = []
     call = torch.compile(module, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph)[1])

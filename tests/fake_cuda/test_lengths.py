@@ -1,6 +1,4 @@
-"""Values that lie on a GPU are not looked at, which would wait for it: a fake tensor has none, and says so when
-asked.
-"""
+"""The host does not read values on a GPU, because that would wait for it. A fake tensor has none and raises."""
 
 import pytest
 import torch

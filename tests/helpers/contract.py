@@ -104,8 +104,8 @@ KERNELS = {
         "statistics": ("True", "grid[0], D, 4", "f32"),
     },
 }
-# Tensors that may have gaps: when they are used, their shape, and from one index to the next how many rows of the last
-# axis.
+# Tensors that may have gaps: when they are used, their shape, and how many rows of the last axis are between one index
+# and the next.
 STRIDED = {
     "recurrence_fwd": {
         "preact_x": (

@@ -1,5 +1,4 @@
-"""A GPU that is not there: fake tensors say that they are on one, and launches are written down and checked in place of
-run.
+"""A GPU that does not exist: tensors claim to be on it, and launches are recorded and checked instead of run.
 
 So the host code of a GPU is walked to its end on any machine: choice of engine, plans, allocations, devices, arguments.
 Numbers there are none. `tests/fake_cuda` has the tests.
@@ -78,9 +77,7 @@ class Launch(NamedTuple):
 
 
 class Gpu(TorchDispatchMode):
-    """Operations and launches inside, in order. Custom ops of ours run their own code, and must return what their fakes
-    say.
-    """
+    """The operations and launches inside, in order. The results of our custom ops must agree with their fakes."""
 
     def __init__(self) -> None:
         super().__init__()

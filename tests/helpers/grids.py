@@ -1,5 +1,6 @@
-"""Grids of cases: of every two axes every pair of values, or with FUSEDLSTM_WHOLE_GRIDS=1 (`make test-whole`) their
-product.
+"""Grids of cases in which every two axes have every pair of values.
+
+With FUSEDLSTM_WHOLE_GRIDS=1 (`make test-whole`) they have every combination of all values.
 """
 
 import itertools
@@ -39,8 +40,7 @@ def pairwise(axes: dict[str, list], seed: int = 0) -> list[tuple]:
 
 
 def grid(axes: dict[str, list], seed: int = 0):
-    """As `pytest.mark.parametrize` of the axes one by one, but fewer. An axis with a tuple of names has tuples of
-    values.
+    """Like `pytest.mark.parametrize` of each axis, but with fewer cases. An axis may be a tuple of names.
 
     A dict of values is named by its keys.
     """

@@ -1,6 +1,4 @@
-"""Launches whose programs exchange tiles, forward and backward, held against the specification: for tests of the
-exchange.
-"""
+"""Launches whose programs exchange tiles, forward and backward, against the specification. They test the exchange."""
 
 import torch
 
@@ -49,9 +47,7 @@ def dense(device="cpu"):
 
 
 def is_caught(run, seeds: int = 4) -> bool:
-    """Whether with one of some seeds `run` shows wrong numbers or a deadlock: for exchanges that are broken on
-    purpose.
-    """
+    """Whether `run` shows wrong numbers or a deadlock with one of some seeds, for a deliberately broken exchange."""
     from fusedlstm.engines import interpreter
 
     for seed in range(seeds):

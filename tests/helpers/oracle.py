@@ -1,5 +1,4 @@
-"""An LSTM in NumPy float64, forward and backward, written apart from the package: it shares no code and no layout with
-it.
+"""An LSTM in NumPy float64, forward and backward. It shares no code and no layout with the package.
 
 One sequence element at a time, one gate at a time, loops instead of broadcasts: slow and plain.
 """

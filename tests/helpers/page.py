@@ -1,6 +1,4 @@
-"""docs/add_a_cell.md at its word: its files, written out as they stand and imported, and what a layer of theirs
-computes.
-"""
+"""Writes out and imports the files of docs/add_a_cell.md, and computes the results of a layer of that cell."""
 
 import contextlib
 import importlib

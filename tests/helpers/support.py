@@ -13,8 +13,8 @@ from fusedlstm.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Of packed batches, by 16 a tile: steps at which none, one and several sequences end; a tile that ends before the
-# other.
+# The lengths of packed batches, in tiles of 16: no, one and several sequences end at a step, and one tile ends before
+# the other.
 LENGTHS = {
     "ragged": [7, 6, 6, 3, 1],
     "two tiles": [4] * 3 + [3] * 12 + [3, 2, 2, 1],
@@ -102,7 +102,7 @@ def tiled(
 
 
 class Inputs(NamedTuple):
-    """What a forward of every engine takes behind its `Recurrence`; a backward takes all but the first after `saved`."""
+    """The arguments of a forward after its `Recurrence`. A backward takes all but the first, after `saved`."""
 
     preact_x: Tensor
     weights: Weights

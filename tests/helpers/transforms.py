@@ -1,6 +1,4 @@
-"""Calls of `functional.run` under torch's transforms, each beside what it must give, found by plain loops of
-autograd.
-"""
+"""Calls of `functional.run` under torch's transforms, each with the expected result from plain loops of autograd."""
 
 from collections.abc import Callable
 
@@ -185,8 +183,7 @@ def compiled(f: Call) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, (x, w), f.g)]
 
 
-# Second derivatives of clipped gradients are not defined: parts of a gradient may be clipped together, or each by
-# itself.
+# Second derivatives of clipped gradients are not defined: parts of a gradient may be clipped together or separately.
 NOT_CLIPPED = (
     *(
         "double backward",
@@ -270,9 +267,7 @@ REFUSED = "expected tensors without tangents"
 
 
 def check_tangents_behind_samples(f: Call) -> None:
-    """That an error says so where torch would drop them without a word; and that nobody minds a level of which no
-    tensor knows.
-    """
+    """Torch would drop these tangents silently, so there is an error. A level without any tangents does no harm."""
     with torch.no_grad(), pytest.raises(NotImplementedError, match=REFUSED):
         torch.func.jvp(torch.vmap(f, in_dims=(0, None)), (f.xs, f.w), (f.xs, f.t_w))
     with forward_ad.dual_level():

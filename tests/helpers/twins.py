@@ -1,6 +1,4 @@
-"""A layer with heads beside its dense twin, whose recurrent weights are the block-diagonal matrices: all results and
-gradients.
-"""
+"""A layer with heads beside a dense one with the block-diagonal weights: all results and gradients."""
 
 import itertools
 import random

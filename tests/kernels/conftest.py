@@ -3,8 +3,7 @@ import os
 import pytest
 import torch
 
-# The one place that decides, before the kernels are imported: they are interpreted where there is no GPU, and only
-# there.
+# Only this place decides whether the kernels are interpreted, before they are imported: if and only if there is no GPU.
 if torch.cuda.is_available():
     os.environ.pop("TRITON_INTERPRET", None)
 else:

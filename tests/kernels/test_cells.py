@@ -1,5 +1,4 @@
-"""kernels/cells: every cell on every schedule, forward and backward, against the specification; and under
-regularisation.
+"""kernels/cells: every cell on every schedule, forward and backward, against the specification, also with noise.
 
 A pairwise grid, seeded: for any two of cell, dtype, schedule, layout, directions, hidden size, noise and clip, every
 pair of values meets in some case; with whole grids (`grids`) in some case of every cell.
@@ -145,9 +144,7 @@ def sign_bwd(gates, state_prev, state, dstate, vectors, drop):
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 @pytest.mark.parametrize("H", [12, 9, 17])
 def test_what_a_cell_makes_of_no_unit_reaches_nobody(device, monkeypatch, protocol, H):
-    """Rows are padded to 16 bytes, and programs have units beyond H. Two or three programs against one, which has no
-    padding.
-    """
+    """Rows are padded to 16 bytes, and programs have units beyond H. Two or three programs are compared with one."""
     monkeypatch.setitem(STEPS, "rnn_tanh", Steps(sign, sign_bwd))
     inputs = recurrence_inputs(3, 4, H, 1, torch.float32, device, cell="rnn_tanh")
     results = []

@@ -1,5 +1,4 @@
-"""kernels/exchange.py: groups whose programs run truly side by side, by either protocol, and exchanges broken on
-purpose.
+"""kernels/exchange.py: groups whose programs really run side by side, by both protocols, and broken exchanges.
 
 Interpreted, the programs of a launch run under a scheduler whose order a seed determines, or as processes. On a GPU the
 first tests run compiled, and the rest is skipped: there the hardware schedules.
@@ -91,9 +90,7 @@ def test_heads_are_groups_of_their_own(protocol, tiles):
 
 @contextlib.contextmanager
 def as_processes(limit_s=60):
-    """One forked process a program, of so many seconds of computing; the interpreter's atomics are atomic across
-    them.
-    """
+    """Run each program in a forked process, for at most `limit_s` of computing. Atomics work across the processes."""
     from triton.runtime import interpreter as stock
 
     from fusedlstm.engines import interpreter

@@ -1,6 +1,4 @@
-"""failures.py, the kernels run forward and cannot be launched backward: the gradients are those of the loop, and
-right.
-"""
+"""failures.py: if kernels ran the forward and cannot be launched for the backward, the loop gives the gradients."""
 
 import copy
 

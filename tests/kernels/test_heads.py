@@ -1,6 +1,4 @@
-"""Heads in the kernels: through fusedlstm.LSTM against dense layers with block-diagonal weights, torch's where it has
-them.
-"""
+"""Heads in the kernels, through fusedlstm.LSTM, against dense layers with block-diagonal weights."""
 
 import copy
 

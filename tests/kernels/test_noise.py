@@ -1,6 +1,4 @@
-"""kernels/noise.py: the words are Philox's, and layers on the kernels see the masks of every other engine, recomputed
-too.
-"""
+"""kernels/noise.py: the words are Philox's, and the kernels see the same masks as all engines, also when recomputed."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""kernels/norms.py: statistics that cross programs, in the cell that has them; its other combinations run in
-test_cells.py.
-"""
+"""kernels/norms.py: statistics across programs, in the cell that needs them. See test_cells.py for other cases."""
 
 import pytest
 import torch
@@ -72,9 +70,7 @@ def test_equals_specification(device, schedule, T, B, H):
 
 
 def test_a_mean_far_from_zero(device):
-    """Preactivations of 1000 and a cell state of 1000, both nearly equal in all units: squares less the square would be
-    noise.
-    """
+    """Preactivations and a cell state near 1000 in all units. A difference of squares would be only noise."""
     inputs = inputs_of(2, 3, 33, device=device)
     inputs["weight_hh"] = [w * 1e-3 + 30 for w in inputs["weight_hh"]]
     inputs["hx"] = inputs["hx"] * 1e-2 + 1

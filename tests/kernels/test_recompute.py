@@ -1,6 +1,4 @@
-"""kernels/recompute.py and a backward made of it in blocks: against the specification, in the same dtype and
-float64.
-"""
+"""kernels/recompute.py and a backward in blocks, against the specification in the same dtype and in float64."""
 
 import pytest
 import torch
@@ -22,9 +20,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_specification(device, layout, directions, dtype, H):
-    """130 units: two programs a sequence. Without recurrent weights preact_x is all that there is to a
-    preactivation.
-    """
+    """130 units need two programs per sequence. Without recurrent weights, the preactivation is preact_x alone."""
     inputs = recurrence_inputs(4, 3, H, directions, DTYPES[dtype], device, **LAYOUTS[layout])
     inputs["weight_hh"] = [torch.zeros_like(w) for w in inputs["weight_hh"]]
     preact = (

@@ -123,9 +123,7 @@ def test_lengths_out_of_range_count_as_the_nearest(device, dtype):
 )
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 def test_other_tiles(device, protocol, block_b, block_h, block_k, split, ahead):
-    """Of both passes; 70 is no multiple of what aligns a row, nor of a chunk, and all chunks are never loaded at
-    once.
-    """
+    """Both passes. 70 is no multiple of the alignment of a row or of a chunk. Chunks are never all loaded at once."""
     inputs = recurrence_inputs(2, 35, 70, 1, torch.float16, device)
     tiles = {"block_b": block_b, "block_h": block_h, "block_k": block_k, "split": split, "ahead": ahead}
     check(inputs, tiled("fwd", 35, 70, "fp16", protocol=protocol, **tiles))

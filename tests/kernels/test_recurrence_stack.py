@@ -1,6 +1,4 @@
-"""The kernels with STACK: the layers of a stack as a wave in one launch, against one layer of the specification after
-another.
-"""
+"""The kernels with STACK run the layers of a stack as a wave in one launch, like one layer after another."""
 
 import pytest
 import torch
@@ -18,9 +16,7 @@ LAYOUTS = {
 
 
 def stack_inputs(T, B, H, layers, dtype, device, **layout):
-    """What the forward launch takes: the first layer's preact_x, the weights of all, and of the layers above
-    `launch.Stack`.
-    """
+    """The tensors of the forward launch: preact_x of the first layer, the weights of all, and `launch.Stack`."""
     inputs = recurrence_inputs(T, B, H, layers, dtype, device, **layout)
     inputs["preact_x"] = inputs["preact_x"][:1]
     generator = torch.Generator().manual_seed(7)

@@ -1,6 +1,4 @@
-"""Every transform of torch over calls that the kernels serve, layers as a wave among them: the numbers of the
-specification.
-"""
+"""Every transform of torch with calls that the kernels serve, waves included: the numbers of the specification."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""A wave: stacks of layers in one launch, through fusedlstm.LSTM, against one layer after another in the
-specification.
-"""
+"""A wave: stacks of layers in one launch, through fusedlstm.LSTM, against the layers one after another."""
 
 import copy
 

@@ -1,6 +1,4 @@
-"""skorch: NeuralNetClassifier builds a module with an nn.LSTM, fits it batch by batch, and clones it as
-scikit-learn.
-"""
+"""skorch: NeuralNetClassifier builds a module with an nn.LSTM, fits it in batches, and clones it."""
 
 import numpy as np
 from sklearn.base import clone
