@@ -21,7 +21,7 @@ class PlanError(RuntimeError):
 
 
 class Problem(NamedTuple):
-    """The sizes of one launch, before a plan is chosen. The number of steps is none of them: no choice depends on it."""
+    """The sizes of one launch, before a plan is chosen. The number of steps is not among them."""
 
     cell: str  # a name of `fusedlstm.cells.CELLS`
     batch: int
