@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import cells, engines
+from fusedlstm import cells, engines, products
 from fusedlstm.noise import Rates
 
 # Whether values on a device are checked, which waits for the device.
@@ -205,7 +205,7 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
     elif input.dim() not in (2, 3):
         tensor = "tensor " if _name(module, of) == "RNN" else ""
         raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
-    autocast = torch._C._is_any_autocast_enabled()
+    autocast = products.autocasts(input)
     weight = module._flat_weights[0]
     if input.dtype != weight.dtype and not autocast:
         raise ValueError(
@@ -349,7 +349,7 @@ def step(module, input: Tensor, hx) -> None:
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.size(-1)}, expected {module.hidden_size}"
             )
-    autocast = torch._C._is_any_autocast_enabled()
+    autocast = products.autocasts(input)
     _dtype_of_cell(module, input, autocast)
     _same_device_and_dtype(input, states, module.weight_ih, dtypes=not autocast)
 

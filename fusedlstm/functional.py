@@ -21,7 +21,7 @@ from fusedlstm.engines import aten, reference
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.plan import tuned
-from fusedlstm.products import joined, product, stacked
+from fusedlstm.products import autocasts, joined, product, stacked
 
 Results = tuple[Tensor, tuple[Tensor, ...], Tensor | None]  # output, final states, c_seq
 
@@ -413,7 +413,7 @@ def _computed(call: _Call, engine: str) -> Results:
     spec, rows = call.spec, call.rows
     drawn, call = _with_noise(call)
     schedule, compute_dtype = _ways(call, engine)
-    if compute_dtype != call.input.dtype or _autocasts(call.input):  # else all of them have it
+    if compute_dtype != call.input.dtype or autocasts(call.input):  # else all of them have it
         input, states, weights = _cast((call.input, call.states, call.weights), compute_dtype)
         call = call._replace(input=input, states=states, weights=weights)
     with _autocast_off(call.input):
@@ -566,19 +566,14 @@ def _projected_layer(
 
 def _result_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the results: that of autocast if it is on and the input is not float64, else that of the input."""
-    if _autocasts(input) and input.dtype != torch.float64:
+    if autocasts(input) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
-def _autocasts(input: Tensor) -> bool:
-    kind = input.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def _autocast_off(input: Tensor):
     # What is to be cast is cast: ATen's own rules for LSTMs differ from device to device, and from dtype to dtype.
-    return torch.autocast(input.device.type, enabled=False) if _autocasts(input) else contextlib.nullcontext()
+    return torch.autocast(input.device.type, enabled=False) if autocasts(input) else contextlib.nullcontext()
 
 
 def _cast(tree, dtype: torch.dtype):

@@ -38,6 +38,12 @@ _MATMUL, _ONEDNN = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 _LOCK = threading.RLock()
 
 
+def autocasts(input: Tensor) -> bool:
+    """Whether autocast is on for the device of `input`."""
+    kind = input.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def tf32() -> bool:
     """Whether `torch.nn.LSTM` would round the factors of float32 products to TF32 on a GPU."""
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"
