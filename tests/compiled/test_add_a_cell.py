@@ -29,7 +29,7 @@ def assert_sound(p, c):
     ],
 )
 def test_no_kernel_spills(ugrnn, dtype, layout, protocol, hidden, pass_):
-    p = plan(ugrnn.cell.name, 100, 64, hidden, dtype, 1, LIMITS, pass_, layout=layout, protocol=protocol)
+    p = plan(ugrnn.cell.name, 64, hidden, dtype, 1, LIMITS, pass_, layout=layout, protocol=protocol)
     assert p.schedule == "resident" and p.protocol == protocol and p.group > 1
     assert_sound(*offline.compile_clean(p, LIMITS))
 
@@ -37,7 +37,7 @@ def test_no_kernel_spills(ugrnn, dtype, layout, protocol, hidden, pass_):
 def test_zoneout_and_dropout_do_not_spill(ugrnn):
     noise = dict.fromkeys(("HOLDS", "DROPS_CANDIDATE", "DROPS_H", "TRAINING"), True)
     for pass_ in ("fwd", "bwd"):
-        p = plan(ugrnn.cell.name, 100, 64, 512, "bf16", 1, LIMITS, pass_)
+        p = plan(ugrnn.cell.name, 64, 512, "bf16", 1, LIMITS, pass_)
         assert_sound(p, offline.compile_plan(p, **noise))
 
 

@@ -9,12 +9,14 @@ import triton.language as tl
 
 from bench import overhead
 from bench.claimed import DRIVER
+from fusedlstm.cells import State, Weights
 from fusedlstm.engines import failures, launch, stepping
 from fusedlstm.engines.bound import Bound
 from fusedlstm.kernels.norms import row_statistics_kernel
 from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.plan import plan, step_plan
 from fusedlstm.plan.devices import DEVICES
+from support import recurrence
 
 KERNELS = [*launch.KERNELS.values(), *stepping.KERNELS.values(), recompute_kernel, row_statistics_kernel]
 
@@ -136,27 +138,22 @@ def test_what_does_not_compile_or_fit_is_a_failed_launch(claimed_gpu, monkeypatc
     with pytest.raises(KeyError, match="no_such_option"):  # ours, and no failure of a launch
         Bound(kernel, (1,), {"ADD": 3}, {"no_such_option": 1})(**given)
     monkeypatch.setattr("triton.compiler.compiler.max_shared_mem", lambda device: 1024)
-    p = plan("lstm", 3, 64, 512, "bf16", 1, DEVICES["sm_100"], "fwd")
-    given = (
-        torch.zeros(1, 3, 64, 4 * 512),
-        [torch.zeros(4 * 512, 512)],
-        torch.zeros(1, 64, 512),
-        torch.zeros(1, 1, 64, 512),
-    )
-    given = [x.bfloat16() if isinstance(x, torch.Tensor) else [w.bfloat16() for w in x] for x in given]
+    p = plan("lstm", 64, 512, "bf16", 1, DEVICES["sm_100"], "fwd")
+    zeros = torch.zeros(1, 3, 64, 4 * 512, dtype=torch.bfloat16)
+    weights = Weights([torch.zeros(4 * 512, 512, dtype=torch.bfloat16)])
+    state = State(zeros[:, 0, :, :512], zeros[:, :1, :, :512])
     text = r"recurrence_fwd_kernel \(lstm fwd, hidden 512, .* KiB of shared memory each.*OutOfResources"
     with pytest.raises(failures.LaunchError, match=text):
-        launch.recurrence_fwd("lstm", *given, save_gates=False, save_states=True, plan=p)
+        launch.recurrence_fwd(recurrence(save_gates=False), zeros, weights, state, plan=p)
 
 
 def test_a_step_that_is_launched_anew_sees_another_step(claimed_gpu):
     T, B, H = 4, 16, 64
     p = step_plan("lstm", B, H, "bf16", 1, DEVICES["sm_90"], "fwd")
     zeros = torch.zeros(1, T, B, 4 * H, dtype=torch.bfloat16)
-    states = zeros[0, :1, :, :H], zeros[:, :1, :, :H]
-    launch.recurrence_fwd(
-        "lstm", zeros, [zeros[0, 0, :1, :H].expand(4 * H, H)], *states, save_gates=True, save_states=True, plan=p
-    )
+    weights = Weights([zeros[0, 0, :1, :H].expand(4 * H, H)])
+    state = State(zeros[0, :1, :, :H], zeros[:, :1, :, :H])
+    launch.recurrence_fwd(recurrence(), zeros, weights, state, plan=p)
     names = stepping.KERNELS["fwd"].arg_names
     assert [arguments[-len(names) :][names.index("step")] for arguments in claimed_gpu] == list(range(T))
 

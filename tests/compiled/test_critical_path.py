@@ -27,9 +27,9 @@ AXES = {
 def planned(cell, kind, pass_, layout="dense", dtype="bf16", arch="sm_90"):
     hidden, protocol = KINDS[kind]
     limits = DEVICES[arch]
-    p = plan(cell, 100, 32, hidden, dtype, 1, limits, pass_, layout=layout, protocol=protocol)
+    p = plan(cell, 32, hidden, dtype, 1, limits, pass_, layout=layout, protocol=protocol)
     if p.norms_per_step and kind == "streamed":
-        p = plan(cell, 100, 32, 1024, dtype, 1, limits, pass_, layout=layout, protocol=protocol)
+        p = plan(cell, 32, 1024, dtype, 1, limits, pass_, layout=layout, protocol=protocol)
     return p
 
 
@@ -125,7 +125,7 @@ AT_MOST = {
 def test_a_step_is_short(shape):
     name, dtype, pass_ = shape
     s = BY_ID[name]
-    p = plan("lstm", s.T, s.B, s.H, dtype, 1, DEVICES["sm_90"], pass_)
+    p = plan("lstm", s.B, s.H, dtype, 1, DEVICES["sm_90"], pass_)
     compiled = offline.compile_plan(p)
     found = offline.loop(compiled.asm["sass"])._asdict()
     assert all(found[key] <= most for key, most in AT_MOST[shape].items()), found
@@ -137,8 +137,9 @@ def test_a_step_is_short(shape):
 def test_matrix_instructions_run_on(pass_, hidden, batch):
     """The transposed form and large tiles have wgmma, of which a chunk's are waited for once, and not one by one."""
     from fusedlstm.plan import candidates
+    from fusedlstm.plan.problem import Problem
 
-    found = candidates("lstm", 100, batch, hidden, "bf16", 1, DEVICES["sm_90"], pass_)
+    found = candidates(Problem("lstm", batch, hidden, "bf16", 1, pass_, device_limits=DEVICES["sm_90"]))
     p = next(p for p in found if p.transposed or p.block_b == 64)
     compiled = offline.compile_plan(p)
     loop, operations = offline.loop(compiled.asm["sass"]), offline.loop_operations(compiled.asm["sass"])

@@ -9,27 +9,29 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from bench import claimed
+from fusedlstm.cells import Grads, State, Weights
 from fusedlstm.engines import failures, launch, offline
 from fusedlstm.plan import plan, variants
 from fusedlstm.plan.devices import DEVICES
+from support import recurrence
 
 
 def tensors(T, B, H, D, dtype):
     def zeros(*shape):
         return torch.zeros(*shape, dtype=dtype)
 
-    return zeros(D, T, B, 4 * H), [zeros(4 * H, H) for _ in range(D)], zeros(D, B, H), zeros(1, D, B, H)
+    weights = Weights([zeros(4 * H, H) for _ in range(D)])
+    return zeros(D, T, B, 4 * H), weights, State(zeros(D, B, H), zeros(1, D, B, H))
 
 
 @pytest.mark.parametrize(("hidden", "directions"), [(64, 1), (512, 2), (1150, 1)])
 def test_the_jit_takes_every_argument(claimed_gpu, hidden, directions):
-    T, B, dtype = 3, 64, torch.bfloat16
-    preact_x, weight_hh, hx, cx = tensors(T, B, hidden, directions, dtype)
-    fwd, bwd = (plan("lstm", T, B, hidden, "bf16", directions, DEVICES["sm_90"], p) for p in ("fwd", "bwd"))
-    output, h_n, c_n, gates, c_seq = launch.recurrence_fwd(
-        "lstm", preact_x, weight_hh, hx, cx, save_gates=True, save_states=True, plan=fwd
-    )
-    launch.recurrence_bwd("lstm", output, c_seq, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq, plan=bwd)
+    T, B = 3, 64
+    given = tensors(T, B, hidden, directions, torch.bfloat16)
+    fwd, bwd = (plan("lstm", B, hidden, "bf16", directions, DEVICES["sm_90"], p) for p in ("fwd", "bwd"))
+    saved = launch.recurrence_fwd(recurrence(), *given, plan=fwd)
+    grads = Grads(saved.output, saved.c_seq, saved.h_n, saved.c_n)
+    launch.recurrence_bwd(recurrence(), grads, saved, *given[1:], plan=bwd)
     for p, (metadata, *grid) in zip((fwd, bwd), (launched[:4] for launched in claimed_gpu), strict=True):
         assert tuple(grid) == p.grid
         assert metadata.launch_cooperative_grid == (not p.local)
@@ -38,9 +40,9 @@ def test_the_jit_takes_every_argument(claimed_gpu, hidden, directions):
 
 
 def test_a_new_length_or_batch_compiles_nothing(claimed_gpu):
-    p = plan("lstm", 3, 64, 64, "bf16", 1, DEVICES["sm_90"], "fwd")
+    p = plan("lstm", 64, 64, "bf16", 1, DEVICES["sm_90"], "fwd")
     for T, B in ((3, 64), (1, 64), (16, 63), (100, 1)):
-        launch.recurrence_fwd("lstm", *tensors(T, B, 64, 1, torch.bfloat16), save_gates=True, save_states=True, plan=p)
+        launch.recurrence_fwd(recurrence(), *tensors(T, B, 64, 1, torch.bfloat16), plan=p)
     assert len(claimed_gpu) == 4 and len({metadata.hash for metadata, *_ in claimed_gpu}) == 1
 
 
@@ -58,12 +60,12 @@ def test_a_kernel_that_spills_makes_room_for_the_next_variant(claimed_gpu, monke
     monkeypatch.setattr(launch, "_variants", {})
     launch._bound.cache_clear()
     limits = DEVICES["sm_90"]
-    p = plan("lstm", 3, 16, hidden, "bf16", 1, limits, "fwd", protocol="counter")
+    p = plan("lstm", 16, hidden, "bf16", 1, limits, "fwd", protocol="counter")
     expected = [p, *variants(p, limits)]
     assert len(expected) > 3 and len({q.code for q in expected}) == len(expected)
     given = tensors(3, 16, hidden, 1, torch.bfloat16)
     for _ in range(2):
-        launch.recurrence_fwd("lstm", *given, save_gates=True, save_states=True, plan=p)
+        launch.recurrence_fwd(recurrence(), *given, plan=p)
     chosen = expected[spilled] if spilled < len(expected) else p
     metadata = [metadata for metadata, *_ in claimed_gpu]
     assert len(metadata) == 2 and len({m.hash for m in metadata}) == 1, "looked for once"
@@ -75,7 +77,7 @@ def test_a_kernel_that_spills_makes_room_for_the_next_variant(claimed_gpu, monke
 def test_a_variant_that_is_refused_is_passed_over(claimed_gpu, monkeypatch):
     """If the plan spills and its first variant does not fit, the second is taken. If nothing fits, it is an error."""
     limits = DEVICES["sm_90"]
-    p = plan("lstm", 3, 16, 304, "bf16", 1, limits, "fwd", protocol="counter")
+    p = plan("lstm", 16, 304, "bf16", 1, limits, "fwd", protocol="counter")
     expected = [p, *variants(p, limits)]
     answers = ["spills", "refused", "clean"]
 
@@ -88,12 +90,12 @@ def test_a_variant_that_is_refused_is_passed_over(claimed_gpu, monkeypatch):
     monkeypatch.setattr(claimed._Utils, "load_binary", load_binary)
     monkeypatch.setattr(launch, "_variants", {})
     launch._bound.cache_clear()
-    launch.recurrence_fwd("lstm", *tensors(3, 16, 304, 1, torch.bfloat16), save_gates=True, save_states=True, plan=p)
+    launch.recurrence_fwd(recurrence(), *tensors(3, 16, 304, 1, torch.bfloat16), plan=p)
     (launched,) = claimed_gpu
     assert launched[0].shared == offline.compile_plan(expected[2]).smem_bytes
     assert launched[0].num_warps == expected[2].num_warps
     with pytest.raises(failures.LaunchError, match="shared memory"):
-        other = plan("lstm", 3, 16, 312, "bf16", 1, limits, "fwd", protocol="counter")
+        other = plan("lstm", 16, 312, "bf16", 1, limits, "fwd", protocol="counter")
         given = tensors(3, 16, 312, 1, torch.bfloat16)
-        launch.recurrence_fwd("lstm", *given, save_gates=True, save_states=True, plan=other)
+        launch.recurrence_fwd(recurrence(), *given, plan=other)
     launch._bound.cache_clear()

@@ -6,6 +6,7 @@ import pytest
 
 from bench import kernels
 from bench.shapes import BY_ID
+from fusedlstm.cells import CELLS
 from fusedlstm.engines import launch, offline
 from fusedlstm.kernels.norms import row_statistics_kernel
 from fusedlstm.plan import plan
@@ -25,7 +26,7 @@ from fusedlstm.plan.devices import DEVICES
 )
 def test_compiles_within_the_limits(arch, dtype, shape, layout, pass_):
     s = BY_ID[shape]
-    p = plan("layernorm", s.T, s.B, s.H, dtype, 1, DEVICES[arch], pass_, layout=layout)
+    p = plan("layernorm", s.B, s.H, dtype, 1, DEVICES[arch], pass_, layout=layout)
     numbers = kernels.compile_numbers(p)
     assert not kernels.faults(p, numbers), kernels.faults(p, numbers)
     assert numbers.smem_bytes <= p.smem_bytes
@@ -35,7 +36,7 @@ def test_compiles_within_the_limits(arch, dtype, shape, layout, pass_):
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])
 def test_exchanges_of_a_step(pass_, protocol):
     """Two of norms, each by words of 64 bits that are stored and polled, and h by its protocol: nobody else counts."""
-    p = plan("layernorm", 100, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
+    p = plan("layernorm", 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
     ptx = offline.compile_plan(p).asm["ptx"]
     assert p.barriers_per_step == 3
     for instruction in ("atom.global.gpu.release.add", "ld.global.gpu.acquire"):
@@ -45,7 +46,7 @@ def test_exchanges_of_a_step(pass_, protocol):
 
 @pytest.mark.parametrize("hidden", [7, 1024, 8192])
 def test_row_statistics(hidden):
-    constants = launch.row_statistics_constants("layernorm", hidden)
+    constants = launch.row_statistics_constants(CELLS["layernorm"], hidden)
     options = {"num_warps": constants.pop("num_warps")}
     types = {"gates_ptr": "*bf16", "c_seq_ptr": "*fp32", "statistics_ptr": "*fp32", "D": "i32"}
     assert offline.compile_kernel(row_statistics_kernel, types, constants, "sm_90", **options).spill_bytes == 0
@@ -54,7 +55,7 @@ def test_row_statistics(hidden):
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])
 def test_on_amd_the_words_are_awaited_by_a_counter(pass_):
     """A load there sees only the L2 of its own die until an acquire: three of them a step, and as many releases."""
-    p = plan("layernorm", 100, 64, 256, "bf16", 1, DEVICES["gfx942"], pass_)
+    p = plan("layernorm", 64, 256, "bf16", 1, DEVICES["gfx942"], pass_)
     assert p.group > 1
     found = offline.compile_plan(p).asm["amdgcn"]
     assert len(re.findall(r"buffer_inv sc1", found)) >= 3 and len(re.findall(r"buffer_wbl2 sc1", found)) >= 3

@@ -53,7 +53,7 @@ def test_compiles_as_the_table_says(name):
 @pytest.mark.parametrize("cell", [name for name in cells.CELLS if name != "lstm"])
 def test_the_family_compiles(cell, pass_):
     """Each cell at H 512 with masks; and with zoneout and dropouts, which may cost registers but not correctness."""
-    p = plan(cell, 100, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, layout="packed")
+    p = plan(cell, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, layout="packed")
     numbers = kernels.compile_numbers(p)
     assert not kernels.faults(p, numbers), kernels.faults(p, numbers)
     assert numbers[2] <= p.smem_bytes
@@ -79,7 +79,7 @@ def test_the_committed_table_is_of_these_plans():
 
 
 def sm_90(pass_, protocol="counter"):
-    return plan("lstm", 100, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
+    return plan("lstm", 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
 
 
 @pytest.fixture(scope="module", params=["fwd", "bwd"])

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from bench import kernels
+from fusedlstm.cells import Grads, State, Weights
 from fusedlstm.engines import launch, offline, stepping
 from fusedlstm.plan import step_plan
 from fusedlstm.plan.devices import DEVICES
+from support import recurrence
 
 # dtype, precision, pass, B, I (0: none), H: a row of the batch, few, many; aligned rows of weights, half aligned, odd.
 CASES = [
@@ -57,12 +59,10 @@ def test_the_jit_takes_every_argument(claimed_gpu):
     def zeros(*shape):
         return torch.zeros(*shape, dtype=torch.bfloat16)
 
-    weight_hh, hx, cx = [zeros(4 * H, H)] * D, zeros(D, B, H), zeros(1, D, B, H)
-    output, h_n, c_n, gates, c_seq = launch.recurrence_fwd(
-        "lstm", zeros(D, T, B, 4 * H), weight_hh, hx, cx, save_gates=True, save_states=True, plan=fwd
-    )
-    given = (output, c_seq, h_n, c_n, weight_hh, hx, cx, output, gates, c_seq)
-    launch.recurrence_bwd("lstm", *given, plan=bwd)
+    given = Weights([zeros(4 * H, H)] * D), State(zeros(D, B, H), zeros(1, D, B, H))
+    saved = launch.recurrence_fwd(recurrence(), zeros(D, T, B, 4 * H), *given, plan=fwd)
+    grads = Grads(saved.output, saved.c_seq, saved.h_n, saved.c_n)
+    launch.recurrence_bwd(recurrence(), grads, saved, *given, plan=bwd)
     launched = [metadata for metadata, *_ in claimed_gpu]
     assert len(launched) == T + T + 1 and len({kernel.hash for kernel in launched}) == 2
     assert not any(kernel.launch_cooperative_grid for kernel in launched)
@@ -79,7 +79,8 @@ def test_a_new_batch_or_layer_compiles_nothing(claimed_gpu, monkeypatch):
         parameters = [
             [torch.zeros(256, 64, dtype=torch.bfloat16)] * 2 + [torch.zeros(256, dtype=torch.bfloat16)] * 2
         ] * 3
-        launch.step_fwd("lstm", zeros[0], zeros, zeros.unsqueeze(0), parameters, 1, save_gates=False, save_states=False)
+        spec = recurrence(save_gates=False, save_states=False)
+        launch.step_fwd(spec, zeros[0], State(zeros, zeros.unsqueeze(0)), parameters, 1)
     assert len(claimed_gpu) == 12 and len({metadata.hash for metadata, *_ in claimed_gpu}) == 1
 
 

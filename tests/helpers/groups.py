@@ -1,9 +1,12 @@
 """Launches whose programs exchange tiles, forward and backward, against the specification. They test the exchange."""
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from fusedlstm.cells import Grads
 from fusedlstm.engines import launch, reference
-from support import assert_accurate, cast, recurrence_inputs, tiled, without_padding
+from support import assert_accurate, cast, recurrence, recurrence_inputs, tiled, without_padding
 
 T, B, H, D = 4, 20, 40, 2  # per direction: two batch tiles, three programs a group
 
@@ -12,28 +15,24 @@ def run_both(inputs, protocol="counter", **tiles):
     """Forward and backward; (result, exact) of every tensor."""
     options = {"directions": D, "precision": "ieee", "protocol": protocol, **tiles}
     fwd, bwd = (tiled(pass_, B, H, "fp32", block_k=64, **options) for pass_ in ("fwd", "bwd"))
-    ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=fwd)
+    ours = launch.recurrence_fwd(recurrence(), *inputs, plan=fwd)
     exact_inputs = cast(inputs, torch.float64)
-    exact = reference.recurrence_fwd("lstm", **exact_inputs)
+    exact = reference.recurrence_fwd(recurrence(), *exact_inputs)
     generator = torch.Generator().manual_seed(2)
-    grads = [torch.randn(ours[k].shape, generator=generator).to(ours[k].device) for k in (0, 4, 1, 2)]
-    states = {k: v for k, v in inputs.items() if k != "preact_x"}
-    saved = dict(zip(("output", "gates", "c_seq"), (ours[0], *ours[3:]), strict=True))
-    ours_bwd = launch.recurrence_bwd("lstm", *shared(grads), **states, **shared(saved), plan=bwd)
-    exact_states = {k: v for k, v in exact_inputs.items() if k != "preact_x"}
-    exact_saved = dict(zip(saved, (exact[0], *exact[3:]), strict=True))
-    exact_bwd = reference.recurrence_bwd("lstm", *cast(grads, torch.float64), **exact_states, **exact_saved)
+    wanted = (ours.output, ours.c_seq, ours.h_n, ours.c_n)
+    grads = Grads(*(torch.randn(x.shape, generator=generator).to(x.device) for x in wanted))
+    ours_bwd = launch.recurrence_bwd(recurrence(), shared(grads), shared(ours), *inputs[1:], plan=bwd)
+    exact_bwd = reference.recurrence_bwd(recurrence(), cast(grads, torch.float64), exact, *exact_inputs[1:])
     pairs = list(zip([*ours, *ours_bwd], [*exact, *exact_bwd], strict=True))
-    pairs[3] = tuple(without_padding(gates, inputs["layout"]) for gates in pairs[3])
+    pairs[3] = tuple(without_padding(gates, inputs.batch.layout) for gates in pairs[3])
     return pairs
 
 
 def shared(tree):
     """Move tensors to memory that forked processes share."""
-    for x in tree.values() if isinstance(tree, dict) else tree:
-        for tensor in x if isinstance(x, (list, tuple)) else [x]:
-            if tensor is not None and not tensor.is_cuda:
-                tensor.share_memory_()
+    for x in tree_leaves(tree):
+        if isinstance(x, Tensor) and not x.is_cuda:
+            x.share_memory_()
     return tree
 
 

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 
 from fusedlstm import cells
+from fusedlstm.cells import Grads, Saved
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import launch, reference
 from fusedlstm.kernels.cells import STEPS, Steps
 from fusedlstm.noise import NO_NOISE, Noise
 from grids import WHOLE, pairwise
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+from support import DTYPES, assert_accurate, cast, recurrence, recurrence_inputs, tiled, without_padding
 
 SEED = 987654321987
 NOISES = {
@@ -67,33 +68,26 @@ def test_equals_specification(device, cell, dtype, schedule, layout, directions,
     if not EQUATIONS[cell].update:
         noise = noise._replace(rates=(0.0, 0.0, *noise.rates[2:])) if noise.rates else noise  # it has no zoneout
     inputs = recurrence_inputs(3, B, H, directions, DTYPES[dtype], device, cell=cell, **LAYOUTS[layout])
-    B = inputs["hx"].size(1)
+    inputs = inputs._replace(batch=inputs.batch._replace(noise=cast(noise, DTYPES[dtype], device)))
+    B = inputs.state.hx.size(1)
     tiles = {"precision": "ieee", "directions": directions, "cell": cell, **SCHEDULES[schedule]}
     fwd, bwd = (tiled(pass_, B, H, dtype, **tiles) for pass_ in ("fwd", "bwd"))
-    on_device = noise._replace(seed=None if noise.seed is None else noise.seed.to(device))
-    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
+    spec, precisions = recurrence(cell, clip=clip), (DTYPES[dtype], torch.float64)
 
-    ours = launch.recurrence_fwd(cell, **inputs, noise=on_device, save_gates=True, save_states=True, plan=fwd)
-    same, exact = (
-        reference.recurrence_fwd(cell, **cast(inputs, p), noise=noise) for p in (DTYPES[dtype], torch.float64)
-    )
+    ours = launch.recurrence_fwd(spec, *inputs, plan=fwd)
+    same, exact = (reference.recurrence_fwd(spec, *cast(inputs, p)) for p in precisions)
     # One forward for all: a rectifier's gradient jumps where a preactivation is nearly zero.
-    saved = dict(zip(("output", "gates", "c_seq"), (same[0], *same[3:]), strict=True))
+    saved = cast(same, DTYPES[dtype], device)
+    saved = saved._replace(c_seq=saved.c_seq.float())
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(ours[k].shape, generator=generator).to(inputs["hx"].dtype) for k in (0, 4, 1, 2)]
-    on_device_grads, on_device_saved = ([g.to(device) for g in grads], {k: x.to(device) for k, x in saved.items()})
-    on_device_saved["c_seq"] = on_device_saved["c_seq"].float()
-    ours_bwd = launch.recurrence_bwd(
-        cell, *on_device_grads, **states, **on_device_saved, noise=on_device, clip=clip, plan=bwd
-    )
-    same_bwd, exact_bwd = (
-        reference.recurrence_bwd(cell, *cast(grads, p), **cast(states, p), **cast(saved, p), noise=noise, clip=clip)
-        for p in (DTYPES[dtype], torch.float64)
-    )
+    wanted = (ours.output, ours.c_seq, ours.h_n, ours.c_n)
+    grads = Grads(*(torch.randn(x.shape, generator=generator).to(device, DTYPES[dtype]) for x in wanted))
+    ours_bwd = launch.recurrence_bwd(spec, grads, saved, *inputs[1:], plan=bwd)
+    same_bwd, exact_bwd = (reference.recurrence_bwd(spec, *cast((grads, same, *inputs[1:]), p)) for p in precisions)
     expected = ([*same, *same_bwd], [*exact, *exact_bwd])
-    names = ("output", "h_n", "c_n", "gates", "c_seq", "grad_preact", "grad_hx", "grad_cx")
+    names = (*Saved._fields, "grad_preact", "grad_hx", "grad_cx")
     for name, a, b, c in zip(names, (*ours, *ours_bwd), *expected, strict=True):
-        a, b, c = ((without_padding(x, inputs["layout"]) if name == "gates" else x) for x in (a.cpu(), b, c))
+        a, b, c = ((without_padding(x, inputs.batch.layout) if name == "gates" else x) for x in (a.cpu(), b, c))
         assert_accurate(name, a, b, c)
 
 
@@ -106,16 +100,14 @@ def test_one_launch_a_step(device, cell, batch, directions):
     tiles = {"schedule": "stepped", "protocol": "none", "directions": directions, "cell": cell, "precision": "ieee"}
     tiles |= {"block_b": 1, "block_h": 4} if batch == 1 else {}
     fwd, bwd = (tiled(pass_, batch, 19, "fp32", **tiles) for pass_ in ("fwd", "bwd"))
-    ours = launch.recurrence_fwd(cell, **inputs, save_gates=True, save_states=True, plan=fwd)
-    states = {name: inputs[name] for name in ("weight_hh", "hx", "cx", "layout", "vectors")}
-    saved = dict(zip(("output", "gates", "c_seq"), (ours[0], *ours[3:]), strict=True))
-    grads = [torch.ones_like(ours[k]) for k in (0, 4, 1, 2)]
-    ours_bwd = launch.recurrence_bwd(cell, *grads, **states, **saved, plan=bwd)
+    ours = launch.recurrence_fwd(recurrence(cell), *inputs, plan=fwd)
+    grads = Grads(*(torch.ones_like(x) for x in (ours.output, ours.c_seq, ours.h_n, ours.c_n)))
+    ours_bwd = launch.recurrence_bwd(recurrence(cell), grads, ours, *inputs[1:], plan=bwd)
     expected = []
     for precision in (torch.float32, torch.float64):
-        found = reference.recurrence_fwd(cell, **cast(inputs, precision))
-        own = {"output": found[0], "gates": found[3], "c_seq": found[4]}
-        back = reference.recurrence_bwd(cell, *cast(grads, precision), **cast(states, precision), **own)
+        own = cast(inputs, precision)
+        found = reference.recurrence_fwd(recurrence(cell), *own)
+        back = reference.recurrence_bwd(recurrence(cell), cast(grads, precision), found, *own[1:])
         expected.append([*found, *back])
     for k, (a, b, c) in enumerate(zip((*ours, *ours_bwd), *expected, strict=True)):
         assert_accurate(f"tensor {k}", a, b, c)
@@ -150,13 +142,10 @@ def test_what_a_cell_makes_of_no_unit_reaches_nobody(device, monkeypatch, protoc
     results = []
     for options in ({"schedule": "single"}, {"block_h": 8, "protocol": protocol}):
         fwd, bwd = (tiled(p, 4, H, "fp32", cell="rnn_tanh", precision="ieee", **options) for p in ("fwd", "bwd"))
-        output, h_n, c_n, gates, c_seq = launch.recurrence_fwd(
-            "rnn_tanh", **inputs, save_gates=True, save_states=True, plan=fwd
-        )
-        own = {k: v for k, v in inputs.items() if k != "preact_x"}
-        saved = {"output": output, "gates": gates, "c_seq": c_seq}
-        grads = launch.recurrence_bwd("rnn_tanh", torch.ones_like(output), None, h_n, c_n, **own, **saved, plan=bwd)
-        results.append((output, h_n, grads[0], grads[1]))
+        saved = launch.recurrence_fwd(recurrence("rnn_tanh"), *inputs, plan=fwd)
+        given = Grads(torch.ones_like(saved.output), None, saved.h_n, saved.c_n)
+        grads = launch.recurrence_bwd(recurrence("rnn_tanh"), given, saved, *inputs[1:], plan=bwd)
+        results.append((saved.output, saved.h_n, grads[0], grads[1]))
     for alone, together in zip(*results, strict=True):
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
         assert together.isfinite().all()

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedlstm.cells import Grads
 from fusedlstm.engines import bound, launch
 from fusedlstm.kernels import exchange, recurrence_fwd
 from groups import B, D, H, assert_right, dense, is_caught, run_both, shared
-from support import DTYPES, recurrence_inputs, tiled
+from support import DTYPES, recurrence, recurrence_inputs, tiled
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
 by_protocol = pytest.mark.parametrize("protocol", ["counter", "data"])
@@ -151,14 +152,12 @@ def test_groups_as_processes(shared_memory, protocol):
 def both_ways(inputs, dtype, **tiles):
     """Every tensor by either protocol, forward and backward: pairs that must agree to the last bit."""
     results = []
-    _, B, H = inputs["hx"].shape
+    _, B, H = inputs.state.hx.shape
     for protocol in ("counter", "data"):
         fwd, bwd = (tiled(pass_, B, H, dtype, protocol=protocol, **tiles) for pass_ in ("fwd", "bwd"))
-        ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=fwd)
-        output, h_n, c_n, gates, c_seq = ours
-        states = {k: v for k, v in inputs.items() if k != "preact_x"}
-        saved = {"output": output, "gates": gates, "c_seq": c_seq}
-        results.append((*ours, *launch.recurrence_bwd("lstm", output, None, h_n, c_n, **states, **saved, plan=bwd)))
+        saved = launch.recurrence_fwd(recurrence(), *inputs, plan=fwd)
+        grads = Grads(saved.output, None, saved.h_n, saved.c_n)
+        results.append((*saved, *launch.recurrence_bwd(recurrence(), grads, saved, *inputs[1:], plan=bwd)))
     return list(zip(*results, strict=True))
 
 
@@ -182,7 +181,7 @@ def test_nan_passes(device, dtype):
     """By data, a NaN of the user's own, even of the pattern that stands for absent, is no reason to wait."""
     inputs = recurrence_inputs(3, 20, 40, 1, DTYPES[dtype], device)
     bits = torch.int32 if dtype == "fp32" else torch.int16
-    for x in (inputs["hx"][0, 3], inputs["cx"][0, 0, 5], inputs["preact_x"][0, 1, 7]):
+    for x in (inputs.state.hx[0, 3], inputs.state.cx[0, 0, 5], inputs.preact_x[0, 1, 7]):
         x.view(bits).fill_(-1)
     for by_counter, by_data in both_ways(inputs, dtype, precision="ieee"):
         torch.testing.assert_close(by_data, by_counter, rtol=0, atol=0, equal_nan=True)

@@ -6,51 +6,49 @@ import triton
 import triton.language as tl
 
 from fusedlstm import cells
+from fusedlstm.cells import Grads, Saved, State
 from fusedlstm.engines import launch, reference
 from fusedlstm.kernels import norms
 from groups import is_caught
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+from support import DTYPES, Inputs, assert_accurate, cast, recurrence, recurrence_inputs, tiled, without_padding
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
-FWD, BWD = ("output", "h_n", "c_n", "gates", "c_seq"), ("grad_preact", "grad_hx", "grad_cx")
+NAMES = (*Saved._fields, "grad_preact", "grad_hx", "grad_cx")
 
 
 def gradients(inputs):
     generator = torch.Generator().manual_seed(1)
-    (D, B, H), leading, dtype = inputs["hx"].shape, inputs["preact_x"].shape[1:-1], inputs["hx"].dtype
+    hx, leading = inputs.state.hx, inputs.preact_x.shape[1:-1]
+    D, B, H = hx.shape
     shapes = ((*leading, D * H), (1, *leading, D * H), (D, B, H), (1, D, B, H))
-    return [torch.randn(s, generator=generator).to(inputs["hx"]).to(dtype) for s in shapes]
+    return Grads(*(torch.randn(s, generator=generator).to(hx) for s in shapes))
 
 
 def run(inputs, clip=None, **tiles):
     """Every tensor of both passes by name."""
-    (D, B, H), dtype = inputs["hx"].shape, launch.DTYPES[inputs["hx"].dtype]
+    hx, spec = inputs.state.hx, recurrence("layernorm", clip=clip)
+    D, B, H = hx.shape
     options = {"cell": "layernorm", "directions": D, "precision": "ieee", **tiles}
-    fwd, bwd = (tiled(pass_, B, H, dtype, **options) for pass_ in ("fwd", "bwd"))
-    results = launch.recurrence_fwd("layernorm", **inputs, save_gates=True, save_states=True, plan=fwd)
-    output, _, _, gates, c_seq = results
-    own = {k: v for k, v in inputs.items() if k != "preact_x"}
-    saved = {"output": output, "gates": gates, "c_seq": c_seq}
-    grads = launch.recurrence_bwd("layernorm", *gradients(inputs), **own, **saved, clip=clip, plan=bwd)
-    return dict(zip(FWD + BWD, (*results, *grads), strict=True))
+    fwd, bwd = (tiled(pass_, B, H, launch.DTYPES[hx.dtype], **options) for pass_ in ("fwd", "bwd"))
+    saved = launch.recurrence_fwd(spec, *inputs, plan=fwd)
+    grads = launch.recurrence_bwd(spec, gradients(inputs), saved, *inputs[1:], plan=bwd)
+    return dict(zip(NAMES, (*saved, *grads), strict=True))
 
 
 def specified(inputs, dtype, clip=None):
-    grads, inputs = cast(gradients(inputs), dtype), cast(inputs, dtype)
-    results = reference.recurrence_fwd("layernorm", **inputs)
-    output, _, _, gates, c_seq = results
-    own = {k: v for k, v in inputs.items() if k != "preact_x"}
-    found = reference.recurrence_bwd("layernorm", *grads, **own, output=output, gates=gates, c_seq=c_seq, clip=clip)
-    return dict(zip(FWD + BWD, (*results, *found), strict=True))
+    grads, inputs, spec = cast(gradients(inputs), dtype), cast(inputs, dtype), recurrence("layernorm", clip=clip)
+    saved = reference.recurrence_fwd(spec, *inputs)
+    found = reference.recurrence_bwd(spec, grads, saved, *inputs[1:])
+    return dict(zip(NAMES, (*saved, *found), strict=True))
 
 
 def check(inputs, clip=None, **tiles):
     ours = run(inputs, clip, **tiles)
-    in_torch, exact = specified(inputs, inputs["hx"].dtype, clip), specified(inputs, torch.float64, clip)
+    in_torch, exact = specified(inputs, inputs.state.hx.dtype, clip), specified(inputs, torch.float64, clip)
     for name, x in ours.items():
         found = (x, in_torch[name], exact[name])
         if name == "gates":
-            found = tuple(without_padding(y, inputs["layout"]) for y in found)
+            found = tuple(without_padding(y, inputs.batch.layout) for y in found)
         assert_accurate(name, *found)
     return ours
 
@@ -71,12 +69,10 @@ def test_equals_specification(device, schedule, T, B, H):
 
 def test_a_mean_far_from_zero(device):
     """Preactivations and a cell state near 1000 in all units. A difference of squares would be only noise."""
-    inputs = inputs_of(2, 3, 33, device=device)
-    inputs["weight_hh"] = [w * 1e-3 + 30 for w in inputs["weight_hh"]]
-    inputs["hx"] = inputs["hx"] * 1e-2 + 1
-    inputs["cx"] = inputs["cx"] + 1000
-    inputs["preact_x"][..., 33:66] += 20  # a step forgets nothing
-    check(inputs)
+    preact_x, weights, (hx, cx), batch = inputs_of(2, 3, 33, device=device)
+    preact_x[..., 33:66] += 20  # a step forgets nothing
+    weights = weights._replace(weight_hh=[w * 1e-3 + 30 for w in weights.weight_hh])
+    check(Inputs(preact_x, weights, State(hx * 1e-2 + 1, cx + 1000), batch))
 
 
 @interpreted
@@ -91,7 +87,9 @@ def test_under_seeded_schedules_to_the_last_bit(seed, protocol):
     with interpreter.side_by_side(seed, yield_on_memory=True):
         found = run(inputs, protocol=protocol)
     for name in expected:
-        a, b = (without_padding(x[name], inputs["layout"]) if name == "gates" else x[name] for x in (found, expected))
+        a, b = (
+            without_padding(x[name], inputs.batch.layout) if name == "gates" else x[name] for x in (found, expected)
+        )
         assert torch.equal(a, b), name
 
 

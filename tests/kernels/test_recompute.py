@@ -6,7 +6,7 @@ import torch
 import fusedlstm
 from fusedlstm import autograd
 from fusedlstm.engines import launch, reference
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, without_padding
+from support import DTYPES, assert_accurate, cast, recurrence, recurrence_inputs, strided, without_padding
 
 LAYOUTS = {
     "dense": {},
@@ -22,16 +22,15 @@ LAYOUTS = {
 def test_equals_specification(device, layout, directions, dtype, H):
     """130 units need two programs per sequence. Without recurrent weights, the preactivation is preact_x alone."""
     inputs = recurrence_inputs(4, 3, H, directions, DTYPES[dtype], device, **LAYOUTS[layout])
-    inputs["weight_hh"] = [torch.zeros_like(w) for w in inputs["weight_hh"]]
-    preact = (
-        inputs["preact_x"].movedim(0, -2).contiguous().movedim(-2, 0)
-    )  # directions beside each other, as products are
-    ours = launch.recompute("lstm", preact, inputs["hx"], inputs["cx"], inputs["layout"])
-    same = reference.recurrence_fwd("lstm", **cast(inputs, DTYPES[dtype]))[3:]
-    exact = reference.recurrence_fwd("lstm", **cast(inputs, torch.float64))[3:]
-    gates = [without_padding(x[0], inputs["layout"]) for x in (ours, same, exact)]
-    assert_accurate("gates", *gates)
-    assert_accurate("c_seq", ours[1], same[1], exact[1])
+    for w in inputs.weights.weight_hh:
+        w.zero_()
+    preact = inputs.preact_x.movedim(0, -2).contiguous().movedim(-2, 0)  # directions beside each other, as products are
+    gates, c_seq = launch.recompute(recurrence(), preact, None, inputs.state, inputs.batch)
+    same, exact = (
+        reference.recurrence_fwd(recurrence(), *cast(inputs, precision)) for precision in (DTYPES[dtype], torch.float64)
+    )
+    assert_accurate("gates", *(without_padding(x, inputs.batch.layout) for x in (gates, same.gates, exact.gates)))
+    assert_accurate("c_seq", c_seq, same.c_seq, exact.c_seq)
 
 
 def run(lstm, x, states, grads, **options):
@@ -86,17 +85,18 @@ def test_what_crosses_a_border_is_float32(device, monkeypatch):
     """c and its gradient: rounded to bfloat16 they would not be what one run carries in registers."""
     monkeypatch.setattr(autograd, "FEWEST_STEPS", 2)  # one would be for the kernel of a single step
     monkeypatch.setattr(autograd, "FEWEST_ROWS", 1)
-    entered = []
+    entered, forward, backward = [], launch.recurrence_fwd, launch.recurrence_bwd
 
-    def spied(launch_one):
-        def spy(*arguments, **options):
-            entered.append(arguments[4].dtype)  # cx, and backward grad_c_n
-            return launch_one(*arguments, **options)
+    def spied_forward(spec, preact_x, weights, state, batch):
+        entered.append(state.cx.dtype)
+        return forward(spec, preact_x, weights, state, batch)
 
-        return spy
+    def spied_backward(spec, grads, *others):
+        entered.append(grads.c_n.dtype)
+        return backward(spec, grads, *others)
 
-    for name in ("recurrence_fwd", "recurrence_bwd"):
-        monkeypatch.setattr(launch, name, spied(getattr(launch, name)))
+    monkeypatch.setattr(launch, "recurrence_fwd", spied_forward)
+    monkeypatch.setattr(launch, "recurrence_bwd", spied_backward)
     ours = fusedlstm.LSTM(3, 5, backend="triton", save="states").to(device, torch.bfloat16)
     x = torch.randn(8, 2, 3, device=device, dtype=torch.bfloat16)
     output, (_, c_n) = ours(x)

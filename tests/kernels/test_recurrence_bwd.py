@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from fusedlstm.cells import Grads
 from fusedlstm.engines import launch, reference
 from grids import grid
-from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, strided, tiled
+from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence, recurrence_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")
 FORMS = [
@@ -21,31 +22,21 @@ SIZES = [(1, 1, 1), (2, 3, 13), (17, 3, 16), (2, 16, 17), (1, 17, 16), (2, 37, 3
 
 def gradients(leading, B, H, D, dtype, device):
     generator = torch.Generator().manual_seed(1)
-    return {
-        "grad_output": torch.randn(*leading, D * H, generator=generator).to(dtype).to(device),
-        "grad_c_seq": torch.randn(1, *leading, D * H, generator=generator).to(dtype).to(device),
-        "grad_h_n": torch.randn(D, B, H, generator=generator).to(dtype).to(device),
-        "grad_c_n": torch.randn(1, D, B, H, generator=generator).to(dtype).to(device),
-    }
+    shapes = ((*leading, D * H), (1, *leading, D * H), (D, B, H), (1, D, B, H))
+    return Grads(*(torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes))
 
 
 def backward_of_reference(inputs, grads, dtype, clip):
     inputs, grads = cast(inputs, dtype), cast(grads, dtype)
-    output, _, _, gates, c_seq = reference.recurrence_fwd("lstm", **inputs)
-    del inputs["preact_x"]
-    return reference.recurrence_bwd("lstm", **grads, **inputs, output=output, gates=gates, c_seq=c_seq, clip=clip)
+    saved = reference.recurrence_fwd(recurrence(), *inputs)
+    return reference.recurrence_bwd(recurrence(clip=clip), grads, saved, *inputs[1:])
 
 
 def check(T, B, H, D, dtype, device, fwd_plan, bwd_plan, change=lambda grads: grads, clip=None, **layout):
     inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], device, **layout)
-    grads = gradients(inputs["preact_x"].shape[1:-1], inputs["hx"].size(1), H, D, DTYPES[dtype], device)
-    output, _, _, gates, c_seq = launch.recurrence_fwd(
-        "lstm", **inputs, save_gates=True, save_states=True, plan=fwd_plan
-    )
-    del inputs["preact_x"]
-    ours = launch.recurrence_bwd(
-        "lstm", **change(dict(grads)), **inputs, output=output, gates=gates, c_seq=c_seq, plan=bwd_plan, clip=clip
-    )
+    grads = gradients(inputs.preact_x.shape[1:-1], inputs.state.hx.size(1), H, D, DTYPES[dtype], device)
+    saved = launch.recurrence_fwd(recurrence(), *inputs, plan=fwd_plan)
+    ours = launch.recurrence_bwd(recurrence(clip=clip), change(grads), saved, *inputs[1:], plan=bwd_plan)
     inputs = recurrence_inputs(T, B, H, D, DTYPES[dtype], **layout)
     torch_results = backward_of_reference(inputs, grads, DTYPES[dtype], clip)
     exact = backward_of_reference(inputs, grads, torch.float64, clip)
@@ -146,8 +137,7 @@ def test_layouts_of_grad_output(device, layout):
     plans = [tiled(pass_, 5, 20, "fp32", precision="ieee") for pass_ in ("fwd", "bwd")]
 
     def change(grads):
-        grads["grad_output"] = LAYOUTS[layout](grads["grad_output"])
-        return grads
+        return grads._replace(output=LAYOUTS[layout](grads.output))
 
     check(3, 5, 20, 1, "fp32", device, *plans, change)
 
@@ -156,12 +146,9 @@ def test_without_gradients_of_sequences(device):
     """None means zero, and is not read."""
     inputs = recurrence_inputs(3, 5, 20, 1, torch.float32, device)
     grads = gradients([3, 5], 5, 20, 1, torch.float32, device)
-    output, _, _, gates, c_seq = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True)
-    del inputs["preact_x"]
-    saved = {**inputs, "output": output, "gates": gates, "c_seq": c_seq}
-    nothing = {"grad_output": None, "grad_c_seq": None}
-    zeros = {"grad_output": torch.zeros_like(output), "grad_c_seq": torch.zeros_like(c_seq)}
-    none = launch.recurrence_bwd("lstm", **grads | nothing, **saved)
-    zero = launch.recurrence_bwd("lstm", **grads | zeros, **saved)
+    saved = launch.recurrence_fwd(recurrence(), *inputs)
+    nothing = grads._replace(output=None, c_seq=None)
+    zeros = grads._replace(output=torch.zeros_like(saved.output), c_seq=torch.zeros_like(saved.c_seq))
+    none, zero = (launch.recurrence_bwd(recurrence(), g, saved, *inputs[1:]) for g in (nothing, zeros))
     assert all(torch.equal(a, b) for a, b in zip(none, zero, strict=True))
     assert none[0].norm() > 0

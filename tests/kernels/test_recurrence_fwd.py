@@ -3,12 +3,23 @@
 import pytest
 import torch
 
+from fusedlstm.cells import Grads, Saved, Weights
 from fusedlstm.engines import launch, reference
 from fusedlstm.layout import Layout
+from fusedlstm.noise import Batch
 from grids import grid
-from support import DTYPES, LENGTHS, RAGGED, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+from support import (
+    DTYPES,
+    LENGTHS,
+    RAGGED,
+    assert_accurate,
+    cast,
+    recurrence,
+    recurrence_inputs,
+    tiled,
+    without_padding,
+)
 
-NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
 FORMS = [
     ("single", False),
     ("single", True),
@@ -22,12 +33,12 @@ SIZES = [(1, 1, 1), (2, 3, 13), (17, 3, 16), (2, 16, 17), (1, 17, 16), (2, 37, 3
 
 
 def check(inputs, plan):
-    ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=plan)
-    torch_results = reference.recurrence_fwd("lstm", **cast(inputs, inputs["hx"].dtype))
-    exact = reference.recurrence_fwd("lstm", **cast(inputs, torch.float64))
-    for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
+    ours = launch.recurrence_fwd(recurrence(), *inputs, plan=plan)
+    torch_results = reference.recurrence_fwd(recurrence(), *cast(inputs, inputs.state.hx.dtype))
+    exact = reference.recurrence_fwd(recurrence(), *cast(inputs, torch.float64))
+    for name, a, b, c in zip(Saved._fields, ours, torch_results, exact, strict=True):
         if name == "gates":
-            a, b, c = (without_padding(x, inputs["layout"]) for x in (a, b, c))
+            a, b, c = (without_padding(x, inputs.batch.layout) for x in (a, b, c))
         assert_accurate(name, a, b, c)
     return ours
 
@@ -64,9 +75,9 @@ def test_ragged(device, schedule, transposed, directions, T, lengths, resets):
     """Padding is zero, whatever was there; the reverse direction starts at each sequence's own last step."""
     inputs = recurrence_inputs(T, 0, 20, directions, torch.float32, device, lengths=lengths, resets=resets)
     options = {"schedule": schedule, "transposed": transposed, "directions": directions, "precision": "ieee"}
-    output, *_, c_seq = check(inputs, tiled("fwd", len(lengths), 20, "fp32", **options))
+    saved = check(inputs, tiled("fwd", len(lengths), 20, "fp32", **options))
     for b, n in enumerate(lengths):
-        assert not output[n:, b].any() and not c_seq[0, n:, b].any()
+        assert not saved.output[n:, b].any() and not saved.c_seq[0, n:, b].any()
 
 
 @pytest.mark.parametrize("packed", [None, LENGTHS["two tiles"]], ids=["dense", "packed"])
@@ -89,11 +100,11 @@ def test_what_padding_holds_is_not_looked_at(device):
     lengths = [3, 0, 5, 1]
     inputs = recurrence_inputs(5, 0, 20, 2, torch.float32, device, lengths=lengths, resets=0.3)
     plan = tiled("fwd", 4, 20, "fp32", directions=2, precision="ieee")
-    expected = launch.recurrence_fwd("lstm", **inputs, save_gates=False, save_states=True, plan=plan)
+    expected = launch.recurrence_fwd(recurrence(save_gates=False), *inputs, plan=plan)
     for b, n in enumerate(lengths):
-        inputs["preact_x"][:, n:, b] = float("nan")
-        inputs["layout"].resets[n:, b] = True
-    found = launch.recurrence_fwd("lstm", **inputs, save_gates=False, save_states=True, plan=plan)
+        inputs.preact_x[:, n:, b] = float("nan")
+        inputs.batch.layout.resets[n:, b] = True
+    found = launch.recurrence_fwd(recurrence(save_gates=False), *inputs, plan=plan)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -104,14 +115,12 @@ def test_lengths_out_of_range_count_as_the_nearest(device, dtype):
     results = []
     for lengths in ([-7, 2, huge, 3], [0, 2, 3, 3]):
         inputs = recurrence_inputs(3, 0, 20, 2, torch.float32, device, lengths=[1, 1, 1, 1], resets=0.3)
-        inputs["layout"] = inputs["layout"]._replace(lengths=torch.tensor(lengths, dtype=dtype, device=device))
-        found = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True)
-        output, h_n, c_n, gates, c_seq = found
-        own = {k: v for k, v in inputs.items() if k != "preact_x"}
-        saved = {"output": output, "gates": gates, "c_seq": c_seq}
-        grads = launch.recurrence_bwd("lstm", output, c_seq, h_n, c_n, **own, **saved)
-        states = {k: v for k, v in own.items() if k != "weight_hh"}
-        again = launch.recompute("lstm", inputs["preact_x"], **states)
+        layout = inputs.batch.layout._replace(lengths=torch.tensor(lengths, dtype=dtype, device=device))
+        inputs = inputs._replace(batch=Batch(layout))
+        saved = launch.recurrence_fwd(recurrence(), *inputs)
+        output, h_n, c_n, gates, c_seq = saved
+        grads = launch.recurrence_bwd(recurrence(), Grads(output, c_seq, h_n, c_n), saved, *inputs[1:])
+        again = launch.recompute(recurrence(), inputs.preact_x, None, inputs.state, inputs.batch)
         of_rows = [without_padding(x, Layout(torch.tensor([0, 2, 3, 3]))) for x in (gates, again[0])]
         results.append((output, h_n, c_n, c_seq, *grads, again[1], *of_rows))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -139,45 +148,39 @@ def test_walked_batch_tiles(device, groups):
 def test_strides(device):
     """Rows of preact_x in batch-major order, as a batch-first input leaves them; a weight that is a slice."""
     inputs = recurrence_inputs(3, 5, 20, 1, torch.float32, device)
-    preact = inputs["preact_x"]
-    inputs["preact_x"] = preact.transpose(1, 2).contiguous().transpose(1, 2)
+    preact_x = inputs.preact_x.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((80, 48), float("nan"), device=device)
-    wide[:, :20] = inputs["weight_hh"][0]
-    inputs["weight_hh"] = [wide[:, :20]]
-    assert not inputs["preact_x"].is_contiguous()
+    wide[:, :20] = inputs.weights.weight_hh[0]
+    assert not preact_x.is_contiguous()
+    inputs = inputs._replace(preact_x=preact_x, weights=Weights([wide[:, :20]]))
     check(inputs, tiled("fwd", 5, 20, "fp32", precision="ieee"))
 
 
 def test_saves_nothing_for_inference(device):
     inputs = recurrence_inputs(3, 5, 20, 1, torch.float32, device)
     plan = tiled("fwd", 5, 20, "fp32", precision="ieee")
-    saved = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=plan)
-    output, h_n, c_n, gates, c_seq = launch.recurrence_fwd(
-        "lstm", **inputs, save_gates=False, save_states=False, plan=plan
-    )
-    assert gates.numel() == c_seq.numel() == 0
-    assert torch.equal(output, saved[0]) and torch.equal(h_n, saved[1]) and torch.equal(c_n, saved[2])
+    saved = launch.recurrence_fwd(recurrence(), *inputs, plan=plan)
+    lean = launch.recurrence_fwd(recurrence(save_gates=False, save_states=False), *inputs, plan=plan)
+    assert lean.gates.numel() == lean.c_seq.numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(lean[:3], saved[:3], strict=True))
 
 
 def test_saturated_preactivations(device):
     """Preactivations of +-50 and +-1e4 saturate the gates and stay finite."""
     inputs = recurrence_inputs(2, 3, 16, 1, torch.float32, device)
-    inputs["preact_x"] = inputs["preact_x"].sign() * torch.tensor([50.0, 1e4], device=device).view(1, 2, 1, 1)
-    check(inputs, tiled("fwd", 3, 16, "fp32", precision="ieee"))
+    preact_x = inputs.preact_x.sign() * torch.tensor([50.0, 1e4], device=device).view(1, 2, 1, 1)
+    check(inputs._replace(preact_x=preact_x), tiled("fwd", 3, 16, "fp32", precision="ieee"))
 
 
 def test_tiny_values_keep_their_relative_accuracy(device):
     inputs = recurrence_inputs(2, 3, 16, 1, torch.float32, device)
-    for name in ("preact_x", "hx", "cx"):
-        inputs[name] *= 1e-6
-    inputs["weight_hh"][0] *= 1e-6
+    for x in (inputs.preact_x, *inputs.weights.weight_hh, *inputs.state):
+        x *= 1e-6
     check(inputs, tiled("fwd", 3, 16, "fp32", precision="ieee"))
 
 
 def test_same_bits_every_time(device):
     inputs = recurrence_inputs(3, 5, 40, 1, torch.float32, device)
     plan = tiled("fwd", 5, 40, "fp32", precision="ieee")
-    first, second = (
-        launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=plan) for _ in range(2)
-    )
+    first, second = (launch.recurrence_fwd(recurrence(), *inputs, plan=plan) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -3,8 +3,19 @@
 import pytest
 import torch
 
+from fusedlstm.cells import Grads, Saved, State, Weights
 from fusedlstm.engines import launch, reference
-from support import DTYPES, LENGTHS, assert_accurate, cast, recurrence_inputs, tiled, without_padding
+from support import (
+    DTYPES,
+    LENGTHS,
+    Inputs,
+    assert_accurate,
+    cast,
+    recurrence,
+    recurrence_inputs,
+    tiled,
+    without_padding,
+)
 
 LAYOUTS = {
     "dense": {},
@@ -16,67 +27,57 @@ LAYOUTS = {
 
 
 def stack_inputs(T, B, H, layers, dtype, device, **layout):
-    """The tensors of the forward launch: preact_x of the first layer, the weights of all, and `launch.Stack`."""
-    inputs = recurrence_inputs(T, B, H, layers, dtype, device, **layout)
-    inputs["preact_x"] = inputs["preact_x"][:1]
+    """What the forward launch takes: the first layer's preact_x, and the weights of all."""
+    preact_x, weights, state, batch = recurrence_inputs(T, B, H, layers, dtype, device, **layout)
     generator = torch.Generator().manual_seed(7)
     weight_ih = torch.randn(layers - 1, 4 * H, H, generator=generator) * H**-0.5
     bias = torch.randn(layers - 1, 4 * H, generator=generator)
-    inputs["stack"] = launch.Stack(*(x.to(dtype).to(device) for x in (weight_ih, bias)))
-    return inputs
+    weights = weights._replace(weight_ih=weight_ih.to(dtype).to(device), bias=bias.to(dtype).to(device))
+    return Inputs(preact_x[:1], weights, state, batch)
 
 
 def specified(inputs, grads):
     """Layer after layer with autograd: every result, and every gradient that the backward kernel returns."""
-    inputs = dict(inputs)
-    stack, preact_x, layout = inputs["stack"], inputs["preact_x"], inputs["layout"]
-    hx, cx, weight_hh = (
-        inputs["hx"].clone().requires_grad_(),
-        inputs["cx"].clone().requires_grad_(),
-        inputs["weight_hh"],
-    )
+    preact_x, weights, state, batch = inputs
+    hx, cx = (x.clone().requires_grad_() for x in state)
     results, preacts = [], []
-    for k, weight in enumerate(weight_hh):
+    for k, weight in enumerate(weights.weight_hh):
         if k > 0:
-            preact_x = (results[-1][0] @ stack.weight_ih[k - 1].t() + stack.bias[k - 1]).unsqueeze(0)
+            preact_x = (results[-1].output @ weights.weight_ih[k - 1].t() + weights.bias[k - 1]).unsqueeze(0)
         preact_x = preact_x + torch.zeros_like(preact_x).requires_grad_()
         preact_x.retain_grad()
         preacts.append(preact_x)
-        results.append(reference.recurrence_fwd("lstm", preact_x, [weight], hx[k : k + 1], cx[:, k : k + 1], layout))
+        of_layer = Weights([weight]), State(hx[k : k + 1], cx[:, k : k + 1])
+        results.append(reference.recurrence_fwd(recurrence(), preact_x, *of_layer, batch))
     output, h_n, c_n, gates, c_seq = zip(*results, strict=True)
-    forward = (torch.stack(output), torch.cat(h_n), torch.cat(c_n, 1), torch.stack(gates), torch.stack(c_seq, 1))
-    torch.autograd.backward((output[-1], c_seq[-1], *forward[1:3]), grads)
-    return *(x.detach() for x in forward), torch.cat([p.grad for p in preacts]), hx.grad, cx.grad
+    saved = Saved(torch.stack(output), torch.cat(h_n), torch.cat(c_n, 1), torch.stack(gates), torch.stack(c_seq, 1))
+    torch.autograd.backward((output[-1], c_seq[-1], saved.h_n, saved.c_n), grads)
+    return *(x.detach() for x in saved), torch.cat([p.grad for p in preacts]), hx.grad, cx.grad
 
 
 def run(inputs, grads, dtype, **tiles):
     """The two launches."""
-    layers, B, H = inputs["hx"].shape
+    layers, B, H = inputs.state.hx.shape
     fwd, bwd = (
         tiled(pass_, B, H, dtype, directions=layers, stack=True, precision="ieee", **tiles) for pass_ in ("fwd", "bwd")
     )
-    ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=fwd)
-    states = {k: v for k, v in inputs.items() if k != "preact_x"}
-    saved = dict(zip(("output", "gates", "c_seq"), (ours[0], *ours[3:]), strict=True))
-    grad_output, grad_c_seq, grad_h_n, grad_c_n = grads
-    return *ours, *launch.recurrence_bwd(
-        "lstm", grad_output, grad_c_seq, grad_h_n, grad_c_n, **states, **saved, plan=bwd
-    )
+    saved = launch.recurrence_fwd(recurrence(), *inputs, plan=fwd)
+    return *saved, *launch.recurrence_bwd(recurrence(), grads, saved, *inputs[1:], plan=bwd)
 
 
 def check(inputs, dtype, **tiles):
     generator = torch.Generator().manual_seed(2)
-    layers, B, H = inputs["hx"].shape
-    leading, device = inputs["preact_x"].shape[1:-1], inputs["hx"].device
+    hx, leading = inputs.state.hx, inputs.preact_x.shape[1:-1]
+    layers, B, H = hx.shape
     shapes = ((*leading, H), (1, *leading, H), (layers, B, H), (1, layers, B, H))
-    grads = [torch.randn(shape, generator=generator).to(DTYPES[dtype]).to(device) for shape in shapes]
+    grads = Grads(*(torch.randn(shape, generator=generator).to(hx) for shape in shapes))
     exact = specified(cast(inputs, torch.float64), cast(grads, torch.float64))
     same_dtype = specified(cast(inputs, DTYPES[dtype]), cast(grads, DTYPES[dtype]))
-    names = ("output", "h_n", "c_n", "gates", "c_seq", "grad_preact", "grad_hx", "grad_cx")
+    names = (*Saved._fields, "grad_preact", "grad_hx", "grad_cx")
     for name, ours, other, true in zip(names, run(inputs, grads, dtype, **tiles), same_dtype, exact, strict=True):
         if name == "gates":
             ours, other, true = (
-                torch.stack([without_padding(x, inputs["layout"]) for x in gates]) for gates in (ours, other, true)
+                torch.stack([without_padding(x, inputs.batch.layout) for x in gates]) for gates in (ours, other, true)
             )
         assert_accurate(name, ours, other, true)
 

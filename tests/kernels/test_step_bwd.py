@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fusedlstm.cells import Grads
 from fusedlstm.engines import launch, reference
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
+from support import DTYPES, assert_accurate, cast, recurrence, recurrence_inputs, strided, tiled
 
 NAMES = ("grad_preact", "grad_hx", "grad_cx")
 FORMS = {"row": (1, False), "plain": (16, False), "transposed": (16, True)}
@@ -17,27 +18,24 @@ SIZES = {
 
 
 def given_and_saved(T, B, H, D, dtype, device="cpu", heads=1):
-    """Arguments of a backward, on the device: saved results are those of the specification, rounded."""
+    """Gradients and what else a backward takes, on the device: saved results are those of the specification,
+    rounded.
+    """
     inputs = recurrence_inputs(T, B, H, D, dtype, heads=heads)
-    del inputs["layout"]
-    output, _, _, gates, c_seq = reference.recurrence_fwd("lstm", **inputs)
-    del inputs["preact_x"]
+    saved = reference.recurrence_fwd(recurrence(), *inputs)
     generator = torch.Generator().manual_seed(1)
-    shapes = {"grad_output": (T, B, D * H), "grad_c_seq": (1, T, B, D * H), "grad_h_n": (D, B, H)}
-    grads = {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in (shapes | {"grad_c_n": (1, D, B, H)}).items()
-    }
-    saved = {**inputs, "output": output, "gates": gates}
-    arguments = cast({**grads, **saved}, dtype, device)
-    return arguments | {"c_seq": c_seq.float().to(device)}
+    wanted = (saved.output, saved.c_seq, saved.h_n, saved.c_n)
+    grads = Grads(*(torch.randn(x.shape, generator=generator) for x in wanted))
+    grads, saved, *others = cast((grads, saved, *inputs[1:]), dtype, device)
+    return grads, saved._replace(c_seq=saved.c_seq.float()), *others
 
 
 def check(dtype, device, plan, change=lambda grads: grads, clip=None, **sizes):
-    arguments = given_and_saved(**sizes, dtype=DTYPES[dtype], device=device)
-    ours = launch.recurrence_bwd("lstm", **change(dict(arguments)), plan=plan, clip=clip)
-    torch_results = reference.recurrence_bwd("lstm", **cast(arguments, DTYPES[dtype]), clip=clip)
-    exact = reference.recurrence_bwd("lstm", **cast(arguments, torch.float64), clip=clip)
+    spec = recurrence(clip=clip)
+    grads, *others = given_and_saved(**sizes, dtype=DTYPES[dtype], device=device)
+    ours = launch.recurrence_bwd(spec, change(grads), *others, plan=plan)
+    torch_results = reference.recurrence_bwd(spec, *cast((grads, *others), DTYPES[dtype]))
+    exact = reference.recurrence_bwd(spec, *cast((grads, *others), torch.float64))
     for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
         assert_accurate(name, a, b, c)
 
@@ -82,17 +80,17 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_grad_output(device, layout):
-    def change(arguments):
-        return arguments | {"grad_output": LAYOUTS[layout](arguments["grad_output"])}
+    def change(grads):
+        return grads._replace(output=LAYOUTS[layout](grads.output))
 
     check("fp32", device, stepped(D=2), change, T=3, B=5, H=20, D=2)
 
 
 def test_without_gradients_of_sequences(device):
     """None means zero, and is not read."""
-    arguments = given_and_saved(3, 5, 20, 1, torch.float32, device)
-    none = launch.recurrence_bwd("lstm", **arguments | {"grad_output": None, "grad_c_seq": None}, plan=stepped())
-    zeros = {name: torch.zeros_like(arguments[name]) for name in ("grad_output", "grad_c_seq")}
-    zero = launch.recurrence_bwd("lstm", **arguments | zeros, plan=stepped())
+    grads, *others = given_and_saved(3, 5, 20, 1, torch.float32, device)
+    nothing = grads._replace(output=None, c_seq=None)
+    zeros = grads._replace(output=torch.zeros_like(grads.output), c_seq=torch.zeros_like(grads.c_seq))
+    none, zero = (launch.recurrence_bwd(recurrence(), g, *others, plan=stepped()) for g in (nothing, zeros))
     assert all(torch.equal(a, b) for a, b in zip(none, zero, strict=True))
     assert none[0].norm() > 0

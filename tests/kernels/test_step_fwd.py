@@ -1,26 +1,37 @@
 """kernels/step_fwd.py: one step with its input product, and sequences as a launch a step, against the specification."""
 
 import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import fusedlstm
+from fusedlstm.cells import Saved, State, Weights
 from fusedlstm.engines import launch, reference, stepping
-from support import DTYPES, assert_accurate, cast, recurrence_inputs, strided, tiled
+from support import DTYPES, assert_accurate, cast, recurrence, recurrence_inputs, strided, tiled
 
-NAMES = ("output", "h_n", "c_n", "gates", "c_seq")
 # Rows of a batch tile, and whether the dot is transposed; a tile of one row has none.
 FORMS = {"row": (1, False), "plain": (16, False), "transposed": (16, True)}
 # B, I, H; tiles are 16 rows, 8 or 16 units and chunks of 16: sizes below, at, above and more than twice a block. In
-# half
-# precision one size: the edges of blocks are the same there.
+# half precision one size: the edges of blocks are the same there.
 SIZES = {
     "fp32": [(1, 1, 1), (3, 5, 13), (16, 16, 16), (17, 37, 17), (35, 15, 21)],
     "fp16": [(3, 37, 19)],
     "bf16": [(3, 37, 19)],
 }
+
+
+class StepInputs(NamedTuple):
+    """What `launch.step_fwd` takes behind its `Recurrence`."""
+
+    input: Tensor
+    state: State
+    parameters: list[list[Tensor]]
+    directions: int
 
 
 def step_inputs(B, I, H, D, dtype, device="cpu", layers=1, bias=True, heads=1):
@@ -34,26 +45,21 @@ def step_inputs(B, I, H, D, dtype, device="cpu", layers=1, bias=True, heads=1):
         width = I if k < D else D * H
         weights = [randn(4 * H, width, scale=width**-0.5), randn(4 * H, H // heads, scale=(H // heads) ** -0.5)]
         parameters.append(weights + [randn(4 * H), randn(4 * H)] * bias)
-    return {
-        "input": randn(B, I),
-        "hx": randn(layers * D, B, H),
-        "cx": randn(1, layers * D, B, H),
-        "parameters": parameters,
-        "directions": D,
-    }
+    input, hx, cx = randn(B, I), randn(layers * D, B, H), randn(1, layers * D, B, H)
+    return StepInputs(input, State(hx, cx), parameters, D)
 
 
-def specified(input, hx, cx, parameters, directions):
+def specified(input, state, parameters, directions):
     """What `launch.step_fwd` returns, by the specification."""
-    x, h_n, c_n = input.unsqueeze(0), [], []
+    (hx, cx), x, h_n, c_n = state, input.unsqueeze(0), [], []
     for k in range(0, len(parameters), directions):
         rows = slice(k, k + directions)
         preact_x = torch.stack([x @ p[0].t() + sum(p[2:]) for p in parameters[rows]])
-        weight_hh = [p[1] for p in parameters[rows]]
-        x, h, c, gates, c_seq = reference.recurrence_fwd("lstm", preact_x, weight_hh, hx[rows], cx[:, rows])
+        weights = Weights([p[1] for p in parameters[rows]])
+        x, h, c, gates, c_seq = reference.recurrence_fwd(recurrence(), preact_x, weights, State(hx[rows], cx[:, rows]))
         h_n.append(h)
         c_n.append(c)
-    return x[0], torch.cat(h_n), torch.cat(c_n, 1), gates[0], c_seq[:, 0]
+    return Saved(x[0], torch.cat(h_n), torch.cat(c_n, 1), gates[0], c_seq[:, 0])
 
 
 @pytest.fixture
@@ -72,15 +78,11 @@ def step_tiles(monkeypatch):
 
 
 def check(inputs, change=lambda x: x):
-    dtype = inputs["input"].dtype
-    saves = {"save_gates": True, "save_states": True}
-    given = inputs | {k: change(inputs[k]) for k in ("input", "hx", "cx")}
-    given["parameters"] = [[change(p) for p in direction] for direction in inputs["parameters"]]
-    ours = launch.step_fwd("lstm", **given, **saves)
-    directions = inputs.pop("directions")
-    torch_results = specified(**cast(inputs, dtype), directions=directions)
-    exact = specified(**cast(inputs, torch.float64), directions=directions)
-    for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
+    """`change` is made to every tensor before the launch."""
+    ours = launch.step_fwd(recurrence(), *tree_map_only(Tensor, change, inputs))
+    torch_results = specified(*cast(inputs, inputs.input.dtype))
+    exact = specified(*cast(inputs, torch.float64))
+    for name, a, b, c in zip(Saved._fields, ours, torch_results, exact, strict=True):
         assert_accurate(name, a, b, c)
 
 
@@ -129,11 +131,20 @@ def test_strides(device, step_tiles):
 def test_c_keeps_its_dtype(device):
     """A c_0 in float32 beside half precision gives a c_n in float32, of that accuracy."""
     inputs = step_inputs(3, 7, 20, 1, torch.float16, device)
-    inputs["cx"] = torch.randn(1, 1, 3, 20, device=device)
-    *_, c_n, gates, c_seq = launch.step_fwd("lstm", **inputs, save_gates=True, save_states=True)
-    assert c_n.dtype == torch.float32 and gates.dtype == torch.float16
-    assert torch.equal(c_n[:, 0], c_seq)
-    assert not torch.equal(c_n, c_n.half().float())
+    inputs = inputs._replace(state=inputs.state._replace(cx=torch.randn(1, 1, 3, 20, device=device)))
+    saved = launch.step_fwd(recurrence(), *inputs)
+    assert saved.c_n.dtype == torch.float32 and saved.gates.dtype == torch.float16
+    assert torch.equal(saved.c_n[:, 0], saved.c_seq)
+    assert not torch.equal(saved.c_n, saved.c_n.half().float())
+
+
+def check_sequences(inputs, plan):
+    ours = launch.recurrence_fwd(recurrence(), *inputs, plan=plan)
+    torch_results = reference.recurrence_fwd(recurrence(), *cast(inputs, inputs.state.hx.dtype))
+    exact = reference.recurrence_fwd(recurrence(), *cast(inputs, torch.float64))
+    for name, a, b, c in zip(Saved._fields, ours, torch_results, exact, strict=True):
+        assert_accurate(name, a, b, c)
+    return ours
 
 
 SEQUENCES = [("fp32", 1, 1, 1), ("fp32", 4, 3, 13), ("fp32", 2, 17, 16), ("fp16", 2, 3, 19), ("bf16", 2, 3, 19)]
@@ -148,33 +159,25 @@ def test_sequences(device, dtype, form, T, B, H):
     inputs = recurrence_inputs(T, B, H, 2, DTYPES[dtype], device)
     options = {"schedule": "stepped", "transposed": transposed, "directions": 2, "precision": "ieee"}
     plan = tiled("fwd", B, H, dtype, block_b=block_b, **options)
-    ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=plan)
-    torch_results = reference.recurrence_fwd("lstm", **cast(inputs, DTYPES[dtype]))
-    exact = reference.recurrence_fwd("lstm", **cast(inputs, torch.float64))
-    for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
-        assert_accurate(name, a, b, c)
-    lean = launch.recurrence_fwd("lstm", **inputs, save_gates=False, save_states=False, plan=plan)
-    assert lean[3].numel() == lean[4].numel() == 0
+    ours = check_sequences(inputs, plan)
+    lean = launch.recurrence_fwd(recurrence(save_gates=False, save_states=False), *inputs, plan=plan)
+    assert lean.gates.numel() == lean.c_seq.numel() == 0
     assert all(torch.equal(a, b) for a, b in zip(lean[:3], ours[:3], strict=True))
 
 
 def test_sequences_with_strides_and_heads(device):
     """Rows of preact_x in batch-major order, as a batch-first input leaves them."""
     inputs = recurrence_inputs(3, 5, 24, 2, torch.float32, device, heads=3)
-    inputs["preact_x"] = inputs["preact_x"].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs = inputs._replace(preact_x=inputs.preact_x.transpose(1, 2).contiguous().transpose(1, 2))
     plan = tiled("fwd", 5, 24, "fp32", schedule="stepped", block_h=4, directions=2, precision="ieee", heads=3)
-    ours = launch.recurrence_fwd("lstm", **inputs, save_gates=True, save_states=True, plan=plan)
-    torch_results = reference.recurrence_fwd("lstm", **cast(inputs, torch.float32))
-    exact = reference.recurrence_fwd("lstm", **cast(inputs, torch.float64))
-    for name, a, b, c in zip(NAMES, ours, torch_results, exact, strict=True):
-        assert_accurate(name, a, b, c)
+    check_sequences(inputs, plan)
 
 
 def test_what_stepped_does_not_run_is_an_error(device):
     plan = tiled("fwd", 3, 20, "fp32", schedule="stepped")
     inputs = recurrence_inputs(3, 0, 20, 1, torch.float32, device, lengths=[3, 1, 2])
     with pytest.raises(ValueError, match="plan: the schedule 'stepped' runs dense batches of one layer, got ragged"):
-        launch.recurrence_fwd("lstm", **inputs, save_gates=False, save_states=False, plan=plan)
+        launch.recurrence_fwd(recurrence(), *inputs, plan=plan)
 
 
 class Operations(TorchDispatchMode):
@@ -258,14 +261,14 @@ def test_a_graph_for_any_batch(device, training):
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_op_is_what_its_fake_says(device, saved):
     inputs = step_inputs(3, 5, 7, 2, torch.bfloat16, device)
-    flat = [p for direction in inputs["parameters"] for p in direction]
-    arguments = ("lstm", inputs["input"], inputs["hx"], inputs["cx"], flat, 2, saved, saved)
+    flat = [p for direction in inputs.parameters for p in direction]
+    arguments = ("lstm", inputs.input, *inputs.state, flat, 2, saved, saved)
     torch.library.opcheck(torch.ops.fusedlstm.step_fwd.default, arguments)
 
 
 def test_same_bits_every_time(device):
     inputs = step_inputs(5, 40, 40, 1, torch.float32, device)
-    first, second = (launch.step_fwd("lstm", **inputs, save_gates=True, save_states=True) for _ in range(2))
+    first, second = (launch.step_fwd(recurrence(), *inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -9,6 +9,7 @@ import fusedlstm
 from fusedlstm import tuning
 from fusedlstm.engines import launch
 from fusedlstm.plan import tuned
+from fusedlstm.plan.problem import Problem
 from support import assert_accurate
 
 
@@ -55,7 +56,7 @@ def test_a_measured_choice_overrides_the_prediction_and_gives_the_same_numbers(d
     assert torch.equal(torch.random.get_rng_state(), state)
     assert module.backend == "triton" and all(p.grad is None for p in module.parameters())
     assert launch.trial is None
-    plans = [m for m in found if isinstance(m.what, tuned.Problem)]
+    plans = [m for m in found if isinstance(m.what, Problem)]
     assert [m.what.pass_ for m in plans] == ["fwd", "bwd"]
     assert all([m.predicted, m.chosen] == list(m.ms)[:2] for m in plans)
     assert [m.what.training for m in found if isinstance(m.what, tuned.Call)] == [True, False]
@@ -83,7 +84,7 @@ def test_layouts_and_frozen_parameters(device, layout):
         found = fusedlstm.tune(module, pack_padded_sequence(x, lengths), seconds=0.01)
     else:
         found = fusedlstm.tune(module, x, lengths=lengths, seconds=0.01)
-    problem = next(m.what for m in found if isinstance(m.what, tuned.Problem))
+    problem = next(m.what for m in found if isinstance(m.what, Problem))
     assert (problem.pass_, problem.layout, problem.batch) == ("fwd", layout, 2)
     calls = [m.what for m in found if isinstance(m.what, tuned.Call)]
     assert [c.layout for c in calls] == (["packed"] if layout == "packed" else []), "of lengths there is no choice"
@@ -95,7 +96,7 @@ def test_other_cells(device, layer, engines):
     """With a rival where ATen has the cell."""
     module = getattr(fusedlstm, layer)(3, 5).to(device)
     found = fusedlstm.tune(module, torch.randn(2, 2, 3, device=device), timer=favouring_the_second, seconds=0.01)
-    plans = [m for m in found if isinstance(m.what, tuned.Problem)]
+    plans = [m for m in found if isinstance(m.what, Problem)]
     assert [(m.what.cell, m.what.pass_) for m in plans] == [(module.cell, "fwd"), (module.cell, "bwd")]
     assert [m.chosen for m in plans] == [list(m.ms)[1] for m in plans]
     calls = [m.what for m in found if isinstance(m.what, tuned.Call)]
