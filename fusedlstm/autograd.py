@@ -31,6 +31,7 @@ from fusedlstm.ops import (
     input_products,
     is_batch_major,
     is_one_step,
+    one_by_one,
     preact_from,
     recompute,
     recurrence_bwd,
@@ -55,7 +56,11 @@ class LoopFunction(torch.autograd.Function):
     def forward(loop, lengths, first_row, resets, seed, rates, place, input, hx, cx, preact_0, *parameters):
         """input [T, B, I] or [R, I], hx [D, B, H], cx [S, D, B, H]; returns what `loop.forward` does."""
         batch = Batch.of((lengths, first_row, resets, seed), rates, place)
-        return loop.forward(input, hx, cx, preact_0, grouped(parameters, loop.recurrences), batch)
+        results = loop.forward(input, hx, cx, preact_0, grouped(parameters, loop.recurrences), batch)
+        # Users change results in place. ATen's loops keep an output of their own for the backward, so ours does too.
+        # cuDNN keeps the one that it returns, and so do the kernels, and whoever asks for little memory.
+        output, copies = results[0], loop.engine == "torch" and loop.save == "gates"
+        return (output.clone(), *results[1:], output) if copies else (*results, output.new_empty(0))
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -64,10 +69,11 @@ class LoopFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.loop, *layout, seed, ctx.rates, ctx.place, input, hx, cx, preact_0 = inputs[:11]
-        h, _, _, gates, c_seq, borders, products = output
-        ctx.mark_non_differentiable(gates, borders, products, *(() if ctx.loop.wants_c_seq else (c_seq,)))
+        h, _, _, gates, c_seq, borders, products, own_h = output
+        ctx.mark_non_differentiable(gates, borders, products, own_h, *(() if ctx.loop.wants_c_seq else (c_seq,)))
         ctx.set_materialize_grads(False)
         kept = ctx.loop.kept(gates, c_seq, borders, products)
+        h = own_h if own_h.numel() else h
         ctx.save_for_backward(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[11:])
         ctx.save_for_forward(*layout, seed, input, hx, cx, preact_0, *inputs[11:])
 
@@ -76,7 +82,7 @@ class LoopFunction(torch.autograd.Function):
         call = ctx.loop.specified(Batch.of(ctx.saved_tensors[:4], ctx.rates, ctx.place), None)
         output, h_n, c_n, c_seq = transforms.tangents(call, ctx.saved_tensors[4:], tangents[7:])
         output, c_seq = ctx.loop.whole(output, c_seq)
-        return output, h_n, c_n, None, c_seq if ctx.loop.wants_c_seq else None, None, None
+        return output, h_n, c_n, None, c_seq if ctx.loop.wants_c_seq else None, None, None, None
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
@@ -217,6 +223,7 @@ class Wave(NamedTuple):
     recurrences: int  # layers
     clip: float | None
     wants_c_seq: bool
+    save: str = "gates"
 
     def forward(self, input, hx, cx, preact_0, parameters, batch, *saves: bool) -> tuple[Tensor, ...]:
         """What `wave_fwd` returns, of all layers, and two that are empty; `saves`: gates and states, both if nothing is
@@ -319,11 +326,13 @@ def layer(
     """
     hx, cx = state[0], states_beside_h(state)
     loop, batch = Layer(cell, engine, len(parameters), clip, wants_c_seq, save), Batch(layout, noise)
-    found = _followed(loop, input, hx, cx, preact_0, parameters, batch)
+    found = followed = _followed(loop, input, hx, cx, preact_0, parameters, batch)
     if found is None:
         found = _block_fwd(cell, engine, input, parameters, hx, cx, preact_0, batch, False, wants_c_seq)
     output, h_n, c_n, _, c_seq, *_ = found
-    return output, (h_n, *c_n.unbind(0)), c_seq.to(output.dtype) if wants_c_seq else None
+    if wants_c_seq:  # the backward needs its own, and users change results in place
+        c_seq = c_seq.to(output.dtype, copy=followed is not None)
+    return output, (h_n, *one_by_one(c_n)), c_seq if wants_c_seq else None
 
 
 def wave(
@@ -343,7 +352,7 @@ def wave(
     if found is None:
         found = loop.forward(input, hx, cx, None, parameters, Batch(layout), False, wants_c_seq)
     output, h_n, c_n, _, c_seq, *_ = found
-    return output[-1], (h_n, *c_n.unbind(0)), c_seq[:, -1].to(output.dtype) if wants_c_seq else None
+    return output[-1], (h_n, *one_by_one(c_n)), c_seq[:, -1].to(output.dtype) if wants_c_seq else None
 
 
 def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...] | None:
@@ -508,9 +517,9 @@ def _recomputed_at_once(
     dtype = state_dtype(preact_x.dtype)
     for d, p in enumerate(parameters):
         h = before(d)
-        preact_h = torch.zeros_like(preact_x[d].reshape(len(h), -1))
+        preact_h = torch.zeros_like(preact_x[d].flatten(0, -2))
         add_recurrent_product(preact_h, h, p[1])
-        parts = (x.reshape(len(h), -1).to(dtype).chunk(cell.num_gates, -1) for x in (preact_x[d], preact_h))
+        parts = (x.flatten(0, -2).to(dtype).chunk(cell.num_gates, -1) for x in (preact_x[d], preact_h))
         own = () if vectors is None else vectors[d].to(dtype).unbind(0)
         kept, _ = cell.equations.step(*parts, (h.to(dtype),), own, 1.0)
         gates.append(torch.cat(kept, -1))

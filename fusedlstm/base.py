@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import cells, checks, functional, inits
+from fusedlstm import cells, checks, functional, inits, ops
 from fusedlstm.noise import NO_RATES, Rates
 
 State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
@@ -289,7 +289,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             def restore(output, states, c_seq):
                 output, *c_seq = (
                     PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
-                    for x in (output, *(() if c_seq is None else c_seq.unbind(0)))
+                    for x in (output, *(() if c_seq is None else ops.one_by_one(c_seq)))
                 )
                 return output, _state(self.permute_hidden(states, unsorted_indices)), _state(c_seq)
 
@@ -303,7 +303,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             hx = tuple(s.unsqueeze(1) for s in as_states(hx))
 
         def restore(output, states, c_seq):
-            c_seq = () if c_seq is None else c_seq.unbind(0)
+            c_seq = () if c_seq is None else ops.one_by_one(c_seq)
             if not batched:
                 output, c_seq = output.squeeze(batch_dim), [c.squeeze(batch_dim) for c in c_seq]
                 states = tuple(s.squeeze(1) for s in states)

@@ -1,6 +1,7 @@
 """The errors that a user can cause. If torch.nn has an error for it, its type and text are the same."""
 
 import importlib
+import itertools
 import numbers
 import os
 
@@ -201,7 +202,8 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
     """Check the input and the states of `Recurrent.forward`, before anything is reshaped."""
     of, packed = _cell_of(module), isinstance(input, PackedSequence)
     if isinstance(input, PackedSequence):
-        batch, input = int(input.batch_sizes[0]), _packed_data(input)
+        data = _packed_data(input)
+        batch, input = int(input.batch_sizes[0]), data
     elif input.dim() not in (2, 3):
         tensor = "tensor " if _name(module, of) == "RNN" else ""
         raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
@@ -253,12 +255,35 @@ def _packed_data(input: PackedSequence) -> Tensor:
         raise RuntimeError(f"batch_sizes tensor should be on CPU, but got it on {batch_sizes.device}")
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-    if not torch.compiler.is_compiling() and (steps := int(batch_sizes.sum())) != len(data):
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not len(batch_sizes):
+        raise ValueError(
+            "input: expected batch_sizes of one dimension and dtype torch.int64 with at least one step, "
+            f"got {batch_sizes.dim()}D, {batch_sizes.dtype} and {batch_sizes.numel()} element(s)"
+        )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return data
+    sizes = batch_sizes.tolist()
+    if sizes[-1] < 1 or any(later > earlier for earlier, later in itertools.pairwise(sizes)):
+        raise ValueError(f"input: expected batch_sizes that never grow and are at least 1, got {_shortened(sizes)}")
+    if (steps := sum(sizes)) != len(data):
         raise ValueError(
             f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; "
             "was a length given to pack_padded_sequence larger than its input is long?"
         )
+    for name in ("sorted_indices", "unsorted_indices"):
+        order = getattr(input, name)
+        if order is not None and (order.dtype != torch.int64 or list(order.shape) != sizes[:1]):
+            raise ValueError(
+                f"input: expected {name} with shape {sizes[:1]} and dtype torch.int64, "
+                f"got {list(order.shape)} and {order.dtype}"
+            )
+        if order is not None and _may_look(order) and sorted(order.tolist()) != [*range(sizes[0])]:
+            raise ValueError(f"input: expected {name} to be a permutation of 0 to {sizes[0] - 1}, got other values")
     return data
+
+
+def _shortened(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ({len(values)} values)"
 
 
 def lengths_and_resets(
@@ -285,6 +310,10 @@ def lengths_and_resets(
             raise ValueError(f"resets: expected shape {list(leading)}, got {list(resets.shape)}")
     if lengths is not None:
         lengths = sequence_lengths(lengths, steps, batch)
+    data = input.data if isinstance(input, PackedSequence) else input
+    for name, table in (("lengths", lengths), ("resets", resets)):
+        if table is not None and table.is_meta and not data.is_meta:
+            raise ValueError(f"{name}: expected a tensor with values, for input on {data.device}, got one on meta")
     return lengths, resets
 
 

@@ -237,8 +237,8 @@ def _after(*steps: Callable) -> Callable:
 def _dense_if_equal(call: _Call) -> tuple[_Call, Callable[..., Results]]:
     """Turn a packed batch of equal lengths into a dense one. Returns it and a function that turns the results back."""
     sizes = call.rows.batch_sizes
-    # A graph is for any lengths, so a compiler may not ask.
-    if sizes is None or torch.compiler.is_compiling() or sizes[0] != sizes[-1]:
+    # A graph is for any lengths, so a compiler may not ask, nor a tracer.
+    if sizes is None or torch.compiler.is_compiling() or torch.jit.is_tracing() or sizes[0] != sizes[-1]:
         return call, _same
     input, resets = (None if x is None else x.unflatten(0, (len(sizes), -1)) for x in (call.input, call.rows.resets))
 
@@ -254,6 +254,7 @@ def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:
     Everything that serves packed batches then serves it. Returns it and a function that turns the results back.
     """
     spec, rows = call.spec, call.rows
+    transforms.not_traced("lengths and resets")
     input, resets = _time_major(rows, call.input, rows.resets)
     leading, initial = input.shape[:-1], call.states
     layout = _layout(input, initial[0].size(1), rows.batch_sizes, rows.lengths, resets)
@@ -301,6 +302,7 @@ def _layout(
     if resets is not None:
         resets = _moved("resets", resets, input.device, torch.bool)
     if batch_sizes is not None:
+        transforms.not_traced("input")
         transforms.not_captured(
             "input", input.device, "a packed batch, whose tables are copied from the host at every call"
         )
@@ -334,6 +336,8 @@ def _engine(call: _Call) -> tuple[str, str]:
     engine, why = engines.choice(spec.backend, call.input.device, call.dtype, *layer)
     if transforms.has_tangents(call.tensors):
         return "reference", "forward-mode AD, of whose tangents neither the kernels nor ATen's layers know"
+    if engine == "torch" and call.dtype.is_complex and _ways(call, engine)[0] == "loop":
+        return "reference", "complex numbers, which the loop's written-out backward does not serve"
     if engine == "triton" and _has_rival(call) and 1 < call.steps <= aten.CUDNN_STEPS:
         sizes = (rows.batch_sizes, rows.masked, spec.num_layers, spec.directions, spec.proj_size)
         asked = tuned_call(spec.cell, call.input, call.states, call.weights, call.dtype, *sizes)
@@ -477,7 +481,7 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
         output, h_n, c_n, _, _ = ops.step_fwd(
             cell.name, input[0], states[0], cx, call.weights, spec.directions, *saves, of_ops
         )
-        return _as_given(call.rows, output.unsqueeze(0), (h_n, *c_n.unbind(0)), None)
+        return _as_given(call.rows, output.unsqueeze(0), (h_n, *ops.one_by_one(c_n)), None)
     together = spec.directions
     if (
         engine == "triton"
@@ -523,7 +527,7 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         batch = noise.Batch(layout, drawn._replace(place=(first, 0)))
         state = State(states[0], ops.states_beside_h(states))
         output, h_n, c_n, _, c_seq = reference.layer(Recurrence(cell, clip), x, state, parameters, batch, weight_hr)
-        return output, (h_n, *c_n.unbind(0)), c_seq if spec.cell_states and is_last else None
+        return output, (h_n, *ops.one_by_one(c_n)), c_seq if spec.cell_states and is_last else None
 
     # The loop over o tanh(c) has no gradient of a projected h to clip.
     return specified if engine == "reference" or (spec.proj_size and clip is not None) else fused

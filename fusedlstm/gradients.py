@@ -54,6 +54,10 @@ class ParameterGradients:
         """The part of some steps. With norms the gradients of the input's preactivations become those of their
         products.
         """
+        if layout.lengths is not None and layout.first_row is None:
+            # What a sequence without steps begins with is not used, and zero times NaN is NaN.
+            unused = (layout.lengths <= 0).unsqueeze(1)
+            hx, cx = hx.masked_fill(unused, 0), cx.masked_fill(unused, 0)
         factor = noise.of_sequences(*hx.shape, hx.dtype)
         D, H, of_x = len(self.needs), self.H, self._of_x(grad_preact)
         if self.has_bias and any(n[2] or n[3] for n in self.needs):

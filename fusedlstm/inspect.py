@@ -194,5 +194,5 @@ def plot_gates(trace: GateTrace, *, sample: int = 0, figure=None, period: int | 
 
 def _order_of_activity(c: Tensor) -> Tensor:  # [T, H] -> [H]
     change = torch.diff(c, dim=0, prepend=torch.zeros_like(c[:1])).abs()
-    steps = torch.arange(len(c), dtype=c.dtype).unsqueeze(1)
+    steps = torch.arange(len(c), dtype=c.dtype, device=c.device).unsqueeze(1)
     return ((change * steps).sum(0) / change.sum(0).clamp_min(1e-12)).argsort()

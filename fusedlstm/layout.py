@@ -40,7 +40,7 @@ class Layout(NamedTuple):
         """From the number of sequences at every step, of `batch` sequences in all."""
         first_row = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
         # Sequence b has as many steps as have more than b sequences.
-        fewer = torch.searchsorted(batch_sizes.flip(0), torch.arange(batch), right=True)
+        fewer = torch.searchsorted(batch_sizes.flip(0), torch.arange(batch, device=batch_sizes.device), right=True)
         lengths = (len(batch_sizes) - fewer).int()
         return cls(lengths.to(device, non_blocking=True), first_row.to(device, non_blocking=True), resets)
 
@@ -97,7 +97,7 @@ class Layout(NamedTuple):
         else:
             before, cut = torch.cat([seq[1:], initial.unsqueeze(0)]), self.resets
             if self.lengths is not None:
-                before.flatten(0, 1)[self.begin_rows(seq.shape[:2], 1, seq.device)] = initial
+                before.flatten(0, 1)[self.begin_rows(seq.shape[:2], 1, seq.device)] = initial.to(before.dtype)
             if cut is not None:
                 cut = torch.cat([cut[1:], torch.zeros_like(cut[:1])])
                 if self.lengths is not None:

@@ -342,6 +342,11 @@ def states_beside_h(state: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(state[1:]) if len(state) > 2 else state[0].new_empty(0, *state[0].shape)
 
 
+def one_by_one(states: Tensor) -> list[Tensor]:
+    """The states [S, ...] beside h. Each may be changed in place, so none is a view of the same tensor as another."""
+    return [states[0]] if states.size(0) == 1 else [s.clone() for s in states.unbind(0)]
+
+
 def c_seq_dtype(engine: str, like: Tensor) -> torch.dtype:
     """Of the states beside h of every step: the loop of torch operations keeps one dtype."""
     return state_dtype(like.dtype) if engine in KERNELS else like.dtype
@@ -371,7 +376,8 @@ def grouped(parameters, directions: int) -> list:
 
 
 def is_batch_major(input: Tensor) -> bool:
-    return input.dim() == 3 and input.stride(0) < input.stride(1)
+    """Whether sequence after sequence lies in memory. The stride of an axis with one element means nothing."""
+    return input.dim() == 3 and min(input.shape[:2]) > 1 and input.stride(0) < input.stride(1)
 
 
 def input_product(cell: Cell, input: Tensor, parameters: list, preact_0: Tensor | None, layout: Layout) -> Tensor:

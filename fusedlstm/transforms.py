@@ -194,6 +194,19 @@ def _sample(x, dim, k: int):
     return x if dim is None else x.select(dim, k)
 
 
+def not_traced(name: str) -> None:
+    """Check that `torch.jit.trace` does not run. The caller needs the lengths, which a trace would keep for ever.
+
+    Raises:
+        RuntimeError: A trace is being made.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{name}: expected a dense batch in torch.jit.trace, got lengths, which the trace would keep as they are "
+            "now; trace a packed batch of an LSTM, GRU or RNN with the options of torch.nn, or use torch.compile"
+        )
+
+
 def not_captured(name: str, device: torch.device, came: str) -> None:
     """Check that no CUDA graph is being captured. The caller needs the host for work on `device`.
 

@@ -69,6 +69,8 @@ def schedule(
     """
     if cell.aten is None:
         return "loop"
+    if torch.jit.is_tracing() or dtype.is_complex:
+        return "stack"  # a trace is for any lengths, and the written-out backward of the loop is for real numbers
     steps = len(batch_sizes) if batch_sizes is not None else input.size(1 if batch_first else 0)
     if input.is_cuda:
         return "runs" if batch_sizes is None and steps > CUDNN_STEPS else "stack"
@@ -266,8 +268,8 @@ def _by_stretches(cell: Cell, batch_sizes: Tensor, training: bool):
     for t in range(1, len(sizes) + 1):
         if t == len(sizes) or sizes[t] < HELD * sizes[start]:
             n = sizes[start]
-            row = layout.first_row[start:t].unsqueeze(1) + torch.arange(n)
-            lives = torch.arange(n) < batch_sizes[start:t].unsqueeze(1)  # [steps, n]
+            row = layout.first_row[start:t].unsqueeze(1) + torch.arange(n, device=batch_sizes.device)
+            lives = torch.arange(n, device=batch_sizes.device) < batch_sizes[start:t].unsqueeze(1)  # [steps, n]
             stretches.append((t - start, n, torch.where(lives, row, R).flatten(), lives.flatten().nonzero()[:, 0]))
             start = t
 

@@ -131,9 +131,10 @@ def recurrence_fwd(
                 entered = tuple(transforms.apply(_ClipGradient, s, clip) for s in entered)
             if cut is not None:
                 entered = _where(~cut, entered, 0.0)
+            # What a sequence that has ended would have begun a step with has no gradient; zero times NaN is NaN.
+            entered, (x,) = _where(lives, entered, 0.0), _where(lives, (preact_x[d, first : first + n],), 0.0)
             h = entered[0] if factors is None else entered[0] * factors[d, :n]
             preact_h = recurrent_product(h, weight_hh[d])
-            x = preact_x[d, first : first + n]
             held_h, held_c, drop = _of_step(masks, first, n)
             gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered, own, drop)
             now = _held(held_h, held_c, now, entered)

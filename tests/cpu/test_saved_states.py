@@ -204,10 +204,12 @@ def test_peak_is_as_memory_says(T, B, save, directions):
     before = [input, hx, cx, grad, *(p for direction in parameters for p in direction)]
     with LiveBytes(before) as live:
         output = autograd.layer(CELLS["lstm"], input, (hx.detach(), cx[0].detach()), parameters, "torch", save=save)[0]
-        assert live.now == memory.kept(T, B, H, 4, save, directions)
+        # The formulas are those of the kernels. The loop keeps an output of its own with the gates.
+        of_loop = output.nbytes if save == "gates" else 0
+        assert live.now == memory.kept(T, B, H, 4, save, directions) + of_loop
         output.backward(grad)
     own = memory.own_peak(T, B, H, 4, save, directions)
-    bound = own + memory.gradients(T, B, I, H, 4, directions) - grad.nbytes
+    bound = own + memory.gradients(T, B, I, H, 4, directions) - grad.nbytes + of_loop
     assert live.peak <= bound
     assert max(own, 0.8 * bound) <= 1.05 * live.peak or len(autograd.begins_of_blocks(T, B)) == 2
 
