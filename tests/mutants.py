@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each has a name, a file, a text in it, its replacement, and the tests that must fail.
 MUTANTS = {
-    "no wait": ("kernels/barrier.py", "< target)", "< 0)", "tests/kernels/test_exchange.py"),
+    "no wait": ("kernels/exchange.py", "< target)", "< 0)", "tests/kernels/test_exchange.py"),
     "target too low": (
         "kernels/recurrence_fwd.py",
         "GROUP * step,",
@@ -30,7 +30,7 @@ MUTANTS = {
         "tests/kernels/test_exchange.py",
     ),
     "no release: nobody arrives": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         'tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")',
         "pass",
         "tests/kernels/test_exchange.py",
@@ -86,8 +86,8 @@ MUTANTS = {
     ),
     "exchange: chunks are fetched before the wait": (
         "kernels/exchange.py",
-        "        barrier.wait(counter_ptr, target, EXCHANGE)\n        acc = exchanged_product(p_x, mask_b, w, DOT)\n",
-        "        acc = exchanged_product(p_x, mask_b, w, DOT)\n        barrier.wait(counter_ptr, target, EXCHANGE)\n",
+        "        wait(counter_ptr, target, EXCHANGE)\n        acc = exchanged_product(p_x, mask_b, w, DOT)\n",
+        "        acc = exchanged_product(p_x, mask_b, w, DOT)\n        wait(counter_ptr, target, EXCHANGE)\n",
         "tests/kernels/test_exchange.py",
     ),
     "product: chunks after the first few are left out": (
@@ -127,7 +127,7 @@ MUTANTS = {
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "the trap is left out": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         "        if not arrived:\n",
         "        if False:\n",
         "tests/compiled/test_critical_path.py",
@@ -169,10 +169,10 @@ MUTANTS = {
         "tl.arange(0, DOT.SPLIT)[:, None] * 0",
         "tests/kernels/test_recurrence_fwd.py",
     ),
-    "no release: relaxed": ("kernels/barrier.py", 'sem="release"', 'sem="relaxed"', "tests/compiled"),
-    "no acquire": ("kernels/barrier.py", 'sem="acquire"', 'sem="relaxed"', "tests/compiled"),
+    "no release: relaxed": ("kernels/exchange.py", 'sem="release"', 'sem="relaxed"', "tests/compiled"),
+    "no acquire": ("kernels/exchange.py", 'sem="acquire"', 'sem="relaxed"', "tests/compiled"),
     "no CTA barrier before the release": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         "    tl.debug_barrier()\n    tl.atomic_add",
         "    tl.atomic_add",
         "tests/compiled",
@@ -190,10 +190,10 @@ MUTANTS = {
         "tests/kernels/test_exchange.py",
     ),
     "a wait by counter has no bound": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         "< target) & (spins < EXCHANGE.LIMIT)",
         "< target)",
-        "tests/kernels/test_barrier.py",
+        "tests/kernels/test_exchange.py",
     ),
     "mask of batch rows dropped": (
         "kernels/recurrence_fwd.py",
