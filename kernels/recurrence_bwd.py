@@ -41,6 +41,7 @@ from fusedlstm.kernels.rows import (
     recurrence_of,
     start_later,
     strided_start,
+    with_resets,
     zero_padding,
 )
 from fusedlstm.kernels.tiles import (
@@ -161,6 +162,7 @@ def recurrence_bwd_kernel(
     KEPT_HP: tl.constexpr = KEPT * HP
     FIRST: tl.constexpr = KEPT - G  # the first block that goes through U
 
+    units = units_of_program(GROUP, DH, BLOCK_H)
     batch = Batch(T, B, D, R, lengths_ptr, first_row_ptr, resets_ptr)
     noise = Noise(
         seed_ptr,
@@ -175,7 +177,6 @@ def recurrence_bwd_kernel(
     )
     pid_d = tl.program_id(2).to(tl.int64)
     recurrence = recurrence_of(pid_d, batch, LAYOUT)
-    units = units_of_program(GROUP, DH, BLOCK_H)
 
     # Offsets of a tile, [BLOCK_B, BLOCK_H], in every kind of row.
     offs_b = tl.arange(0, BLOCK_B)[:, None]
@@ -184,15 +185,17 @@ def recurrence_bwd_kernel(
     offs_seq = offs_b * (recurrence.side_by_side * H) + offs_h
     offs_gates = offs_b * (recurrence.side_by_side * KEPT_H) + offs_h
     offs_norm = offs_b * (recurrence.side_by_side * 4)
-    offs_grad_output = offs_b.to(tl.int64) * rows_grad_output_b * (recurrence.side_by_side * H) + offs_h
+    offs_grad_output = tl.arange(0, BLOCK_B).to(tl.int64)[:, None] * rows_grad_output_b * (recurrence.side_by_side * H)
+    offs_grad_output += offs_h
     stride_state = D.to(tl.int64) * B * H
     stride_seq = R.to(tl.int64) * D * H
 
     if STACK:
         # Gradients are given for the states of the last layer: its rows are all that these tensors have.
         below = pid_d + 1 < D
-        grad_c_ptr = grad_c_seq_ptr - recurrence.first * H
-        given = Given(grad_output_ptr, offs_grad_output, grad_c_ptr, offs_seq, R.to(tl.int64) * H, units.mask & ~below)
+        given_c_ptr = grad_c_seq_ptr - recurrence.first * H
+        stride_c = R.to(tl.int64) * H
+        given = Given(grad_output_ptr, offs_grad_output, given_c_ptr, offs_seq, stride_c, units.mask & ~below)
     else:
         given = Given(grad_output_ptr + pid_d * H, offs_grad_output, grad_c_seq_ptr, offs_seq, stride_seq, units.mask)
 
@@ -201,9 +204,6 @@ def recurrence_bwd_kernel(
     if STACK:
         # Of the layer above.
         w_x = resident_weight(weight_ih_ptr + pid_d * (G * HP * HP), units.of_head, units.mask & below, DOT_X)
-    vectors = ()
-    if V > 0:
-        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h, units.mask[None, :], H, V)
 
     # What the group reads of each other.
     group_ptr = grad_preact_ptr
@@ -211,9 +211,11 @@ def recurrence_bwd_kernel(
         group_ptr = exchanged_ptr
     first_of_head = units.head * DHP
     offs_group = offs_b * (recurrence.side_by_side * KEPT_HP) + (first_of_head + units.of_head)[None, :]
-    offs_x = FIRST * HP + first_of_head + tl.arange(0, BLOCK_B) * (recurrence.side_by_side * KEPT_HP)
-    gate = tl.minimum(tl.arange(0, G_PADDED), G - 1)
-    offs_prefetch = ((FIRST + gate) * HP)[None, :] + first_of_head + units.program * BLOCK_H
+    offs_gate = ((FIRST + tl.minimum(tl.arange(0, G_PADDED), G - 1)) * HP)[None, :]
+
+    vectors = ()
+    if V > 0:
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h, units.mask[None, :], H, V)
 
     tiles_b = tl.cdiv(B, BLOCK_B)
     for number in range(tl.program_id(1).to(tl.int64), tiles_b, tl.num_programs(1)):
@@ -247,6 +249,7 @@ def recurrence_bwd_kernel(
             mask = rows.mask[:, None] & units.mask[None, :]
 
             # Fetched before anybody waits, and not looked at until then.
+            rows = with_resets(rows, before, tile, recurrence, batch, LAYOUT)
             fetched_gates = fetch_tuple(gates_ptr + rows.start * KEPT_H, offs_gates, mask, H, KEPT)
             if NORMS:
                 norm = fetch_tuple(statistics_ptr + rows.start * 4, offs_norm, rows.mask[:, None], 1, 4)
@@ -255,13 +258,14 @@ def recurrence_bwd_kernel(
             start_h = start * (recurrence.side_by_side * H)
             fetched_grads = fetch_given(given, rows.mask, start_h, rows.start * H, S, HAS_GRAD_C_SEQ)
             earlier = start_later(rows, 4 * recurrence.reverse - 2, tile, recurrence, batch)
-            prefetch(group_ptr + earlier[:, None] * KEPT_HP + offs_prefetch, EXCHANGE)
+            p_earlier = group_ptr + earlier[:, None] * KEPT_HP + offs_gate
+            prefetch(p_earlier + first_of_head + units.program * BLOCK_H, EXCHANGE)
 
             # dh += dpreact U of the step after this one, and the gradients of the states between both are complete.
             if LOCAL:
                 dh = local_product(passed, w, DOT)
             else:
-                p_x = later_ptr + offs_x
+                p_x = later_ptr + FIRST * HP + first_of_head + tile.offs * (recurrence.side_by_side * KEPT_HP)
                 dh = awaited_product(counter_ptr, GROUP * step, p_x, later.stored, later.stored, w, DOT, EXCHANGE)
             dentered = cut((dstate[0] + drop_h(dh, factor, NOISE),) + dstate[1:], later, LAYOUT)
             if CLIP:

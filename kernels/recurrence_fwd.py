@@ -36,6 +36,7 @@ from fusedlstm.kernels.rows import (
     recurrence_of,
     start_later,
     strided_start,
+    with_resets,
     zero_padding,
 )
 from fusedlstm.kernels.tiles import (
@@ -148,6 +149,7 @@ def recurrence_fwd_kernel(
     GH: tl.constexpr = G * H
     KEPT_H: tl.constexpr = KEPT * H
 
+    units = units_of_program(GROUP, DH, BLOCK_H)
     batch = Batch(T, B, D, R, lengths_ptr, first_row_ptr, resets_ptr)
     noise = Noise(
         seed_ptr,
@@ -162,7 +164,6 @@ def recurrence_fwd_kernel(
     )
     pid_d = tl.program_id(2).to(tl.int64)
     recurrence = recurrence_of(pid_d, batch, LAYOUT)
-    units = units_of_program(GROUP, DH, BLOCK_H)
     if STACK:
         # Above layer 0 the bias stands in every row of preact_x.
         above = pid_d > 0
@@ -180,17 +181,12 @@ def recurrence_fwd_kernel(
     offs_state = offs_b * H + offs_h
     offs_seq = offs_b * (recurrence.side_by_side * H) + offs_h
     offs_gates = offs_b * (recurrence.side_by_side * KEPT_H) + offs_h
-    offs_preact = offs_b.to(tl.int64) * rows_b * GH + offs_h
-    stride_state = D.to(tl.int64) * B * H
-    stride_seq = R.to(tl.int64) * D * H
+    offs_preact = tl.arange(0, BLOCK_B).to(tl.int64)[:, None] * rows_b * GH + offs_h
 
     row_n, mask_n = gate_columns(units, HP, G, G_PADDED, DH, BLOCK_H)
     w = resident_weight(weight_hh_ptr + pid_d * (G * HP * DHP), row_n * DHP, mask_n, DOT)
     if STACK:
         w_x = resident_weight(weight_ih_ptr + (pid_d - 1) * (G * HP * HP), row_n * DHP, mask_n & above, DOT_X)
-    vectors = ()
-    if V > 0:
-        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h, units.mask[None, :], H, V)
 
     # What the group reads of each other.
     exchanged_ptr = output_ptr
@@ -201,6 +197,10 @@ def recurrence_fwd_kernel(
     first_of_head = units.head * DHP
     offs_exchanged = offs_b * (recurrence.side_by_side * HP) + (first_of_head + units.of_head)[None, :]
 
+    vectors = ()
+    if V > 0:
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h, units.mask[None, :], H, V)
+
     tiles_b = tl.cdiv(B, BLOCK_B)
     for number in range(tl.program_id(1).to(tl.int64), tiles_b, tl.num_programs(1)):
         tile = batch_tile(number, batch, BLOCK_B, LAYOUT)
@@ -209,6 +209,8 @@ def recurrence_fwd_kernel(
         counter_ptr = arrived_ptr + group * 32
         slots_ptr = sums_ptr + group * (4 * BLOCK_B * SUMS)
         row_state = pid_d * B + tile.first
+        stride_state = D.to(tl.int64) * B * H
+        stride_seq = R.to(tl.int64) * D * H
         initial = States(hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, stride_state)
         final = States(h_n_ptr + row_state * H, c_n_ptr + row_state * H, offs_state, stride_state)
 
@@ -221,16 +223,17 @@ def recurrence_fwd_kernel(
 
         for step in range(tile.steps):
             before = rows
-            rows = forward_rows(step, before, tile, recurrence, batch, LAYOUT)
+            rows = forward_rows(step, tile, recurrence, batch, LAYOUT)
             mask = rows.mask[:, None] & units.mask[None, :]
 
             # Fetched before anybody waits, and not looked at until then.
             start = strided_start(rows, tile, rows_t, rows_b, LAYOUT)
             fetched = fetch_tuple(preact_ptr + start * GH, offs_preact, mask, H, G)
+            rows = with_resets(rows, before, tile, recurrence, batch, LAYOUT)
             later = start_later(rows, 2 - 4 * recurrence.reverse, tile, recurrence, batch)
             prefetch(exchanged_ptr + later * HP + first_of_head + units.program * BLOCK_H, EXCHANGE)
 
-            # preact_h = h U^T, where h is of one program or a group. A mask of its h would cost more than one of preact_h.
+            # preact_h = h U^T. Of what a group exchanged, a reset cuts the product: a mask of h would cost more registers.
             if LOCAL:
                 state = cut(state, rows, LAYOUT)
                 h = keep_units((drop_h(state[0], factor, NOISE),), units.mask, DH < BLOCK_H)

@@ -144,7 +144,6 @@ def no_rows(
 @triton.jit
 def forward_rows(
     step,
-    before,  # Rows of the step before
     tile,  # Tile
     recurrence,  # Recurrence
     batch,  # Batch
@@ -153,8 +152,7 @@ def forward_rows(
     """The rows of a step, counted in the order of the direction."""
     t = step + recurrence.reverse * (tile.steps - 1 - 2 * step)
     first, sequences = _first_row(t, True, batch, LAYOUT)
-    rows = _rows(t, True, first, sequences, tile, recurrence, LAYOUT)
-    return _with_resets(rows, before, tile, recurrence, batch, LAYOUT)
+    return _rows(t, True, first, sequences, tile, recurrence, LAYOUT)
 
 
 @triton.jit
@@ -189,7 +187,7 @@ def backward_rows(
     exists = (t_before >= 0) & (t_before < batch.T)
     first, sequences = _first_row(t_before, exists, batch, LAYOUT)
     before = _rows(t_before, t_before >= 0, first, sequences, tile, recurrence, LAYOUT)
-    return _with_resets(rows, before, tile, recurrence, batch, LAYOUT), before
+    return rows, before
 
 
 @triton.jit
@@ -211,7 +209,7 @@ def _first_row(
 
 @triton.jit
 def _rows(t, exists, first, sequences, tile, recurrence, LAYOUT: tl.constexpr):
-    """Rows, without resets."""
+    """Rows, without resets; none unless the step exists."""
     if LAYOUT.PACKED:
         mask = tile.first + tile.offs < sequences
         stored = mask
@@ -225,7 +223,14 @@ def _rows(t, exists, first, sequences, tile, recurrence, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _with_resets(rows, before, tile, recurrence, batch, LAYOUT: tl.constexpr):
+def with_resets(
+    rows,  # Rows
+    before,  # Rows of the step before
+    tile,  # Tile
+    recurrence,  # Recurrence
+    batch,  # Batch
+    LAYOUT: tl.constexpr,
+):
     """The same rows, with resets. A reset stands at the later of the two steps that it separates."""
     reset = 0
     if LAYOUT.RESETS:
@@ -235,9 +240,8 @@ def _with_resets(rows, before, tile, recurrence, batch, LAYOUT: tl.constexpr):
             mask = rows.mask & ((tile.first + tile.offs < before.sequences) | (reverse == 0))
         else:
             row = (rows.t + reverse) * batch.B
-            mask = rows.mask & (rows.t + reverse < tile.steps)
-            if LAYOUT.RAGGED:
-                mask = mask & (rows.t + reverse < tile.length)
+            ends = tile.length if LAYOUT.RAGGED else tile.steps
+            mask = rows.mask & (rows.t + reverse < ends)
         reset = tl.load(batch.resets_ptr + row + tile.first + tile.offs, mask=mask, other=0)
     return Rows(rows.t, rows.first, rows.sequences, rows.mask, rows.stored, reset, rows.start)
 
