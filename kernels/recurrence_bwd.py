@@ -35,12 +35,12 @@ from fusedlstm.kernels.rows import (
     batch_tile,
     cut,
     fetch_before,
-    goes_on,
     last_rows,
     no_rows,
     recurrence_of,
     start_later,
     strided_start,
+    unless_ended,
     with_resets,
     zero_padding,
 )
@@ -270,7 +270,7 @@ def recurrence_bwd_kernel(
             dentered = cut((dstate[0] + drop_h(dh, factor, NOISE),) + dstate[1:], later, LAYOUT)
             if CLIP:
                 dentered = clamp_tuple(dentered, clip)
-            dstate = goes_on(dentered, dstate, later.mask, CLIP or LAYOUT.UNEVEN)
+            dstate = unless_ended(dentered, dstate, later.mask, CLIP or LAYOUT.UNEVEN)
             if step == tile.steps:
                 store_state(grad_initial, mask_tile, dstate, S)
 
@@ -316,7 +316,7 @@ def recurrence_bwd_kernel(
             if LOCAL:
                 passed = round_tuple(keep_units(dpreact[FIRST:], units.mask, DH < BLOCK_H), weight_ptr)
             state = state_prev
-            dstate = goes_on(dprev, dstate, rows.mask, LAYOUT.UNEVEN)
+            dstate = unless_ended(dprev, dstate, rows.mask, LAYOUT.UNEVEN)
 
         if LAYOUT.RAGGED:
             # No sequence of the tile comes so far.

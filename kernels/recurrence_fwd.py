@@ -31,11 +31,11 @@ from fusedlstm.kernels.rows import (
     beginnings,
     cut,
     forward_rows,
-    goes_on,
     no_rows,
     recurrence_of,
     start_later,
     strided_start,
+    unless_ended,
     with_resets,
     zero_padding,
 )
@@ -233,7 +233,7 @@ def recurrence_fwd_kernel(
             later = start_later(rows, 2 - 4 * recurrence.reverse, tile, recurrence, batch)
             prefetch(exchanged_ptr + later * HP + first_of_head + units.program * BLOCK_H, EXCHANGE)
 
-            # preact_h = h U^T. Of what a group exchanged, a reset cuts the product: a mask of h would cost more registers.
+            # preact_h = h U^T. In a group a reset cuts the product, since a mask of h would cost more registers.
             if LOCAL:
                 state = cut(state, rows, LAYOUT)
                 h = keep_units((drop_h(state[0], factor, NOISE),), units.mask, DH < BLOCK_H)
@@ -273,7 +273,7 @@ def recurrence_fwd_kernel(
             else:
                 gates, stepped = STEP(preact_x, preact_h, state, vectors, drop)
             stepped = hold(stepped, state, words, noise, NOISE)
-            state = goes_on(stepped, state, rows.mask, LAYOUT.UNEVEN)
+            state = unless_ended(stepped, state, rows.mask, LAYOUT.UNEVEN)
             stepped = zero_padding(stepped, rows, LAYOUT)
 
             # The group waits for what enters its next product; nobody waits for the rest.

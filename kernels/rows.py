@@ -308,7 +308,7 @@ def cut(
 
 
 @triton.jit
-def goes_on(
+def unless_ended(
     tiles,
     ended,  # tiles
     mask,  # [BLOCK_B]
