@@ -79,15 +79,7 @@ def recompute_kernel(
     GH: tl.constexpr = G * H
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
     noise = Noise(
-        seed_ptr,
-        first_recurrence,
-        first_row_of_all,
-        below_h,
-        below_c,
-        below_candidate,
-        rate_h,
-        rate_c,
-        scale_candidate,
+        seed_ptr, first_recurrence, first_row_of_all, below_h, below_c, below_candidate, rate_h, rate_c, scale_candidate
     )
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs = units[None, :]  # [1, BLOCK_H]

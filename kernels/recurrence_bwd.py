@@ -165,15 +165,7 @@ def recurrence_bwd_kernel(
     units = units_of_program(GROUP, DH, BLOCK_H)
     batch = Batch(T, B, D, R, lengths_ptr, first_row_ptr, resets_ptr)
     noise = Noise(
-        seed_ptr,
-        first_recurrence,
-        first_row_of_all,
-        below_h,
-        below_c,
-        below_candidate,
-        rate_h,
-        rate_c,
-        scale_candidate,
+        seed_ptr, first_recurrence, first_row_of_all, below_h, below_c, below_candidate, rate_h, rate_c, scale_candidate
     )
     pid_d = tl.program_id(2).to(tl.int64)
     recurrence = recurrence_of(pid_d, batch, LAYOUT)
@@ -234,10 +226,11 @@ def recurrence_bwd_kernel(
         before = last_rows(tile, recurrence, batch, LAYOUT)
         mask = before.mask[:, None] & units.mask[None, :]
         state = load_state(at_row(saved, before.start, H), mask, S)
-        # The gradients of the states after a step, but for dpreact U; and dpreact, which the group has at `later`.
+        factor = load_factor(factor_ptr + row_state * H, offs_state, mask_tile, NOISE)
+        # What an iteration leaves to the next: its rows; the gradients of the states before it, but for dpreact U; and
+        # where the group has its dpreact, or in a group of one what of it goes through U.
         rows = no_rows(tile, LAYOUT)
         dstate = load_state(grad_final, mask_tile, S)
-        factor = load_factor(factor_ptr + row_state * H, offs_state, mask_tile, NOISE)
         later_ptr = group_ptr
         passed = ()
         if LOCAL:

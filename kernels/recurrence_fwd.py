@@ -152,15 +152,7 @@ def recurrence_fwd_kernel(
     units = units_of_program(GROUP, DH, BLOCK_H)
     batch = Batch(T, B, D, R, lengths_ptr, first_row_ptr, resets_ptr)
     noise = Noise(
-        seed_ptr,
-        first_recurrence,
-        first_row_of_all,
-        below_h,
-        below_c,
-        below_candidate,
-        rate_h,
-        rate_c,
-        scale_candidate,
+        seed_ptr, first_recurrence, first_row_of_all, below_h, below_c, below_candidate, rate_h, rate_c, scale_candidate
     )
     pid_d = tl.program_id(2).to(tl.int64)
     recurrence = recurrence_of(pid_d, batch, LAYOUT)
@@ -217,7 +209,7 @@ def recurrence_fwd_kernel(
         state = load_state(initial, mask_tile, S)
         factor = load_factor(factor_ptr + row_state * H, offs_state, mask_tile, NOISE)
         rows = no_rows(tile, LAYOUT)
-        # Where h of the step before is, and how far its rows are apart.
+        # Where the group has h of the step before, and how far its rows are apart.
         h_ptr = exchanged_hx_ptr + row_state * HP
         stride_h = HP
 
@@ -266,7 +258,7 @@ def recurrence_fwd_kernel(
                     )
                 preact_x = add_tuple(preact_x, split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED))
 
-            # The cell's step.
+            # Through the cell's step: from the state that enters it to the one that leaves it.
             words, drop = step_noise(noise, pid_d, rows.first + tile.first, tile.offs, units.offs, NOISE)
             if NORMS:
                 gates, stepped = STEP(preact_x, preact_h, state, vectors, drop, slots, norm, H, EXCHANGE)
