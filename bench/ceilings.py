@@ -2,7 +2,7 @@
 
 | metric | unit | meaning |
 |---|---|---|
-| `barrier` | us | one arrival and wait of `kernels/barrier.py`, P programs |
+| `barrier` | us | one arrival and wait of `kernels/exchange.py`, P programs |
 | `exchange` | us | one step in which each of P programs hands a tile to all, by counter or by data |
 | `loop` | us | one step of our recurrence, forward and backward, by each protocol |
 | `launch` | us | an empty kernel: host time, device time of many in a row, in a CUDA graph, cooperative |
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from bench import environment, rows, timing
-from fusedlstm.kernels import barrier
+from fusedlstm.kernels import exchange
 from fusedlstm.kernels.exchange import Exchange
 
 ROWS_OF_TILE, UNITS, ABSENT = 16, 8, -1  # a program owns 8 units of 16 rows, as the smallest resident plans do
@@ -53,7 +53,7 @@ MEASURED_AS = {  # field of a row in the planner's table of devices -> (metric, 
 def exchange_of(programs: int) -> Exchange:
     """How `programs` exchange here, with the end of a wait that the device has."""
     asserts = triton.knobs.runtime.interpret or torch.version.hip
-    return Exchange(programs, "counter", POLLS, "" if asserts else barrier.NVIDIA_TRAP, "", bool(torch.version.hip))
+    return Exchange(programs, "counter", POLLS, "" if asserts else exchange.NVIDIA_TRAP, "", bool(torch.version.hip))
 
 
 @triton.jit
@@ -61,8 +61,8 @@ def barrier_kernel(arrived_ptr, STEPS, EXCHANGE: tl.constexpr):
     """STEPS barriers among all programs of the launch."""
     programs = tl.num_programs(0)
     for s in range(STEPS):
-        barrier.arrive(arrived_ptr)
-        barrier.wait(arrived_ptr, programs * (s + 1), EXCHANGE)
+        exchange.arrive(arrived_ptr)
+        exchange.wait(arrived_ptr, programs * (s + 1), EXCHANGE)
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def exchange_kernel(
                 tile = tl.load(p_tile + whole, cache_modifier=".cg")
                 absent = tl.max(tl.max((tile == ABSENT).to(tl.int32), 1), 0)
                 attempts += 1
-            barrier.end_unless(absent == 0, EXCHANGE)
+            exchange.end_unless(absent == 0, EXCHANGE)
         else:
-            barrier.arrive(arrived_ptr)
-            barrier.wait(arrived_ptr, P * (s + 1), EXCHANGE)
+            exchange.arrive(arrived_ptr)
+            exchange.wait(arrived_ptr, P * (s + 1), EXCHANGE)
             tile = tl.load(p_tile + whole, cache_modifier=".cg")
         seen += tile
     tl.store(seen_ptr + pid * (ROWS * P * UNITS) + whole, seen)

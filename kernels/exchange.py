@@ -2,14 +2,22 @@
 
 | PROTOCOL | a reader waits for | on the way from one program's store to another's product |
 |---|---|---|
-| "counter" | the group's counter (`barrier`) | the store, a fence and an atomic; a poll; the load |
+| "counter" | the group's counter | the store, a fence and an atomic; a poll; the load |
 | "data" | the very values that it needs | the store; the load |
+
+By "counter", one number in global memory starts at zero and only grows (a counter that is reset can be missed). A step
+is complete when every program of the group has arrived: `wait(counter_ptr, programs * steps)`. Triton 3.6 and 3.7 put
+no CTA barrier between a program's stores and the atomic that announces them, hence the `debug_barrier` of `arrive`. The
+acquire of `wait` is followed by a CTA barrier of Triton's own, so that no thread reads too early; what is read
+afterwards must be loaded with `.cg`, since the first-level cache is not coherent.
 
 By "data", the buffer is filled before the launch with a pattern that no program ever stores: all bits one, a NaN in
 every type, and a NaN of that very pattern is stored as another one. A reader loads all of x into registers and looks
 for a NaN, which costs an instruction a register, and as long as there is one it loads again. If the user's data
 contains a NaN, the reader would keep waiting. So every few attempts it looks for the pattern itself, and once the
 pattern is gone, it accepts whatever it loads next. This protocol suits an x that fits into registers; the plan decides.
+
+No wait lasts for ever: after EXCHANGE.LIMIT polls the launch ends with an error (`docs/on_a_gpu.md`).
 """
 
 from dataclasses import dataclass
@@ -17,12 +25,12 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels import barrier
 from fusedlstm.kernels.product import exchanged_product, exchanged_tile, exchanged_tiles, no_tiles, product_of_tiles
 from fusedlstm.kernels.tiles import store_tuple
 
 ABSENT = tl.constexpr(-1)  # all bits one, as a signed integer
 LOOK_EVERY = tl.constexpr(4)  # attempts
+NVIDIA_TRAP = "trap; mov.b32 $0, $1;"  # `Exchange.TRAP` of a kernel that is compiled for NVIDIA
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,43 @@ class Exchange:
     @property
     def LOCAL(self) -> bool:
         return self.PROTOCOL == "none"
+
+
+@triton.jit
+def arrive(counter_ptr):
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(
+    counter_ptr,
+    target,  # arrivals
+    EXCHANGE: tl.constexpr,  # `Exchange`
+):
+    spins = 0
+    # Adding zero compiles to a load: the poll is read-only.
+    while (tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target) & (spins < EXCHANGE.LIMIT):
+        spins += 1
+    end_unless(spins < EXCHANGE.LIMIT, EXCHANGE)
+
+
+@triton.jit
+def end_unless(
+    arrived,  # scalar: whether the group is there
+    EXCHANGE: tl.constexpr,
+):
+    """End the launch with an error if a program of the group never arrived.
+
+    By an instruction, and not by an assertion: that calls a function, and a kernel that calls one waits for every
+    wgmma.
+    """
+    TRAP: tl.constexpr = EXCHANGE.TRAP
+    if TRAP == "":
+        tl.device_assert(arrived, "fusedlstm: a program of the group never arrived")
+    else:
+        if not arrived:
+            tl.inline_asm_elementwise(TRAP, "=r,r", [tl.full((), 0, tl.int32)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -72,17 +117,18 @@ def publish(
     else:
         store_tuple(ptr, offs, mask, stride, tiles, 0, COUNT)
         if EXCHANGE.PROTOCOL == "counter":
-            barrier.arrive(counter_ptr)
+            arrive(counter_ptr)
 
 
 @triton.jit
-def prefetch_rows(
+def prefetch(
     p,  # pointers, of any shape
     EXCHANGE: tl.constexpr,
 ):
-    """Bring lines that will be polled into the L2, and wait for nothing."""
+    """Bring lines that will be polled into the L2, and wait for nothing: what filled them may have pushed them out."""
     PREFETCH: tl.constexpr = EXCHANGE.PREFETCH
-    tl.inline_asm_elementwise(PREFETCH, "=r,l", [p.to(tl.uint64, bitcast=True)], tl.int32, is_pure=False, pack=1)
+    if PREFETCH != "":
+        tl.inline_asm_elementwise(PREFETCH, "=r,l", [p.to(tl.uint64, bitcast=True)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -128,7 +174,7 @@ def awaited_product(
 ):
     """Wait until the group has stored x, then multiply. Returns [BLOCK_B, N] float32."""
     if EXCHANGE.PROTOCOL == "counter":
-        barrier.wait(counter_ptr, target, EXCHANGE)
+        wait(counter_ptr, target, EXCHANGE)
         acc = exchanged_product(p_x, mask_b, w, DOT)
     else:
         CHUNKS: tl.constexpr = DOT.CHUNKS
@@ -142,6 +188,6 @@ def awaited_product(
             attempts += 1
             if (pending != 0) & (attempts % LOOK_EVERY == 0):  # a NaN of the user's own, perhaps
                 complete = _is_complete(p_x, mask_b & published, DOT)
-        barrier.end_unless(pending == 0, EXCHANGE)
+        end_unless(pending == 0, EXCHANGE)
         acc = product_of_tiles(x, w, DOT)
     return acc

@@ -16,19 +16,30 @@ still being read: before a program writes for exchange k + 2, it has read the wo
 and each of them stored these only after it had read exchange k. On AMD, where
 a load sees what others stored only after an acquire, a counter is awaited before the words are read.
 
-The functions of a cell take a tuple `rows`. It holds pointers to the group's slots and to its second counter, k of the
-next exchange, this program's number in the group, and the mask of its units [1, BLOCK_H]. Then follow mean and 1 / s of
-this step's recurrent product, each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of
-the product are computed before it is split into gates. The tiles of single gates are spread over the threads in such a
-way that summing them would fill all registers.)
+The functions of a cell take the `Slots` of a step and a tuple `norm`: mean and 1 / s of this step's recurrent product,
+each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of the product are computed before
+it is split into gates. The tiles of single gates are spread over the threads in such a way that summing them would fill
+all registers.)
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels import barrier
+from fusedlstm.kernels import exchange
 
 EPS = tl.constexpr(1e-5)
+
+
+class Slots(NamedTuple):
+    """Where the programs of a group exchange sums at one step."""
+
+    ptr: object  # [2, 2, BLOCK_B, SUMS] int64
+    counter_ptr: object  # of these exchanges, awaited on AMD
+    k: object  # of the next exchange
+    program: object  # this program's number in the group
+    mask: object  # [1, BLOCK_H] its units
 
 
 @triton.jit
@@ -59,7 +70,7 @@ def _number(word):
 def _of_group(
     a,  # [BLOCK_B, 1]
     b,  # [BLOCK_B, 1]
-    rows,
+    slots,  # Slots
     k,  # of this exchange
     EXCHANGE: tl.constexpr,
 ):
@@ -67,20 +78,19 @@ def _of_group(
 
     Tiles of the same form as those of the cell: others would draw the whole step into a layout of their own.
     """
-    slots_ptr, counter_ptr, _, pid, mask_h = rows[:5]
     BLOCK_B: tl.constexpr = a.shape[0]
-    BLOCK_H: tl.constexpr = mask_h.shape[1]
+    BLOCK_H: tl.constexpr = slots.mask.shape[1]
     GROUP: tl.constexpr = EXCHANGE.GROUP
     TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     SECOND: tl.constexpr = BLOCK_B * TILES * BLOCK_H
-    slot_ptr = slots_ptr + k % 2 * (2 * SECOND)
+    slot_ptr = slots.ptr + k % 2 * (2 * SECOND)
     tag = tl.zeros((BLOCK_B, 1), tl.int32) + (k + 1)
     offs_b = tl.arange(0, BLOCK_B)[:, None] * (TILES * BLOCK_H)
-    tl.store(slot_ptr + offs_b + pid, _tagged(a, tag))
-    tl.store(slot_ptr + SECOND + offs_b + pid, _tagged(b, tag))
+    tl.store(slot_ptr + offs_b + slots.program, _tagged(a, tag))
+    tl.store(slot_ptr + SECOND + offs_b + slots.program, _tagged(b, tag))
     if EXCHANGE.ACQUIRES:
-        barrier.arrive(counter_ptr)
-        barrier.wait(counter_ptr, GROUP * (k + 1), EXCHANGE)
+        exchange.arrive(slots.counter_ptr)
+        exchange.wait(slots.counter_ptr, GROUP * (k + 1), EXCHANGE)
     words_a = _no_words(BLOCK_B, BLOCK_H, TILES)
     words_b = _no_words(BLOCK_B, BLOCK_H, TILES)
     late = 1
@@ -90,7 +100,7 @@ def _of_group(
         words_b = _words(slot_ptr + SECOND, offs_b, GROUP, BLOCK_H, TILES)
         late = _late(words_a + words_b, k + 1, GROUP)
         polls += 1
-    barrier.end_unless(late == 0, EXCHANGE)
+    exchange.end_unless(late == 0, EXCHANGE)
     all_a = ()
     all_b = ()
     for q in tl.static_range(TILES):
@@ -152,19 +162,19 @@ def statistics(
     x,  # [BLOCK_B, N], all that the program has of a row
     mask,  # [1, N]
     COUNT: tl.constexpr,  # numbers of a unit
-    rows,
+    slots,  # Slots
     AT: tl.constexpr,  # exchanges of this step before this one
     H: tl.constexpr,
     EXCHANGE: tl.constexpr,
 ):
     """mean and 1 / s of every row over all units, each [BLOCK_B, 1]."""
-    BLOCK_H: tl.constexpr = rows[4].shape[1]
-    own = COUNT * tl.minimum(H - rows[3] * BLOCK_H, BLOCK_H).to(tl.float32)
+    BLOCK_H: tl.constexpr = slots.mask.shape[1]
+    own = COUNT * tl.minimum(H - slots.program * BLOCK_H, BLOCK_H).to(tl.float32)
     mean = tl.sum(tl.where(mask, x, 0.0), 1)[:, None] / own
     centred = tl.where(mask, x - mean, 0.0)
     square = tl.sum(centred * centred, 1)[:, None]
     if EXCHANGE.GROUP > 1:
-        means, squares = _of_group(mean, square, rows, rows[2] + AT, EXCHANGE)
+        means, squares = _of_group(mean, square, slots, slots.k + AT, EXCHANGE)
         weighted = ()
         sizes = ()
         for q in tl.static_range(len(means)):
@@ -185,20 +195,20 @@ def normalised_bwd(
     n,
     rstd,  # [BLOCK_B, 1]
     COUNT: tl.constexpr,
-    rows,
+    slots,  # Slots
     AT: tl.constexpr,
     H: tl.constexpr,
     EXCHANGE: tl.constexpr,
 ):
     """dx, a tuple of COUNT tiles; zero where there is no unit."""
-    mask = rows[4]
+    mask = slots.mask
     products = ()
     for k in tl.static_range(COUNT):
         products = products + (dn[k] * n[k],)
     a = _row_sum(dn, mask, COUNT)
     b = _row_sum(products, mask, COUNT)
     if EXCHANGE.GROUP > 1:
-        all_a, all_b = _of_group(a, b, rows, rows[2] + AT, EXCHANGE)
+        all_a, all_b = _of_group(a, b, slots, slots.k + AT, EXCHANGE)
         a = _all_rows_sum(all_a)
         b = _all_rows_sum(all_b)
     a = a / (COUNT * H)

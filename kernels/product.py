@@ -10,6 +10,11 @@ Two places for w: `RESIDENT`, loaded once into a tuple of tiles that stays on ch
 Three forms of the dot. Plain, x @ w. `TRANSPOSED`, (w^T @ x^T)^T, which gives the matrix unit its 64 rows when the
 batch tile has fewer. And in SPLIT parts of every chunk, a warp each, whose sums are added at the end: a small tile has
 too few columns for all warps, and one warp's products of a long reduction wait for each other.
+
+The kernels of one step have no group and read both factors once: for them `add_product` streams both, in chunks of
+BLOCK_K. Plain or TRANSPOSED as above, and for a single row, BLOCK_B == 1, without a matrix unit: products are summed in
+float32 where they lie, element by element of a chunk, and once across the chunk at the end, so that a thread has many
+loads on their way.
 """
 
 from dataclasses import dataclass
@@ -54,6 +59,18 @@ class Dot:
     def WHOLE(self) -> bool:
         """Whether every chunk is full, so that nothing of K needs a mask."""
         return self.SEGMENT % self.BLOCK_K == 0
+
+
+@dataclass(frozen=True)
+class StreamedDot:
+    """The same of a product of one step, whose reductions are told apart from it."""
+
+    N: int
+    BLOCK_B: int
+    BLOCK_K: int
+    TRANSPOSED: bool
+    PRECISION: str
+    STAGES: int
 
 
 class Weight(NamedTuple):
@@ -280,3 +297,65 @@ def local_product(
             tile = tl.trans(tile)
         tiles = tiles + (tile,)
     return product_of_tiles(tiles, w, DOT)
+
+
+@triton.jit
+def no_product(DOT: tl.constexpr):
+    """Zero, in the form of `add_product`."""
+    N: tl.constexpr = DOT.N
+    BLOCK_B: tl.constexpr = DOT.BLOCK_B
+    BLOCK_K: tl.constexpr = DOT.BLOCK_K
+    if BLOCK_B == 1:
+        acc = tl.zeros((N, BLOCK_K), tl.float32)
+    elif DOT.TRANSPOSED:
+        acc = tl.zeros((N, BLOCK_B), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_B, N), tl.float32)
+    return acc
+
+
+@triton.jit
+def add_product(
+    acc,
+    p_x,  # [BLOCK_B] pointers to the rows of x
+    mask_b,  # [BLOCK_B]
+    p_w,  # [N] pointers to the columns of w
+    mask_n,  # [N]
+    chunks,  # 0, or all of K
+    K: tl.constexpr,
+    STRIDE_K: tl.constexpr,  # of w
+    DOT: tl.constexpr,  # `StreamedDot`
+):
+    """acc + x @ w; `product_of` makes [BLOCK_B, N] of it."""
+    BLOCK_K: tl.constexpr = DOT.BLOCK_K
+    STAGES: tl.constexpr = DOT.STAGES
+    for q in tl.range(0, chunks, num_stages=STAGES):
+        offs_k = q * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        offs_w = offs_k
+        if K * STRIDE_K >= 2**31:
+            offs_w = offs_k.to(tl.int64)
+        offs_w = offs_w * STRIDE_K
+        if DOT.BLOCK_B == 1 or DOT.TRANSPOSED:
+            w = tl.load(p_w[:, None] + offs_w[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        else:
+            w = tl.load(p_w[None, :] + offs_w[:, None], mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        if DOT.TRANSPOSED:
+            x = tl.load(p_x[None, :] + offs_k[:, None], mask=mask_b[None, :] & mask_k[:, None], other=0.0)
+        else:
+            x = tl.load(p_x[:, None] + offs_k[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        if DOT.BLOCK_B == 1:
+            acc += w.to(tl.float32) * x.to(tl.float32)
+        else:
+            acc = _dot(x, w, acc, DOT)
+    return acc
+
+
+@triton.jit
+def product_of(acc, DOT: tl.constexpr):
+    """[BLOCK_B, N] float32."""
+    if DOT.BLOCK_B == 1:
+        acc = tl.sum(acc, 1)[None, :]
+    elif DOT.TRANSPOSED:
+        acc = tl.trans(acc)
+    return acc

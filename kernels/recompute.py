@@ -7,15 +7,15 @@ What the backward needs of a forward that kept only h: since all h are known, th
 one product before this. Nothing is exchanged, so a program is one sequence in one direction with BLOCK_H units, and
 nobody waits. For cells that add both parts of a preactivation.
 
-Dimensions, lengths and resets as in `recurrence_fwd.py`.
+Dimensions as in `recurrence_fwd`, and what LAYOUT says of lengths and resets as in `rows`.
 """
 
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels.noise import hold_tuple, step_words
+from fusedlstm.kernels.noise import Noise, hold, step_noise
 from fusedlstm.kernels.rows import load_lengths
-from fusedlstm.kernels.tiles import load_state, load_tuple, select_tuple, store_tuple, zero_tuple
+from fusedlstm.kernels.tiles import States, load_state, load_tuple, mask_tuple, store_tuple, zero_tuple
 
 
 @triton.jit(
@@ -73,62 +73,55 @@ def recompute_kernel(
     # cell, tiling and flags
     STEP: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PACKED: tl.constexpr,
-    RAGGED: tl.constexpr,
-    RESETS: tl.constexpr,
-    HOLDS: tl.constexpr,
-    DROPS_CANDIDATE: tl.constexpr,
-    TRAINING: tl.constexpr,
+    LAYOUT: tl.constexpr,  # `rows.RowLayout`
+    NOISE: tl.constexpr,  # `noise.NoiseKinds`
 ):
     GH: tl.constexpr = G * H
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
+    noise = Noise(
+        seed_ptr, first_recurrence, first_row_of_all, below_h, below_c, below_candidate, rate_h, rate_c, scale_candidate
+    )
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs = units[None, :]  # [1, BLOCK_H]
     mask = offs < H
     b = tl.program_id(0).to(tl.int64)
     pid_d = tl.program_id(2).to(tl.int64)
     steps = T
-    if PACKED or RAGGED:
+    if LAYOUT.UNEVEN:
         steps = load_lengths(lengths_ptr, b, True, T)
     row_state = pid_d * B + b
     stride_state = D.to(tl.int64) * B * H
     stride_seq = R.to(tl.int64) * D * H
-    zero = zero_tuple(1 + S, 1, BLOCK_H)
     no_preact = zero_tuple(G_PADDED, 1, BLOCK_H)
     vectors = ()
     if V > 0:
         vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs, mask, H, V)
 
-    state = load_state(hx_ptr + row_state * H, cx_ptr + row_state * H, offs, mask, stride_state, S)
+    state = load_state(States(hx_ptr + row_state * H, cx_ptr + row_state * H, offs, stride_state), mask, S)
     for step in range(steps):
         t = step + pid_d * (steps - 1 - 2 * step)
         row = t * B + b
-        if PACKED:
+        if LAYOUT.PACKED:
             row = tl.load(first_row_ptr + t) + b
-        if RESETS:
+        if LAYOUT.RESETS:
+            # A reset stands at the later of the two steps that it separates.
             later = t + pid_d
             inside = later < steps
             reset_row = later * B + b
-            if PACKED:
+            if LAYOUT.PACKED:
                 reset_row = tl.load(first_row_ptr + later, mask=inside, other=0) + b
-            keep = tl.load(resets_ptr + reset_row, mask=inside, other=0) == 0
-            state = select_tuple(keep, state, zero, 1 + S)
+            state = mask_tuple(state, tl.load(resets_ptr + reset_row, mask=inside, other=0) == 0)
+
         preact = load_tuple(preact_ptr + (pid_d * rows_preact_d + row * rows_preact) * GH, offs, mask, H, G)
-        drop = 1.0
-        words = ()
-        if TRAINING:
-            sequence = tl.zeros((1,), tl.int32)
-            words = step_words(seed_ptr, first_recurrence + pid_d, first_row_of_all + row, sequence, units)
-            if DROPS_CANDIDATE:
-                drop = tl.where(words[2] < below_candidate, 0.0, scale_candidate)
+        words, drop = step_noise(noise, pid_d, row, tl.zeros((1,), tl.int32), units, NOISE)
         gates, stepped = STEP(preact, no_preact, state, vectors, drop)
-        if HOLDS:
-            stepped = hold_tuple(stepped, state, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S)
-        state = stepped
+        state = hold(stepped, state, words, noise, NOISE)
+
         row_seq = row * D + pid_d
         store_tuple(gates_ptr + row_seq * GH, offs, mask, H, gates, 0, G)
         store_tuple(c_seq_ptr + row_seq * H, offs, mask, stride_seq, state, 1, S)
-    if RAGGED:
+    if LAYOUT.RAGGED:
+        zero = zero_tuple(1 + S, 1, BLOCK_H)
         for t in range(steps, T):
             row_seq = (B.to(tl.int64) * t + b) * D + pid_d
             store_tuple(c_seq_ptr + row_seq * H, offs, mask, stride_seq, zero, 1, S)

@@ -5,9 +5,10 @@ r"""All T steps of one layer, backward through time, for any cell.
     \mathrm{dstate}_t, \mathrm{vectors}), \qquad dh_{t-1} \mathrel{+}= \mathrm{dpreact}_t U
 
 Dimensions: T steps, B batch, H hidden size, DH hidden units of a head, G gates, KEPT blocks that a step keeps and of
-its gradients, of which the last G go through U, V vectors, S states beside h, D recurrences of the launch, R rows;
-where row (t, b) lies, and what PACKED, RAGGED, RESETS and STACK mean, is told in `recurrence_fwd`. With CLIP every
-element of the gradient of a state that enters a step is kept within -clip and clip.
+its gradients, of which the last G go through U, V vectors, S states beside h, D recurrences of the launch, R rows.
+`rows` tells which rows a step has, and what LAYOUT says of them; `noise` what NOISE says. With STACK the layers of a
+stack run as a wave, as in `recurrence_fwd`, from the last to the first. With CLIP every element of the gradient of a
+state that enters a step is kept within -clip and clip.
 
 A program owns BLOCK_H hidden units for one batch tile and one recurrence through all steps, and carries the gradients
 of their states in registers. dh of a unit needs the gradients of all preactivations of its batch tile and head: every
@@ -23,23 +24,42 @@ store.
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels.exchange import awaited_product, prefetch_rows, publish
-from fusedlstm.kernels.noise import hold_tuple_backward, step_words
-from fusedlstm.kernels.norms import statistics
+from fusedlstm.kernels.exchange import awaited_product, prefetch, publish
+from fusedlstm.kernels.noise import Noise, drop_h, hold_backward, load_factor, step_noise
+from fusedlstm.kernels.norms import Slots, statistics
 from fusedlstm.kernels.product import local_product, resident_weight
-from fusedlstm.kernels.rows import load_lengths, load_resets, packed_rows
+from fusedlstm.kernels.rows import (
+    Batch,
+    as_one_state,
+    backward_rows,
+    batch_tile,
+    cut,
+    fetch_before,
+    last_rows,
+    no_rows,
+    recurrence_of,
+    start_later,
+    strided_start,
+    unless_ended,
+    with_resets,
+    zero_padding,
+)
 from fusedlstm.kernels.tiles import (
+    Given,
+    States,
     add_tuple,
     as_float32,
+    at_row,
     clamp_tuple,
-    fetch_state,
+    fetch_given,
     fetch_tuple,
     keep_units,
     load_state,
     load_tuple,
     round_tuple,
-    select_tuple,
+    store_state,
     store_tuple,
+    units_of_program,
     zero_tuple,
 )
 
@@ -118,25 +138,22 @@ def recurrence_bwd_kernel(
     scale_candidate,
     # cell, tiling and flags
     STEP: tl.constexpr,
-    UPDATE: tl.constexpr,  # read if HOLDS
+    UPDATE: tl.constexpr,  # read if NOISE.HOLDS
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DOT: tl.constexpr,  # `product.Dot` of dpreact
     DOT_X: tl.constexpr,  # of that of the layer above, if STACK
     EXCHANGE: tl.constexpr,  # `exchange.Exchange`
-    STACK: tl.constexpr,
-    PACKED: tl.constexpr,
-    RAGGED: tl.constexpr,
-    RESETS: tl.constexpr,
-    HOLDS: tl.constexpr,  # zoneout
-    DROPS_CANDIDATE: tl.constexpr,
-    DROPS_H: tl.constexpr,
-    TRAINING: tl.constexpr,  # masks, and not their mean
+    LAYOUT: tl.constexpr,  # `rows.RowLayout`
+    NOISE: tl.constexpr,  # `noise.NoiseKinds`
     CLIP: tl.constexpr,
     HAS_GRAD_C_SEQ: tl.constexpr,
 ):
     GROUP: tl.constexpr = EXCHANGE.GROUP
     LOCAL: tl.constexpr = EXCHANGE.LOCAL
+    STACK: tl.constexpr = LAYOUT.STACK
+    # Whether the group reads something else than grad_preact: its rows, aligned.
+    APART: tl.constexpr = HP != H
     DHP: tl.constexpr = DH + HP - H
     # Of a row, one a program, in tiles of the cell's form.
     SUMS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H * BLOCK_H
@@ -144,264 +161,159 @@ def recurrence_bwd_kernel(
     KEPT_H: tl.constexpr = KEPT * H
     KEPT_HP: tl.constexpr = KEPT * HP
     FIRST: tl.constexpr = KEPT - G  # the first block that goes through U
-    # Whether the group reads something else than grad_preact: its rows, aligned.
-    APART: tl.constexpr = HP != H
 
-    head = tl.program_id(0) // GROUP
-    pid_h = tl.program_id(0) % GROUP
-    pid_d = tl.program_id(2).to(tl.int64)  # direction, or layer
+    units = units_of_program(GROUP, DH, BLOCK_H)
+    batch = Batch(T, B, D, R, lengths_ptr, first_row_ptr, resets_ptr)
+    noise = Noise(
+        seed_ptr, first_recurrence, first_row_of_all, below_h, below_c, below_candidate, rate_h, rate_c, scale_candidate
+    )
+    pid_d = tl.program_id(2).to(tl.int64)
+    recurrence = recurrence_of(pid_d, batch, LAYOUT)
+
+    # Offsets of a tile, [BLOCK_B, BLOCK_H], in every kind of row.
+    offs_b = tl.arange(0, BLOCK_B)[:, None]
+    offs_h = units.offs[None, :]
+    offs_state = offs_b * H + offs_h
+    offs_seq = offs_b * (recurrence.side_by_side * H) + offs_h
+    offs_gates = offs_b * (recurrence.side_by_side * KEPT_H) + offs_h
+    offs_norm = offs_b * (recurrence.side_by_side * 4)
+    offs_grad_output = tl.arange(0, BLOCK_B).to(tl.int64)[:, None] * rows_grad_output_b * (recurrence.side_by_side * H)
+    offs_grad_output += offs_h
+    stride_state = D.to(tl.int64) * B * H
+    stride_seq = R.to(tl.int64) * D * H
+
     if STACK:
-        reverse, side_by_side, stride_d = pid_d * 0, 1, R
+        # Gradients are given for the states of the last layer: its rows are all that these tensors have.
         below = pid_d + 1 < D
+        given_c_ptr = grad_c_seq_ptr - recurrence.first * H
+        stride_c = R.to(tl.int64) * H
+        given = Given(grad_output_ptr, offs_grad_output, given_c_ptr, offs_seq, stride_c, units.mask & ~below)
     else:
-        reverse, side_by_side, stride_d = pid_d, D, 1
-    unit = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)  # of the head
-    mask_h = unit < DH
-    offs_h = head * DH + unit
-    offs_b = tl.arange(0, BLOCK_B)
-    offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
-    offs_seq = offs_b[:, None] * (side_by_side * H) + offs_h[None, :]
-    offs_gates = offs_b[:, None] * (side_by_side * KEPT_H) + offs_h[None, :]
-    offs_grad_output = offs_b.to(tl.int64)[:, None] * rows_grad_output_b * (side_by_side * H) + offs_h[None, :]
+        given = Given(grad_output_ptr + pid_d * H, offs_grad_output, grad_c_seq_ptr, offs_seq, stride_seq, units.mask)
 
-    weight_ptr = weight_hh_ptr + pid_d * (G * HP * DHP) + head * (DHP * DHP)
-    w = resident_weight(weight_ptr, unit, mask_h, DOT)
-    if STACK:  # of the layer above
-        w_x = resident_weight(weight_ih_ptr + pid_d * (G * HP * HP), unit, mask_h & below, DOT_X)
-    # what the group reads of each other
+    weight_ptr = weight_hh_ptr + pid_d * (G * HP * DHP) + units.head * (DHP * DHP)
+    w = resident_weight(weight_ptr, units.of_head, units.mask, DOT)
+    if STACK:
+        # Of the layer above.
+        w_x = resident_weight(weight_ih_ptr + pid_d * (G * HP * HP), units.of_head, units.mask & below, DOT_X)
+
+    # What the group reads of each other.
     group_ptr = grad_preact_ptr
     if APART:
         group_ptr = exchanged_ptr
-    offs_group = offs_b[:, None] * (side_by_side * KEPT_HP) + (head * DHP + unit)[None, :]
+    first_of_head = units.head * DHP
+    offs_group = offs_b * (recurrence.side_by_side * KEPT_HP) + (first_of_head + units.of_head)[None, :]
+    offs_gate = ((FIRST + tl.minimum(tl.arange(0, G_PADDED), G - 1)) * HP)[None, :]
 
     vectors = ()
     if V > 0:
-        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h[None, :], mask_h[None, :], H, V)
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h, units.mask[None, :], H, V)
 
-    num_tiles_b = tl.cdiv(B, BLOCK_B)
-    for tile_b in range(tl.program_id(1).to(tl.int64), num_tiles_b, tl.num_programs(1)):
-        row = tile_b * BLOCK_B
-        mask_b = row + offs_b < B
-        mask = mask_b[:, None] & mask_h[None, :]
-        heads = tl.num_programs(0) // GROUP
-        group = (pid_d * heads + head) * num_tiles_b + tile_b
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    for number in range(tl.program_id(1).to(tl.int64), tiles_b, tl.num_programs(1)):
+        tile = batch_tile(number, batch, BLOCK_B, LAYOUT)
+        mask_tile = tile.mask[:, None] & units.mask[None, :]
+        group = (pid_d * (tl.num_programs(0) // GROUP) + units.head) * tiles_b + number
         counter_ptr = arrived_ptr + group * 32
         slots_ptr = sums_ptr + group * (4 * BLOCK_B * SUMS)
-        row_state = pid_d * B + row
-        stride_state = D.to(tl.int64) * B * H
-        stride_seq = R.to(tl.int64) * D * H
-        length = 0
-        if PACKED:
-            steps = tl.load(lengths_ptr + row)  # the longest sequence of the tile
-        elif RAGGED:
-            length = load_lengths(lengths_ptr, row + offs_b, mask_b, T)  # [BLOCK_B]
-            steps = tl.max(length)
-        else:
-            steps = T
+        row_state = pid_d * B + tile.first
+        saved = States(output_ptr, c_seq_ptr, offs_seq, stride_seq)
+        initial = States(hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, stride_state)
+        grad_initial = States(grad_hx_ptr + row_state * H, grad_cx_ptr + row_state * H, offs_state, stride_state)
+        grad_final = States(grad_h_n_ptr + row_state * H, grad_c_n_ptr + row_state * H, offs_state, stride_state)
 
-        # The last step of the forward order; each step hands its previous state on, so that a state is loaded once.
-        t = tl.maximum(steps - 1, 0) * (1 - reverse)
-        sequences = 0
-        if PACKED:
-            first_row, sequences = packed_rows(first_row_ptr, t, True)
-            mask_t = row + offs_b < sequences
-        else:
-            first_row = t * B
-            mask_t = mask_b
-            if RAGGED:
-                mask_t = t < length
-        mask_first = mask_t[:, None] & mask_h[None, :]
-        row_seq = (first_row + row) * side_by_side + pid_d * stride_d
-        state = load_state(output_ptr + row_seq * H, c_seq_ptr + row_seq * H, offs_seq, mask_first, stride_seq, S)
-
-        # What an iteration leaves to the next: its dpreact, the gradients of the states before it but for dpreact U,
-        # and which sequences those are of.
-        dstate = load_state(
-            grad_h_n_ptr + row_state * H, grad_c_n_ptr + row_state * H, offs_state, mask, stride_state, S
-        )
-        if DROPS_H:
-            factor = tl.load(factor_ptr + row_state * H + offs_state, mask=mask, other=0.0)
-        later_ptr = group_ptr  # dpreact of the iteration before
+        # Each step hands its previous state on, so that a state is loaded once.
+        before = last_rows(tile, recurrence, batch, LAYOUT)
+        mask = before.mask[:, None] & units.mask[None, :]
+        state = load_state(at_row(saved, before.start, H), mask, S)
+        factor = load_factor(factor_ptr + row_state * H, offs_state, mask_tile, NOISE)
+        # What an iteration leaves to the next: its rows; the gradients of the states before it, but for dpreact U; and
+        # where the group has its dpreact, or in a group of one what of it goes through U.
+        rows = no_rows(tile, LAYOUT)
+        dstate = load_state(grad_final, mask_tile, S)
+        later_ptr = group_ptr
+        passed = ()
         if LOCAL:
-            dpreact = round_tuple(zero_tuple(G, BLOCK_B, BLOCK_H), weight_ptr, G)
-        mask_later = offs_b < 0  # [BLOCK_B]
-        if RESETS:
-            reset_later = tl.zeros((BLOCK_B,), tl.int8)
+            passed = round_tuple(zero_tuple(G, BLOCK_B, BLOCK_H), weight_ptr)
 
-        for step in range(steps + 1):
-            t = steps - 1 - step - reverse * (steps - 1 - 2 * step)
-            t_prev = t - 1 + 2 * reverse
-            # The first step of the forward order starts from hx and cx.
-            sequences_prev = 0
-            mask_x = mask_later
-            if PACKED:
-                mask_t = row + offs_b < sequences
-                prev_row, sequences_prev = packed_rows(first_row_ptr, t_prev, (t_prev >= 0) & (t_prev < T))
-                begins = (row + offs_b >= sequences_prev)[:, None]  # [BLOCK_B, 1]
-                mask_prev = (row + offs_b < tl.maximum(sequences, sequences_prev))[:, None] & mask_h[None, :]
-            else:
-                prev_row = t_prev * B
-                mask_t = mask_b & (step < steps)
-                begins = step == steps - 1
-                if RAGGED:
-                    mask_t = (t < length) & (step < steps)
-                    mask_x = mask_b & (step > 0)
-                    begins = (tl.where(reverse == 0, t == 0, t_prev == length))[:, None]
-                    mask_prev = ((t - 1 + reverse < length) & (step < steps))[:, None] & mask_h[None, :]
-            mask = mask_t[:, None] & mask_h[None, :]
-            row_seq = (first_row + row) * side_by_side + pid_d * stride_d
+        for step in range(tile.steps + 1):
+            later = rows
+            rows, before = backward_rows(step, before, tile, recurrence, batch, LAYOUT)
+            mask = rows.mask[:, None] & units.mask[None, :]
 
-            # fetched before anybody waits, and not looked at until then
-            if RESETS:
-                reset = load_resets(
-                    resets_ptr, t, reverse, row, offs_b, B, steps, length, mask_t, first_row, prev_row, sequences_prev,
-                    PACKED, RAGGED,
-                )  # fmt: skip
-            gates = fetch_tuple(gates_ptr + row_seq * KEPT_H, offs_gates, mask, H, KEPT)
+            # Fetched before anybody waits, and not looked at until then.
+            rows = with_resets(rows, before, tile, recurrence, batch, LAYOUT)
+            fetched_gates = fetch_tuple(gates_ptr + rows.start * KEPT_H, offs_gates, mask, H, KEPT)
             if NORMS:
-                of_row = statistics_ptr + row_seq * 4 + offs_b[:, None] * (side_by_side * 4)
-                norm = fetch_tuple(of_row, 0, mask_t[:, None], 1, 4)
-            row_prev = (prev_row + row) * side_by_side + pid_d * stride_d
-            if PACKED or RAGGED:  # each sequence from its own place
-                before = fetch_state(
-                    output_ptr + row_prev * H, c_seq_ptr + row_prev * H, offs_seq, mask_prev & ~begins, stride_seq, S
-                )
-                initial = fetch_state(
-                    hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, mask & begins, stride_state, S
-                )
-            else:
-                h_ptr = tl.where(begins, hx_ptr + row_state * H, output_ptr + row_prev * H)
-                c_ptr = tl.where(begins, cx_ptr + row_state * H, c_seq_ptr + row_prev * H)
-                offs_prev = offs_b[:, None] * tl.where(begins, H, side_by_side * H) + offs_h[None, :]
-                before = fetch_state(h_ptr, c_ptr, offs_prev, mask, tl.where(begins, stride_state, stride_seq), S)
-            mask_grad = mask
-            if PACKED:
-                grad_row = (first_row + row) * rows_grad_output_b
-            else:
-                grad_row = t * rows_grad_output_t + row * rows_grad_output_b
-            grad_ptr = grad_output_ptr + grad_row * (side_by_side * H)
-            if STACK:
-                mask_grad = mask & ~below
-            else:
-                grad_ptr += pid_d * H
-            grad_output = fetch_tuple(grad_ptr, offs_grad_output, mask_grad, 0, 1)
-            if HAS_GRAD_C_SEQ:
-                mask_grad = mask
-                grad_c_ptr = grad_c_seq_ptr + row_seq * H
-                stride_grad_c = stride_seq
-                if STACK:
-                    mask_grad = mask & ~below
-                    grad_c_ptr = grad_c_seq_ptr + (first_row + row) * H
-                    stride_grad_c = R.to(tl.int64) * H
-                grad_c = fetch_tuple(grad_c_ptr, offs_seq, mask_grad, stride_grad_c, S)
+                norm = fetch_tuple(statistics_ptr + rows.start * 4, offs_norm, rows.mask[:, None], 1, 4)
+            fetched_state = fetch_before(step, rows, before, saved, initial, units, tile, recurrence, H, S, LAYOUT)
+            start = strided_start(rows, tile, rows_grad_output_t, rows_grad_output_b, LAYOUT)
+            start_h = start * (recurrence.side_by_side * H)
+            fetched_grads = fetch_given(given, rows.mask, start_h, rows.start * H, S, HAS_GRAD_C_SEQ)
+            earlier = start_later(rows, 4 * recurrence.reverse - 2, tile, recurrence, batch)
+            p_earlier = group_ptr + earlier[:, None] * KEPT_HP + offs_gate
+            prefetch(p_earlier + first_of_head + units.program * BLOCK_H, EXCHANGE)
 
-            if EXCHANGE.PREFETCH != "":
-                # The row after the next: what filled it may have pushed it out of the L2 by now.
-                ahead = tl.minimum(tl.maximum(first_row + row + offs_b - (2 - 4 * reverse) * B, 0), R - 1)
-                ahead = ahead * side_by_side + pid_d * stride_d
-                gate = tl.minimum(tl.arange(0, G_PADDED), G - 1)
-                p_ahead = (
-                    group_ptr + ahead[:, None] * KEPT_HP + ((FIRST + gate) * HP)[None, :] + head * DHP + pid_h * BLOCK_H
-                )
-                prefetch_rows(p_ahead, EXCHANGE)
-
-            # what the iteration before left
+            # dh += dpreact U of the step after this one, and the gradients of the states between both are complete.
             if LOCAL:
-                dh_recurrent = local_product(dpreact, w, DOT)
+                dh = local_product(passed, w, DOT)
             else:
-                p_x = later_ptr + FIRST * HP + head * DHP + offs_b * (side_by_side * KEPT_HP)
-                dh_recurrent = awaited_product(counter_ptr, GROUP * step, p_x, mask_x, mask_x, w, DOT, EXCHANGE)
-            if DROPS_H:
-                dh_recurrent = dh_recurrent * factor
-            stepped = (dstate[0] + dh_recurrent,) + dstate[1:]
-            if RESETS:
-                keep = reset_later[:, None] == 0
-                stepped = select_tuple(keep, stepped, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
+                p_x = later_ptr + FIRST * HP + first_of_head + tile.offs * (recurrence.side_by_side * KEPT_HP)
+                dh = awaited_product(counter_ptr, GROUP * step, p_x, later.stored, later.stored, w, DOT, EXCHANGE)
+            dentered = cut((dstate[0] + drop_h(dh, factor, NOISE),) + dstate[1:], later, LAYOUT)
             if CLIP:
-                stepped = clamp_tuple(stepped, clip, 1 + S)
-            if CLIP or PACKED or RAGGED:
-                dstate = select_tuple(mask_later[:, None], stepped, dstate, 1 + S)
-            else:
-                dstate = stepped
-            if step == steps:
-                mask = mask_b[:, None] & mask_h[None, :]
-                store_tuple(grad_hx_ptr + row_state * H, offs_state, mask, 0, dstate, 0, 1)
-                store_tuple(grad_cx_ptr + row_state * H, offs_state, mask, stride_state, dstate, 1, S)
+                dentered = clamp_tuple(dentered, clip)
+            dstate = unless_ended(dentered, dstate, later.mask, CLIP or LAYOUT.UNEVEN)
+            if step == tile.steps:
+                store_state(grad_initial, mask_tile, dstate, S)
 
-            dh = dstate[0]
-            dcell = dstate[1:]
-            dh = dh + grad_output[0].to(tl.float32)
-            if HAS_GRAD_C_SEQ:
-                dcell = add_tuple(dcell, grad_c, S)
+            # dstate += what is given for this step, and what the layer above hands down.
+            dstepped = add_tuple(dstate, as_float32(fetched_grads))
             if STACK:
-                if below:  # what the layer above hands down
-                    p_above = group_ptr + (row_seq + stride_d) * KEPT_HP + offs_b * KEPT_HP
-                    above_ptr = counter_ptr + num_tiles_b * 32
-                    target = GROUP * tl.minimum(step + 1, steps)
-                    dh += awaited_product(above_ptr, target, p_above, mask_t, mask_t, w_x, DOT_X, EXCHANGE)
+                dh = dstepped[0]
+                if below:
+                    p_x = group_ptr + (rows.start + R) * KEPT_HP + tile.offs * KEPT_HP
+                    above_ptr = counter_ptr + tiles_b * 32
+                    target = GROUP * tl.minimum(step + 1, tile.steps)
+                    dh += awaited_product(above_ptr, target, p_x, rows.mask, rows.mask, w_x, DOT_X, EXCHANGE)
+                dstepped = (dh,) + dstepped[1:]
 
-            state_prev = as_float32(before, 1 + S)
-            if PACKED or RAGGED:
-                state_prev = add_tuple(state_prev, as_float32(initial, 1 + S), 1 + S)
-            entered = state_prev
-            if RESETS:
-                entered = select_tuple(reset[:, None] == 0, state_prev, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)
-                reset_later = reset
-            kept = as_float32(gates, KEPT)
-            dstepped = (dh,) + dcell
-            drop = 1.0
-            words = ()
-            if TRAINING:
-                tile_row = first_row_of_all + first_row + row
-                words = step_words(seed_ptr, first_recurrence + pid_d, tile_row, offs_b, offs_h)
-                if DROPS_CANDIDATE:
-                    drop = tl.where(words[2] < below_candidate, 0.0, scale_candidate)
-            if HOLDS:  # the state that the step itself made is in no memory
-                state = UPDATE(kept, entered, drop)
-                dstepped, dheld = hold_tuple_backward(
-                    dstepped, words, below_h, below_c, rate_h, rate_c, TRAINING, 1 + S
-                )
+            # Through the cell's step: from what left it to what entered it.
+            state_prev = as_one_state(fetched_state, S, LAYOUT)
+            entered = cut(state_prev, rows, LAYOUT)
+            gates = as_float32(fetched_gates)
+            words, drop = step_noise(noise, pid_d, rows.first + tile.first, tile.offs, units.offs, NOISE)
+            if NOISE.HOLDS:
+                # The state that the step itself made is in no memory.
+                state = UPDATE(gates, entered, drop)
+            dstepped, dheld = hold_backward(dstepped, words, noise, NOISE)
             if NORMS:
-                rows = (slots_ptr, counter_ptr + 16, (2 + HOLDS) * step + HOLDS, pid_h, mask_h[None, :])
-                if HOLDS:
-                    norm = norm[:2] + statistics(state[1], mask_h[None, :], 1, rows, -1, H, EXCHANGE)
-                dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop, rows + norm, H, EXCHANGE)
+                k = (2 + NOISE.HOLDS) * step + NOISE.HOLDS
+                slots = Slots(slots_ptr, counter_ptr + 16, k, units.program, units.mask[None, :])
+                if NOISE.HOLDS:
+                    norm = norm[:2] + statistics(state[1], units.mask[None, :], 1, slots, -1, H, EXCHANGE)
+                dpreact, dprev = STEP(gates, entered, state, dstepped, vectors, drop, slots, norm, H, EXCHANGE)
             else:
-                dpreact_all, dprev = STEP(kept, entered, state, dstepped, vectors, drop)
-            if HOLDS:
-                dprev = add_tuple(dprev, dheld, 1 + S)
-            state = state_prev
+                dpreact, dprev = STEP(gates, entered, state, dstepped, vectors, drop)
+            dprev = add_tuple(dprev, dheld)
 
-            dpreact_ptr = grad_preact_ptr + row_seq * KEPT_H
-            later_ptr = group_ptr + row_seq * KEPT_HP
-            rows_store = mask_t
-            if RAGGED:
-                rows_store = mask_b & (step < steps)
-                dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(KEPT, BLOCK_B, BLOCK_H), KEPT)
-            mask_store = rows_store[:, None] & mask_h[None, :]
+            # The group waits for dpreact.
+            dpreact = zero_padding(dpreact, rows, LAYOUT)
+            published = keep_units(dpreact, units.mask, APART)
+            mask_publish = rows.stored[:, None] & (units.of_head < DHP)[None, :]
+            later_ptr = group_ptr + rows.start * KEPT_HP
+            publish(later_ptr, offs_group, mask_publish, HP, published, KEPT, counter_ptr, EXCHANGE)
             if APART:
-                mask_group = rows_store[:, None] & (unit < DHP)[None, :]
-                # A cell may make anything of no unit, and zero weights times NaN are NaN.
-                aligned = keep_units(dpreact_all, mask_h, KEPT)
-                publish(later_ptr, offs_group, mask_group, HP, aligned, KEPT, counter_ptr, EXCHANGE)
-                store_tuple(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, 0, KEPT)
-            else:
-                publish(dpreact_ptr, offs_gates, mask_store, H, dpreact_all, KEPT, counter_ptr, EXCHANGE)
+                mask_store = rows.stored[:, None] & units.mask[None, :]
+                store_tuple(grad_preact_ptr + rows.start * KEPT_H, offs_gates, mask_store, H, dpreact, 0, KEPT)
             if LOCAL:
-                left = dpreact_all[FIRST:]
-                if DH < BLOCK_H:
-                    left = keep_units(left, mask_h, G)
-                dpreact = round_tuple(left, weight_ptr, G)
-            mask_later = mask_t
-            first_row = prev_row
-            sequences = sequences_prev
-            if PACKED or RAGGED:
-                dstate = select_tuple(mask_t[:, None], dprev, dstate, 1 + S)
-            else:
-                dstate = dprev
+                passed = round_tuple(keep_units(dpreact[FIRST:], units.mask, DH < BLOCK_H), weight_ptr)
+            state = state_prev
+            dstate = unless_ended(dprev, dstate, rows.mask, LAYOUT.UNEVEN)
 
-        if RAGGED:
-            mask = mask_b[:, None] & mask_h[None, :]
-            for t in range(steps, T):  # no sequence of the tile comes so far
-                dpreact_ptr = grad_preact_ptr + ((B.to(tl.int64) * t + row) * side_by_side + pid_d * stride_d) * KEPT_H
-                store_tuple(dpreact_ptr, offs_gates, mask, H, zero_tuple(KEPT, BLOCK_B, BLOCK_H), 0, KEPT)
+        if LAYOUT.RAGGED:
+            # No sequence of the tile comes so far.
+            for t in range(tile.steps, T):
+                start = (B.to(tl.int64) * t + tile.first) * recurrence.side_by_side + recurrence.first
+                zero = zero_tuple(KEPT, BLOCK_B, BLOCK_H)
+                store_tuple(grad_preact_ptr + start * KEPT_H, offs_gates, mask_tile, H, zero, 0, KEPT)

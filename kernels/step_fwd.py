@@ -13,15 +13,24 @@ the step before only, so nobody waits, and there may be more programs than the d
 
 - HAS_INPUT: T is 1, and both products are taken here: every weight is read once.
 - else launch `step` of T: preact_x is ready-made, h comes from `output`, c from `c_seq`. Direction 1 runs from the last
-step to
-  the first.
+  step to the first.
 """
 
 import triton
 import triton.language as tl
 
-from fusedlstm.kernels.streamed import add_product, no_product, product_of
-from fusedlstm.kernels.tiles import add_tuple, load_state, load_tuple, split_gates, store_tuple
+from fusedlstm.kernels.product import add_product, no_product, product_of
+from fusedlstm.kernels.tiles import (
+    States,
+    add_tuple,
+    gate_columns,
+    load_state,
+    load_tuple,
+    split_gates,
+    store_state,
+    store_tuple,
+    units_of_program,
+)
 
 
 @triton.jit(
@@ -82,10 +91,7 @@ def step_fwd_kernel(
     STEP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    DOT: tl.constexpr,  # `product.StreamedDot`
     HAS_INPUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_BIAS_HH: tl.constexpr,
@@ -93,46 +99,40 @@ def step_fwd_kernel(
     SAVE_STATES: tl.constexpr,
 ):
     G_PADDED: tl.constexpr = triton.next_power_of_2(G)
-    N: tl.constexpr = G_PADDED * BLOCK_H
+    GROUP: tl.constexpr = (DH + BLOCK_H - 1) // BLOCK_H  # programs of a head
+    CHUNKS: tl.constexpr = (DH + DOT.BLOCK_K - 1) // DOT.BLOCK_K
+    CHUNKS_X: tl.constexpr = (I + DOT.BLOCK_K - 1) // DOT.BLOCK_K
     GH: tl.constexpr = G * H
 
-    GROUP: tl.constexpr = (DH + BLOCK_H - 1) // BLOCK_H  # programs of a head
-    head = tl.program_id(0) // GROUP
-    pid_h = tl.program_id(0) % GROUP
+    units = units_of_program(GROUP, DH, BLOCK_H)
     row = tl.program_id(1).to(tl.int64) * BLOCK_B
     pid_d = tl.program_id(2).to(tl.int64)
+    is_reverse = pid_d != 0
     t = step + pid_d * (T - 1 - 2 * step)
-    unit = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)  # of the head
-    mask_h = unit < DH
-    offs_h = head * DH + unit
     offs_b = tl.arange(0, BLOCK_B)
+    offs_h = units.offs[None, :]
     mask_b = row + offs_b < B
-    mask = mask_b[:, None] & mask_h[None, :]
-    offs_state = offs_b[:, None] * H + offs_h[None, :]  # [BLOCK_B, BLOCK_H]
-    offs_seq = offs_b[:, None] * (D * H) + offs_h[None, :]
+    mask_h = units.mask[None, :]
+    mask = mask_b[:, None] & mask_h
+    offs_state = offs_b[:, None] * H + offs_h  # [BLOCK_B, BLOCK_H]
+    offs_seq = offs_b[:, None] * (D * H) + offs_h
     row_state = first_state + pid_d * B + row
     row_seq = (t * B + row) * D + pid_d
+    stride_state = rows_states.to(tl.int64) * H
 
-    # this program's columns of the transposed weights, gate-major: column n is gate n // BLOCK_H of unit n % BLOCK_H
-    column = tl.arange(0, N)
-    unit_n = pid_h * BLOCK_H + column % BLOCK_H
-    mask_n = (unit_n < DH) & (column // BLOCK_H < G)
-    offs_n = (column // BLOCK_H * H + head * DH + unit_n).to(tl.int64)
-    is_reverse = pid_d != 0
-    p_w = tl.where(is_reverse, weight_hh_reverse_ptr, weight_hh_ptr) + offs_n * DH
+    # This program's columns of the transposed weights.
+    row_n, mask_n = gate_columns(units, H, G, G_PADDED, DH, BLOCK_H)
+    row_n = row_n.to(tl.int64)
+    p_w = tl.where(is_reverse, weight_hh_reverse_ptr, weight_hh_ptr) + row_n * DH
 
+    # The state before the step; and preact_x = x W^T, or as it is in memory.
     if HAS_INPUT:
-        p_h = hx_ptr + head * DH + (row_state + offs_b) * H
-        state = load_state(
-            hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, mask, rows_states.to(tl.int64) * H, S
-        )
+        before = States(hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, stride_state)
+        p_h = hx_ptr + units.head * DH + (row_state + offs_b) * H
+        state = load_state(before, mask, S)
         p_x = input_ptr + (row + offs_b) * rows_input_b * I
-        p_w_x = tl.where(is_reverse, weight_ih_reverse_ptr, weight_ih_ptr) + offs_n * I
-        acc_x = no_product(N, BLOCK_B, BLOCK_K, TRANSPOSED)
-        acc_x = add_product(
-            acc_x, p_x, mask_b, p_w_x, mask_n,
-            tl.cdiv(I, BLOCK_K), I, 1, BLOCK_B, BLOCK_K, TRANSPOSED, PRECISION, STAGES,
-        )  # fmt: skip
+        p_w_x = tl.where(is_reverse, weight_ih_reverse_ptr, weight_ih_ptr) + row_n * I
+        acc_x = add_product(no_product(DOT), p_x, mask_b, p_w_x, mask_n, CHUNKS_X, I, 1, DOT)
     else:
         # c of the step before, and of this one, in c_seq
         slot_prev, slots = t - 1 + 2 * pid_d, T
@@ -142,35 +142,36 @@ def step_fwd_kernel(
         h_ptr = tl.where(begins, hx_ptr + row_state * H, output_ptr + (row_seq + (2 * pid_d - 1) * B * D) * H)
         c_ptr = tl.where(begins, cx_ptr + row_state * H, c_seq_ptr + ((slot_prev * B + row) * D + pid_d) * H)
         stride_h = tl.where(begins, H, D * H)
-        stride_c = tl.where(begins, rows_states.to(tl.int64) * H, slots * B.to(tl.int64) * D * H)
-        state = load_state(h_ptr, c_ptr, offs_b[:, None] * stride_h + offs_h[None, :], mask, stride_c, S)
-        p_h = h_ptr + head * DH + offs_b * stride_h
+        stride_c = tl.where(begins, stride_state, slots * B.to(tl.int64) * D * H)
+        state = load_state(States(h_ptr, c_ptr, offs_b[:, None] * stride_h + offs_h, stride_c), mask, S)
+        p_h = h_ptr + units.head * DH + offs_b * stride_h
 
-    acc_h = no_product(N, BLOCK_B, BLOCK_K, TRANSPOSED)
-    acc_h = add_product(
-        acc_h, p_h, mask_b, p_w, mask_n, tl.cdiv(DH, BLOCK_K), DH, 1, BLOCK_B, BLOCK_K, TRANSPOSED, PRECISION, STAGES
-    )  # fmt: skip
-    preact_h = split_gates(product_of(acc_h, BLOCK_B, TRANSPOSED), BLOCK_B, BLOCK_H, G_PADDED)
+    # preact_h = h U^T
+    acc_h = add_product(no_product(DOT), p_h, mask_b, p_w, mask_n, CHUNKS, DH, 1, DOT)
+    preact_h = split_gates(product_of(acc_h, DOT), BLOCK_B, BLOCK_H, G_PADDED)
     if HAS_INPUT:
-        preact_x = split_gates(product_of(acc_x, BLOCK_B, TRANSPOSED), BLOCK_B, BLOCK_H, G_PADDED)
+        preact_x = split_gates(product_of(acc_x, DOT), BLOCK_B, BLOCK_H, G_PADDED)
         if HAS_BIAS:
             bias_ih_ptr = tl.where(is_reverse, bias_ih_reverse_ptr, bias_ih_ptr)
-            preact_x = add_tuple(preact_x, load_tuple(bias_ih_ptr, offs_h[None, :], mask_h[None, :], H, G), G)
+            bias_ih = load_tuple(bias_ih_ptr, offs_h, mask_h, H, G)
+            preact_x = add_tuple(bias_ih, preact_x)
         if HAS_BIAS_HH:
             bias_hh_ptr = tl.where(is_reverse, bias_hh_reverse_ptr, bias_hh_ptr)
-            preact_h = add_tuple(preact_h, load_tuple(bias_hh_ptr, offs_h[None, :], mask_h[None, :], H, G), G)
+            bias_hh = load_tuple(bias_hh_ptr, offs_h, mask_h, H, G)
+            preact_h = add_tuple(bias_hh, preact_h)
     else:
         preact_row = pid_d * rows_preact_d + t * rows_preact_t + row * rows_preact_b
-        offs_preact = offs_b.to(tl.int64)[:, None] * rows_preact_b * GH + offs_h[None, :]
+        offs_preact = offs_b.to(tl.int64)[:, None] * rows_preact_b * GH + offs_h
         preact_x = load_tuple(preact_x_ptr + preact_row * GH, offs_preact, mask, H, G)
 
     vectors = ()
     if V > 0:
-        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h[None, :], mask_h[None, :], H, V)
+        vectors = load_tuple(vectors_ptr + pid_d * (V * H), offs_h, mask_h, H, V)
     gates, state = STEP(preact_x, preact_h, state, vectors, 1.0)
+
     store_tuple(output_ptr + row_seq * H, offs_seq, mask, 0, state, 0, 1)
     if SAVE_GATES:
-        offs_gates = offs_b[:, None] * (D * KEPT * H) + offs_h[None, :]
+        offs_gates = offs_b[:, None] * (D * KEPT * H) + offs_h
         store_tuple(gates_ptr + row_seq * (KEPT * H), offs_gates, mask, H, gates, 0, KEPT)
     if SAVE_STATES:
         store_tuple(c_seq_ptr + row_seq * H, offs_seq, mask, T * B.to(tl.int64) * D * H, state, 1, S)
@@ -178,5 +179,5 @@ def step_fwd_kernel(
         row_c = (step % 2 * B + row) * D + pid_d
         store_tuple(c_seq_ptr + row_c * H, offs_seq, mask, 2 * B.to(tl.int64) * D * H, state, 1, S)
     if step == T - 1:
-        store_tuple(h_n_ptr + row_state * H, offs_state, mask, 0, state, 0, 1)
-        store_tuple(c_n_ptr + row_state * H, offs_state, mask, rows_states.to(tl.int64) * H, state, 1, S)
+        final = States(h_n_ptr + row_state * H, c_n_ptr + row_state * H, offs_state, stride_state)
+        store_state(final, mask, state, S)

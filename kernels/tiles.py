@@ -1,7 +1,67 @@
-"""Tuples of tiles: a gate or a state is one tile [BLOCK_B, BLOCK_H], a cell has a tuple of them."""
+"""Tiles and tuples of them: a gate or a state is one tile [BLOCK_B, BLOCK_H], and a cell has a tuple of these."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Units(NamedTuple):
+    """The hidden units of a program."""
+
+    head: object
+    program: object  # its number among those of its head
+    of_head: object  # [BLOCK_H] their numbers in the head
+    offs: object  # [BLOCK_H] their numbers in the layer
+    mask: object  # [BLOCK_H] which exist
+
+
+class States(NamedTuple):
+    """Where states lie: h in one tensor, and the states beside it in another."""
+
+    h_ptr: object
+    c_ptr: object
+    offs: object  # [BLOCK_B, BLOCK_H]
+    stride: object  # elements from one of the states beside h to the next
+
+
+class Given(NamedTuple):
+    """Gradients of the states of every step, as the caller gives them."""
+
+    h_ptr: object
+    offs_h: object  # [BLOCK_B, BLOCK_H]
+    c_ptr: object
+    offs_c: object  # [BLOCK_B, BLOCK_H]
+    stride_c: object  # elements from one of the states beside h to the next
+    mask: object  # [BLOCK_H] units of which there are any
+
+
+@triton.jit
+def units_of_program(GROUP: tl.constexpr, DH: tl.constexpr, BLOCK_H: tl.constexpr):
+    """With GROUP programs a head, and BLOCK_H of its DH units a program."""
+    head = tl.program_id(0) // GROUP
+    program = tl.program_id(0) % GROUP
+    of_head = program * BLOCK_H + tl.arange(0, BLOCK_H)
+    return Units(head, program, of_head, head * DH + of_head, of_head < DH)
+
+
+@triton.jit
+def gate_columns(
+    units,  # Units
+    STRIDE: tl.constexpr,  # rows of a weight from one gate to the next
+    G: tl.constexpr,
+    G_PADDED: tl.constexpr,
+    DH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The rows of a weight, which are columns of a product, that make a program's gates, and which of them exist, [N].
+
+    Gate-major: column n is gate n // BLOCK_H of unit n % BLOCK_H.
+    """
+    column = tl.arange(0, G_PADDED * BLOCK_H)
+    unit = units.program * BLOCK_H + column % BLOCK_H
+    mask = (unit < DH) & (column // BLOCK_H < G)
+    return column // BLOCK_H * STRIDE + units.head * DH + unit, mask
 
 
 @triton.jit
@@ -20,9 +80,9 @@ def fetch_tuple(
 
 
 @triton.jit
-def as_float32(tiles_in, COUNT: tl.constexpr):
+def as_float32(tiles_in):
     tiles = ()
-    for k in tl.static_range(COUNT):
+    for k in tl.static_range(len(tiles_in)):
         tiles = tiles + (tiles_in[k].to(tl.float32),)
     return tiles
 
@@ -36,36 +96,68 @@ def load_tuple(
     COUNT: tl.constexpr,
 ):
     """COUNT >= 1 tiles, as float32."""
-    return as_float32(fetch_tuple(ptr, offs, mask, stride, COUNT), COUNT)
+    return as_float32(fetch_tuple(ptr, offs, mask, stride, COUNT))
+
+
+@triton.jit
+def at_row(
+    states,  # States
+    row,
+    H: tl.constexpr,
+):
+    """Where the states lie that begin with another row of H units."""
+    return States(states.h_ptr + row * H, states.c_ptr + row * H, states.offs, states.stride)
 
 
 @triton.jit
 def fetch_state(
-    h_ptr,
-    c_ptr,  # the states beside h: float32, `stride` elements from one to the next
-    offs,  # [BLOCK_B, BLOCK_H]
+    states,  # States
     mask,  # [BLOCK_B, BLOCK_H]
-    stride,
     S: tl.constexpr,
 ):
     """A state, h and S tiles beside it, as they are in memory."""
-    state = fetch_tuple(h_ptr, offs, mask, 0, 1)
+    state = fetch_tuple(states.h_ptr, states.offs, mask, 0, 1)
     if S > 0:
-        state = state + fetch_tuple(c_ptr, offs, mask, stride, S)
+        state = state + fetch_tuple(states.c_ptr, states.offs, mask, states.stride, S)
     return state
 
 
 @triton.jit
+def fetch_given(
+    given,  # Given
+    mask_b,  # [BLOCK_B]
+    start_h,  # elements to the tile's first row
+    start_c,
+    S: tl.constexpr,
+    HAS_C: tl.constexpr,
+):
+    """Gradients of h, and if there are any of the S states beside it, as they are in memory."""
+    mask = mask_b[:, None] & given.mask[None, :]
+    fetched = fetch_tuple(given.h_ptr + start_h, given.offs_h, mask, 0, 1)
+    if HAS_C:
+        fetched = fetched + fetch_tuple(given.c_ptr + start_c, given.offs_c, mask, given.stride_c, S)
+    return fetched
+
+
+@triton.jit
 def load_state(
-    h_ptr,
-    c_ptr,
-    offs,  # [BLOCK_B, BLOCK_H]
+    states,  # States
     mask,  # [BLOCK_B, BLOCK_H]
-    stride,
     S: tl.constexpr,
 ):
     """A state, as float32."""
-    return as_float32(fetch_state(h_ptr, c_ptr, offs, mask, stride, S), 1 + S)
+    return as_float32(fetch_state(states, mask, S))
+
+
+@triton.jit
+def store_state(
+    states,  # States
+    mask,  # [BLOCK_B, BLOCK_H]
+    state,
+    S: tl.constexpr,
+):
+    store_tuple(states.h_ptr, states.offs, mask, 0, state, 0, 1)
+    store_tuple(states.c_ptr, states.offs, mask, states.stride, state, 1, S)
 
 
 @triton.jit
@@ -84,10 +176,10 @@ def store_tuple(
 
 
 @triton.jit
-def round_tuple(tiles_in, ptr, COUNT: tl.constexpr):
+def round_tuple(tiles_in, ptr):
     """Tiles rounded to the type of `ptr`."""
     tiles = ()
-    for k in tl.static_range(COUNT):
+    for k in tl.static_range(len(tiles_in)):
         tiles = tiles + (tiles_in[k].to(ptr.dtype.element_ty),)
     return tiles
 
@@ -107,42 +199,55 @@ def select_tuple(
     condition,  # [BLOCK_B, 1]
     yes,
     no,
-    COUNT: tl.constexpr,
 ):
     """Tile by tile, rows of `yes` where the condition holds and of `no` where not."""
-    tiles = (tl.where(condition, yes[0], no[0]),)
-    for k in tl.static_range(1, COUNT):
+    tiles = ()
+    for k in tl.static_range(len(yes)):
         tiles = tiles + (tl.where(condition, yes[k], no[k]),)
     return tiles
 
 
 @triton.jit
-def keep_units(
+def mask_tuple(
     tiles_in,
-    mask_h,  # [BLOCK_H]
-    COUNT: tl.constexpr,
+    mask,  # [BLOCK_B, 1], or [1, BLOCK_H]
 ):
-    """Tile by tile, zero where there is no unit."""
+    """Tile by tile, zero where the mask does not hold."""
     tiles = ()
-    for k in tl.static_range(COUNT):
-        tiles = tiles + (tl.where(mask_h[None, :], tiles_in[k], 0.0),)
+    for k in tl.static_range(len(tiles_in)):
+        tiles = tiles + (tl.where(mask, tiles_in[k], 0.0),)
     return tiles
 
 
 @triton.jit
-def add_tuple(a, b, COUNT: tl.constexpr):
-    """Tile by tile, a + b; COUNT may be zero."""
-    tiles = ()
-    for k in tl.static_range(COUNT):
-        tiles = tiles + (a[k] + b[k],)
+def keep_units(
+    tiles,
+    mask_h,  # [BLOCK_H]
+    SOME: tl.constexpr,  # whether there may be others
+):
+    """Tile by tile, zero where there is no unit: a cell may make anything of it, and zero weights times NaN are NaN."""
+    if SOME:
+        tiles = mask_tuple(tiles, mask_h[None, :])
     return tiles
 
 
 @triton.jit
-def clamp_tuple(tiles_in, limit, COUNT: tl.constexpr):
+def add_tuple(a, b):
+    """Tile by tile, a + b; as many as a has, of which those that b does not have stay."""
+    tiles = ()
+    for k in tl.static_range(len(a)):
+        if k < len(b):
+            tiles = tiles + (a[k] + b[k],)
+        else:
+            tiles = tiles + (a[k],)
+    return tiles
+
+
+@triton.jit
+def clamp_tuple(tiles_in, limit):
     """Tile by tile, kept within -limit and limit; NaN stays NaN."""
-    tiles = (tl.clamp(tiles_in[0], -limit, limit, tl.PropagateNan.ALL),)
-    for k in tl.static_range(1, COUNT):
+    tiles = ()
+    for k in tl.static_range(len(tiles_in)):
         tiles = tiles + (tl.clamp(tiles_in[k], -limit, limit, tl.PropagateNan.ALL),)
     return tiles
 

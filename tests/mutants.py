@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each has a name, a file, a text in it, its replacement, and the tests that must fail.
 MUTANTS = {
-    "no wait": ("kernels/barrier.py", "< target)", "< 0)", "tests/kernels/test_exchange.py"),
+    "no wait": ("kernels/exchange.py", "< target)", "< 0)", "tests/kernels/test_exchange.py"),
     "target too low": (
         "kernels/recurrence_fwd.py",
         "GROUP * step,",
@@ -30,7 +30,7 @@ MUTANTS = {
         "tests/kernels/test_exchange.py",
     ),
     "no release: nobody arrives": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         'tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")',
         "pass",
         "tests/kernels/test_exchange.py",
@@ -86,8 +86,8 @@ MUTANTS = {
     ),
     "exchange: chunks are fetched before the wait": (
         "kernels/exchange.py",
-        "        barrier.wait(counter_ptr, target, EXCHANGE)\n        acc = exchanged_product(p_x, mask_b, w, DOT)\n",
-        "        acc = exchanged_product(p_x, mask_b, w, DOT)\n        barrier.wait(counter_ptr, target, EXCHANGE)\n",
+        "        wait(counter_ptr, target, EXCHANGE)\n        acc = exchanged_product(p_x, mask_b, w, DOT)\n",
+        "        acc = exchanged_product(p_x, mask_b, w, DOT)\n        wait(counter_ptr, target, EXCHANGE)\n",
         "tests/kernels/test_exchange.py",
     ),
     "product: chunks after the first few are left out": (
@@ -110,8 +110,8 @@ MUTANTS = {
     ),
     "aligned rows: padding is not written": (
         "kernels/recurrence_fwd.py",
-        "rows_store[:, None] & (unit < DHP)[None, :]",
-        "rows_store[:, None] & (unit < DH)[None, :]",
+        "(units.of_head < DHP)[None, :]",
+        "(units.of_head < DH)[None, :]",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "aligned rows: the weights' padding is not zero": (
@@ -127,15 +127,16 @@ MUTANTS = {
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "the trap is left out": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         "        if not arrived:\n",
         "        if False:\n",
         "tests/compiled/test_critical_path.py",
     ),
     "the gradient of h is fetched after the wait": (
         "kernels/recurrence_bwd.py",
-        "            if DROPS_H:\n                dh_recurrent = dh_recurrent * factor\n",
-        "            grad_output = fetch_tuple(grad_ptr, offs_grad_output, mask_grad, 0, 1)\n",
+        "            dentered = cut(",
+        "            fetched_grads = fetch_given(given, rows.mask, start_h, rows.start * H, S, HAS_GRAD_C_SEQ)\n"
+        "            dentered = cut(",
         "tests/compiled/test_critical_path.py",
     ),
     "norms: nothing is acquired on AMD": (
@@ -146,14 +147,14 @@ MUTANTS = {
     ),
     "aligned rows: what is no unit is published": (
         "kernels/recurrence_fwd.py",
-        "published = keep_units(published, mask_h, 1)",
-        "published = published",
+        "units.mask, HP > H)",
+        "units.mask, False)",
         "tests/kernels/test_cells.py",
     ),
     "what was fetched is read before the wait": (
         "kernels/recurrence_fwd.py",
-        "            fetched = fetch_tuple(preact_ptr + preact_row * GH, offs_preact, mask, H, G)\n",
-        "            fetched = fetch_tuple(preact_ptr + preact_row * GH, offs_preact, mask, H, G)\n"
+        "            fetched = fetch_tuple(preact_ptr + start * GH, offs_preact, mask, H, G)\n",
+        "            fetched = fetch_tuple(preact_ptr + start * GH, offs_preact, mask, H, G)\n"
         "            tl.store(c_n_ptr + offs_state, fetched[0].to(c_n_ptr.dtype.element_ty), mask=mask)\n",
         "tests/compiled/test_critical_path.py",
     ),
@@ -169,10 +170,10 @@ MUTANTS = {
         "tl.arange(0, DOT.SPLIT)[:, None] * 0",
         "tests/kernels/test_recurrence_fwd.py",
     ),
-    "no release: relaxed": ("kernels/barrier.py", 'sem="release"', 'sem="relaxed"', "tests/compiled"),
-    "no acquire": ("kernels/barrier.py", 'sem="acquire"', 'sem="relaxed"', "tests/compiled"),
+    "no release: relaxed": ("kernels/exchange.py", 'sem="release"', 'sem="relaxed"', "tests/compiled"),
+    "no acquire": ("kernels/exchange.py", 'sem="acquire"', 'sem="relaxed"', "tests/compiled"),
     "no CTA barrier before the release": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         "    tl.debug_barrier()\n    tl.atomic_add",
         "    tl.atomic_add",
         "tests/compiled",
@@ -190,21 +191,21 @@ MUTANTS = {
         "tests/kernels/test_exchange.py",
     ),
     "a wait by counter has no bound": (
-        "kernels/barrier.py",
+        "kernels/exchange.py",
         "< target) & (spins < EXCHANGE.LIMIT)",
         "< target)",
-        "tests/kernels/test_barrier.py",
+        "tests/kernels/test_exchange.py",
     ),
     "mask of batch rows dropped": (
         "kernels/recurrence_fwd.py",
-        "mask = mask_b[:, None] & mask_h[None, :]",
-        "mask = (mask_b[:, None] | True) & mask_h[None, :]",
+        "mask_tile = tile.mask[:, None] & units.mask[None, :]",
+        "mask_tile = (tile.mask[:, None] | True) & units.mask[None, :]",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "mask of hidden units dropped": (
         "kernels/recurrence_fwd.py",
-        "mask = mask_b[:, None] & mask_h[None, :]",
-        "mask = mask_b[:, None] & (mask_h[None, :] | True)",
+        "mask_tile = tile.mask[:, None] & units.mask[None, :]",
+        "mask_tile = tile.mask[:, None] & (units.mask[None, :] | True)",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "mask of the reduction dropped": (
@@ -226,15 +227,15 @@ MUTANTS = {
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "backward forgets cx": (
-        "kernels/recurrence_bwd.py",
-        "begins = step == steps - 1",
-        "begins = step == steps",
+        "kernels/rows.py",
+        "begins = step == tile.steps - 1",
+        "begins = step == tile.steps",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "reverse direction runs forward": (
-        "kernels/recurrence_fwd.py",
-        "t = step + reverse * (steps - 1 - 2 * step)",
-        "t = step + reverse * 0",
+        "kernels/rows.py",
+        "t = step + recurrence.reverse * (tile.steps - 1 - 2 * step)",
+        "t = step + recurrence.reverse * 0",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "vectors have the gradient of the last block of rows": (
@@ -251,7 +252,7 @@ MUTANTS = {
     ),
     "packed: an ended sequence steps on": (
         "kernels/recurrence_fwd.py",
-        "state = select_tuple(lives, stepped, state, 1 + S)",
+        "state = unless_ended(stepped, state, rows.mask, LAYOUT.UNEVEN)",
         "state = stepped",
         "tests/kernels/test_recurrence_fwd.py",
     ),
@@ -263,8 +264,8 @@ MUTANTS = {
     ),
     "gradients of the input's blocks go through the recurrent weight": (
         "kernels/recurrence_bwd.py",
-        "p_x = later_ptr + FIRST * HP + head * DHP",
-        "p_x = later_ptr + head * DHP",
+        "p_x = later_ptr + FIRST * HP + first_of_head",
+        "p_x = later_ptr + first_of_head",
         "tests/kernels/test_cells.py",
     ),
     "both directions have the vectors of the first": (
@@ -275,26 +276,26 @@ MUTANTS = {
     ),
     "zoneout holds what it should not": (
         "kernels/noise.py",
-        "states = (tl.where(words[0] < below_h, entered[0], stepped[0]),)",
-        "states = (tl.where(words[0] < below_h, stepped[0], entered[0]),)",
+        "states = (tl.where(words[0] < noise.below_h, entered[0], stepped[0]),)",
+        "states = (tl.where(words[0] < noise.below_h, stepped[0], entered[0]),)",
         "tests/kernels/test_cells.py",
     ),
     "the backward draws the masks of the first direction": (
         "kernels/recurrence_bwd.py",
-        "first_recurrence + pid_d, tile_row",
-        "first_recurrence, tile_row",
+        "step_noise(noise, pid_d,",
+        "step_noise(noise, 0,",
         "tests/kernels/test_cells.py",
     ),
     "packed: no sequence begins in reverse": (
         "kernels/recurrence_fwd.py",
-        "p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + head * DHP + offs_b * HP, p_h)",
+        "p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + first_of_head + tile.offs * HP, p_h)",
         "p_h = p_h",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "packed: the state of an ended sequence is not fetched": (
-        "kernels/recurrence_bwd.py",
-        "tl.maximum(sequences, sequences_prev)",
-        "sequences",
+        "kernels/rows.py",
+        "fetch_state(saved, before.mask[:, None] & mask_h, S)",
+        "fetch_state(saved, (before.mask & rows.mask)[:, None] & mask_h, S)",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "packed: grad_weight_hh takes one direction for the other": (
@@ -311,44 +312,44 @@ MUTANTS = {
     ),
     "ragged: padding is not zero": (
         "kernels/recurrence_fwd.py",
-        "stepped = select_tuple(lives, stepped, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)",
+        "stepped = zero_padding(stepped, rows, LAYOUT)",
         "stepped = stepped",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "ragged: the padding after a tile's end is not written": (
         "kernels/recurrence_fwd.py",
-        "for t in range(steps, T):",
-        "for t in range(steps + 1, T):",
+        "for t in range(tile.steps, T):",
+        "for t in range(tile.steps + 1, T):",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "ragged: padding has a gradient": (
         "kernels/recurrence_bwd.py",
-        "dpreact_all = select_tuple(mask_t[:, None], dpreact_all, zero_tuple(KEPT, BLOCK_B, BLOCK_H), KEPT)",
-        "dpreact_all = dpreact_all",
+        "dpreact = zero_padding(dpreact, rows, LAYOUT)",
+        "dpreact = dpreact",
         "tests/kernels/test_cells.py",
     ),
     "resets: in reverse one step off": (
         "kernels/rows.py",
-        "reset_row = (t + reverse) * B",
-        "reset_row = t * B",
+        "row = (rows.t + reverse) * batch.B",
+        "row = rows.t * batch.B",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "resets: h is dropped and c is not": (
         "kernels/recurrence_fwd.py",
-        "state = select_tuple(keep, state, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)",
+        "state = cut(state, rows, LAYOUT)",
         "state = state",
         "tests/kernels/test_recurrence_fwd.py",
     ),
     "resets: a gradient crosses a cut": (
         "kernels/recurrence_bwd.py",
-        "stepped = select_tuple(keep, stepped, zero_tuple(1 + S, BLOCK_B, BLOCK_H), 1 + S)",
-        "stepped = stepped",
+        "dentered = cut((dstate[0] + drop_h(dh, factor, NOISE),) + dstate[1:], later, LAYOUT)",
+        "dentered = (dstate[0] + drop_h(dh, factor, NOISE),) + dstate[1:]",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "clip: nothing is": (
         "kernels/recurrence_bwd.py",
-        "stepped = clamp_tuple(stepped, clip, 1 + S)",
-        "stepped = stepped",
+        "dentered = clamp_tuple(dentered, clip)",
+        "dentered = dentered",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "resets: grad_weight_hh takes the state from before the cut": (
@@ -357,7 +358,12 @@ MUTANTS = {
         "before",
         "tests/kernels/test_recurrence.py",
     ),
-    "recompute: no reset": ("kernels/recompute.py", "== 0\n", ">= 0\n", "tests/kernels/test_recompute.py"),
+    "recompute: no reset": (
+        "kernels/recompute.py",
+        "other=0) == 0)",
+        "other=0) >= 0)",
+        "tests/kernels/test_recompute.py",
+    ),
     "recompute: the reverse direction begins with the first step": (
         "kernels/recompute.py",
         "t = step + pid_d * (steps - 1 - 2 * step)",
@@ -384,8 +390,8 @@ MUTANTS = {
     ),
     "step: the input's bias is forgotten": (
         "kernels/step_fwd.py",
-        "preact_x = add_tuple(preact_x, load_tuple(bias_ih_ptr,",
-        "preact_h = add_tuple(preact_h, load_tuple(bias_hh_ptr,",
+        "preact_x = add_tuple(bias_ih, preact_x)",
+        "preact_x = preact_x",
         "tests/kernels/test_step_fwd.py",
     ),
     "step: h and c of another layer": (
@@ -414,8 +420,8 @@ MUTANTS = {
     ),
     "walked tiles skipped": (
         "kernels/recurrence_bwd.py",
-        "num_tiles_b, tl.num_programs(1)):",
-        "num_tiles_b, 2 * tl.num_programs(1)):",
+        "tiles_b, tl.num_programs(1)):",
+        "tiles_b, 2 * tl.num_programs(1)):",
         "tests/kernels/test_recurrence_bwd.py",
     ),
     "forward mode drops tangents": (

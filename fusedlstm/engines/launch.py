@@ -14,14 +14,16 @@ from fusedlstm import plan as planning
 from fusedlstm.cells import Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.engines import failures, stepping
 from fusedlstm.engines.bound import Bound, on, words
-from fusedlstm.kernels import barrier, exchange
+from fusedlstm.kernels import exchange
 from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.exchange import Exchange
+from fusedlstm.kernels.noise import NoiseKinds
 from fusedlstm.kernels.norms import row_statistics_kernel
 from fusedlstm.kernels.product import Dot
 from fusedlstm.kernels.recompute import recompute_kernel
 from fusedlstm.kernels.recurrence_bwd import recurrence_bwd_kernel
 from fusedlstm.kernels.recurrence_fwd import recurrence_fwd_kernel
+from fusedlstm.kernels.rows import RowLayout
 from fusedlstm.layout import Layout
 from fusedlstm.noise import EVERY_ROW, Batch, Noise, scale, threshold
 from fusedlstm.plan import Plan, devices, tuned
@@ -31,11 +33,12 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 KERNELS = {"fwd": recurrence_fwd_kernel, "bwd": recurrence_bwd_kernel}
 FLOAT32_POINTERS = ("cx_ptr", "c_seq_ptr", "grad_c_seq_ptr", "statistics_ptr")
 RECOMPUTED_UNITS = 128  # a program of `recompute`; a thread has one: the loop waits for memory, and wants many programs
+LAYOUTS = ("PACKED", "RAGGED", "RESETS")
 NOISES = ("HOLDS", "DROPS_CANDIDATE", "DROPS_H", "TRAINING")
 # Compile-time switches beyond what a plan says.
 FLAGS = {
-    "fwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "SAVE_GATES", "SAVE_STATES"),
-    "bwd": ("PACKED", "RAGGED", "RESETS", *NOISES, "CLIP", "HAS_GRAD_C_SEQ"),
+    "fwd": (*LAYOUTS, *NOISES, "SAVE_GATES", "SAVE_STATES"),
+    "bwd": (*LAYOUTS, *NOISES, "CLIP", "HAS_GRAD_C_SEQ"),
 }
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton has decided by now
@@ -66,9 +69,20 @@ def constants(plan: Plan, **flags: bool) -> dict:
         "DOT": dot,
         "DOT_X": dot,  # with layers as recurrences there are no heads, and both products are of one form
         "EXCHANGE": exchange_of(plan),
-        "STACK": plan.stack,
-        **{name: flags.get(name, False) for name in FLAGS[plan.pass_]},
+        "LAYOUT": row_layout(flags, plan.stack),
+        "NOISE": noise_kinds(flags),
+        **{name: flags.get(name, False) for name in FLAGS[plan.pass_] if name not in (*LAYOUTS, *NOISES)},
     }
+
+
+def row_layout(flags: dict[str, bool], stack: bool = False) -> RowLayout:
+    """Of the flags those that say which rows there are."""
+    return RowLayout(*(flags.get(name, False) for name in LAYOUTS), STACK=stack)
+
+
+def noise_kinds(flags: dict[str, bool]) -> NoiseKinds:
+    """Of the flags those that say what regularises the steps."""
+    return NoiseKinds(*(flags.get(name, False) for name in NOISES))
 
 
 def dot_of(plan: Plan) -> Dot:
@@ -105,7 +119,7 @@ def exchange_of(plan: Plan) -> Exchange:
         GROUP=plan.group,
         PROTOCOL=plan.protocol,
         LIMIT=planning.ATTEMPT_LIMIT if by_data else planning.SPIN_LIMIT,
-        TRAP=barrier.NVIDIA_TRAP if by_instruction else "",
+        TRAP=exchange.NVIDIA_TRAP if by_instruction else "",
         PREFETCH="prefetch.global.L2 [$1]; mov.b32 $0, 0;" if by_instruction and by_data else "",
         ACQUIRES=plan.arch.startswith("gfx"),
     )
@@ -473,11 +487,16 @@ def recompute(
         return gates, c_seq
     unread = torch.empty(2, dtype=torch.int32, device=preact.device)
     sizes = {"H": H, "G": GH // H, "V": 0 if vectors is None else vectors.size(1), "S": S, "BLOCK_H": RECOMPUTED_UNITS}
-    noises = {name: is_on for name, is_on in _noises(noise).items() if name != "DROPS_H"}
+    of_step = {"LAYOUT": row_layout(_flags(layout)), "NOISE": noise_kinds(_noises(noise))}
     launch = Bound(
         recompute_kernel,
         (B, triton.cdiv(H, RECOMPUTED_UNITS), D),  # the first axis of a grid is the long one
-        {**sizes, "STEP": STEPS[spec.cell.name][0], **_flags(layout), **noises},
+        {
+            **sizes,
+            "STEP": STEPS[spec.cell.name][0],
+            "LAYOUT": row_layout(_flags(layout)),
+            "NOISE": noise_kinds(_noises(noise)),
+        },
         {"num_warps": RECOMPUTED_UNITS // 32, "sanitize_overflow": False},
     )
     with on(preact.device):

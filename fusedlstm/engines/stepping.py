@@ -13,6 +13,7 @@ from fusedlstm import cells
 from fusedlstm.cells import Grads, Saved, State, Weights
 from fusedlstm.engines.bound import Bound, on, words
 from fusedlstm.kernels.cells import STEPS
+from fusedlstm.kernels.product import StreamedDot
 from fusedlstm.kernels.step_bwd import step_bwd_kernel
 from fusedlstm.kernels.step_fwd import step_fwd_kernel
 from fusedlstm.plan import Plan
@@ -39,12 +40,21 @@ def constants(plan: Plan, input_size: int = 0, **flags: bool) -> dict:
         "STEP": STEPS[plan.cell][0 if plan.pass_ == "fwd" else 1],
         "BLOCK_B": plan.block_b,
         "BLOCK_H": plan.block_h,
-        "BLOCK_K": plan.block_k,
-        "TRANSPOSED": plan.transposed,
-        "PRECISION": plan.precision,
-        "STAGES": plan.stages,
+        "DOT": dot_of(plan),
         **{name: flags.get(name, False) for name in FLAGS[plan.pass_]},
     }
+
+
+def dot_of(plan: Plan) -> StreamedDot:
+    """The products of the plan's kernel."""
+    return StreamedDot(
+        N=plan.columns,
+        BLOCK_B=plan.block_b,
+        BLOCK_K=plan.block_k,
+        TRANSPOSED=plan.transposed,
+        PRECISION=plan.precision,
+        STAGES=plan.stages,
+    )
 
 
 def signature(plan: Plan, has_input: bool) -> dict[str, str]:

@@ -7,7 +7,7 @@
 Tiles are [BLOCK_B, BLOCK_H] in float32, vectors [1, BLOCK_H]. `state` begins with h. In `dstate_prev`, h is the part
 that does not pass through `weight_hh`. `drop` multiplies the candidate, what a step offers to its memory. `update`
 is what follows when the gates are known, for the backward of zoneout; a cell without it (None) has none. With norms
-both steps take also `rows`, H and EXCHANGE, to add up what lies with all programs of a group
+both steps take also `slots`, `norm`, H and EXCHANGE, to add up what lies with all programs of a group
 (`fusedlstm.kernels.norms`).
 Names and order of gates and states: `fusedlstm.cells`; the same equations in torch: `fusedlstm.cells.cell`.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from triton.runtime.jit import KernelInterface
 
-from fusedlstm.kernels.cells import coupled, gru, layernorm, lstm, peephole, rnn_relu, rnn_tanh, slstm
+from fusedlstm.kernels.cells import coupled, gru, layernorm, lstm, peephole, rnn, slstm
 
 
 class Steps(NamedTuple):
@@ -33,6 +33,12 @@ def of_module(module) -> Steps:
 
 
 STEPS = {
-    module.__name__.rpartition(".")[2]: of_module(module)
-    for module in (lstm, gru, rnn_tanh, rnn_relu, peephole, coupled, layernorm, slstm)
+    "lstm": of_module(lstm),
+    "gru": of_module(gru),
+    "rnn_tanh": Steps(rnn.tanh_fwd, rnn.tanh_bwd, rnn.update),
+    "rnn_relu": Steps(rnn.relu_fwd, rnn.relu_bwd, rnn.update),
+    "peephole": of_module(peephole),
+    "coupled": of_module(coupled),
+    "layernorm": of_module(layernorm),
+    "slstm": of_module(slstm),
 }

@@ -20,14 +20,14 @@ from fusedlstm.kernels.norms import normalised_bwd, statistics
 
 
 @triton.jit
-def step_fwd(preact_x, preact_h, state, vectors, drop, rows, H: tl.constexpr, EXCHANGE: tl.constexpr):
-    mean, rstd = rows[5:]
+def step_fwd(preact_x, preact_h, state, vectors, drop, slots, norm, H: tl.constexpr, EXCHANGE: tl.constexpr):
+    mean, rstd = norm
     i = sigmoid(preact_x[0] + vectors[0] * ((preact_h[0] - mean) * rstd))
     f = sigmoid(preact_x[1] + vectors[1] * ((preact_h[1] - mean) * rstd))
     g = tanh(preact_x[2] + vectors[2] * ((preact_h[2] - mean) * rstd))
     o = sigmoid(preact_x[3] + vectors[3] * ((preact_h[3] - mean) * rstd))
     c = f * state[1] + i * (g * drop)
-    mean, rstd = statistics(c, rows[4], 1, rows, 1, H, EXCHANGE)
+    mean, rstd = statistics(c, slots.mask, 1, slots, 1, H, EXCHANGE)
     m = tanh(vectors[4] * ((c - mean) * rstd) + vectors[5])
     return (i, f, g, o, m) + preact_h, (o * m, c)
 
@@ -46,16 +46,17 @@ def step_bwd(
     dstate,
     vectors,
     drop,
-    rows,
+    slots,
+    norm,
     H: tl.constexpr,
     EXCHANGE: tl.constexpr,
 ):
     i, f, g, o, m = gates[:5]
-    mean_u, rstd_u, mean_c, rstd_c = rows[5:]
+    mean_u, rstd_u, mean_c, rstd_c = norm
     dh = dstate[0]
     dm = dh * o * (1.0 - m * m)
     n_c = (state[1] - mean_c) * rstd_c
-    dc = dstate[1] + normalised_bwd((dm * vectors[4],), (n_c,), rstd_c, 1, rows, 0, H, EXCHANGE)[0]
+    dc = dstate[1] + normalised_bwd((dm * vectors[4],), (n_c,), rstd_c, 1, slots, 0, H, EXCHANGE)[0]
     dpreact_i = dc * (g * drop) * i * (1.0 - i)
     dpreact_f = dc * state_prev[1] * f * (1.0 - f)
     dpreact_g = dc * i * drop * (1.0 - g * g)
@@ -64,5 +65,5 @@ def step_bwd(
     n = ()
     for k in tl.static_range(4):
         n = n + ((gates[5 + k] - mean_u) * rstd_u,)
-    du = normalised_bwd(dn, n, rstd_u, 4, rows, 1, H, EXCHANGE)
+    du = normalised_bwd(dn, n, rstd_u, 4, slots, 1, H, EXCHANGE)
     return (dpreact_i, dpreact_f, dpreact_g, dpreact_o, dm) + du, (tl.zeros_like(dh), dc * f)

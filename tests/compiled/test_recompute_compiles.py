@@ -24,8 +24,8 @@ def test_compiles(arch, on):
         "first_row_of_all": "i64",
         **dict.fromkeys(("rate_h", "rate_c", "scale_candidate"), "fp32"),
     }
-    flags = {name: name in on for name in ("PACKED", "RAGGED", "RESETS", "HOLDS", "DROPS_CANDIDATE", "TRAINING")}
+    flags = dict.fromkeys(on, True)
     constants = {"H": 1024, "G": 4, "V": 0, "S": 1, "STEP": STEPS["lstm"][0], "BLOCK_H": launch.RECOMPUTED_UNITS}
-    constants |= flags
+    constants |= {"LAYOUT": launch.row_layout(flags), "NOISE": launch.noise_kinds(flags)}
     compiled = offline.compile_kernel(recompute_kernel, types, constants, arch, num_warps=4, debug=True)
     assert compiled.spill_bytes == 0 and compiled.regs <= 64

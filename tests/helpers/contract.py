@@ -3,6 +3,7 @@
 Written from the signatures in `kernels/`, by hand: a launch is checked against it (`fake_gpu`).
 """
 
+import dataclasses
 import math
 
 import torch
@@ -174,6 +175,8 @@ def check(launch) -> None:
 
 def _names(launch, told: dict) -> dict:
     names = {"grid": launch.grid, "STACK": False, "R": 0} | told
+    for bundle in ("LAYOUT", "NOISE"):
+        names |= dataclasses.asdict(told[bundle]) if bundle in told else {}
     if "EXCHANGE" in told:
         heads = told["H"] // told["DH"]
         names["DHP"] = told["HP"] // heads

@@ -278,4 +278,4 @@ def test_a_plan_of_another_precision_is_another_kernel(device):
     assert plan.precision == "ieee"
     torch.backends.cudnn.allow_tf32 = True
     assert launch.step_plan_for("lstm", torch.zeros(2, 3, device=device), 64, 1, 1, 3).precision == "tf32"
-    assert stepping.constants(dataclasses.replace(plan, precision="tf32"), 3)["PRECISION"] == "tf32"
+    assert stepping.constants(dataclasses.replace(plan, precision="tf32"), 3)["DOT"].PRECISION == "tf32"
