@@ -372,7 +372,7 @@ MUTANTS = {
     ),
     "c is rounded where blocks meet": (
         "fusedlstm/engines/launch.py",
-        "new(S, D, B, H, dtype=cx.dtype)",
+        "new(S, D, B, H, dtype=state.cx.dtype)",
         "new(S, D, B, H)",
         "tests/kernels/test_recompute.py",
     ),

@@ -491,12 +491,7 @@ def recompute(
     launch = Bound(
         recompute_kernel,
         (B, triton.cdiv(H, RECOMPUTED_UNITS), D),  # the first axis of a grid is the long one
-        {
-            **sizes,
-            "STEP": STEPS[spec.cell.name][0],
-            "LAYOUT": row_layout(_flags(layout)),
-            "NOISE": noise_kinds(_noises(noise)),
-        },
+        {**sizes, "STEP": STEPS[spec.cell.name][0], **of_step},
         {"num_warps": RECOMPUTED_UNITS // 32, "sanitize_overflow": False},
     )
     with on(preact.device):
