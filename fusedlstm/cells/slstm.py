@@ -11,6 +11,9 @@ Gates i, f, g, o; states h, c, n, m.
 
 c and n are scaled by e^{-m}, so h does not depend on m. A state with n = 0 is empty, and its m counts as minus
 infinity. So zeros are a valid initial state.
+
+In the place of f a step keeps its preactivation: f itself would be zero for a preactivation below -88 in float32 and
+below -17 in float16, but log f is not.
 """
 
 import torch
@@ -28,34 +31,27 @@ def _carried(n, m):
 
 def step(preact_x, preact_h, state, vectors, drop):
     preact_i, preact_f, preact_g, preact_o = (x + h for x, h in zip(preact_x, preact_h, strict=True))
-    _, _, n, m = state
-    f = torch.sigmoid(preact_f)
-    m_new = torch.maximum(torch.nn.functional.logsigmoid(preact_f) + _carried(n, m), preact_i)
-    gates = (torch.exp(preact_i - m_new), f, torch.tanh(preact_g), torch.sigmoid(preact_o))
-    return gates, _updated(gates, state, m_new, drop)
-
-
-def _updated(gates, state_prev, m_new, drop):
-    i, f, g, o = gates
-    _, c, n, m = state_prev
-    decay = f * torch.exp(_carried(n, m) - m_new)
+    _, c, n, m = state
+    carried = logsigmoid(preact_f) + _carried(n, m)
+    m = torch.maximum(carried, preact_i)
+    i, g, o, decay = torch.exp(preact_i - m), torch.tanh(preact_g), torch.sigmoid(preact_o), torch.exp(carried - m)
     c, n = decay * c + i * (g * drop), decay * n + i
-    return o * c / n, c, n, m_new
+    return (i, preact_f, g, o), (o * c / n, c, n, m)
 
 
 def step_backward(gates, state_prev, state, dstate, vectors, drop):
-    r"""With \bar f = f e^{m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2.
+    r"""With \bar f = e^{\log f + m - m'}: do = dh c'/n', dc += dh o/n', dn -= dh o c'/n'^2.
 
     Then di = dc g + dn, and d\bar f = dc c + dn n.
 
     i and \bar f shrink when m' grows, so its gradient is dm - (di i + d\bar f \bar f). It passes to the larger argument
     of the maximum: to preact_i if i is 1, and otherwise to log f + m.
     """
-    i, f, g, o = gates
+    i, preact_f, g, o = gates
     _, c_prev, n_prev, m_prev = state_prev
     _, c, n, m = state
     dh, dc, dn, dm = dstate
-    decay = f * torch.exp(_carried(n_prev, m_prev) - m)
+    decay = torch.exp(logsigmoid(preact_f) + _carried(n_prev, m_prev) - m)
     dc, dn = dc + dh * o / n, dn - dh * o * c / (n * n)
     di_i = (dc * (g * drop) + dn) * i  # gradient of log i
     df_f = (dc * c_prev + dn * n_prev) * decay  # gradient of log f
@@ -66,30 +62,26 @@ def step_backward(gates, state_prev, state, dstate, vectors, drop):
     dpreact_g = dc * i * drop * (1 - g * g)
     dpreact_o = dh * (c / n) * o * (1 - o)
     dm_prev = torch.where(n_prev == 0, 0, dlog_f)
-    return (dpreact_i, dlog_f * (1 - f), dpreact_g, dpreact_o), (torch.zeros_like(dh), dc * decay, dn * decay, dm_prev)
+    dpreact_f = dlog_f * torch.sigmoid(-preact_f)  # 1 - f
+    return (dpreact_i, dpreact_f, dpreact_g, dpreact_o), (torch.zeros_like(dh), dc * decay, dn * decay, dm_prev)
 
 
 # The step of the CPU loop (`fusedlstm.engines.torch_loop`).
 
 
-def _carried(n, m):
-    return torch.where(n == 0, float("-inf"), m)
-
-
 def loop_forward(at):
-    i, f, g, o = map(at.by_step, at.gates.chunk(4, -1))
+    i, preact_f, g, o = map(at.by_step, at.gates.chunk(4, -1))
     preact, gates, h_seq, c_seq, n_seq, m_seq = map(at.by_step, (at.preact_x, at.gates, *at.states))
 
     def step(t, state):
         h, c, n, m = state
         at.add_recurrent(preact[t], h, gates[t])
-        carried = _carried(n, m)
-        m = torch.maximum(logsigmoid(f[t]).add_(carried), i[t], out=m_seq[t])
+        carried = logsigmoid(preact_f[t]).add_(_carried(n, m))
+        m = torch.maximum(carried, i[t], out=m_seq[t])
         i[t].sub_(m).exp_()
-        f[t].sigmoid_()
         g[t].tanh_()
         o[t].sigmoid_()
-        decay = carried.sub_(m).exp_().mul_(f[t])
+        decay = carried.sub_(m).exp_()
         c = torch.mul(decay, c, out=c_seq[t]).addcmul_(i[t], g[t])
         n = torch.addcmul(i[t], decay, n, out=n_seq[t])
         return torch.div(c, n, out=h_seq[t]).mul_(o[t]), c, n, m
@@ -99,10 +91,10 @@ def loop_forward(at):
 
 def loop_backward(at):
     """Compute in advance the factors by which each gradient depends on those of the states."""
-    i, f, g, o = at.gates.chunk(4, -1)
+    i, preact_f, g, o = at.gates.chunk(4, -1)
     _, c, n, m = at.states
     c_prev, n_prev, m_prev = (at.before(k) for k in (1, 2, 3))
-    decay = _carried(n_prev, m_prev).sub_(m).exp_().mul_(f)
+    decay = _carried(n_prev, m_prev).add_(logsigmoid(preact_f)).sub_(m).exp_()
     c_over_n = c / n
     dc_of_dh = o / n
     factors = (
@@ -116,7 +108,7 @@ def loop_backward(at):
         i - i * g * g,
         c_over_n * o * (1 - o),
         decay,
-        1 - f,
+        torch.sigmoid(-preact_f),  # 1 - f
         (n_prev != 0).to(i.dtype),
     )
     factors = [*zip(*map(at.by_step, factors), strict=True)]  # step by step

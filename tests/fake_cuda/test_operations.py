@@ -31,10 +31,11 @@ CASES = {
         (ZEROS, TABLES, INPUT, CX, "recurrence_fwd"),
         (NO_GRADS, CX, "recurrence_bwd", PACKED_PRODUCTS),
     ),
+    # The initial states of sequences without steps, which nothing may use.
     "lengths": (
         LSTM, BF16, "lengths", 1,
         (ZEROS, INPUT, CX, "recurrence_fwd"),
-        (NO_GRADS, CX, "recurrence_bwd", PRODUCTS),
+        (NO_GRADS, CX, "recurrence_bwd", "le masked_fill masked_fill", PRODUCTS),
     ),
     "GRU, fp32": (GRU, FP32, "dense", 1, (ZEROS, "addmm recurrence_fwd"), ("zeros_like recurrence_bwd", GRU_PRODUCTS)),
     "GRU, bf16": (GRU, BF16, "dense", 1, (ZEROS, "addmm recurrence_fwd"), ("zeros_like recurrence_bwd", GRU_PRODUCTS)),

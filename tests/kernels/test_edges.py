@@ -76,3 +76,15 @@ def test_final_states_may_be_changed_in_place(device, member):
         state[:, 0] = 0
     sum(s.square().sum() for s in (states if isinstance(states, tuple) else (states,))).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize(
+    ("level", "dtype"), [(-20.0, torch.float16), (-20.0, torch.bfloat16), (-100.0, torch.float32)], ids=str
+)
+def test_an_slstm_that_forgets_strongly(device, level, dtype, save):
+    """f is zero in these dtypes, and the gradient through time is not."""
+    module = fusedlstm.SLSTM(3, 5, backend="triton", device=device, dtype=dtype, save=save)
+    with torch.no_grad():
+        module.bias_ih_l0[:10] += level  # i and f
+    check(module, torch.randn(5, 2, 3, device=device, dtype=dtype))
