@@ -123,6 +123,27 @@ def store(index: int | None, choices: dict) -> Path:
     check()
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(file):
+        _add(file, index, choices)
+    forget()
+    return file
+
+
+@contextlib.contextmanager
+def _locked(file: Path):
+    """One process at a time adds choices, so that none is lost. Without locks (Windows) the last one wins."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    # Never removed: a process that waits for a removed file would not see the next one's.
+    with open(file.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _add(file: Path, index: int | None, choices: dict) -> None:
     forget()
     table = {key: dict(known) for key, known in _table(file, _generation).items()}
     table.setdefault(words(place(index)), {}).update({words(what): choice for what, choice in choices.items()})
@@ -137,8 +158,6 @@ def store(index: int | None, choices: dict) -> Path:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    forget()
-    return file
 
 
 def check() -> None:
@@ -149,8 +168,8 @@ def check() -> None:
     """
     file = path()
     try:
-        found = json.loads(file.read_text())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(file.read_text())["format"] if file.is_file() else FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # none, or of no use to anybody
     if found != FORMAT:
         raise RuntimeError(
@@ -192,7 +211,7 @@ def plan(problem: Problem, index: int | None, limits):
         wanted = {name: choice["plan"][name] for name in FIELDS}
         protocol = None if wanted["protocol"] == "none" else wanted["protocol"]
         found = planning.candidates(problem._replace(device_limits=limits, protocol=protocol))
-    except (KeyError, TypeError, planning.PlanError) as error:
+    except Exception as error:  # as above
         return _warn(f"{path()}: ignored the choice for {words(problem)}: {type(error).__name__}: {error}")
     for candidate in found:
         if all(getattr(candidate, name) == value for name, value in wanted.items()):
@@ -207,7 +226,7 @@ def engine(call: Call, index: int | None) -> tuple[str, str] | None:
         return None
     try:
         kernels, rival = float(choice["ms"]["triton"]), float(choice["ms"]["torch"])
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # as above
         return _warn(f"{path()}: ignored the choice for {words(call)}: {type(error).__name__}: {error}")
     return "torch" if rival < kernels else "triton", f"measured: torch {rival:.3g} ms, kernels {kernels:.3g} ms"
 
@@ -216,6 +235,8 @@ def engine(call: Call, index: int | None) -> tuple[str, str] | None:
 def _table(file: Path, generation: int) -> dict[str, dict[str, dict]]:
     """All choices in the file. Empty if there is no file that can be read."""
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("expected a regular file")  # a pipe would be waited for
         content = json.loads(file.read_text())
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
@@ -224,7 +245,7 @@ def _table(file: Path, generation: int) -> dict[str, dict[str, dict]]:
             raise ValueError("expected a dictionary a choice")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever a file can hold, a forward goes on
         _warn(f"{file}: no choices of fusedlstm.tune, ignored: {type(error).__name__}: {error}")
         return {}
     return table

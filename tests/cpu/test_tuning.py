@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import stat
@@ -92,10 +93,10 @@ def test_choices_of_others_stay(folder):
     tuned.store(0, {CALL: {"ms": {"triton": 1.0, "torch": 2.0}}})
     tuned.store(0, {PROBLEM: stored(second_best())})
     assert tuned.find(1, PROBLEM) and tuned.find(0, PROBLEM) and tuned.find(0, CALL)
-    assert [p.name for p in folder.iterdir()] == ["tuning.json"], "nothing is left beside it"
+    assert {p.name for p in folder.iterdir()} <= {"tuning.json", "tuning.lock"}, "nothing is left beside it"
     with pytest.raises(TypeError):
         tuned.store(0, {PROBLEM: {"plan": object()}})
-    assert [p.name for p in folder.iterdir()] == ["tuning.json"]
+    assert {p.name for p in folder.iterdir()} <= {"tuning.json", "tuning.lock"}
     assert tuned.find(0, PROBLEM), "and a file that could not be written leaves the old one"
 
 
@@ -118,6 +119,8 @@ def once(text):
         "null",
         '{"format": 1}',
         '{"format": 1, "choices": {"a": {"b": 3}}}',
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param('{"format": ' + "1" * 5000 + "}", id="a long number"),
     ],
 )
 def test_a_corrupt_file_is_ignored_with_one_warning_and_replaced(folder, content):
@@ -130,6 +133,49 @@ def test_a_corrupt_file_is_ignored_with_one_warning_and_replaced(folder, content
     assert plan_of() == second_best() and json.loads(tuned.path().read_text())["format"] == tuned.FORMAT
 
 
+@pytest.mark.parametrize("ms", [10**400, "a", None, [], {}, -(10**400)], ids=lambda ms: str(ms)[:8])
+def test_no_choice_of_an_engine_breaks_a_forward(ms):
+    tuned.store(0, {CALL: {"ms": {"triton": ms, "torch": 1.0}}})
+    with pytest.warns(RuntimeWarning, match="ignored the choice"):
+        assert tuned.engine(CALL, 0) is None
+
+
+@pytest.mark.parametrize("wrong", [{}, [], 10**400, "a", None], ids=lambda wrong: str(wrong)[:8])
+def test_no_choice_of_a_plan_breaks_a_forward(wrong):
+    predicted = plan_of()
+    for field in tuned.FIELDS:
+        tuned._warned.clear()
+        tuned.store(0, {PROBLEM: stored(second_best(), **{field: wrong})})
+        with pytest.warns(RuntimeWarning, match="ignored the choice"):
+            assert plan_of() == predicted
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_waited_for(folder):
+    predicted = plan_of()
+    folder.mkdir()
+    os.mkfifo(tuned.path())
+    assert once("expected a regular file") == predicted
+
+
+def _store_many(first):
+    for k in range(first, first + 20):
+        tuned.store(0, {PROBLEM._replace(batch=k): {"plan": {}, "ms": {}}})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
+def test_processes_that_store_at_once_lose_nothing(folder):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_store_many, args=(100 * k,)) for k in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    tuned.forget()
+    assert sum(map(len, tuned.everything().values())) == 80
+
+
 def test_a_file_of_another_format_is_ignored_and_never_discarded(folder):
     predicted, content = plan_of(), '{"format": 99, "choices": {"a": 1}}'
     folder.mkdir()
@@ -138,7 +184,7 @@ def test_a_file_of_another_format_is_ignored_and_never_discarded(folder):
     assert once("expected format 1") == predicted
     with pytest.raises(RuntimeError, match=r"tuning\.json: expected choices .* in format 1, got format 99"):
         tuned.store(0, {PROBLEM: stored(second_best())})
-    assert tuned.path().read_text() == content and [p.name for p in folder.iterdir()] == ["tuning.json"]
+    assert tuned.path().read_text() == content and {p.name for p in folder.iterdir()} <= {"tuning.json", "tuning.lock"}
 
 
 def test_the_file_can_be_read_by_others(monkeypatch):
