@@ -250,7 +250,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
                 device are not checked, because that would wait for the device. There, and inside of a compiled graph, a
                 length below 0 counts as 0 and one above T as T. With `FUSEDLSTM_DEBUG=1` they are checked on a device
                 too.
-            resets: Where a sequence starts anew, bool, with the leading axes of `input`. True at step t cuts the
+            resets: Where a sequence starts anew, bool, with the leading axes of `input`. Numbers count as true
+                unless they are 0, so the dones of an environment can be given. True at step t cuts the
                 sequence between steps t - 1 and t. In the forward direction the state that enters step t is zero, and
                 at t = 0 `hx` is ignored. In the reverse direction the state that enters step t - 1 is zero. No gradient
                 crosses the cut.

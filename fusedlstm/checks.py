@@ -304,10 +304,11 @@ def lengths_and_resets(
         steps, batch = batch[0], [steps]
     if resets is not None:
         instance("resets", resets, Tensor)
-        if resets.dtype != torch.bool:
-            raise ValueError(f"resets: expected torch.bool, got {resets.dtype}")
+        if resets.is_complex():
+            raise ValueError(f"resets: expected torch.bool, or numbers of which 0 is false, got {resets.dtype}")
         if resets.shape != leading:
             raise ValueError(f"resets: expected shape {list(leading)}, got {list(resets.shape)}")
+        resets = resets if resets.dtype == torch.bool else resets != 0  # dones are often floats
     if lengths is not None:
         lengths = sequence_lengths(lengths, steps, batch)
     data = input.data if isinstance(input, PackedSequence) else input

@@ -182,6 +182,8 @@ def step(
         input, states, weights = _cast((input, states, weights), compute_dtype)
         with _autocast_off(input):
             return _cast(aten.cell(cell, input, states, *weights), dtype)
+    if hidden == 0:  # torch.nn has cells without units, and layers without any are an error
+        return tuple(_cast(s, dtype).clone() for s in states)
     states = tuple(s.unsqueeze(0) for s in states)
     _, states, _ = run(spec, input.unsqueeze(0), states, weights)
     return tuple(s.squeeze(0) for s in states)

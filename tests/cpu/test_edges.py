@@ -171,3 +171,29 @@ def test_a_default_device_is_nobodys_business(member):
     finally:
         torch.set_default_device(None)
     assert all(y.device.type == "cpu" for y in results) and all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_resets_may_be_numbers(packed, dtype):
+    """The dones of environments are floats."""
+    module, x = fusedlstm.GRU(3, 4), torch.randn(5, 2, 3)
+    resets = torch.arange(10).reshape(5, 2) % 3 == 0
+    found = []
+    for table in (resets, resets.to(dtype)):
+        pack = (lambda t: pack_padded_sequence(t, torch.tensor([5, 3]))) if packed else (lambda t: t)
+        output, state = module(pack(x), resets=pack(table))
+        found.append((output.data if packed else output, state))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("member", [m.__name__ + "Cell" for m in MEMBERS])
+def test_cells_without_units(member, backend):
+    """torch.nn has them."""
+    cell = getattr(fusedlstm, member)(3, 0, backend=backend)
+    states = cell(torch.randn(2, 3, requires_grad=True))
+    states = states if isinstance(states, tuple) else (states,)
+    assert [s.shape for s in states] == [(2, 0)] * len(states)
+    assert sum(s.numel() for s in cell(torch.randn(3))) == 0

@@ -334,7 +334,11 @@ BAD = {
     "no lengths": ({"lengths": "three"}, TypeError, "lengths: expected a Tensor of integers, got str"),
     "lengths beyond T": ({"lengths": torch.tensor([1, 10, 2])}, ValueError, "lengths: expected 0 to 9, got 10"),
     "negative lengths": ({"lengths": torch.tensor([1, -2, 2])}, ValueError, "lengths: expected 0 to 9, got -2"),
-    "resets of integers": ({"resets": torch.zeros(9, 3)}, ValueError, "resets: expected torch.bool, got torch.float32"),
+    "complex resets": (
+        {"resets": torch.zeros(9, 3, dtype=torch.complex64)},
+        ValueError,
+        "resets: expected torch.bool, or numbers of which 0 is false, got torch.complex64",
+    ),
     "resets batch first": (
         {"resets": torch.zeros(3, 9, dtype=torch.bool)},
         ValueError,
