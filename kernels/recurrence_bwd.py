@@ -245,7 +245,8 @@ def recurrence_bwd_kernel(
             rows = with_resets(rows, before, tile, recurrence, batch, LAYOUT)
             fetched_gates = fetch_tuple(gates_ptr + rows.start * KEPT_H, offs_gates, mask, H, KEPT)
             if NORMS:
-                norm = fetch_tuple(statistics_ptr + rows.start * 4, offs_norm, rows.mask[:, None], 1, 4)
+                p_norm = statistics_ptr + rows.start * 4 + offs_norm
+                norm = fetch_tuple(p_norm, 0, rows.mask[:, None], 1, 4)
             fetched_state = fetch_before(step, rows, before, saved, initial, units, tile, recurrence, H, S, LAYOUT)
             start = strided_start(rows, tile, rows_grad_output_t, rows_grad_output_b, LAYOUT)
             start_h = start * (recurrence.side_by_side * H)

@@ -204,7 +204,6 @@ def recurrence_fwd_kernel(
         stride_state = D.to(tl.int64) * B * H
         stride_seq = R.to(tl.int64) * D * H
         initial = States(hx_ptr + row_state * H, cx_ptr + row_state * H, offs_state, stride_state)
-        final = States(h_n_ptr + row_state * H, c_n_ptr + row_state * H, offs_state, stride_state)
 
         state = load_state(initial, mask_tile, S)
         factor = load_factor(factor_ptr + row_state * H, offs_state, mask_tile, NOISE)
@@ -216,6 +215,10 @@ def recurrence_fwd_kernel(
         for step in range(tile.steps):
             before = rows
             rows = forward_rows(step, tile, recurrence, batch, LAYOUT)
+            begins = beginnings(step, rows, before, tile, recurrence, LAYOUT)
+            p_h = h_ptr + first_of_head + tile.offs * stride_h
+            if LAYOUT.UNEVEN:
+                p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + first_of_head + tile.offs * HP, p_h)
             mask = rows.mask[:, None] & units.mask[None, :]
 
             # Fetched before anybody waits, and not looked at until then.
@@ -231,10 +234,6 @@ def recurrence_fwd_kernel(
                 h = keep_units((drop_h(state[0], factor, NOISE),), units.mask, DH < BLOCK_H)
                 acc = local_product(h, w, DOT)
             else:
-                begins = beginnings(step, rows, before, tile, recurrence, LAYOUT)
-                p_h = h_ptr + first_of_head + tile.offs * stride_h
-                if LAYOUT.UNEVEN:
-                    p_h = tl.where(begins, exchanged_hx_ptr + row_state * HP + first_of_head + tile.offs * HP, p_h)
                 acc = awaited_product(counter_ptr, GROUP * step, p_h, rows.stored, ~begins, w, DOT, EXCHANGE)
             norm = ()
             if NORMS:
@@ -282,6 +281,7 @@ def recurrence_fwd_kernel(
             if SAVE_STATES:
                 store_tuple(c_seq_ptr + rows.start * H, offs_seq, mask_store, stride_seq, stepped, 1, S)
 
+        final = States(h_n_ptr + row_state * H, c_n_ptr + row_state * H, offs_state, stride_state)
         store_state(final, mask_tile, state, S)
         if LAYOUT.RAGGED:
             # No sequence of the tile comes so far.
