@@ -228,7 +228,7 @@ def test_ops_that_go_on_pass_opcheck(cell):
 
 def only_waves(tried):
     def launcher(self, arguments, varying=None):
-        assert self.constants["STACK"], "no other launch is tried"
+        assert self.constants["LAYOUT"].STACK, "no other launch is tried"
         raise failures.LaunchError("no room.")
 
     return launcher
