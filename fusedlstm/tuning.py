@@ -93,10 +93,9 @@ def tune(
     timer = timer or (in_rounds(_device_ms) if index is not None else in_rounds(_host_ms))
     tuned.check()  # before any time is spent
     run = _Run(module, input, hx, lengths, resets)
-    modes = [False]
-    if any(p.requires_grad for p in module.parameters()):
-        # What comes first chooses the plans of the forward, which in training also saves.
-        modes = [True, False] if module.training else [False, True]
+    # What comes first chooses the plans of the forward, which in training also saves.
+    modes = [True, False] if module.training else [False, True]
+    modes = modes if any(p.requires_grad for p in module.parameters()) else [False]
     limits = launch.device_limits(index)
     plans: dict[Problem, object] = {}  # chosen so far
     found, choices = [], {}

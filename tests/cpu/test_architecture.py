@@ -31,6 +31,7 @@ EXCEPTIONS = {
 
 MOST_MODULES = 45
 MOST_KERNEL_FILES = 22
+MOST_LINES, MOST_PARAMETERS = 80, 12  # of a function
 
 
 def modules(folder: str) -> dict[str, Path]:
@@ -123,3 +124,15 @@ def test_kernels_know_neither_torch_nor_the_host():
 def test_there_are_no_more_files_than_can_be_known():
     assert len(HOST) <= MOST_MODULES, f"fusedlstm: expected at most {MOST_MODULES} modules, got {len(HOST)}"
     assert len(KERNELS) <= MOST_KERNEL_FILES, f"kernels: expected at most {MOST_KERNEL_FILES}, got {len(KERNELS)}"
+
+
+def test_functions_fit_on_a_screen():
+    """A constructor has what a user can ask of a layer; everything else has few parameters."""
+    for name, path in HOST.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if _is_function(node):
+                of = node.args
+                count = len([a for a in (*of.posonlyargs, *of.args, *of.kwonlyargs) if a.arg != "self"])
+                assert node.end_lineno - node.lineno < MOST_LINES, f"{name}.{node.name}: expected at most {MOST_LINES}"
+                is_constructor = node.name == "__init__" and name in ("base", "modules")
+                assert is_constructor or count <= MOST_PARAMETERS, f"{name}.{node.name}: {count} parameters"
