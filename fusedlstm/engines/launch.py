@@ -46,6 +46,7 @@ if INTERPRETED:
     from fusedlstm.engines import interpreter
 
     interpreter.repair_bfloat16()
+    interpreter.repair_calls()
 
 
 def constants(plan: Plan, **flags: bool) -> dict:
