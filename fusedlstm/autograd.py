@@ -74,6 +74,7 @@ class LoopFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         kept = ctx.loop.kept(gates, c_seq, borders, products)
         h = own_h if own_h.numel() else h
+        h = None if ctx.loop.save == "nothing" else h
         ctx.save_for_backward(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[11:])
         ctx.save_for_forward(*layout, seed, input, hx, cx, preact_0, *inputs[11:])
 
@@ -95,8 +96,7 @@ class LoopFunction(torch.autograd.Function):
         grad_output, grad_c_seq = loop.last(grad_output, grad_c_seq)
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
         if transforms.wanted(grads):
-            tensors, call = (input, hx, cx, preact_0, *parameters), loop.specified(batch, loop.clip)
-            return *[None] * 7, *transforms.gradients(call, tensors, needs, grads)
+            return *[None] * 7, *_differentiable(loop, grads, (input, hx, cx, preact_0, *parameters), batch, needs)
         tensors = (input, hx, cx, preact_0, output, kept, c_kept, products)
         parameters = grouped(parameters, loop.recurrences)
         return *[None] * 7, *loop.backward(grads, tensors, parameters, batch, needs)
@@ -148,7 +148,7 @@ class Layer(NamedTuple):
         """And back."""
         return output, c_seq
 
-    def specified(self, batch: Batch, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
         """The specification, in operations that autograd can differentiate again; returns what has gradients."""
         spec = Recurrence(self.cell, clip)
 
@@ -215,6 +215,51 @@ class Layer(NamedTuple):
         return [slice(begin, end) for begin, end in itertools.pairwise(begins)]
 
 
+class Specified(NamedTuple):
+    """A layer of the specification whose gradient is clipped, perhaps with a projection. It keeps nothing.
+
+    Plain autograd would clip what comes back through the forward in a second derivative too.
+    """
+
+    cell: Cell
+    recurrences: int  # directions
+    clip: float
+    wants_c_seq: bool
+    projected: bool  # whether the last parameter of a direction is weight_hr [P, H]
+    engine: str = "reference"
+    save: str = "nothing"
+
+    def forward(self, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...]:
+        flat = [p for direction in parameters for p in direction]
+        output, h_n, c_n, c_seq = self.specified(batch, None)(input, hx, cx, preact_0, *flat)
+        return output, h_n, c_n, output.new_empty(0), c_seq, output.new_empty(0), output.new_empty(0)
+
+    def kept(self, *_) -> tuple[None, ...]:
+        return None, None, None
+
+    def last(self, output, c_seq):
+        return output, c_seq
+
+    def whole(self, output, c_seq):
+        return output, c_seq
+
+    def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
+        spec = Recurrence(self.cell, clip)
+
+        def call(input, hx, cx, _, *flat):
+            parameters, weight_hr = grouped(flat, self.recurrences), None
+            if self.projected:
+                parameters, weight_hr = [p[:-1] for p in parameters], [p[-1] for p in parameters]
+            saved = reference.layer(spec, input, State(hx, cx), parameters, batch, weight_hr)
+            return saved.output, saved.h_n, saved.c_n, saved.c_seq
+
+        return call
+
+    def backward(self, grads, tensors, parameters, batch, needs) -> tuple[Tensor | None, ...]:
+        flat = [p for direction in parameters for p in direction]
+        return tuple(_differentiable(self, grads, (*tensors[:4], *flat), batch, needs))
+
+
 class Wave(NamedTuple):
     """The layers of a stack in one launch. Kernels only; one direction, and nothing between the layers."""
 
@@ -249,14 +294,15 @@ class Wave(NamedTuple):
             for dim, x in ((0, output), (1, c_seq))
         )
 
-    def specified(self, batch: Batch, clip: float | None) -> Callable[..., tuple[Tensor, ...]]:
-        """As that of a layer, of the last one."""
+    def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
+        """As that of a layer, of the last one; with a clip each layer has its own, as without a wave."""
+        limit = None if clip is None else clip.limit
 
         def call(x, hx, cx, preact_0, *flat):
             h_n, c_n = [], []
             for k, own in enumerate(grouped(flat, self.recurrences)):
-                state = State(hx[k : k + 1], cx[:, k : k + 1])
-                x, h, c, _, c_seq = reference.layer(Recurrence(self.cell, clip), x, state, [own], batch)
+                state = (hx[k : k + 1], cx[:, k : k + 1])
+                x, h, c, c_seq = specified_layer(self.cell, x, *state, [own], batch, limit, wants_c_seq=True)
                 h_n.append(h)
                 c_n.append(c)
             return x, torch.cat(h_n), torch.cat(c_n, 1), c_seq.to(state_dtype(c_seq.dtype))
@@ -335,6 +381,29 @@ def layer(
     return output, (h_n, *one_by_one(c_n)), c_seq if wants_c_seq else None
 
 
+def specified_layer(
+    cell: Cell,
+    input: Tensor,  # [T, B, I] or packed [R, I]
+    hx: Tensor,  # [D, B, P]
+    cx: Tensor,  # [S, D, B, H]
+    parameters: list[list[Tensor]],  # per direction, as in `fusedlstm.cells.cell`, with a projection weight_hr too
+    batch: Batch,
+    clip: float | None,
+    wants_c_seq: bool = False,
+    projected: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer of the specification; returns output, h_n, c_n and c_seq as `reference.recurrence_fwd` does."""
+    flat = [p for own in parameters for p in own]
+    loop = Specified(cell, len(parameters), clip, wants_c_seq, projected)
+    # A compiled graph has no second derivatives.
+    if clip is None or torch.compiler.is_compiling() or not transforms.followed((input, hx, cx, *flat)):
+        return loop.specified(batch, clip)(input, hx, cx, None, *flat)
+    output, h_n, c_n, _, c_seq, *_ = transforms.apply(
+        LoopFunction, loop, *batch.layout, *batch.noise, input, hx, cx, None, *flat
+    )
+    return output, h_n, c_n, c_seq
+
+
 def wave(
     cell: Cell,
     engine: str,  # "triton" or "auto"
@@ -353,6 +422,18 @@ def wave(
         found = loop.forward(input, hx, cx, None, parameters, Batch(layout), False, wants_c_seq)
     output, h_n, c_n, _, c_seq, *_ = found
     return output[-1], (h_n, *one_by_one(c_n)), c_seq[:, -1].to(output.dtype) if wants_c_seq else None
+
+
+def _differentiable(loop, grads, tensors, batch: Batch, needs) -> list[Tensor | None]:
+    """The gradients by the specification, which autograd can differentiate again.
+
+    The clip is then a function of a gradient, with a derivative of 1 within its limits and of 0 outside of them.
+    """
+    clip = None if loop.clip is None else reference.Clip(loop.clip)
+    found = transforms.gradients(loop.specified(batch, clip), tensors, needs, grads)
+    if clip is not None:
+        clip.limit = None
+    return found
 
 
 def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...] | None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
 from fusedlstm import autograd, engines, noise, ops, transforms
-from fusedlstm.cells import Cell, Recurrence, State
-from fusedlstm.engines import aten, reference
+from fusedlstm.cells import Cell
+from fusedlstm.engines import aten
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.plan import tuned
@@ -523,13 +523,14 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         return autograd.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=spec.save, noise=own)
 
     def specified(x, layout, states, parameters, first, is_last):
-        """The specification, including a projection. Plain autograd differentiates it."""
-        weight_hr = [p[-1] for p in parameters] if spec.proj_size else None
-        parameters = [p[:-1] for p in parameters] if spec.proj_size else parameters
+        """The specification, including a projection."""
+        wants_c_seq, projected = spec.cell_states and is_last, spec.proj_size > 0
         batch = noise.Batch(layout, drawn._replace(place=(first, 0)))
-        state = State(states[0], ops.states_beside_h(states))
-        output, h_n, c_n, _, c_seq = reference.layer(Recurrence(cell, clip), x, state, parameters, batch, weight_hr)
-        return output, (h_n, *ops.one_by_one(c_n)), c_seq if spec.cell_states and is_last else None
+        cx = ops.states_beside_h(states)
+        output, h_n, c_n, c_seq = autograd.specified_layer(
+            cell, x, states[0], cx, parameters, batch, clip, wants_c_seq, projected
+        )
+        return output, (h_n, *ops.one_by_one(c_n)), c_seq if wants_c_seq else None
 
     # The loop over o tanh(c) has no gradient of a projected h to clip.
     return specified if engine == "reference" or (spec.proj_size and clip is not None) else fused

@@ -9,8 +9,10 @@ These are gradients of gradients, many gradients at once, and forward-mode deriv
 | `torch.vmap` | the same op, once for every sample (`by_sample`); never ATen, which has no rules for layers |
 | forward-mode AD of a compiled graph without gradients | nothing: this is an error (`op`) |
 
-`grad_clip` clips gradients, and no derivative takes this into account. Second derivatives clip each part of a gradient
-separately if the parts come by different ways. Tangents are not clipped.
+`grad_clip` is a part of the backward, as a function of the gradients that enter it: its derivative is 1 within the
+limits and 0 outside of them. So the derivative of a clipped gradient is exact, and tangents are not clipped. One thing
+autograd cannot tell apart: what a second derivative sends back into a layer from the layers above is for that layer a
+gradient like any other, and is clipped.
 """
 
 import functools

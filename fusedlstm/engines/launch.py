@@ -46,7 +46,7 @@ if INTERPRETED:
     from fusedlstm.engines import interpreter
 
     interpreter.repair_bfloat16()
-    interpreter.repair_calls()
+    interpreter.repair_speed()
 
 
 def constants(plan: Plan, **flags: bool) -> dict:

@@ -31,22 +31,34 @@ def steps_of(T: int, direction: int) -> range:
     return range(T) if direction == 0 else range(T - 1, -1, -1)
 
 
+class Clip:
+    """The limit of a graph's first backward.
+
+    Whoever differentiates that backward again sets it to None before: then what comes back through the forward is no
+    gradient of a loss, but a part of the derivative of one, which is not clipped.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+
+
 class _ClipGradient(torch.autograd.Function):
     """x, whose gradient is kept within -limit and limit; a tangent is no gradient, and passes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, limit):
+    def forward(x, clip):
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.limit = inputs
+        _, ctx.clip = inputs
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.clamp(-ctx.limit, ctx.limit), None
+        limit = ctx.clip.limit
+        return grad if limit is None else grad.clamp(-limit, limit), None
 
     @staticmethod
     def tangents(ctx, tangent, _):
@@ -110,10 +122,12 @@ def recurrence_fwd(
 ) -> Saved:
     """All T steps of one layer, both directions; plain autograd can differentiate it.
 
-    With a projection, output is [T, B, D * P] and h_n [D, B, P].
+    With a projection, output is [T, B, D * P] and h_n [D, B, P]. `spec.clip` is a `Clip` if the gradient is to be
+    differentiated again.
     """
     num_gates, step = spec.cell.num_gates, spec.cell.equations.step
-    (weight_hh, vectors, _, _, weight_hr), (hx, cx), (layout, noise), clip = weights, state, batch, spec.clip
+    (weight_hh, vectors, _, _, weight_hr), (hx, cx), (layout, noise) = weights, state, batch
+    clip = spec.clip if spec.clip is None or isinstance(spec.clip, Clip) else Clip(spec.clip)
     D, *leading, _ = preact_x.shape
     steps = spans(layout.first_row, leading)
     preact_x = preact_x.flatten(1, -2)  # [D, R, G * H]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
@@ -10,12 +11,14 @@ from fusedlstm import cells
 from fusedlstm.plan import LAYOUTS, Plan, PlanError, candidates, plan, step_plan
 from fusedlstm.plan.devices import DEVICES
 from fusedlstm.plan.problem import Problem
+from grids import WHOLE
 
 HIDDEN = (1, 7, 16, 32, 33, 64, 100, 128, 129, 160, 256, 400, 512, 768, 1000, 1024, 1150, 1536, 2048, 4096)
 BATCH = (1, 3, 16, 17, 64, 65, 128, 512, 4096)
-PROBLEMS = list(
+GRID = list(
     itertools.product(HIDDEN, BATCH, ("fp32", "fp16", "bf16"), (1, 2), ("fwd", "bwd"), ("tf32", "ieee"), LAYOUTS)
 )
+PROBLEMS = GRID if WHOLE else random.Random(0).sample(GRID, len(GRID) // 3)
 
 
 def every_plan(arch):
@@ -64,19 +67,11 @@ def test_plans_fit_the_device(arch):
         else:
             assert math.prod(p.grid) <= limits.num_sms, "every program is on the device at once"
             assert p.barriers_per_step == 1
-    assert count > 800
-
-
-@pytest.mark.parametrize("arch", DEVICES)
-def test_resident_weights_fit(arch):
-    """The slice that a program is said to hold is no larger than where it is held."""
-    limits = DEVICES[arch]
-    for _, p in every_plan(arch):
-        if p.resident:
-            columns = p.block_h * 4
-            slice_bytes = columns * p.hidden * {"fp32": 4}.get(p.dtype, 2)
+        if p.resident:  # the slice that a program is said to hold is no larger than where it is held
+            slice_bytes = p.block_h * 4 * p.hidden * {"fp32": 4}.get(p.dtype, 2)
             registers = 4 * 256 * p.num_warps * limits.warp_size
             assert slice_bytes <= (registers if limits.weights_in_registers else limits.smem_bytes)
+    assert count > len(PROBLEMS) / 2
 
 
 def test_schedules_where_they_belong():

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import fusedlstm
 import transforms
+from fusedlstm import cells
 
 ATEN = {
     "lstm": {"cell": "lstm"},
@@ -26,6 +28,34 @@ def test_aten(path, case):
     """Where ATen has no rule, ours serves."""
     found = transforms.found(path, case, "auto", torch.float64)
     torch.testing.assert_close(found, transforms.plain(path, case, torch.float64), **EXACT)
+
+
+def clipped_gradient(case: dict, backend: str, hx: torch.Tensor, x: torch.Tensor, limit: float | None):
+    """The gradients of hx and x, of a sum that they get multiplied by numbers; as one vector, with a graph."""
+    torch.manual_seed(1)
+    module = getattr(fusedlstm, case["name"])(3, 4, 2, backend=backend, grad_clip=limit, dtype=torch.float64)
+    states = (hx, *(torch.rand_like(hx).detach() for _ in cells.CELLS[module.cell].states[1:]))
+    output, finals = module(x, states if len(states) > 1 else hx, lengths=case.get("lengths"))
+    first = finals[0] if isinstance(finals, tuple) else finals
+    loss = 3 * (output * torch.randn_like(output)).sum() + 3 * (first * torch.randn_like(first)).sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, (hx, x), create_graph=True)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([2, 4])], ids=["dense", "ragged"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"])
+def test_derivative_of_a_clipped_gradient(name, lengths, backend):
+    """By finite differences. The direction is small, so that no layer clips what the layer above sends back."""
+    case = {"name": name, "lengths": lengths}
+    torch.manual_seed(0)
+    hx, x = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 2, 4), (4, 2, 3)))
+    found = clipped_gradient(case, backend, hx, x, 0.2)
+    assert not torch.allclose(found, clipped_gradient(case, backend, hx, x, None)), "the limit is never reached"
+    v, d_hx, d_x = (1e-4 * torch.randn_like(y) for y in (found, hx, x))
+    of_hx, of_x = torch.autograd.grad(found, (hx, x), v)
+    derivative = (of_hx * d_hx).sum() + (of_x * d_x).sum()
+    beside = [clipped_gradient(case, backend, hx + s * d_hx, x + s * d_x, 0.2) for s in (1e-2, -1e-2)]
+    torch.testing.assert_close(derivative, ((beside[0] - beside[1]) * v).sum() / 2e-2, rtol=1e-5, atol=1e-16)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "peephole", "gru"])
