@@ -58,6 +58,34 @@ def test_recomputed_and_regularised(options, noise):
         torch.testing.assert_close(b, c, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("H", [1, 2, 3, 4, 5, 16])
+def test_rows_of_few_units(H):
+    """A norm of few units passes on almost nothing of a gradient. The median over cases, for some of them amplify."""
+    errors = {"torch": [], "reference": []}
+    for seed in range(16):
+        torch.manual_seed(seed)
+        module = fusedlstm.LayerNormLSTM(5, H)
+        for name, p in module.named_parameters():
+            if not name.startswith("weight"):
+                nn.init.normal_(p, 0.5)
+        x = torch.randn(6, 4, 5)
+        found = {}
+        for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("torch", torch.float32)):
+            own, input = copy.deepcopy(module).to(dtype), x.to(dtype, copy=True).requires_grad_()
+            own.backend = backend
+            output, _ = own(input)
+            (output * torch.linspace(-1, 1, output.numel(), dtype=dtype).view(output.shape)).sum().backward()
+            found[backend, dtype] = [output, input.grad, *(p.grad for p in own.parameters())]
+        exact = found["reference", torch.float64]
+        sizes = [y.abs().max().clamp(min=1e-9) for y in exact]
+        for backend, of in errors.items():
+            same = found[backend, torch.float32]
+            of.append([((y - e).abs().max() / s).item() for y, e, s in zip(same, exact, sizes, strict=True)])
+    ours, plain = (torch.tensor(of).median(0).values for of in (errors["torch"], errors["reference"]))
+    floor = 2 * torch.finfo(torch.float32).eps
+    assert (ours <= 2 * plain + floor).all(), (ours / (2 * plain + floor)).tolist()
+
+
 @pytest.mark.parametrize("cls", [fusedlstm.LayerNormLSTM, fusedlstm.LayerNormLSTMCell])
 def test_heads_are_an_error(cls):
     with pytest.raises(ValueError, match="num_heads: expected 1 of layernorm, .* got 2"):
