@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import cells, checks, functional, inits, ops
+from fusedlstm import cells, checks, functional, inits
 from fusedlstm.noise import NO_RATES, Rates
 
 State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
@@ -28,6 +28,11 @@ class _CheckedAttributes(nn.Module):
         elif name in _FIXED:
             checks.unchanged(name, getattr(self, name), value)
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        of_torch = getattr(super(), "__getstate__", None)  # which not every class has before Python 3.11
+        state = vars(self) if of_torch is None else of_torch()
+        return state | {"init": tuple(map(inits.portable, state["init"]))} if "init" in state else state
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
@@ -200,7 +205,9 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         *,
         lengths: Tensor | None = None,
         resets: Sequences | None = None,
+        padding_side: Literal["right", "left"] = "right",
         return_cell_states: Literal[False] = False,
+        return_states: Literal[False] = False,
         grad_clip: float | None = None,
     ) -> tuple[Sequences, States]: ...
 
@@ -212,7 +219,9 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         *,
         lengths: Tensor | None = None,
         resets: Sequences | None = None,
+        padding_side: Literal["right", "left"] = "right",
         return_cell_states: Literal[True],
+        return_states: Literal[False] = False,
         grad_clip: float | None = None,
     ) -> tuple[Sequences, States, Any]: ...
 
@@ -224,7 +233,23 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         *,
         lengths: Tensor | None = None,
         resets: Sequences | None = None,
-        return_cell_states: bool,
+        padding_side: Literal["right", "left"] = "right",
+        return_cell_states: Literal[False] = False,
+        return_states: Literal[True],
+        grad_clip: float | None = None,
+    ) -> tuple[Sequences, States, Any]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Sequences,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Sequences | None = None,
+        padding_side: Literal["right", "left"] = "right",
+        return_cell_states: bool = False,
+        return_states: bool = False,
         grad_clip: float | None = None,
     ) -> tuple[Any, ...]: ...
 
@@ -235,7 +260,9 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         *,
         lengths: Tensor | None = None,  # [B] integers
         resets: Tensor | PackedSequence | None = None,  # bool, [T, B], [B, T] or [T], or packed like input
+        padding_side: Literal["right", "left"] = "right",
         return_cell_states: bool = False,
+        return_states: bool = False,
         grad_clip: float | None = None,
     ) -> tuple[Any, ...]:
         """Run the layers over a sequence. The class describes the shapes.
@@ -255,26 +282,44 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
                 sequence between steps t - 1 and t. In the forward direction the state that enters step t is zero, and
                 at t = 0 `hx` is ignored. In the reverse direction the state that enters step t - 1 is zero. No gradient
                 crosses the cut.
+            padding_side: "right" if the padding of `lengths` is after the valid steps, "left" if it is before them, as
+                in `torch.nn.utils.rnn.pad_sequence`. `resets` lie as `input` does.
             return_cell_states: Whether to return the states beside h of every step of the last layer too.
+            return_states: Whether to return all states of every step and layer too. The t-th of each is what enters
+                step t + 1, and has the shape of `hx`: so a stack can go on from the middle of a sequence.
             grad_clip: The limit for this call. None takes that of the module.
 
         Returns:
             `output` and the final states. With `return_cell_states` also the states beside h, each [T, B, D * H] or of
-            the form of `output`: a tensor if there is one such state, else a tuple.
+            the form of `output`: a tensor if there is one such state, else a tuple. With `return_states` instead
+            the states as in `hx`, each [T, L * D, B, H], or [T, L * D, H] without a batch, or packed [R, L * D, H].
+            `batch_first` does not change that. All states are zero in padding.
 
         Raises:
             ValueError, RuntimeError, TypeError: A shape, dtype or device is wrong. Type and text are those of
                 `torch.nn` where it has such an error.
         """
-        spec = self._spec(return_cell_states, grad_clip)
-        data, states, rows, restore = self._prepared(input, hx, lengths, resets)
-        output, states, c_seq = restore(*functional.run(spec, data, states, self._flat_weights, rows))
-        return (output, states, c_seq) if return_cell_states else (output, states)
+        spec = self._spec(return_cell_states, return_states, grad_clip)
+        data, states, rows, restore = self._prepared(input, hx, lengths, resets, padding_side)
+        output, states, sequences = restore(*functional.run(spec, data, states, self._flat_weights, rows))
+        if return_states:
+            sequences = tuple(map(self._of_layers, sequences))
+        return (output, states, _state(sequences)) if spec.sequences else (output, states)
 
     if TYPE_CHECKING:  # torch says of every call that it returns Any
         __call__ = forward
 
-    def _prepared(self, input, hx, lengths, resets):
+    def _of_layers(self, sequence):
+        """[T, B, L * D * H] as [T, L * D, B, H], and the like of other forms."""
+        rows = self.num_layers * self._directions
+        if isinstance(sequence, PackedSequence):
+            return sequence._replace(data=sequence.data.unflatten(-1, (rows, -1)))
+        sequence = sequence.unflatten(-1, (rows, -1))
+        if sequence.dim() == 3:
+            return sequence
+        return sequence.permute(1, 2, 0, 3) if self.batch_first else sequence.transpose(1, 2)
+
+    def _prepared(self, input, hx, lengths, resets, padding_side):
         """Check the arguments of `forward` and bring them into the form of `functional.run`.
 
         The last value that is returned is a function that brings the results of `run` into the form of `forward`.
@@ -283,16 +328,16 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         checks.sequence(self, input, hx)
         if lengths is not None or resets is not None:
             lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
+        padded_left = checks.padding_side(padding_side, lengths) == "left"
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._zeros(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
 
-            def restore(output, states, c_seq):
-                output, *c_seq = (
-                    PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
-                    for x in (output, *(() if c_seq is None else ops.one_by_one(c_seq)))
+            def restore(output, states, sequences):
+                output, *sequences = (
+                    PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices) for x in (output, *sequences)
                 )
-                return output, _state(self.permute_hidden(states, unsorted_indices)), _state(c_seq)
+                return output, _state(self.permute_hidden(states, unsorted_indices)), sequences
 
             return data, as_states(hx), functional.Rows(batch_sizes=batch_sizes, resets=resets), restore
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -303,14 +348,14 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         elif not batched:
             hx = tuple(s.unsqueeze(1) for s in as_states(hx))
 
-        def restore(output, states, c_seq):
-            c_seq = () if c_seq is None else ops.one_by_one(c_seq)
+        def restore(output, states, sequences):
             if not batched:
-                output, c_seq = output.squeeze(batch_dim), [c.squeeze(batch_dim) for c in c_seq]
+                output, *sequences = (x.squeeze(batch_dim) for x in (output, *sequences))
                 states = tuple(s.squeeze(1) for s in states)
-            return output, _state(states), _state(c_seq)
+            return output, _state(states), sequences
 
-        return input, as_states(hx), functional.Rows(self.batch_first, None, lengths, resets), restore
+        rows = functional.Rows(self.batch_first, None, lengths, padded_left, resets)
+        return input, as_states(hx), rows, restore
 
     def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
         """The initial states if none are given."""
@@ -319,9 +364,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         h = zeros[..., : self.proj_size] if self.proj_size else zeros
         return (h, *[zeros] * cells.CELLS[self.cell].num_cell_states)
 
-    def _spec(self, cell_states: bool, grad_clip: float | None) -> functional.Spec:
-        if cell_states:
-            checks.has_cell_states(self.cell)
+    def _spec(self, cell_states: bool, all_states: bool, grad_clip: float | None) -> functional.Spec:
+        checks.wanted_states(self.cell, cell_states, all_states)
         return functional.Spec(
             cell=cells.CELLS[self.cell],
             num_layers=self.num_layers,
@@ -330,7 +374,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             dropout=self.dropout,
             rates=self.rates,
             training=self.training,
-            cell_states=cell_states,
+            sequences="all" if all_states else "cells" if cell_states else "",
             grad_clip=checks.grad_clip(self.grad_clip if grad_clip is None else grad_clip),
             save=self.save,
             backend=self.backend,

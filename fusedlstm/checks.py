@@ -90,9 +90,19 @@ def cell(value: str) -> str:
     return value
 
 
-def has_cell_states(cell: str) -> None:
-    if not cells.CELLS[cell].num_cell_states:
+def wanted_states(cell: str, cell_states: bool, all_states: bool) -> None:
+    if cell_states and not cells.CELLS[cell].num_cell_states:
         raise ValueError(f"return_cell_states: expected False, for {cell} has no state beside h, which is the output")
+    if cell_states and all_states:
+        raise ValueError("return_cell_states: expected False with return_states, which has these states too, got True")
+
+
+def padding_side(value: str, lengths: Tensor | None) -> str:
+    if value not in ("right", "left"):
+        raise ValueError(f"padding_side: expected right or left, got {value!r}")
+    if value == "left" and lengths is None:
+        raise ValueError("padding_side: expected right without lengths, which say where the padding is, got 'left'")
+    return value
 
 
 def init(value) -> tuple:

@@ -21,7 +21,10 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class PatchedLSTM(LSTM, nn.LSTM):  # type: ignore[misc]
-    """What `torch.nn.LSTM(...)` builds under :func:`patch_torch`: an instance of our LSTM and of `torch.nn.LSTM`."""
+    """An instance of our LSTM and of `torch.nn.LSTM`.
+
+    `torch.nn.LSTM(...)` builds it under :func:`patch_torch`, and :func:`convert` makes it with `keep_isinstance`.
+    """
 
 
 class PatchedLSTMCell(LSTMCell, nn.LSTMCell):
@@ -50,6 +53,7 @@ PATCHED: dict[Any, type[nn.Module]] = {
 }
 
 _TO_OURS = CLASSES | {patched: CLASSES[stock] for stock, patched in PATCHED.items()}
+_TO_BOTH = PATCHED | {CLASSES[stock]: patched for stock, patched in PATCHED.items()}
 _TO_STOCK: dict[type[nn.Module], type[nn.Module]] = {
     cls: stock for table in (CLASSES, PATCHED) for stock, cls in table.items()
 }
@@ -83,15 +87,21 @@ class Report:
 
 
 @overload
-def convert(model: _Model, *, backend: str = "auto", return_report: Literal[False] = False) -> _Model: ...
+def convert(
+    model: _Model, *, backend: str = "auto", keep_isinstance: bool = False, return_report: Literal[False] = False
+) -> _Model: ...
 @overload
-def convert(model: _Model, *, backend: str = "auto", return_report: Literal[True]) -> tuple[_Model, Report]: ...
-def convert(model: _Model, *, backend: str = "auto", return_report: bool = False) -> _Model | tuple[_Model, Report]:
+def convert(
+    model: _Model, *, backend: str = "auto", keep_isinstance: bool = False, return_report: Literal[True]
+) -> tuple[_Model, Report]: ...
+def convert(
+    model: _Model, *, backend: str = "auto", keep_isinstance: bool = False, return_report: bool = False
+) -> _Model | tuple[_Model, Report]:
     """Replace every LSTM, GRU and RNN of `torch.nn` in `model`, and their cells, by ours. `model` changes in place.
 
     Only the class of each module changes, and the module gets the attribute `backend`. It stays the same object with
     the same parameters, buffers, hooks, pruning and weight norm, so optimizers and other modules that hold it need no
-    change. `isinstance(module, torch.nn.LSTM)` is false afterwards.
+    change. `isinstance(module, torch.nn.LSTM)` is false afterwards, unless you ask for `keep_isinstance`.
 
     If the model already ran under `torch.compile`, its results stay right. But Dynamo does not look again at a function
     in which it broke the graph at `torch.nn.LSTM`. So convert before the first call, or call `torch.compiler.reset()`
@@ -108,6 +118,8 @@ def convert(model: _Model, *, backend: str = "auto", return_report: bool = False
         model: The model, or a single `torch.nn.LSTM`. The function also finds modules inside of wrappers (DataParallel,
             DDP, FSDP, `torch.compile`).
         backend: The engine of every module that is replaced, as in :class:`Recurrent`.
+        keep_isinstance: Whether the modules stay instances of the classes of `torch.nn` as well, for code that asks for
+            them, such as TorchRL's `LSTMModule`. Dynamo breaks the graph at such instances.
         return_report: Whether to return a :class:`Report` too.
 
     Returns:
@@ -127,7 +139,7 @@ def convert(model: _Model, *, backend: str = "auto", return_report: bool = False
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             compiled.append(name)
         before = parametrize.type_before_parametrizations(module)
-        target = _TO_OURS.get(before)
+        target = (_TO_BOTH if keep_isinstance else _TO_OURS).get(before)
         why = _why_not_ours(module, before) if target is None else _why_untouched(module)
         if why is not None:
             kept[name] = why

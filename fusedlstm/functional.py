@@ -23,7 +23,7 @@ from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.plan import tuned
 from fusedlstm.products import autocasts, joined, product, stacked
 
-Results = tuple[Tensor, tuple[Tensor, ...], Tensor | None]  # output, final states, c_seq
+Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]  # output, final states, states of every step
 
 
 class Spec(NamedTuple):
@@ -39,8 +39,9 @@ class Spec(NamedTuple):
     dropout: float = 0.0
     rates: Rates = NO_RATES
     training: bool = False
-    # Whether the states beside h are wanted of every step, of the last layer.
-    cell_states: bool = False
+    # The states that are wanted of every step: "cells" of the last layer, which are those beside h, or "all" of every
+    # layer, or "".
+    sequences: str = ""
     # The largest element of the gradient of a state that enters a step; None: any.
     grad_clip: float | None = None
     # What our own loops keep for the backward, "gates" or "states". Where ATen or the specification serves the call,
@@ -74,6 +75,8 @@ class Rows(NamedTuple):
     # [B] integers: the number of steps of each sequence, 0 to T. Lower numbers count as 0 and higher ones as T. Later
     # steps are padding.
     lengths: Tensor | None = None
+    # Whether the padding is before the steps and not after them.
+    padded_left: bool = False
     # bool, the leading axes of `input`: where a sequence is cut, see `fusedlstm.layout`.
     resets: Tensor | None = None
 
@@ -99,6 +102,7 @@ class _Call(NamedTuple):
     weights: list[Tensor]
     rows: Rows
     dtype: torch.dtype  # of the results
+    autocast: bool  # whether the tensors may have several dtypes
 
     @property
     def hidden(self) -> int:
@@ -139,8 +143,9 @@ def run(
     Returns:
         Three results, in the dtype of `input`, or in the dtype of autocast if it is on. The first is the output,
         [T, B, D * P], or [B, T, D * P], or packed [R, D * P]. It is zero in padding. The second is the final states.
-        For a sequence without steps they are the given ones. The third is the S states beside h of every step,
-        [S, T, B, D * H] or in the form of the output. It is None if `spec.cell_states` is false.
+        For a sequence without steps they are the given ones. The third is the states of every step that
+        `spec.sequences` asks for, each in the form of the output: [T, B, D * H] of "cells", or of "all" h
+        [T, B, L * D * P] and the others [T, B, L * D * H].
 
     Raises:
         RuntimeError: The engine that the user named cannot serve the call. The text says why.
@@ -150,8 +155,15 @@ def run(
     """
     if not torch.is_grad_enabled():
         spec = spec._replace(grad_clip=None)
-    call = _Call(spec, input, states, weights, rows, _result_dtype(input))
-    call, restore = _dense_if_equal(call)
+    call = _Call(spec, input, states, weights, rows, _result_dtype(input), autocasts(input))
+    with _autocast_off(input):
+        return _run(call)
+
+
+def _run(call: _Call) -> Results:
+    """`run`, without autocast."""
+    spec = call.spec
+    call, restore = _padded_right(call) if call.rows.padded_left else _dense_if_equal(call)
     engine, why = _engine(call)
     if not torch.compiler.is_compiling() and engines.LOGGER.isEnabledFor(logging.DEBUG):
         engines.LOGGER.debug("%s, %s: engine %s: %s", spec.cell.name, call.rows.name, engine, why)
@@ -202,7 +214,7 @@ class Explanation(NamedTuple):
 
 def explain(spec: Spec, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], rows: Rows) -> Explanation:
     """Say what `run` would do with these arguments. This computes nothing."""
-    call, _ = _dense_if_equal(_Call(spec, input, states, weights, rows, _result_dtype(input)))
+    call, _ = _dense_if_equal(_Call(spec, input, states, weights, rows, _result_dtype(input), autocasts(input)))
     engine, why = _engine(call)
     if engine == "reference":
         return Explanation(engine, why, "the specification in plain torch, step by step")
@@ -244,10 +256,31 @@ def _dense_if_equal(call: _Call) -> tuple[_Call, Callable[..., Results]]:
         return call, _same
     input, resets = (None if x is None else x.unflatten(0, (len(sizes), -1)) for x in (call.input, call.rows.resets))
 
-    def restore(output, states, c_seq):
-        return output.flatten(0, 1), states, None if c_seq is None else c_seq.flatten(1, 2)
+    def restore(output, states, sequences):
+        return output.flatten(0, 1), states, tuple(x.flatten(0, 1) for x in sequences)
 
     return call._replace(input=input, rows=Rows(resets=resets)), restore
+
+
+def _padded_right(call: _Call) -> tuple[_Call, Callable[..., Results]]:
+    """Turn a batch with padding on the left into one with padding on the right. Returns it and the way back."""
+    rows = call.rows
+    input, resets = _time_major(rows, call.input, rows.resets)
+    T, B = input.shape[:2]
+    lengths = _moved("lengths", rows.lengths, input.device, torch.int64).clamp(0, T)
+    steps = torch.arange(T, device=input.device).unsqueeze(1)
+    later, earlier = (steps - lengths) % max(T, 1), (steps + lengths) % max(T, 1)  # [T, B]
+
+    def moved(x, step):
+        return x.gather(0, step.view(T, B, *[1] * (x.dim() - 2)).expand(x.shape))
+
+    def restore(output, states, sequences):
+        output, *sequences = (moved(x, earlier) for x in (output, *sequences))
+        return _as_given(rows, output, states, tuple(sequences))
+
+    resets = None if resets is None else moved(_moved("resets", resets, input.device, torch.bool), later)
+    rows_right = Rows(lengths=lengths, resets=resets)
+    return call._replace(input=moved(input, later), rows=rows_right), restore
 
 
 def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:
@@ -272,9 +305,9 @@ def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:
     def scatter(x):
         return pieces.scatter(x, leading.numel()).unflatten(0, leading)
 
-    def restore(output, states, c_seq):
+    def restore(output, states, sequences):
         states = tuple(leave(s, i) for s, i in zip(states, initial, strict=True))
-        return _as_given(rows, scatter(output), states, None if c_seq is None else torch.stack([*map(scatter, c_seq)]))
+        return _as_given(rows, scatter(output), states, tuple(map(scatter, sequences)))
 
     input, states = pieces.gather(input.flatten(0, -2)), tuple(map(enter, initial))
     return call._replace(input=input, states=states, rows=Rows(batch_sizes=pieces.batch_sizes)), restore
@@ -287,11 +320,11 @@ def _time_major(rows: Rows, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.transpose(0, 1) for x in tensors]
 
 
-def _as_given(rows: Rows, output: Tensor, states: tuple[Tensor, ...], c_seq: Tensor | None) -> Results:
+def _as_given(rows: Rows, output: Tensor, states: tuple[Tensor, ...], sequences: tuple[Tensor, ...]) -> Results:
     """The reverse of `_time_major`."""
     if not rows.batch_first or rows.batch_sizes is not None:
-        return output, states, c_seq
-    return output.transpose(0, 1), states, None if c_seq is None else c_seq.transpose(1, 2)
+        return output, states, sequences
+    return output.transpose(0, 1), states, tuple(x.transpose(0, 1) for x in sequences)
 
 
 def _layout(
@@ -358,7 +391,7 @@ def _has_rival(call: _Call) -> bool:
         and spec.save == "gates"  # else memory is asked for, and not time
         and torch.backends.cudnn.enabled
         and not spec.between_layers  # cuDNN draws its own masks
-        and not (call.rows.masked or spec.in_steps or spec.cell_states or spec.grad_clip is not None)
+        and not (call.rows.masked or spec.in_steps or spec.sequences or spec.grad_clip is not None)
         and not torch.compiler.is_compiling()
         and not transforms.transformed()  # ATen's layers have no rules for them
     )
@@ -402,7 +435,7 @@ def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
     if engine != "torch":
         return "loop", call.dtype
     spec, rows, cell = call.spec, call.rows, call.spec.cell
-    asks_more = rows.masked or spec.in_steps or spec.cell_states or spec.grad_clip is not None or call.heads > 1
+    asks_more = rows.masked or spec.in_steps or spec.sequences or spec.grad_clip is not None or call.heads > 1
     schedule = "loop"
     if not asks_more and not transforms.transformed():
         sizes = (rows.batch_sizes, rows.batch_first, call.hidden, spec.proj_size)
@@ -419,28 +452,27 @@ def _computed(call: _Call, engine: str) -> Results:
     spec, rows = call.spec, call.rows
     drawn, call = _with_noise(call)
     schedule, compute_dtype = _ways(call, engine)
-    if compute_dtype != call.input.dtype or autocasts(call.input):  # else all of them have it
+    if compute_dtype != call.input.dtype or call.autocast:  # else all of them have it
         input, states, weights = _cast((call.input, call.states, call.weights), compute_dtype)
         call = call._replace(input=input, states=states, weights=weights)
-    with _autocast_off(call.input):
-        if schedule == "loop":
-            results = _by_layers(call, engine, drawn)
-        else:
-            output, states = aten.stack(
-                spec.cell,
-                schedule,
-                call.input,
-                rows.batch_sizes,
-                call.states,
-                call.weights,
-                _has_bias(call),
-                spec.num_layers,
-                spec.dropout,
-                spec.training,
-                spec.bidirectional,
-                rows.batch_first and rows.batch_sizes is None,
-            )
-            results = (output, states, None)
+    if schedule == "loop":
+        results = _by_layers(call, engine, drawn)
+    else:
+        output, states = aten.stack(
+            spec.cell,
+            schedule,
+            call.input,
+            rows.batch_sizes,
+            call.states,
+            call.weights,
+            _has_bias(call),
+            spec.num_layers,
+            spec.dropout,
+            spec.training,
+            spec.bidirectional,
+            rows.batch_first and rows.batch_sizes is None,
+        )
+        results = (output, states, ())
     return results if compute_dtype == call.dtype else _cast(results, call.dtype)
 
 
@@ -477,44 +509,48 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
     layout = _layout(input, states[0].size(1), call.rows.batch_sizes, call.rows.lengths, resets)
     alone = spec.proj_size or spec.in_steps or spec.between_layers
     one_step = ops.is_one_step(cell, engine, input, layout)
-    if one_step and not (alone or spec.cell_states or transforms.followed((input, *states, *call.weights))):
+    if one_step and not (alone or spec.sequences or transforms.followed((input, *states, *call.weights))):
         saves = (False, False)
         cx = ops.states_beside_h(states)
         output, h_n, c_n, _, _ = ops.step_fwd(
             cell.name, input[0], states[0], cx, call.weights, spec.directions, *saves, of_ops
         )
-        return _as_given(call.rows, output.unsqueeze(0), (h_n, *ops.one_by_one(c_n)), None)
+        return _as_given(call.rows, output.unsqueeze(0), (h_n, *ops.one_by_one(c_n)), ())
     together = spec.directions
     if (
         engine == "triton"
         and spec.save == "gates"
         and spec.num_layers > 1
         and together == 1
+        and spec.sequences != "all"
         and not (alone or one_step)
     ):
         together = autograd.layers_together(cell, input, states, call.weights, spec.num_layers, layout)
     layer = _layer_of(spec, of_ops, drawn)
-    finals, c_seq = [], None
+    finals, sequences = [], []
     for k in range(0, len(parameters), together):
         if k > 0 and spec.between_layers > 0:
             input = dropout_fn(input, spec.between_layers)
         own, is_last = slice(k, k + together), k + together >= len(parameters)
-        input, final, c_seq = layer(input, layout, tuple(s[own] for s in states), parameters[own], k, is_last)
+        wants_c_seq = spec.sequences == "all" or (spec.sequences == "cells" and is_last)
+        input, final, c_seq = layer(input, layout, tuple(s[own] for s in states), parameters[own], k, wants_c_seq)
         finals.append(final)
+        if wants_c_seq:
+            h_seq = (input.clone() if is_last else input,)  # users change output in place
+            sequences.append((*(h_seq if spec.sequences == "all" else ()), *ops.one_by_one(c_seq)))
     states = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
-    return _as_given(call.rows, input, states, c_seq)
+    return _as_given(call.rows, input, states, tuple(joined(own, -1) for own in zip(*sequences, strict=True)))
 
 
 def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
     """A function that runs one layer, or a wave of layers.
 
-    Its arguments are x, layout, states, parameters, the number of the first layer, and whether the last layer is among
-    them.
+    Its arguments are x, layout, states, parameters, the number of the first layer, and whether the states beside h are
+    wanted of every step.
     """
     cell, clip = spec.cell, spec.grad_clip
 
-    def fused(x, layout, states, parameters, first, is_last):
-        wants_c_seq = spec.cell_states and is_last
+    def fused(x, layout, states, parameters, first, wants_c_seq):
         if spec.proj_size:
             return _projected_layer(cell, x, states, parameters, engine, layout, wants_c_seq, spec.save)
         if len(parameters) > spec.directions:
@@ -522,9 +558,9 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         own = drawn._replace(place=(first, 0))
         return autograd.layer(cell, x, states, parameters, engine, layout, clip, wants_c_seq, save=spec.save, noise=own)
 
-    def specified(x, layout, states, parameters, first, is_last):
+    def specified(x, layout, states, parameters, first, wants_c_seq):
         """The specification, including a projection."""
-        wants_c_seq, projected = spec.cell_states and is_last, spec.proj_size > 0
+        projected = spec.proj_size > 0
         batch = noise.Batch(layout, drawn._replace(place=(first, 0)))
         cx = ops.states_beside_h(states)
         output, h_n, c_n, c_seq = autograd.specified_layer(
@@ -579,7 +615,7 @@ def _result_dtype(input: Tensor) -> torch.dtype:
 
 
 def _autocast_off(input: Tensor):
-    # What is to be cast is cast: ATen's own rules for LSTMs differ from device to device, and from dtype to dtype.
+    # What is to be cast, we cast: the rules of autocast for LSTMs differ from device to device and from dtype to dtype.
     return torch.autocast(input.device.type, enabled=False) if autocasts(input) else contextlib.nullcontext()
 
 

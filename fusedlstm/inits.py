@@ -11,6 +11,8 @@ added. These functions write the value to `bias_ih` and set `bias_hh` to zero.
 """
 
 import math
+import pickle
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,39 @@ def orthogonal_(module: Module, gain: float = 1.0) -> None:
             for block in weight.detach().split(module.hidden_size // module.num_heads):  # type: ignore[operator]
                 exact = torch.empty_like(block, dtype=torch.promote_types(block.dtype, torch.float32))
                 block.copy_(nn.init.orthogonal_(exact, gain))
+
+
+class Unpicklable:
+    """A function of `init` on its way into a pickle that cannot hold it, a lambda for example.
+
+    A copy has the function itself. What is loaded from a pickle has its parameters, and only drawing them anew fails.
+    """
+
+    def __init__(self, name: str, function: Callable[[Module], object] | None = None) -> None:
+        self.__name__, self.function = name, function
+
+    def __reduce__(self):
+        return Unpicklable, (self.__name__,)
+
+    def __deepcopy__(self, memo):
+        return self.function or self
+
+    def __call__(self, module: Module) -> None:
+        if self.function is None:
+            raise RuntimeError(
+                f"init: expected functions that a pickle can hold, got {self.__name__}, which was lost in a pickle; "
+                "set module.init before reset_parameters()"
+            )
+        self.function(module)
+
+
+def portable(function: Callable[[Module], object]) -> Callable[[Module], object]:
+    """The function, or what stands for it in a pickle."""
+    try:
+        pickle.dumps(function)
+    except Exception:  # of any type, by the objects that it holds
+        return Unpicklable(getattr(function, "__name__", repr(function)), function)
+    return function
 
 
 def _rows(module: Module, gates: list[str]) -> list[tuple[slice, int]]:

@@ -1,6 +1,6 @@
 """Look inside of a layer: which engine runs it and why, its gates and states at every step, and a plot of them."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ def explain(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | PackedSequence | None = None,
+    padding_side: Literal["right", "left"] = "right",
     return_cell_states: bool = False,
+    return_states: bool = False,
     grad_clip: float | None = None,
 ) -> functional.Explanation:
     """Say which engine would run a call of a layer, why, and how. This computes nothing.
@@ -44,8 +46,8 @@ def explain(
 
     Args:
         module: A layer of this package.
-        input, hx, lengths, resets, return_cell_states, grad_clip: The arguments of the call, as in
-            `Recurrent.forward`.
+        input, hx, lengths, resets, padding_side, return_cell_states, return_states, grad_clip: The arguments of the
+            call, as in `Recurrent.forward`.
 
     Returns:
         A named tuple of three texts: `engine` ("triton", "torch" or "reference"), `why` it was chosen, and `how` it
@@ -56,8 +58,8 @@ def explain(
         ValueError, RuntimeError: The call itself would raise this error.
     """
     checks.instance("module", module, Recurrent)
-    spec = module._spec(return_cell_states, grad_clip)
-    data, states, rows, _ = module._prepared(input, hx, lengths, resets)
+    spec = module._spec(return_cell_states, return_states, grad_clip)
+    data, states, rows, _ = module._prepared(input, hx, lengths, resets, padding_side)
     return functional.explain(spec, data, states, module._flat_weights, rows)
 
 

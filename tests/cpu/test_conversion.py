@@ -1,6 +1,7 @@
 """conversion.py: the class changes and nothing else, in models that are built and in code that builds them."""
 
 import copy
+import functools
 import inspect
 import pickle
 import threading
@@ -265,6 +266,22 @@ REWRITTEN = {
         parametrizations.orthogonal(lstm, "weight_ih_l0"), "weight_hh_l0"
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_instances_of_both(name):
+    """For libraries that ask for the class of torch.nn."""
+    pair = [seeded(lambda: nn.Sequential(getattr(nn, name)(3, 4))) for _ in range(2)]
+    report = report_of(functools.partial(convert, keep_isinstance=True), pair[1])
+    assert report.replaced == {"0": f"torch.nn.{name} -> fusedlstm.conversion.Patched{name}"}
+    assert isinstance(pair[1][0], getattr(nn, name)) and isinstance(pair[1][0], getattr(fusedlstm, name))
+    x = torch.randn(5, 3)
+    assert_same_bits(results(pair[1], x), results(pair[0], x))
+    assert report_of(functools.partial(convert, keep_isinstance=True), pair[1]).kept == {"0": "already fusedlstm"}
+    assert report_of(convert, pair[1]).replaced == {"0": f"fusedlstm.conversion.Patched{name} -> fusedlstm.{name}"}
+    assert type(pair[1][0]) is getattr(fusedlstm, name)
+    convert(pair[1], keep_isinstance=True)
+    assert report_of(restore, pair[1]).replaced == {"0": f"fusedlstm.conversion.Patched{name} -> torch.nn.{name}"}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

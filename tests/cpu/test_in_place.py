@@ -25,6 +25,7 @@ CALLS = {
     "lengths": {"lengths": torch.tensor([3, 40])},
     "resets": {"resets": torch.arange(80).reshape(40, 2) % 7 == 0},
     "cell states": {"return_cell_states": True},
+    "states": {"return_states": True},
 }
 
 

@@ -37,6 +37,27 @@ def changed(before, after):
     return {n for (n, a), b in zip(before.items(), after.values(), strict=True) if not torch.equal(a, b)}
 
 
+@pytest.mark.parametrize("cls", [fusedlstm.LSTM, fusedlstm.GRUCell])
+def test_what_a_pickle_cannot_hold(cls, tmp_path):
+    """The parameters are all there, copies draw anew as before, and what was loaded says what it lacks."""
+    module = cls(3, 4, init=[lambda m: nn.init.ones_(next(m.parameters())), inits.orthogonal_])
+    torch.save(module, tmp_path / "module.pt")
+    loaded = [pickle.loads(pickle.dumps(module)), torch.load(tmp_path / "module.pt", weights_only=False)]
+    loaded.append(pickle.loads(pickle.dumps(loaded[0])))
+    for other in loaded:
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), module.parameters(), strict=True))
+        assert repr(other) == repr(module)
+        with pytest.raises(RuntimeError, match="init: expected functions that a pickle can hold, got <lambda>, which"):
+            other.reset_parameters()
+        other.init = inits.orthogonal_
+        other.reset_parameters()
+    for copied in (copy.copy(module), copy.deepcopy(module), copy.deepcopy(copy.copy(module))):
+        nn.init.zeros_(next(copied.parameters()))
+        copied.reset_parameters()
+        assert (next(copied.parameters()) == 1).all()
+    assert copy.deepcopy(module).init == module.init
+
+
 def seeded(make, **options):
     torch.manual_seed(5)
     return make(**options)

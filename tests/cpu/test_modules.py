@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,6 +291,45 @@ def test_autocast_of_a_cell(backend, dtype):
     assert h.dtype == c.dtype == dtype
     h.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in cell.parameters())
+
+
+# Of the input, and what comes back without autocast, with autocast to bfloat16 and with autocast to float16.
+AUTOCAST = {
+    "float32": ("float32", "bfloat16", "float16"),
+    "bfloat16": ("bfloat16", "bfloat16", "float16"),
+    "float16": ("float16", "bfloat16", "float16"),
+    "float64": ("float64", "float64", "float64"),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"])
+@pytest.mark.parametrize("given", AUTOCAST)
+def test_dtypes_under_autocast(given, name, backend):
+    """Of layers, dense, with lengths, packed and in one step, and of cells: the table of docs/support.md."""
+    for k, dtype in enumerate((None, torch.bfloat16, torch.float16)):
+        expected, x = getattr(torch, AUTOCAST[given][k]), torch.randn(5, 2, 3, dtype=getattr(torch, given))
+        parameters = x.dtype if dtype is None or given == "float64" else torch.float32
+        layer = getattr(fusedlstm, name)(3, 4, backend=backend, dtype=parameters)
+        one = getattr(fusedlstm, f"{name}Cell")(3, 4, backend=backend, dtype=parameters)
+        packed = nn.utils.rnn.pack_padded_sequence(x, [5, 3])
+        x.requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            calls = [layer(x), layer(x, lengths=torch.tensor([5, 3])), layer(packed), layer(x[:1]), one(x[0])]
+        results = [y for y in torch.utils._pytree.tree_leaves(calls) if isinstance(y, torch.Tensor)]
+        results += [
+            y.data for y in torch.utils._pytree.tree_leaves(calls) if isinstance(y, nn.utils.rnn.PackedSequence)
+        ]
+        assert {y.dtype for y in results if y.is_floating_point()} == {expected}
+        results = [y for y in results if y.is_floating_point()]
+        sum(y.sum() for y in results).backward()
+        assert x.grad.dtype == x.dtype and one.weight_ih.grad.dtype == parameters
+
+
+def test_the_table_of_autocast_is_in_the_docs():
+    docs = (Path(__file__).resolve().parents[2] / "docs" / "support.md").read_text()
+    for given, results in AUTOCAST.items():
+        assert f"| {' | '.join((given, *results))} |\n" in docs
 
 
 def test_autocast_leaves_float64_alone():

@@ -261,7 +261,10 @@ def test_what_padding_holds_is_not_looked_at():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_for_any_lengths(training):
+@pytest.mark.parametrize(
+    "options", [{"return_cell_states": True}, {"return_states": True, "padding_side": "left"}], ids=["right", "left"]
+)
+def test_compiles_for_any_lengths(training, options):
     """One graph, whatever lengths and resets hold; the same numbers, and gradients when training."""
     torch.compiler.reset()  # what other tests compiled has told Dynamo which sizes vary
     lstm, x, hx, *_ = problem({"num_layers": 2, "bidirectional": True}, 4, seed=17, dtype=torch.float32)
@@ -278,7 +281,8 @@ def test_compiles_for_any_lengths(training):
         for module in (lstm, compiled):
             with torch.set_grad_enabled(training):
                 lstm.zero_grad()
-                output, (h_n, c_n), c_seq = module(x, hx, lengths=lengths, resets=resets, return_cell_states=True)
+                output, (h_n, c_n), states = module(x, hx, lengths=lengths, resets=resets, **options)
+            c_seq = states[1] if "return_states" in options else states
             found.append([output, h_n, c_n, c_seq])
             if training:
                 (output.square().sum() + c_seq.sum() + h_n.sum()).backward()
@@ -380,3 +384,117 @@ def test_triton_says_why_it_does_not_clip_projections(monkeypatch):
     assert engines.why_not_triton(torch.device("cpu"), torch.float32) is None
     with pytest.raises(RuntimeError, match="do not clip the gradient of a projected h"):
         lstm(torch.zeros(2, 3, I))
+
+
+MEMBERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM")
+every_member = pytest.mark.parametrize("name", MEMBERS)
+both_engines = pytest.mark.parametrize("backend", ["torch", "reference"])
+
+
+def member(name, backend, **options):
+    torch.manual_seed(0)
+    return getattr(fusedlstm, name)(I, H, 2, backend=backend, dtype=torch.float64, **options)
+
+
+def as_tuple(states):
+    return (states,) if isinstance(states, torch.Tensor) else states
+
+
+@both_engines
+@every_member
+@pytest.mark.parametrize("form", ["dense", "batch first", "lengths", "unbatched", "packed"])
+def test_states_of_every_layer(form, name, backend):
+    """The t-th is what a call of t steps ends with, in numbers and gradients. So a stack can go on from it."""
+    check_states(form, name, backend)
+
+
+@both_engines
+def test_projected_states_of_every_layer(backend):
+    check_states("dense", "LSTM", backend, proj_size=3)
+
+
+def check_states(form, name, backend, **options):
+    module = member(name, backend, batch_first=form == "batch first", **options)
+    x = torch.randn(5, 3, I, dtype=torch.float64) if form != "unbatched" else torch.randn(5, I, dtype=torch.float64)
+    lengths = torch.tensor([5, 2, 4]) if form in ("lengths", "packed") else torch.full((3,), 5)
+    given = x.clone().requires_grad_()
+    if form == "packed":
+        packed = pack_padded_sequence(given, lengths, enforce_sorted=False)
+        output, _, states = module(packed, return_states=True)
+        output = pad_packed_sequence(output)[0]
+        states = tuple(pad_packed_sequence(s)[0].transpose(1, 2) for s in flat_packed(states))
+    else:
+        own = {"lengths": lengths} if form == "lengths" else {}
+        input = given.transpose(0, 1) if form == "batch first" else given
+        output, _, states = module(input, **own, return_states=True)
+        output, states = output.transpose(0, 1) if form == "batch first" else output, as_tuple(states)
+    torch.testing.assert_close(states[0].select(1, 1), output, **EXACT)
+    weights = [torch.randn_like(s) for s in states]
+    found = torch.autograd.grad(sum((s * w).sum() for s, w in zip(states, weights, strict=True)), given)[0]
+    again, total = x.clone().requires_grad_(), 0
+    for t in range(5):
+        part = again[: t + 1].transpose(0, 1) if form == "batch first" else again[: t + 1]
+        own = as_tuple(module(part)[1])
+        lives = (t < lengths).view(-1, 1) if x.dim() == 3 else True
+        for s, w, end in zip(states, weights, own, strict=True):
+            torch.testing.assert_close(s[t], end * lives, **EXACT)
+            total = total + (end * lives * w[t]).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(total, again)[0], **EXACT)
+    if form == "dense":
+        entered = tuple(s[2] for s in states)
+        rest = module(x[3:], entered if len(entered) > 1 else entered[0])[0]
+        torch.testing.assert_close(rest, output[3:], **EXACT)
+
+
+def flat_packed(states):
+    return [states] if isinstance(states, PackedSequence) else list(states)
+
+
+def test_states_are_wanted_once():
+    with pytest.raises(ValueError, match="return_cell_states: expected False with return_states, which has"):
+        fusedlstm.LSTM(3, 4)(torch.zeros(2, 1, 3), return_cell_states=True, return_states=True)
+
+
+@both_engines
+@every_member
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_padded_left(batch_first, name, backend):
+    """As with the padding on the right, moved by hand: results and gradients, with resets and the states asked for."""
+    module = member(name, backend, bidirectional=True, batch_first=batch_first)
+    lengths = [4, 0, 6, 1]
+    right = torch.randn(6, 4, I, dtype=torch.float64)
+    resets = torch.rand(6, 4) < 0.3
+
+    def to_left(x):
+        return torch.stack([torch.cat([x[n:, b], x[:n, b]]) for b, n in enumerate(lengths)], 1)
+
+    def run(x, resets, side):
+        x = x.clone().requires_grad_()
+        given = (x.transpose(0, 1), resets.t()) if batch_first else (x, resets)
+        output, final, states = module(
+            given[0], lengths=torch.tensor(lengths), resets=given[1], padding_side=side, return_states=True
+        )
+        results = [output.transpose(0, 1) if batch_first else output, *as_tuple(final), *as_tuple(states)]
+        torch.manual_seed(1)
+        weights = [torch.randn_like(y) for y in results]
+        n = 1 + len(as_tuple(final))
+        if side == "left":
+            weights[0] = to_left(weights[0])
+            weights[n:] = [to_left(w.transpose(1, 2)).transpose(1, 2) for w in weights[n:]]
+        total = sum((y * w).sum() for y, w in zip(results, weights, strict=True))
+        return results, n, torch.autograd.grad(total, (x, *module.parameters()))
+
+    expected, n, grads = run(right, resets, "right")
+    found, _, grads_left = run(to_left(right), to_left(resets.unsqueeze(-1)).squeeze(-1), "left")
+    expected[0] = to_left(expected[0])
+    expected[n:] = [to_left(s.transpose(1, 2)).transpose(1, 2) for s in expected[n:]]
+    torch.testing.assert_close(found, expected, **EXACT)
+    torch.testing.assert_close(grads_left, (to_left(grads[0]), *grads[1:]), **EXACT)
+
+
+def test_padding_side_is_checked():
+    lstm, x = fusedlstm.LSTM(3, 4), torch.zeros(2, 1, 3)
+    with pytest.raises(ValueError, match="padding_side: expected right or left, got 'top'"):
+        lstm(x, lengths=torch.tensor([1]), padding_side="top")
+    with pytest.raises(ValueError, match="padding_side: expected right without lengths"):
+        lstm(x, padding_side="left")

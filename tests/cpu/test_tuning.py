@@ -344,7 +344,8 @@ class OnGPU(torch.Tensor):
         ({}, True),
         ({"backend": "triton"}, False),
         ({"lengths": torch.tensor([2, 3])}, False),
-        ({"cell_states": True}, False),
+        ({"sequences": "cells"}, False),
+        ({"sequences": "all"}, False),
         ({"save": "states"}, False),
     ],
     ids=str,
@@ -360,7 +361,7 @@ def test_auto_asks_for_the_fastest_engine_where_cudnn_serves(monkeypatch, option
     monkeypatch.setattr(engines, "fastest", fastest)
     monkeypatch.setattr(functional, "_layout", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert_asked(calls, fusedlstm.LSTM(5, 7, 2), options, asked)
-    if not options.get("cell_states"):
+    if options.get("sequences") != "cells":
         assert_asked(calls, fusedlstm.GRU(5, 7, 2), options, asked)
         assert_asked(calls, fusedlstm.RNN(5, 7, 2, "relu"), options, asked)
     assert_asked(calls, fusedlstm.PeepholeLSTM(5, 7, 2), options, False)

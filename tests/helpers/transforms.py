@@ -14,8 +14,8 @@ from fusedlstm.noise import Rates
 T, B, I, H = 3, 2, 2, 4
 MANY = 2  # samples, or gradients at once
 
-# What is called: a cell and what is special about it. `cell_states` keeps ATen out: these are our ops.
-OURS = {"cell_states": True}
+# What is called: a cell and what is special about it. `sequences` keeps ATen out: these are our ops.
+OURS = {"sequences": "cells"}
 CASES = {
     **{cell: {"cell": cell, **OURS} for cell in cells.CELLS if cell != "rnn_relu"},
     "one step": {"cell": "lstm", "steps": 1},  # in a kernel of its own
@@ -66,8 +66,8 @@ class Call:
 
     def __call__(self, x: Tensor, w: Tensor) -> Tensor:
         weights = [self.weights[0], w, *self.weights[2:]]
-        output, states, c_seq = functional.run(self.spec, x, self.states, weights, self.rows)
-        return torch.cat([y.flatten() for y in (output, *states, *(() if c_seq is None else [c_seq]))])
+        output, states, sequences = functional.run(self.spec, x, self.states, weights, self.rows)
+        return torch.cat([y.flatten() for y in (output, *states, *sequences)])
 
     def loss(self, x: Tensor, w: Tensor) -> Tensor:
         return (self(x, w) * self.g).sin().sum()

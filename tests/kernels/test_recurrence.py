@@ -346,3 +346,18 @@ def test_autocast(device):
     assert output.dtype == h_n.dtype == c_n.dtype == torch.bfloat16
     output.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in ours.parameters())
+
+
+def test_states_of_every_layer_and_padding_on_the_left(device):
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        torch.manual_seed(0)
+        module = fusedlstm.LSTM(5, 7, 2, backend=backend).to(device, dtype)
+        x = torch.randn(4, 3, 5).to(device, dtype).requires_grad_()
+        lengths = torch.tensor([4, 0, 2], device=device)
+        output, final, states = module(x, lengths=lengths, padding_side="left", return_states=True)
+        results = [output, *final, *states]
+        (grad,) = torch.autograd.grad(sum((k + 1) * y.square().sum() for k, y in enumerate(results)), x)
+        found.append([*results, grad])
+    for k, results in enumerate(zip(*found, strict=True)):
+        assert_accurate(f"result {k}", *results)

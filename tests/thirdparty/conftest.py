@@ -3,6 +3,7 @@
 A process and an environment of their own, made from requirements.txt: the libraries bring hundreds of megabytes.
 """
 
+import functools
 import random
 from collections.abc import Callable
 
@@ -60,7 +61,8 @@ def both(request):
             with fusedlstm.patch_torch():
                 ours, losses_ours = run(train, lambda model: None)
         else:
-            ours, losses_ours = run(train, fusedlstm.convert)
+            keeps = request.param != "convert"
+            ours, losses_ours = run(train, functools.partial(fusedlstm.convert, keep_isinstance=keeps))
 
         assert all(type(m) in STOCK for m in recurrent(stock).values())
         assert all(isinstance(m, OURS) for m in recurrent(ours).values())

@@ -63,7 +63,7 @@ def train(built):
     return network, losses
 
 
-# LSTMModule packs what is an instance of torch.nn.LSTM, and gives everything else a mask: not for convert().
-@pytest.mark.parametrize("both", ["patch_torch"], indirect=True)
+# LSTMModule packs what is an instance of torch.nn.LSTM, and gives everything else a mask.
+@pytest.mark.parametrize("both", ["patch_torch", "convert, keep_isinstance"], indirect=True)
 def test_recurrent_dqn(both):
     both(train)

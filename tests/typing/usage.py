@@ -49,6 +49,8 @@ def calls(x: Tensor, packed: PackedSequence, either: Tensor | PackedSequence, wa
     assert_type(lstm(x, return_cell_states=True), tuple[Tensor, Two, Any])
     assert_type(lstm(packed, resets=packed, return_cell_states=True), tuple[PackedSequence, Two, Any])
     assert_type(lstm(x, return_cell_states=wanted), tuple[Any, ...])
+    assert_type(lstm(x, lengths=x, padding_side="left", return_states=True), tuple[Tensor, Two, Any])
+    lstm(x, lengths=x, padding_side="top")  # type: ignore[call-overload]
     assert_type(gru(x, x), tuple[Tensor, Tensor])
     assert_type(fusedlstm.RNN(10, 20)(packed), tuple[PackedSequence, Tensor])
     assert_type(fusedlstm.SLSTM(10, 20)(x), tuple[Tensor, Four])
