@@ -157,7 +157,7 @@ def run(
         spec = spec._replace(grad_clip=None)
     call = _Call(spec, input, states, weights, rows, _result_dtype(input), autocasts(input))
     with _autocast_off(input):
-        return _run(call)
+        return _with_grad_samples(call) if transforms.wants_grad_samples(weights) else _run(call)
 
 
 def _run(call: _Call) -> Results:
@@ -172,6 +172,23 @@ def _run(call: _Call) -> Results:
         call, restore_equal = _dense_if_equal(call)
         restore = _after(restore_equal, restore_pieces, restore)
     return restore(*_computed(call, engine))
+
+
+def _with_grad_samples(call: _Call) -> Results:
+    """The results of a call by ATen, whose layers torch takes apart into what gives gradients for every sample."""
+    spec, rows = call.spec, call.rows
+    asked = {"lengths or resets": rows.masked, "states of every step": spec.sequences, "grad_clip": spec.grad_clip}
+    asked |= {"noise inside of steps": spec.in_steps, f"the cell {spec.cell.name}": spec.cell.aten is None}
+    if what := [name for name, value in asked.items() if value]:
+        raise RuntimeError(
+            f"call_for_per_sample_grads: expected a layer and a call that torch.nn has, got {what[0]}; "
+            "torch.func.vmap of torch.func.grad gives the gradients of every sample"
+        )
+    options = (spec.num_layers, spec.dropout, spec.training, spec.bidirectional)
+    first = rows.batch_first and rows.batch_sizes is None
+    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's layer is not among what torch takes apart
+        arguments = (call.input, rows.batch_sizes, call.states, call.weights, _has_bias(call), *options, first)
+        return *aten.stack(spec.cell, "stack", *arguments), ()
 
 
 def step(

@@ -88,6 +88,11 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def wants_grad_samples(weights: Sequence[Tensor]) -> bool:
+    """Whether the weights are those of torch's `call_for_per_sample_grads`, of which few functions can be called."""
+    return any(hasattr(type(w), "handled_functions") for w in weights)
+
+
 def followed(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd records one of the tensors, or may do so behind a transform."""
     return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or transformed())

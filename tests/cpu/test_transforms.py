@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import fusedlstm
 import transforms
@@ -63,3 +64,43 @@ def test_what_would_drop_tangents_raises(cell):
     f = transforms.Call({"cell": cell, **transforms.OURS}, "torch", torch.float32)
     transforms.check_tangents_behind_samples(f)
     transforms.check_tangents_in_graphs(f)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("form", ["dense", "batch first", "packed"])
+def test_call_for_per_sample_grads(form, name):
+    """As the gradients of one sample after another. Stock's LSTM fails where oneDNN serves it."""
+    torch.manual_seed(0)
+    module = getattr(fusedlstm, name)(3, 4, 2, bidirectional=True, batch_first=form == "batch first").double()
+    x, lengths = torch.randn(5, 3, 3, dtype=torch.float64), [5, 4, 2]
+    w = torch.randn(5, 3, 8, dtype=torch.float64)
+    input = x.transpose(0, 1) if form == "batch first" else x
+    if form == "packed":
+        input, w = (torch.nn.utils.rnn.pack_padded_sequence(y, lengths) for y in (x, w))
+        w = w.data
+    called = call_for_per_sample_grads(module, batch_size=3, loss_reduction="sum", batch_first=form == "batch first")
+    output = called(input)[0]
+    (output.data if form == "packed" else output).mul(
+        w.transpose(0, 1) if form == "batch first" else w
+    ).sum().backward()
+    w = torch.nn.utils.rnn.pad_packed_sequence(input._replace(data=w))[0] if form == "packed" else w
+    for p, (key, _) in zip(module.parameters(), module.named_parameters(), strict=True):
+        for b in range(3):
+            T = lengths[b] if form == "packed" else 5
+            one = x[:T, b : b + 1].transpose(0, 1) if form == "batch first" else x[:T, b : b + 1]
+            y = module(one)[0]
+            y = y.transpose(0, 1) if form == "batch first" else y
+            (expected,) = torch.autograd.grad((y * w[:T, b : b + 1]).sum(), p)
+            torch.testing.assert_close(p.grad_sample[b], expected, msg=lambda text, key=key: f"{key}: {text}", **EXACT)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lengths": torch.tensor([2, 1])}, {"return_states": True}, {"grad_clip": 1.0}], ids=str
+)
+def test_what_has_no_per_sample_grads(options):
+    called = call_for_per_sample_grads(fusedlstm.LSTM(3, 4), batch_size=2, loss_reduction="sum", batch_first=False)
+    with pytest.raises(RuntimeError, match="call_for_per_sample_grads: expected a layer and a call that torch.nn has"):
+        called(torch.zeros(2, 2, 3), **options)
+    called = call_for_per_sample_grads(fusedlstm.PeepholeLSTM(3, 4), batch_size=2, batch_first=False)
+    with pytest.raises(RuntimeError, match="got the cell peephole"):
+        called(torch.zeros(2, 2, 3))
