@@ -158,6 +158,16 @@ def recurrence_inputs(
     return Inputs(preact_x, weights, State(hx, cx), Batch(layout))
 
 
+def stack_inputs(T, B, H, layers, dtype, device, **layout):
+    """The same of a stack in one launch: the first layer's preact_x, and the weights of all."""
+    preact_x, weights, state, batch = recurrence_inputs(T, B, H, layers, dtype, device, **layout)
+    generator = torch.Generator().manual_seed(7)
+    weight_ih = torch.randn(layers - 1, 4 * H, H, generator=generator) * H**-0.5
+    bias = torch.randn(layers - 1, 4 * H, generator=generator)
+    weights = weights._replace(weight_ih=weight_ih.to(dtype).to(device), bias=bias.to(dtype).to(device))
+    return Inputs(preact_x[:1], weights, state, batch)
+
+
 def _slstm_states(randn, D: int, B: int, H: int) -> Tensor:
     """c, n and m, of which n is positive; a sequence begins with nothing."""
     states = randn(3, D, B, H)

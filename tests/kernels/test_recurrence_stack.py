@@ -8,11 +8,10 @@ from fusedlstm.engines import launch, reference
 from support import (
     DTYPES,
     LENGTHS,
-    Inputs,
     assert_accurate,
     cast,
     recurrence,
-    recurrence_inputs,
+    stack_inputs,
     tiled,
     without_padding,
 )
@@ -24,16 +23,6 @@ LAYOUTS = {
     "resets": {"resets": 0.3},
     "packed, resets": {"packed": LENGTHS["ragged"], "resets": 0.3},
 }
-
-
-def stack_inputs(T, B, H, layers, dtype, device, **layout):
-    """What the forward launch takes: the first layer's preact_x, and the weights of all."""
-    preact_x, weights, state, batch = recurrence_inputs(T, B, H, layers, dtype, device, **layout)
-    generator = torch.Generator().manual_seed(7)
-    weight_ih = torch.randn(layers - 1, 4 * H, H, generator=generator) * H**-0.5
-    bias = torch.randn(layers - 1, 4 * H, generator=generator)
-    weights = weights._replace(weight_ih=weight_ih.to(dtype).to(device), bias=bias.to(dtype).to(device))
-    return Inputs(preact_x[:1], weights, state, batch)
 
 
 def specified(inputs, grads):
