@@ -63,7 +63,7 @@ bench: .venv/ready  ## the CPU rows, and the tables and the picture of docs/benc
 	$(BIN)/python -m bench.report bench/results/cpu.csv --readme docs/benchmarks.md --block cpu \
 	--picture docs/benchmarks.png
 
-gpu:  ## on a machine with a GPU, with its own torch: tests, ceilings, checkers, table, profile; results in OUT
+gpu:  ## on a machine with a GPU, with its own torch: tests, litmus tests, ceilings, checkers, table, profile; results in OUT
 	$(PYTHON) -m bench.gpu --out $(or $(OUT),out/gpu)
 
 rehearse: .venv/ready  ## the parts of `make gpu` on a CPU, interpreted, tiny: a minute

@@ -1,11 +1,11 @@
 """All checks and measurements on a GPU machine, unattended: `python -m bench.gpu --out DIR`.
 
-The parts are facts about the machine, a first run of the kernels, GPU tests, the machine's ceilings, and memory and
-race checkers if they are installed. The table takes the time that is left. The profile of its slowest row, and tables
-and a plot of all rows follow. Each part is a process with a time limit and a log. If a part fails or hangs, the next
-one still runs. Every row is written when it is measured. DIR has no folders and at most eight files: summary.md,
-<gpu>.csv, speedup.png and logs. The run needs no network and uses the Python, torch and Triton of the machine. Exit
-status 0 means that every correctness part passed.
+The parts are facts about the machine, a first run of the kernels, litmus tests of their exchange, GPU tests, the
+machine's ceilings, and memory and race checkers if they are installed. The table takes the time that is left. The
+profile of its slowest row, and tables and a plot of all rows follow. Each part is a process with a time limit and a
+log. If a part fails or hangs, the next one still runs. Every row is written when it is measured. DIR has no folders and
+at most eight files: summary.md, <gpu>.csv, speedup.png and logs. The run needs no network and uses the Python, torch
+and Triton of the machine. Exit status 0 means that every correctness part passed.
 
 `--rehearse` runs the same parts on a CPU, with interpreted kernels and tiny sizes.
 """
@@ -217,6 +217,7 @@ def parts(out: Path, csv: Path, rehearse: bool) -> list[Part]:
         Part("setup", python("-c", SETUP), 60, MACHINE_LOG),
         Part("facts", python("-c", FACTS), 60, MACHINE_LOG),
         Part("smoke", python(*smoke), 90, MACHINE_LOG, True, judge_smoke),
+        Part("litmus", python("-m", "bench.litmus"), 40, CORRECTNESS_LOG, True),
         Part("tests", python(*tests), 150, CORRECTNESS_LOG, True, judge_tests),
         Part("ceilings", python("-m", "bench.ceilings", "--out", str(csv)), 80, MACHINE_LOG),
         # The checkers leave all but one core idle: compile what the table needs.
