@@ -178,6 +178,12 @@ MUTANTS = {
         "    tl.atomic_add",
         "tests/compiled",
     ),
+    "the CTA barrier stands behind the release": (
+        "kernels/exchange.py",
+        '    tl.debug_barrier()\n    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")\n',
+        '    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")\n    tl.debug_barrier()\n',
+        "tests/kernels/test_exchange_model.py",
+    ),
     "exchanged loads through L1": (
         "kernels/product.py",
         ', cache_modifier=".cg")',
