@@ -42,7 +42,7 @@ from fusedlstm.ops import (
     wave_bwd,
     wave_fwd,
 )
-from fusedlstm.products import add_recurrent_product, joined, normalised, product, stacked
+from fusedlstm.products import add_recurrent_product, joined, normalised, product, stacked, without_autocast
 
 # Blocks of steps with save="states": with more of them the borders grow as the buffers shrink. A product of fewer rows
 # is slow, and what it saves is little.
@@ -99,7 +99,8 @@ class LoopFunction(torch.autograd.Function):
             return *[None] * 7, *_differentiable(loop, grads, (input, hx, cx, preact_0, *parameters), batch, needs)
         tensors = (input, hx, cx, preact_0, output, kept, c_kept, products)
         parameters = grouped(parameters, loop.recurrences)
-        return *[None] * 7, *loop.backward(grads, tensors, parameters, batch, needs)
+        with without_autocast(input):
+            return *[None] * 7, *loop.backward(grads, tensors, parameters, batch, needs)
 
 
 class Layer(NamedTuple):

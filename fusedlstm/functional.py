@@ -6,7 +6,6 @@
 memory.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from fusedlstm.engines import aten
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.plan import tuned
-from fusedlstm.products import autocasts, joined, product, stacked
+from fusedlstm.products import autocasts, joined, product, stacked, without_autocast
 
 Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]  # output, final states, states of every step
 
@@ -156,7 +155,7 @@ def run(
     if not torch.is_grad_enabled():
         spec = spec._replace(grad_clip=None)
     call = _Call(spec, input, states, weights, rows, _result_dtype(input), autocasts(input))
-    with _autocast_off(input):
+    with without_autocast(input):
         return _with_grad_samples(call) if transforms.wants_grad_samples(weights) else _run(call)
 
 
@@ -209,7 +208,7 @@ def step(
     if engine == "torch" and heads == 1 and cell.aten is not None and not derived:
         compute_dtype = aten.compute_dtype(cell, input.device, dtype, "cell", dense=False)
         input, states, weights = _cast((input, states, weights), compute_dtype)
-        with _autocast_off(input):
+        with without_autocast(input):
             return _cast(aten.cell(cell, input, states, *weights), dtype)
     if hidden == 0:  # torch.nn has cells without units, and layers without any are an error
         return tuple(_cast(s, dtype).clone() for s in states)
@@ -629,11 +628,6 @@ def _result_dtype(input: Tensor) -> torch.dtype:
     if autocasts(input) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
-
-
-def _autocast_off(input: Tensor):
-    # What is to be cast, we cast: the rules of autocast for LSTMs differ from device to device and from dtype to dtype.
-    return torch.autocast(input.device.type, enabled=False) if autocasts(input) else contextlib.nullcontext()
 
 
 def _cast(tree, dtype: torch.dtype):

@@ -166,7 +166,7 @@ def _row_blocks(rows: int, device: torch.device) -> list[slice]:
     any number.
     """
     if device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(0, rows)]
+        return [slice(None)]
     return [slice(begin, begin + ROWS_OF_BLOCK) for begin in range(0, max(rows, 1), ROWS_OF_BLOCK)]
 
 

@@ -44,6 +44,16 @@ def autocasts(input: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def without_autocast(input: Tensor):
+    """A context in which autocast is off on the device of `input`: what is to be cast, we cast.
+
+    The rules of autocast for LSTMs differ from device to device and from dtype to dtype. A compiler sees autocast off
+    where it reads our backward, and on where it runs it.
+    """
+    asked = autocasts(input) or torch.compiler.is_compiling()
+    return torch.autocast(input.device.type, enabled=False) if asked else contextlib.nullcontext()
+
+
 def tf32() -> bool:
     """Whether `torch.nn.LSTM` would round the factors of float32 products to TF32 on a GPU."""
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"

@@ -76,9 +76,13 @@ def schedule(
         return "runs" if batch_sizes is None and steps > CUDNN_STEPS else "stack"
     if input.device.type != "cpu":
         return "stack"
+    if torch.compiler.is_compiling():
+        # A graph is for any sizes. torch takes ATen's layers apart step by step, but for oneDNN's without gradients. An
+        # exported program of ATen's layers runs without this package; it has one number of steps.
+        fixed = torch.compiler.is_exporting() and batch_sizes is None and not isinstance(steps, torch.SymInt)
+        fused = cell.aten == "lstm" and batch_sizes is None and dtype == torch.float32
+        return "stack" if fixed or (fused and not torch.is_grad_enabled() and not input.requires_grad) else "loop"
     if cell.aten != "lstm":
-        if batch_sizes is not None and torch.compiler.is_compiling():  # no graph is for some lengths
-            return "loop"
         return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
     if batch_sizes is None:
         batch = input.size(0 if batch_first else 1)
@@ -86,7 +90,7 @@ def schedule(
         return "step" if steps == 1 and few and proj_size == 0 else "stack"
     if proj_size > 0:
         return "stack"
-    if dtype == torch.float64 or torch.compiler.is_compiling():  # oneDNN has none; as above
+    if dtype == torch.float64:  # oneDNN has none
         return "loop"
     if steps >= SHORTEST_RUN * len(torch.unique_consecutive(batch_sizes)):
         return "runs"

@@ -46,12 +46,7 @@ def tried(monkeypatch):
 def test_a_backward_by_the_loop_follows_a_forward_by_the_kernels(device, monkeypatch, tried, name):
     kind, dtype, options, masks, layers = CASES[name]
     monkeypatch.setattr(launch, "layers_together", lambda cell, like, hx, layers, *_: layers)
-    torch.manual_seed(0)
-    module = kind(3, 6, layers, **options, dtype=DTYPES[dtype])
-    same = kind(3, 6, layers, **options, dtype=DTYPES[dtype], backend="reference")
-    same.load_state_dict(module.state_dict())
-    exact = copy.deepcopy(same).double()
-    input, given = torch.randn(4, 3, 3).to(DTYPES[dtype]), {}
+    given = {}
     if "lengths" in masks:
         given["lengths"] = torch.tensor([4, 0, 2])
     if "resets" in masks:
@@ -64,8 +59,18 @@ def test_a_backward_by_the_loop_follows_a_forward_by_the_kernels(device, monkeyp
         output.sin().sum().backward()
         return [output.detach(), x.grad, *(p.grad for p in module.parameters())]
 
-    with pytest.warns(RuntimeWarning, match="backend='auto': no room"):
-        ours = results(module.to(device), input.to(device))
+    found = []
+    for seed in range(4):  # together, for a norm makes much of a rounding in some of them
+        torch.manual_seed(seed)
+        failures.forget()
+        module, same = (kind(3, 6, layers, **options, dtype=DTYPES[dtype], backend=b) for b in ("auto", "reference"))
+        same.load_state_dict(module.state_dict())
+        exact, input = copy.deepcopy(same).double(), torch.randn(4, 3, 3).to(DTYPES[dtype])
+        with pytest.warns(RuntimeWarning, match="backend='auto': no room"):
+            ours = results(module.to(device), input.to(device))
+        found.append([ours, results(same, input), results(exact, input.double())])
     assert any("fwd" in kernel for kernel in tried) and any("bwd" in kernel for kernel in tried)
-    for a, *expected in zip(ours, results(same, input), results(exact, input.double()), strict=True):
+    for a, *expected in (
+        [torch.stack([own[k] for own in of]) for of in zip(*found, strict=True)] for k in range(len(found[0][0]))
+    ):
         assert_accurate("result", a, *expected)

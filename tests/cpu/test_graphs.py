@@ -1,0 +1,51 @@
+"""A compiled module has at most two graphs, whatever T and B are, and gives the numbers and gradients of a call."""
+
+import torch
+
+import fusedlstm
+from grids import grid
+
+SIZES = ((5, 2), (6, 3), (33, 4), (40, 9), (3, 20))
+CALLS = {
+    "plain": {},
+    "input has a gradient": {"input_grad": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "autocast": {"autocast": True},
+}
+
+
+@grid(
+    {
+        "name": ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"],
+        "training": {"training": True, "inference": False},
+        "call": CALLS,
+        "dynamic": {"sizes marked": True, "sizes seen": None},
+    }
+)
+def test_two_graphs(name, training, call, dynamic):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    dtype, graphs = call.get("dtype", torch.float32), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    module = getattr(fusedlstm, name)(3, 4).to(dtype)
+    compiled = torch.compile(module, fullgraph=True, backend=counting, dynamic=dynamic)
+    # Half precision differs by what the engines round: ATen's layers in bfloat16, and our loop in float32.
+    close = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 and "autocast" not in call else {"rtol": 0, "atol": 0.1}
+    )
+    for T, B in SIZES:
+        x = torch.randn(T, B, 3, dtype=dtype).requires_grad_(call.get("input_grad", False))
+        found = []
+        for of in (compiled, module):
+            with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in call):
+                output = of(x)[0]
+            found.append([output.detach()])
+            if training:
+                leaves = [*module.parameters(), *([x] if x.requires_grad else [])]
+                found[-1] += torch.autograd.grad(output.float().square().mean(), leaves)
+        torch.testing.assert_close(*found, **close)
+    assert len(graphs) <= 2
