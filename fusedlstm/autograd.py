@@ -130,8 +130,8 @@ class Layer(NamedTuple):
             part, h, c, gates, c_part, products = _block_fwd(
                 self.cell, self.engine, x, parameters, h, c, first, own, keeps_gates, saves_states
             )
-            output = _placed(output, part, steps, len(input))
-            c_seq = _placed(c_seq, c_part, steps, len(input), dim=1) if saves_states else c_part
+            output = _placed(output, part, steps, input.size(0))
+            c_seq = _placed(c_seq, c_part, steps, input.size(0), dim=1) if saves_states else c_part
             borders.append(c)
             del part, c_part  # or they would live beside those of the next block
         borders = torch.stack(borders[:-1]) if len(blocks) > 1 else c.new_empty(0)
@@ -201,7 +201,7 @@ class Layer(NamedTuple):
             gradients.add(grad_preact, x, y, gates, c_seq, h, c, *own, products)
             del gates, c_seq  # what a block needs does not live beside the next one's
             if needs[0]:
-                grad_input = _placed(grad_input, gradients.of_input(grad_preact, x), steps, len(input))
+                grad_input = _placed(grad_input, gradients.of_input(grad_preact, x), steps, input.size(0))
             if needs[3] and k == 0:
                 by_direction = enumerate(grad_preact.chunk(self.recurrences, -1))
                 grad_preact_0 = torch.stack([of_first_steps(g, d, own.layout) for d, g in by_direction])

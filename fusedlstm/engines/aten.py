@@ -78,8 +78,10 @@ def schedule(
         return "stack"
     if torch.compiler.is_compiling():
         # A graph is for any sizes. torch takes ATen's layers apart step by step, but for oneDNN's without gradients. An
-        # exported program of ATen's layers runs without this package; it has one number of steps.
-        fixed = torch.compiler.is_exporting() and batch_sizes is None and not isinstance(steps, torch.SymInt)
+        # exported program of ATen's layers runs without this package, for one number of steps; a strict export does not
+        # say whether there is one.
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        fixed = exporting and batch_sizes is None and not isinstance(steps, torch.SymInt)
         fused = cell.aten == "lstm" and batch_sizes is None and dtype == torch.float32
         return "stack" if fixed or (fused and not torch.is_grad_enabled() and not input.requires_grad) else "loop"
     if cell.aten != "lstm":

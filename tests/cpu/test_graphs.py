@@ -1,5 +1,6 @@
 """A compiled module has at most two graphs, whatever T and B are, and gives the numbers and gradients of a call."""
 
+import pytest
 import torch
 
 import fusedlstm
@@ -49,3 +50,32 @@ def test_two_graphs(name, training, call, dynamic):
                 found[-1] += torch.autograd.grad(output.float().square().mean(), leaves)
         torch.testing.assert_close(*found, **close)
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormLSTM", "SLSTM"])
+def test_exported_for_any_sizes(name, strict):
+    """With lengths; the strict way traces a backward too if gradients are on."""
+    module = getattr(fusedlstm, name)(3, 4).eval()
+    sizes = {0: torch.export.Dim("T", min=2, max=100), 1: torch.export.Dim("B", min=2, max=64)}
+    shapes = {"input": sizes, "hx": None, "lengths": {0: sizes[1]}}
+    lengths = torch.tensor([7, 0, 3, 7, 2])
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (torch.randn(7, 5, 3), None), {"lengths": lengths}, dynamic_shapes=shapes, strict=strict
+        ).module()
+        for T, B in ((7, 5), (2, 9), (40, 2)):
+            x, lengths = torch.randn(T, B, 3), torch.arange(B) % (T + 1)
+            found, expected = (of(x, None, lengths=lengths) for of in (program, module))
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_exported_with_one_number_of_steps_needs_no_package(name):
+    """ATen's layers serve it, which every process has; the batch may vary."""
+    module = getattr(fusedlstm, name)(3, 4).eval()
+    shapes = {"input": {1: torch.export.Dim("B", min=2, max=64)}}
+    program = torch.export.export(module, (torch.randn(7, 5, 3),), dynamic_shapes=shapes)
+    assert not [node for node in program.graph.nodes if "fusedlstm" in str(node.target)]
+    x = torch.randn(7, 30, 3)
+    torch.testing.assert_close(program.module()(x), module(x))
