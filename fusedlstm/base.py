@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import cells, checks, functional, inits
+from fusedlstm import cells, checks, functional, inits, sequences
 from fusedlstm.noise import NO_RATES, Rates
 
 State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
@@ -268,7 +268,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         """Run the layers over a sequence. The class describes the shapes.
 
         Args:
-            input: The sequences, in the dtype of the parameters, or in any dtype under autocast.
+            input: The sequences, in the dtype of the parameters, or in any dtype under autocast. A nested tensor
+                [B, *, I] with `layout=torch.jagged` has its own lengths, and `output` is jagged too.
             hx: The initial states. They are zero if they are not given.
             lengths: The number of valid steps of each sequence, integers [B] from 0 to T, on any device. Later steps
                 are padding. `output` is zero there, and the final state is the one after the last valid step, or `hx`
@@ -299,15 +300,30 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             ValueError, RuntimeError, TypeError: A shape, dtype or device is wrong. Type and text are those of
                 `torch.nn` where it has such an error.
         """
+        if isinstance(input, Tensor) and input.is_nested:
+            checks.with_jagged_input(lengths, resets, return_states)
+            return self._of_jagged(input, hx, return_cell_states=return_cell_states, grad_clip=grad_clip)
         spec = self._spec(return_cell_states, return_states, grad_clip)
         data, states, rows, restore = self._prepared(input, hx, lengths, resets, padding_side)
-        output, states, sequences = restore(*functional.run(spec, data, states, self._flat_weights, rows))
+        output, states, of_steps = restore(*functional.run(spec, data, states, self._flat_weights, rows))
         if return_states:
-            sequences = tuple(map(self._of_layers, sequences))
-        return (output, states, _state(sequences)) if spec.sequences else (output, states)
+            of_steps = tuple(map(self._of_layers, of_steps))
+        return (output, states, _state(of_steps)) if spec.sequences else (output, states)
 
     if TYPE_CHECKING:  # torch says of every call that it returns Any
         __call__ = forward
+
+    def _of_jagged(self, input: Tensor, hx: Any, **options: Any) -> tuple[Any, ...]:
+        """`forward` of a nested tensor [B, *, I]. The results of every step have its structure."""
+        padded, lengths = sequences.padded_from_jagged(input, batch_first=self.batch_first)
+        results: tuple[Any, ...] = self.forward(padded, hx, lengths=lengths, **options)
+        output, states, *cell_states = results
+
+        def jagged(x: Tensor) -> Tensor:
+            return sequences.jagged_like(input, x, lengths, self.batch_first)
+
+        found = [_state(tuple(map(jagged, as_states(c)))) for c in cell_states]
+        return (jagged(output), states, *found)
 
     def _of_layers(self, sequence):
         """[T, B, L * D * H] as [T, L * D, B, H], and the like of other forms."""
@@ -333,11 +349,11 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._zeros(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
 
-            def restore(output, states, sequences):
-                output, *sequences = (
-                    PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices) for x in (output, *sequences)
+            def restore(output, states, of_steps):
+                output, *of_steps = (
+                    PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices) for x in (output, *of_steps)
                 )
-                return output, _state(self.permute_hidden(states, unsorted_indices)), sequences
+                return output, _state(self.permute_hidden(states, unsorted_indices)), of_steps
 
             return data, as_states(hx), functional.Rows(batch_sizes=batch_sizes, resets=resets), restore
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -348,11 +364,11 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         elif not batched:
             hx = tuple(s.unsqueeze(1) for s in as_states(hx))
 
-        def restore(output, states, sequences):
+        def restore(output, states, of_steps):
             if not batched:
-                output, *sequences = (x.squeeze(batch_dim) for x in (output, *sequences))
+                output, *of_steps = (x.squeeze(batch_dim) for x in (output, *of_steps))
                 states = tuple(s.squeeze(1) for s in states)
-            return output, _state(states), sequences
+            return output, _state(states), of_steps
 
         rows = functional.Rows(self.batch_first, None, lengths, padded_left, resets)
         return input, as_states(hx), rows, restore

@@ -296,6 +296,16 @@ def _shortened(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ({len(values)} values)"
 
 
+def with_jagged_input(lengths, resets, return_states: bool) -> None:
+    for name, value in (("lengths", lengths), ("resets", resets), ("return_states", return_states or None)):
+        if value is not None:
+            expected = "False" if name == "return_states" else "None"
+            raise ValueError(
+                f"{name}: expected {expected} with a nested tensor as input, got {type(value).__name__}; "
+                "fusedlstm.sequences.padded_from_jagged makes a padded batch and its lengths"
+            )
+
+
 def lengths_and_resets(
     input: Tensor | PackedSequence, lengths, resets, batch_first: bool
 ) -> tuple[Tensor | None, Tensor | None]:

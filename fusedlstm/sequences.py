@@ -138,6 +138,14 @@ def jagged_from_packed(packed: PackedSequence) -> Tensor:
     return jagged_from_padded(*padded_from_packed(packed))
 
 
+def jagged_like(jagged: Tensor, padded: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """A padded batch with the structure of a jagged one, so that both can be added; a new one if that has holes."""
+    found = jagged_from_padded(padded, lengths, batch_first=batch_first)
+    if jagged.lengths() is not None:  # type: ignore[attr-defined]
+        return found
+    return torch.nested.nested_tensor_from_jagged(found.values(), jagged.offsets())  # type: ignore[attr-defined]
+
+
 def _checked_lengths(padded: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
     """`lengths` as int64 on their own device, when they are lengths of `padded`."""
     checks.instance("padded", padded, Tensor)

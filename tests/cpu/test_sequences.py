@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedlstm
-from fusedlstm import engines, functional
+from fusedlstm import cells, engines, functional
 from support import assert_accurate
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -498,3 +498,36 @@ def test_padding_side_is_checked():
         lstm(x, lengths=torch.tensor([1]), padding_side="top")
     with pytest.raises(ValueError, match="padding_side: expected right without lengths"):
         lstm(x, padding_side="left")
+
+
+@both_engines
+@every_member
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_jagged_input(batch_first, name, backend):
+    """As a padded batch with lengths, an empty sequence among them; the output can be added to the input."""
+    module = getattr(fusedlstm, name)(H, H, backend=backend, batch_first=batch_first, dtype=torch.float64)
+    parts = [torch.randn(n, H, dtype=torch.float64, requires_grad=True) for n in (3, 0, 5, 1)]
+    jagged = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    output, states, *kept = module(jagged, return_cell_states=len(cells.CELLS[module.cell].states) > 1)
+    grads = torch.autograd.grad((output + jagged).values().square().sum(), parts)
+    padded, lengths = fusedlstm.sequences.padded_from_jagged(jagged, batch_first=batch_first)
+    options = {"lengths": lengths, "return_cell_states": bool(kept)}
+    expected, final, *cell_states = module(padded, **options)
+    torch.testing.assert_close(states, final, **EXACT)
+    for a, b in zip([output, *map_states(kept)], [expected, *map_states(cell_states)], strict=True):
+        torch.testing.assert_close(fusedlstm.sequences.padded_from_jagged(a, batch_first=batch_first)[0], b, **EXACT)
+    valid = padded + expected
+    torch.testing.assert_close(grads, torch.autograd.grad(valid.square().sum(), parts), **EXACT)
+
+
+def map_states(kept):
+    return [c for of in kept for c in as_tuple(of)]
+
+
+def test_what_a_jagged_input_has_itself():
+    jagged = torch.nested.nested_tensor([torch.zeros(2, 3)], layout=torch.jagged)
+    for options in ({"lengths": torch.tensor([2])}, {"resets": torch.zeros(2, 1)}, {"return_states": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: expected .* with a nested tensor as input, got"):
+            fusedlstm.LSTM(3, 4)(jagged, **options)
+    with pytest.raises(ValueError, match="jagged: expected a nested tensor"):
+        fusedlstm.LSTM(3, 4)(torch.nested.nested_tensor([torch.zeros(2, 3)]))
