@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 
-SECONDS_OF_A_CALL = 120
+SECONDS_OF_A_CALL = 600  # on a busy machine; interpreted, a call takes a second on an idle one
 
 
 def say(*words: str) -> None:
@@ -56,5 +56,8 @@ class Told:
         if code and call is None:
             raise RuntimeError(f"{' '.join(command)} did not begin:\n{errors}")
         if code:
-            how = signal.Signals(-code).name if code < 0 else errors.strip()[-500:]
+            at = max(
+                0, errors.find("Timeout")
+            )  # its stack begins with the last call; that of an exception ends with it
+            how = signal.Signals(-code).name if code < 0 else errors[at : at + 800] if at else errors.strip()[-800:]
             self.faults.append((call, f"the process ends: {how}"))
