@@ -399,6 +399,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "lengths": LENGTHS,
     "resets": RESETS,
     "grad_clip of a call": dict(CONSTRUCTOR["grad_clip"].items()),
+    "padding_side of a call": {"a text": "middle", "None": None, "a number": 1, "a list": ["left"], "without": "left"},
     "return_cell_states": {"of a member without": True},
     **{f"{name} of the constructor": values for name, values in CONSTRUCTOR.items()},
     **{f"{name} set later": CONSTRUCTOR[name] for name in ("backend", "save", "grad_clip", "init", "num_heads")},
@@ -435,7 +436,7 @@ def _is_wrong(bad: Bad) -> bool:
     """Whether there is such a call, and the value is wrong in it."""
     argument, value, packed = bad.argument, bad.value, bad.form.startswith("packed")
     name, _, place = argument.partition(" of ")
-    layer_only = ("packed", "lengths", "resets", "return_cell_states", "grad_clip of a call")
+    layer_only = ("packed", "lengths", "resets", "return_cell_states", "grad_clip of a call", "padding_side of a call")
     if bad.is_cell and (argument in layer_only or (place == "the constructor" and name not in OF_CELLS)):
         return False
     if argument in ("save set later", "grad_clip set later") and bad.is_cell:
@@ -540,8 +541,8 @@ def _call(bad: Bad, library) -> Any:
         x = _pack(bad, _input) if bad.form.startswith("packed") else _input(bad)
     hx = make(bad) if bad.argument == "hx" else None
     more = {bad.argument: make(bad)} if bad.argument in ("lengths", "resets") else {}
-    if bad.argument == "grad_clip of a call":
-        more = {"grad_clip": values[bad.value]}
+    if place == "a call":
+        more = {argument: values[bad.value]}
     if bad.argument == "return_cell_states":
         more = {"return_cell_states": True}
     return module(x, hx, **more)
