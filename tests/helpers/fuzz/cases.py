@@ -498,7 +498,7 @@ def check(case: Case, device: str = "cpu") -> None:
     """Ours beside the equations in the same dtype and in float64. Raises an AssertionError.
 
     The rule is that of `assert_accurate`. Numbers that are few may be exact by chance in the same dtype. So where one
-    run of the equations says that ours are wrong, more runs are asked, of which the arguments are moved by up to two ulps.
+    run of the equations says that ours are wrong, more runs are asked, with arguments that are moved by up to two ulps.
     """
     values = tensors(case)
     results, exact = found(case, values, device), expected(case, values, torch.float64)
