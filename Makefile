@@ -8,7 +8,7 @@ SOME_KERNELS := (bf16 or bfloat16 or seeded or agree or nan_passes) and not norm
 SOME_COMPILED := (sm_90 and dense and bf16 and not norms) or not (test_compiles or family or norms)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-whole test-triton36 test-triton39 test-oldest test-newest test-thirdparty lint fmt typecheck
+.PHONY: demo fuzz test test-whole test-triton36 test-triton39 test-oldest test-newest test-thirdparty lint fmt typecheck
 .PHONY: kernels bench gpu rehearse mutants wheel clean
 
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
@@ -82,6 +82,9 @@ wheel: .venv/ready  ## build the source distribution and from it the wheel, chec
 	cd out/wheel/unpacked && $(abspath $(BIN))/python -I -c "import sys; sys.path.insert(0, '.'); import fusedlstm; \
 	from fusedlstm.kernels import recurrence_fwd; assert 'unpacked' in recurrence_fwd.__file__, recurrence_fwd.__file__; \
 	print('wheel', fusedlstm.__version__, 'imports')"
+
+fuzz: .venv/ready  ## calls drawn at random for MINUTES (10), right and wrong ones; prints the faulty ones as tests
+	PYTHONPATH=tests/helpers $(BIN)/python -W ignore -m fuzz $(or $(MINUTES),10) $(SEED)
 
 clean:
 	rm -rf .venv .venv-* build dist out *.egg-info

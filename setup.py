@@ -17,7 +17,7 @@ INTERPRET = [*TRITON, "numpy"]
 DEMO = ["matplotlib", "scikit-learn", "tqdm"]
 BENCH = [*INTERPRET, "matplotlib", "rich"]
 TOOLS = ["build", "mypy", "ruff", "setuptools>=64", "twine", "wheel"]
-TESTS = ["expecttest", "pytest", "pytest-xdist"]
+TESTS = ["expecttest", "hypothesis", "pytest", "pytest-xdist"]
 
 setup(
     name="fusedlstm",

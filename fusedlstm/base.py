@@ -1,5 +1,6 @@
 """What all layers and cells share: the parameters and conventions of `torch.nn`, but no arithmetic."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
@@ -189,7 +190,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         P = self.proj_size or self.hidden_size
         input_size = self.input_size if layer == 0 else self._directions * P
-        return _shapes(self.cell, input_size, self.hidden_size, self.bias, self.num_heads, self.proj_size)
+        of = cells.CELLS[self.cell]
+        return _shapes(of, input_size, self.hidden_size, self.bias, self.num_heads, self.proj_size)
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *_differing(self), *([str(self.rates)] if any(self.rates) else [])])
@@ -342,6 +344,10 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         """
         self._update_flat_weights()
         checks.sequence(self, input, hx)
+        if not _in_a_graph():
+            sizes = (self.num_layers, self._directions, self.bias, self.num_heads, self.proj_size)
+            shapes = _all_shapes(cells.CELLS[self.cell], self.input_size, self.hidden_size, *sizes)
+            checks.parameters(self._flat_weights, shapes, self._flat_weights_names)
         if lengths is not None or resets is not None:
             lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
         padded_left = checks.padding_side(padding_side, lengths) == "left"
@@ -466,7 +472,7 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
         return sum(map(math.prod, self._shapes().values()))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return _shapes(self.cell, self.input_size, self.hidden_size, self.bias, self.num_heads)
+        return _shapes(cells.CELLS[self.cell], self.input_size, self.hidden_size, self.bias, self.num_heads)
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *_differing(self)])
@@ -492,8 +498,11 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
             states = (zeros,) * len(of.states)
         else:
             states = as_states(hx) if batched else tuple(s.unsqueeze(0) for s in as_states(hx))
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *of.vectors)
-        weights = [w for name in names if (w := getattr(self, name)) is not None]
+        names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if self.bias else ()), *of.vectors)
+        weights = [getattr(self, name) for name in names]
+        if not _in_a_graph():
+            sizes = (1, 1, self.bias, self.num_heads, 0)
+            checks.parameters(weights, _all_shapes(of, self.input_size, self.hidden_size, *sizes), names)
         states = functional.step(functional.Spec(of, backend=self.backend), input, states, weights)
         return _state(states if batched else tuple(s.squeeze(0) for s in states))
 
@@ -502,10 +511,9 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
 
 
 def _shapes(
-    cell: str, input_size: int, hidden_size: int, bias: bool, num_heads: int, proj_size: int = 0
+    of: cells.Cell, input_size: int, hidden_size: int, bias: bool, num_heads: int, proj_size: int = 0
 ) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer and direction, in order."""
-    of = cells.CELLS[cell]
     rows = of.num_gates * hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "weight_ih": (rows, input_size),
@@ -514,6 +522,30 @@ def _shapes(
     shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if bias else {}
     shapes |= {"weight_hr": (proj_size, hidden_size)} if proj_size else {}
     return shapes | {name: (blocks * hidden_size,) for name, blocks in of.vector_blocks.items()}
+
+
+@functools.lru_cache(maxsize=1024)
+def _all_shapes(
+    of: cells.Cell,
+    input_size: int,
+    hidden_size: int,
+    layers: int,
+    directions: int,
+    bias: bool,
+    num_heads: int,
+    proj_size: int,
+) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all parameters, in the order of `_flat_weights`."""
+    found: list[tuple[int, ...]] = []
+    for layer in range(layers):
+        own_input_size = input_size if layer == 0 else directions * (proj_size or hidden_size)
+        found += [*_shapes(of, own_input_size, hidden_size, bias, num_heads, proj_size).values()] * directions
+    return tuple(found)
+
+
+def _in_a_graph() -> bool:
+    """Whether a call is compiled or traced. The shapes of parameters are constants there, and not checked."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def as_states(hx: State) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import numbers
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,14 @@ def grad_clip(value: float | None) -> float | None:
         raise TypeError(f"grad_clip: expected a number or None, got {type(value).__name__}")
     if not value > 0:
         raise ValueError(f"grad_clip: expected a number above 0, got {value}")
-    return float(value)
+    return _float("grad_clip", value)
+
+
+def _float(name: str, value: numbers.Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float can hold, got a larger one") from None
 
 
 def save(value: str) -> str:
@@ -60,7 +68,7 @@ def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) 
     found = {"zoneout": both[0], "zoneout of the states beside h": both[1], "candidate_dropout": candidate}
     found |= {"recurrent_dropout": recurrent, "weight_dropout": weight}
     for name, rate in found.items():
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) <= 1:
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= _float(name, rate) <= 1:
             raise ValueError(f"{name}: expected a probability in [0, 1], got {rate!r}")
     if any(both) and cells.CELLS[cell].equations.update is None:
         raise ValueError(
@@ -156,6 +164,14 @@ def instance(name: str, value, cls: type) -> None:
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
 
 
+def dense(name: str, value) -> None:
+    """Check that a value is a tensor with strides: not a sparse or a nested one, nor one of oneDNN."""
+    instance(name, value, Tensor)
+    if value.layout is not torch.strided or value.is_nested:
+        kind = f"a nested one ({value.layout})" if value.is_nested else str(value.layout)
+        raise ValueError(f"{name}: expected a dense tensor, got {kind}")
+
+
 def module(model) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -196,16 +212,36 @@ def _same_device_and_dtype(input: Tensor, states: list[Tensor], weight: Tensor, 
 def _given_states(of: cells.Cell, hx) -> list[Tensor]:
     """The states in `hx`, if their number is that of the cell. If h is the only state, `hx` is a tensor."""
     if len(of.states) == 1:
-        instance("hx", hx, Tensor)
+        dense("hx", hx)
         return [hx]
+    if not isinstance(hx, Tensor | tuple | list):
+        raise TypeError(f"hx: expected a tuple of {len(of.states)} Tensors, got {type(hx).__name__}")
     if isinstance(hx, Tensor) or len(hx) != len(of.states):
         came = "a tensor" if isinstance(hx, Tensor) else f"{len(hx)}"
         if of.aten is not None:
             raise RuntimeError(f"{of.aten} expects two hidden states, got {came}")
         raise RuntimeError(f"hx: expected the {len(of.states)} states {', '.join(of.states)}, got {came}")
     for name, state in zip(_names(hx), hx, strict=True):
-        instance(name, state, Tensor)
+        dense(name, state)
     return list(hx)
+
+
+def parameters(weights: list[Tensor], shapes: tuple[tuple[int, ...], ...], names: Sequence[str]) -> None:
+    """Check the parameters of a layer or a cell, which a user may have replaced.
+
+    With other shapes the number of heads would be another one, and the kernels would read beside them.
+    """
+    first = weights[0]
+    same_dtype = all(w.dtype is first.dtype for w in weights) or products.autocasts(first)
+    if same_dtype and all(w.device == first.device and w.shape == s for w, s in zip(weights, shapes, strict=True)):
+        return
+    for name, weight, shape in zip(names, weights, shapes, strict=True):
+        if weight.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weight.shape)}")
+        if weight.device != first.device:
+            raise RuntimeError(f"{name}: expected the device of {names[0]} ({first.device}), got {weight.device}")
+        if weight.dtype != first.dtype and not same_dtype:
+            raise ValueError(f"{name}: expected the dtype of {names[0]} ({first.dtype}), got {weight.dtype}")
 
 
 def sequence(module, input: Tensor | PackedSequence, hx) -> None:
@@ -214,9 +250,11 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
     if isinstance(input, PackedSequence):
         data = _packed_data(input)
         batch, input = int(input.batch_sizes[0]), data
-    elif input.dim() not in (2, 3):
-        tensor = "tensor " if _name(module, of) == "RNN" else ""
-        raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
+    else:
+        dense("input", input)
+        if input.dim() not in (2, 3):
+            tensor = "tensor " if _name(module, of) == "RNN" else ""
+            raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
     autocast = products.autocasts(input)
     weight = module._flat_weights[0]
     if input.dtype != weight.dtype and not autocast:
@@ -261,6 +299,8 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
 def _packed_data(input: PackedSequence) -> Tensor:
     """The data of a packed sequence, if it is consistent. For an LSTM torch.nn checks none of this."""
     data, batch_sizes = input.data, input.batch_sizes
+    dense("input.data", data)
+    dense("input.batch_sizes", batch_sizes)
     if batch_sizes.device.type != "cpu":
         raise RuntimeError(f"batch_sizes tensor should be on CPU, but got it on {batch_sizes.device}")
     if data.dim() != 2:
@@ -280,16 +320,31 @@ def _packed_data(input: PackedSequence) -> Tensor:
             f"input: expected as many rows of data as batch_sizes say ({steps}), got {len(data)}; "
             "was a length given to pack_padded_sequence larger than its input is long?"
         )
-    for name in ("sorted_indices", "unsorted_indices"):
-        order = getattr(input, name)
-        if order is not None and (order.dtype != torch.int64 or list(order.shape) != sizes[:1]):
+    _order(input, sizes[0])
+    return data
+
+
+def _order(input: PackedSequence, batch: int) -> None:
+    """Check that both orders of a packed sequence are given or none, and that one is the reverse of the other."""
+    orders = {name: getattr(input, name) for name in ("sorted_indices", "unsorted_indices")}
+    if all(order is None for order in orders.values()):
+        return
+    for name, order in orders.items():
+        dense(f"input.{name}", order)
+        if order.dtype != torch.int64 or list(order.shape) != [batch]:
             raise ValueError(
-                f"input: expected {name} with shape {sizes[:1]} and dtype torch.int64, "
+                f"input: expected {name} with shape {[batch]} and dtype torch.int64, "
                 f"got {list(order.shape)} and {order.dtype}"
             )
-        if order is not None and _may_look(order) and sorted(order.tolist()) != [*range(sizes[0])]:
-            raise ValueError(f"input: expected {name} to be a permutation of 0 to {sizes[0] - 1}, got other values")
-    return data
+        if order.device != input.data.device:
+            raise ValueError(f"input: expected {name} on {input.data.device} like its data, got it on {order.device}")
+    if all(map(_may_look, orders.values())):
+        there, back = (order.tolist() for order in orders.values())
+        for name, order in zip(orders, (there, back), strict=True):
+            if sorted(order) != [*range(batch)]:
+                raise ValueError(f"input: expected {name} to be a permutation of 0 to {batch - 1}, got other values")
+        if any(back[k] != place for place, k in enumerate(there)):
+            raise ValueError("input: expected unsorted_indices to reverse sorted_indices, got another permutation")
 
 
 def _shortened(values: list[int]) -> str:
@@ -323,7 +378,7 @@ def lengths_and_resets(
     if batch and batch_first:
         steps, batch = batch[0], [steps]
     if resets is not None:
-        instance("resets", resets, Tensor)
+        dense("resets", resets)
         if resets.is_complex():
             raise ValueError(f"resets: expected torch.bool, or numbers of which 0 is false, got {resets.dtype}")
         if resets.shape != leading:
@@ -367,6 +422,7 @@ def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bo
             lengths = lengths if lengths.numel() else lengths.long()  # of an empty list
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"lengths: expected a Tensor of integers, got {type(lengths).__name__}") from None
+    dense("lengths", lengths)
     if lengths.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"lengths: expected integers, got {lengths.dtype}")
     if list(lengths.shape) != batch and (batch or lengths.numel() != 1):
@@ -382,6 +438,7 @@ def step(module, input: Tensor, hx) -> None:
     """Check the input and the states of `RecurrentCell.forward`, before anything is reshaped."""
     of = _cell_of(module)
     name = _name(module, of, "Cell")
+    dense("input", input)
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     states = [] if hx is None else _given_states(of, hx)
