@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contract
-from fusedlstm import ops, products
+from fusedlstm import ops, products, transforms
 from fusedlstm.engines import bound
 
 # Not the current device, so that an allocation or a launch that forgets its device shows.
@@ -130,7 +130,7 @@ class Gpu(TorchDispatchMode):
 @contextlib.contextmanager
 def gpu():
     """Inside, tensors may be made on `DEVICE`; yields the `Gpu`."""
-    here, run, compiled = Gpu(), triton.JITFunction.run, bound.Bound._compiled
+    here, run, compiled, found = Gpu(), triton.JITFunction.run, bound.Bound._compiled, transforms.gradients
 
     def record(kernel, *, grid, warmup, **given):
         names = kernel.arg_names
@@ -138,13 +138,13 @@ def gpu():
         arguments = {n: given[n] for n in names}
         here.launch(kernel, grid, arguments, {k: v for k, v in given.items() if k not in arguments})
 
-    triton.JITFunction.run = record
+    triton.JITFunction.run, transforms.gradients = record, gradients
     bound.Bound._compiled = lambda kernel, arguments: (None, None)  # Triton shall find it
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), here:
             yield here
     finally:
-        triton.JITFunction.run, bound.Bound._compiled = run, compiled
+        triton.JITFunction.run, bound.Bound._compiled, transforms.gradients = run, compiled, found
 
 
 # What custom ops do, which fake tensors never reach.
@@ -211,3 +211,12 @@ def backward(outputs: list[Tensor], grads: list[Tensor]) -> dict[Tensor, Tensor]
             for (other, k), grad in zip(following, found, strict=True):
                 add(other, k, grad, is_ours)
     return leaves
+
+
+def gradients(call, tensors, needs, grads) -> list[Tensor | None]:
+    """`transforms.gradients`, which asks the engine of torch, by `backward`."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if need else x for x, need in zip(tensors, needs, strict=True)]
+        results = [(y, g) for y, g in zip(call(*leaves), grads, strict=True) if g is not None]
+    found = backward(*([*of] for of in zip(*results, strict=True)))
+    return [found[x] if need else None for x, need in zip(leaves, needs, strict=True)]
