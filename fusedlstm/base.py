@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import cells, checks, functional, inits, sequences
@@ -302,6 +303,10 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             ValueError, RuntimeError, TypeError: A shape, dtype or device is wrong. Type and text are those of
                 `torch.nn` where it has such an error.
         """
+        if isinstance(input, Proxy):
+            masks = {"lengths": lengths, "resets": resets, "padding_side": padding_side}
+            wanted = {"return_cell_states": return_cell_states, "return_states": return_states, "grad_clip": grad_clip}
+            return _as_a_leaf(self, input, hx, **masks, **wanted)
         if isinstance(input, Tensor) and input.is_nested:
             checks.with_jagged_input(lengths, resets, return_states)
             return self._of_jagged(input, hx, return_cell_states=return_cell_states, grad_clip=grad_clip)
@@ -488,6 +493,8 @@ class RecurrentCell(_CheckedAttributes, nn.RNNCellBase, Generic[States]):
             ValueError, RuntimeError, TypeError: A shape, dtype or device is wrong. Type and text are those of
                 `torch.nn` where it has such an error.
         """
+        if isinstance(input, Proxy):
+            return _as_a_leaf(self, input, hx)
         checks.step(self, input, hx)
         batched = input.dim() == 2
         if not batched:
@@ -546,6 +553,15 @@ def _all_shapes(
 def _in_a_graph() -> bool:
     """Whether a call is compiled or traced. The shapes of parameters are constants there, and not checked."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _as_a_leaf(module: nn.Module, input: Proxy, hx: Any, **options: Any) -> Any:
+    """What `torch.fx.symbolic_trace` gets: it takes our modules whole, as it takes those of `torch.nn`."""
+    tracer: Any = input.tracer
+    given = {k: x for k, x in options.items() if not (x is None or x is False or (isinstance(x, str) and x == "right"))}
+    return tracer.create_proxy(
+        "call_module", tracer.path_of_module(module), (input,) if hx is None else (input, hx), given
+    )
 
 
 def as_states(hx: State) -> tuple[Tensor, ...]:

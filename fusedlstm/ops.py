@@ -15,10 +15,12 @@ features on one axis, so that both directions share each product. A recurrent we
 (`fusedlstm.products`).
 """
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fusedlstm import transforms
 from fusedlstm.cells import CELLS, Cell, Grads, Recurrence, Saved, State, Weights
@@ -428,3 +430,36 @@ def preact_from(
             else:
                 preact[d].index_add_(0, begin, added)
     return preact
+
+
+# What torch's counter of operations (`torch.utils.flop_counter`) counts for an op: two for each element of a recurrent
+# weight and each row. It gets shapes in the place of tensors.
+
+
+@register_flop_formula(torch.ops.fusedlstm.recurrence_fwd)
+def _(cell, engine, preact_x, weight_hh, *_, **__) -> int:
+    return _operations(preact_x[1:-1], weight_hh)
+
+
+@register_flop_formula(torch.ops.fusedlstm.recurrence_bwd)
+def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_, **__) -> int:
+    return _operations(saved[0][:-1], weight_hh)
+
+
+@register_flop_formula(torch.ops.fusedlstm.step_fwd)
+def _(cell, input, hx, cx, parameters, *_, **__) -> int:
+    return _operations(input[:1], [p for p in parameters if len(p) == 2])
+
+
+@register_flop_formula(torch.ops.fusedlstm.wave_fwd)
+def _(cell, preact_x, weight_ih, bias, weight_hh, *_, **__) -> int:
+    return _operations(preact_x[1:-1], [weight_ih, *weight_hh])
+
+
+@register_flop_formula(torch.ops.fusedlstm.wave_bwd)
+def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_, **__) -> int:
+    return _operations(saved[0][1:-1], [weight_ih, *weight_hh])
+
+
+def _operations(rows, weights) -> int:
+    return 2 * math.prod(rows) * sum(map(math.prod, weights))

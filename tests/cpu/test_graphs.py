@@ -1,4 +1,4 @@
-"""A compiled module has at most two graphs, whatever T and B are, and gives the numbers and gradients of a call."""
+"""Graphs of modules, compiled, exported and traced: few, for any T and B, with the numbers and gradients of a call."""
 
 import pytest
 import torch
@@ -79,3 +79,22 @@ def test_exported_with_one_number_of_steps_needs_no_package(name):
     assert not [node for node in program.graph.nodes if "fusedlstm" in str(node.target)]
     x = torch.randn(7, 30, 3)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SLSTM"])
+def test_symbolic_trace_takes_our_modules_whole(name):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.cell = getattr(fusedlstm, name)(3, 3), getattr(fusedlstm, f"{name}Cell")(3, 4)
+
+        def forward(self, x, lengths):
+            output, state = self.layer(x, lengths=lengths)
+            again, _ = self.layer(output, state)
+            return again, self.cell(again[-1])
+
+    model, x, lengths = Model(), torch.randn(5, 2, 3), torch.tensor([5, 2])
+    traced = torch.fx.symbolic_trace(model)
+    calls = [(node.target, node.kwargs) for node in traced.graph.nodes if node.op == "call_module"]
+    assert [target for target, _ in calls] == ["layer", "layer", "cell"] and [*calls[0][1]] == ["lengths"]
+    torch.testing.assert_close(traced(x, lengths), model(x, lengths))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedlstm
 from fusedlstm import cells, functional
@@ -419,3 +420,18 @@ def test_checkpoints_of_our_loops(layer, save):
     found = torch.autograd.grad(output.sin().sum(), [x, *module.parameters()])
     expected = torch.autograd.grad(module(x)[0].sin().sum(), [x, *module.parameters()])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("name", "G"), [("GRU", 3), ("RNN", 1), ("PeepholeLSTM", 4), ("CoupledLSTM", 3)])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_operations_are_counted(name, G, heads):
+    """By torch's counter; in the backward but for one sum of products in place, which torch itself does not count."""
+    T, B, I, H = 40, 3, 5, 6
+    module = getattr(fusedlstm, name)(I, H, backend="torch", num_heads=heads)
+    with FlopCounterMode(display=False) as forward:
+        output, _ = module(torch.randn(T, B, I, requires_grad=True))
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    own, recurrent = 2 * T * B * G * H * I, 2 * T * B * G * H * (H // heads)
+    assert forward.get_total_flops() == own + recurrent
+    assert 2 * own + recurrent < backward.get_total_flops() <= 2 * (own + recurrent)

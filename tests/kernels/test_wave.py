@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedlstm
 from fusedlstm import autograd
@@ -98,3 +99,18 @@ def test_compiles_into_one_graph_for_any_batch(device):
         torch.testing.assert_close(output, lstm(x)[0])
         output.sum().backward()
     assert all(p.grad is not None for p in lstm.parameters())
+
+
+def test_operations_are_counted(device, monkeypatch):
+    """Of a wave and of a single step, by torch's counter: two for each weight and row."""
+    monkeypatch.setattr(launch, "layers_together", lambda cell, like, hx, layers, *_: layers)
+    module, x = fusedlstm.LSTM(5, 6, 3, backend="triton").to(device), torch.randn(4, 2, 5, device=device)
+    weights = sum(p.numel() for name, p in module.named_parameters() if name.startswith("weight"))
+    for input in (x, x[:1]):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(input)
+        assert counter.get_total_flops() == 2 * len(input) * 2 * weights
+    output = module(x.requires_grad_())[0]
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert 2 * 4 * 2 * weights < counter.get_total_flops() <= 2 * (2 * 4 * 2 * weights)
