@@ -253,7 +253,8 @@ def _table(file: Path, generation: int) -> dict[str, dict[str, dict]]:
 
 def words(what: NamedTuple) -> str:
     """Under which a choice is kept."""
-    fields = {name: value for name, value in what._asdict().items() if name not in NOT_KEPT}
+    left_out = NOT_KEPT if isinstance(what, Problem) else ()
+    fields = {name: value for name, value in what._asdict().items() if name not in left_out}
     return ", ".join(f"{name.rstrip('_')}={value}" for name, value in fields.items())
 
 

@@ -78,14 +78,21 @@ def test_a_choice_counts_only_where_it_was_measured(monkeypatch, field):
     assert plan_of() != second_best()
 
 
-@pytest.mark.parametrize("field", [name for name in Problem._fields if name not in tuned.NOT_KEPT])
-def test_every_field_is_part_of_the_key(field):
-    changed = {
-        **{"cell": "gru", "dtype": "fp16", "pass_": "bwd", "precision": "ieee", "layout": "packed", "stack": True},
-        **{"batch": 65, "hidden": 513, "directions": 2, "heads": 2},
-    }
-    tuned.store(0, {PROBLEM: stored(second_best())})
-    assert tuned.find(0, PROBLEM) and tuned.find(0, PROBLEM._replace(**{field: changed[field]})) is None
+CHANGED = {  # each field of a problem or a call
+    **{"cell": "gru", "dtype": "fp16", "pass_": "bwd", "precision": "ieee", "layout": "packed", "stack": True},
+    **{"batch": 65, "hidden": 513, "directions": 2, "heads": 2, "input_size": 7, "proj_size": 3, "layers": 2},
+    "training": False,
+}
+
+
+@pytest.mark.parametrize("what", [PROBLEM, CALL], ids=["problem", "call"])
+@pytest.mark.parametrize("field", CHANGED)
+def test_every_field_is_part_of_the_key(field, what):
+    not_kept = ("device_limits", "protocol", "input_size") if what == PROBLEM else ()
+    assert {*what._fields} - {*not_kept} <= {*CHANGED}
+    tuned.store(0, {what: stored(second_best())})
+    if field in what._fields and field not in not_kept:
+        assert tuned.find(0, what) and tuned.find(0, what._replace(**{field: CHANGED[field]})) is None
 
 
 def test_choices_of_others_stay(folder):
@@ -174,6 +181,17 @@ def test_processes_that_store_at_once_lose_nothing(folder):
     assert [process.exitcode for process in processes] == [0] * 4
     tuned.forget()
     assert sum(map(len, tuned.everything().values())) == 80
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process can be forked")
+def test_what_another_process_stored_since_a_look_up_stays():
+    tuned.store(0, {PROBLEM: stored(second_best())})
+    assert tuned.find(0, PROBLEM)
+    other = multiprocessing.get_context("fork").Process(target=_store_many, args=(100,))
+    other.start()
+    other.join()
+    tuned.store(0, {CALL: {"ms": {}}})
+    assert sum(map(len, tuned.everything().values())) == 22
 
 
 def test_a_file_of_another_format_is_ignored_and_never_discarded(folder):
