@@ -11,8 +11,9 @@ from triton.runtime.errors import OutOfResources
 from bench import claimed
 from fusedlstm.cells import Grads, State, Weights
 from fusedlstm.engines import failures, launch, offline
-from fusedlstm.plan import plan, variants
+from fusedlstm.plan import candidates, plan, variants
 from fusedlstm.plan.devices import DEVICES
+from fusedlstm.plan.problem import Problem
 from support import recurrence
 
 
@@ -71,6 +72,23 @@ def test_a_kernel_that_spills_makes_room_for_the_next_variant(claimed_gpu, monke
     assert len(metadata) == 2 and len({m.hash for m in metadata}) == 1, "looked for once"
     assert metadata[0].num_warps == chosen.num_warps
     assert metadata[0].shared == offline.compile_plan(chosen, SAVE_GATES=True, SAVE_STATES=True).smem_bytes
+    launch._bound.cache_clear()
+
+
+def test_another_kernel_of_a_plan_that_spilled_is_that_of_the_plan(claimed_gpu, monkeypatch):
+    """What saves for the backward spills, and what saves nothing does not."""
+    answers = iter([8, 0, 0])  # bytes a thread, kernel by kernel
+    monkeypatch.setattr(claimed._Utils, "load_binary", lambda *_: (1, 1, 255, next(answers), 1024))
+    monkeypatch.setattr(launch, "_variants", {})
+    launch._bound.cache_clear()
+    limits = DEVICES["sm_90"]
+    tried = candidates(Problem("lstm", 16, 328, "bf16", 1, "fwd", device_limits=limits))
+    p = next(p for p in tried if variants(p, limits)[0].num_warps != p.num_warps)
+    given = tensors(3, 16, 328, 1, torch.bfloat16)
+    for saves in (True, False):
+        launch.recurrence_fwd(recurrence(save_gates=saves, save_states=saves), *given, plan=p)
+    saving, other = (metadata.num_warps for metadata, *_ in claimed_gpu)
+    assert saving != other == p.num_warps
     launch._bound.cache_clear()
 
 

@@ -559,6 +559,14 @@ def test_a_wrapper_that_has_not_run(graphs):
     assert len(graphs) == 1 and has_head(graphs[0])
 
 
+def test_a_neighbour_of_a_compiled_layer_needs_no_reset():
+    """Though its name begins with that of the compiled one."""
+    model = nn.ModuleDict({"layer": nn.LSTM(3, 4), "layer2": nn.LSTM(3, 4)})
+    model["layer"].compile()
+    replaced = report_of(convert, model).replaced
+    assert "torch.compiler.reset()" in replaced["layer"] and "torch.compiler.reset()" not in replaced["layer2"]
+
+
 def test_patched_models_compile_after_convert(graphs):
     """What patch_torch builds is a torch.nn.LSTM, at which Dynamo stops."""
     with patch_torch():

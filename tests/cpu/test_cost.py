@@ -67,6 +67,17 @@ def test_a_wave_is_above_its_bound_and_walks_more_steps(pass_):
         assert bound(wave, 10, batch, SM_90).arithmetic == pytest.approx(5 * bound(one, 10, batch, SM_90).arithmetic)
 
 
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 64), (16, 256), (65, 1000)])
+def test_layers_share_a_launch_where_all_launches_together_take_the_least_time(batch, hidden):
+    def step_us(layers):
+        sizes = ("lstm", batch, hidden, "bf16", layers, SM_90)
+        return sum(plan.plan(*sizes, pass_, stack=layers > 1).step_us for pass_ in ("fwd", "bwd")) if layers else 0.0
+
+    for layers in (2, 5):
+        times = {n: layers // n * step_us(n) + step_us(layers % n) for n in range(1, layers + 1)}
+        assert plan.wave("lstm", layers, batch, hidden, "bf16", SM_90) == min(times, key=times.get)
+
+
 def test_candidates_are_sorted_and_the_plan_is_the_first():
     for batch, found in plans(SM_90):
         times = [p.step_us for p in found if p.schedule != "stepped"]  # which comes last
@@ -188,6 +199,25 @@ def test_cudnn_multiplies_twice_with_a_projection():
     assert half - pointwise == pytest.approx((whole - pointwise) * (0.5 + 0.125))  # 4H x P, and P x H
     ours = {plan.beside_cudnn("lstm", 64, 512, "bf16", 1, SM_90, proj_size=p)[0] for p in (0, 128)}
     assert len(ours) == 1
+
+
+def test_weights_beyond_the_l2_are_read_for_every_tile_that_is_walked():
+    weights = 4 * 4096 * 4096 * 4
+    of = Problem("lstm", 4096, 4096, "fp32", 1, "fwd", device_limits=SM_90)
+    walking = [p for p in plan.candidates(of) if p.schedule == "streamed" and p.walked > 1]
+    assert walking and weights > SM_90.l2_bytes
+    for p in walking:
+        assert cost.cost(p, 10, 4096, SM_90).traffic > weights * p.walked / (SM_90.memory_tbps * 1e6)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_cudnn_is_compared_in_all_passes_and_directions(training):
+    sizes, passes = ("lstm", 65, 1000, "bf16", 2, SM_90), ("fwd", "bwd") if training else ("fwd",)
+    ours, cudnn = plan.beside_cudnn(*sizes, training=training)
+    assert ours == pytest.approx(sum(plan.plan(*sizes, pass_).step_us for pass_ in passes))
+    assert cudnn == pytest.approx(sum(cost.cudnn_step_us(*sizes, pass_, saves=training) for pass_ in passes))
+    one = cost.cudnn_step_us("lstm", 65, 1000, "bf16", 1, SM_90, "fwd")
+    assert cost.cudnn_step_us(*sizes, "fwd") == pytest.approx(2 * one), "one direction runs after the other"
 
 
 def test_every_constant_has_a_source():

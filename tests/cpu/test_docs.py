@@ -94,8 +94,10 @@ def test_the_text_of_every_mutant_is_there():
     spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests" / "mutants.py")
     mutants = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutants)
-    for name, (file, text, *_) in mutants.MUTANTS.items():
-        assert text in (ROOT / file).read_text(), name
+    for name, (file, text, replacement, test) in mutants.MUTANTS.items():
+        path, _, function = test.partition("::")
+        assert text in (ROOT / file).read_text() and text != replacement, name
+        assert f"def {function.partition('[')[0]}" in (ROOT / "tests" / path).read_text(), name
 
 
 def test_there_are_programs_and_examples():

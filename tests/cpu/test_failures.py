@@ -169,10 +169,20 @@ def test_a_module_goes_on_without_its_kernels(kernels_chosen, tried, name, steps
 def test_inference_of_one_step_goes_on_too(kernels_chosen, tried):
     module, twin = fusedlstm.LSTM(5, 6, 2), fusedlstm.LSTM(5, 6, 2, backend="reference")
     twin.load_state_dict(module.state_dict())
-    x = torch.randn(1, 3, 5)
+    x, states = torch.randn(1, 3, 5), tuple(torch.randn(2, 3, 6) for _ in range(2))
     with torch.no_grad(), falls_back():
-        torch.testing.assert_close(module(x), twin(x))
+        torch.testing.assert_close(module(x, states), twin(x, states))
     assert tried == ["step_fwd_kernel"]
+
+
+def everything(module, input, states):
+    """All results that a module can give, and all gradients, in the dtype of its parameters."""
+    input, *states = (x.to(module.weight_ih_l0.dtype, copy=True).requires_grad_() for x in (input, *states))
+    alone = len(states) == 1
+    found = module(input, states[0] if alone else tuple(states), return_cell_states=not alone)
+    results = [y for x in found for y in (x if isinstance(x, tuple) else (x,))]
+    torch.autograd.backward(results, [torch.linspace(0, 1, y.numel()).view_as(y).to(y) for y in results])
+    return [y.detach() for y in results] + [x.grad for x in (input, *states, *module.parameters())]
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}], ids=str)
@@ -186,17 +196,13 @@ def test_a_wave_that_fails_says_nothing_about_one_layer(kernels_chosen, tried, m
     exact = copy.deepcopy(same).double()
     monkeypatch.setattr(launch, "_cached_wave", lambda *_: 3)
     monkeypatch.setattr(bound.Bound, "launcher", only_waves(tried))
-    input = torch.randn(4, 3, 5)
+    input, states = torch.randn(4, 3, 5), [torch.rand(3, 3, 6) for _ in CELLS[module.cell].states]
     with falls_back() as seen:
-        output, _ = module(input)
-        output.square().sum().backward()
+        found = everything(module, input, states)
     assert len(seen) == 1 and "layers in one launch" in str(seen[0].message)
-    expected = same(input)[0], exact(input.double())[0]
-    for result in expected:
-        result.square().sum().backward()
-    assert_accurate("output", output, *expected)
-    for ours, *grads in zip(module.parameters(), same.parameters(), exact.parameters(), strict=True):
-        assert_accurate("gradient", *(p.grad for p in (ours, *grads)))
+    expected = everything(same, input, states), everything(exact, input, states)
+    for k, results in enumerate(zip(found, *expected, strict=True)):
+        assert_accurate(f"result {k}", *results)
     assert (
         autograd.layers_together(
             CELLS[module.cell], input, (torch.zeros(3, 3, 6),), module._flat_weights, 3, autograd.DENSE
@@ -281,6 +287,13 @@ def test_auto_on_a_gpu_takes_torch_after_a_failure(monkeypatch):
     assert engines.choose("auto", gpu, *here, layout="packed") == "triton"
     monkeypatch.setenv("FUSEDLSTM_SMS", "60")
     assert engines.choose("auto", gpu, *here) == "triton"
+
+
+def test_an_error_of_a_kernel_that_ran_is_no_refusal_whatever_was_under_way():
+    ran = torch.AcceleratorError("an illegal memory access was encountered")
+    for compiling in (False, True):
+        assert not failures.is_refusal(ran, compiling)
+        assert failures.is_refusal(RuntimeError("ptxas"), compiling) is compiling
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fusedlstm
+from fusedlstm.cells import CELLS
 
 MEMBERS = {
     "LSTM": fusedlstm.LSTM,
@@ -87,3 +88,32 @@ def test_states_of_atens_layers(member):
         sum(s.square().sum() for s in flat((states,))).backward()
     for ours, exact in zip(module.parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, exact.grad)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_what_is_given_stays(member, call):
+    """The loop works in place, but neither on the states that it gets, nor on the gradients."""
+    if call == "cell states" and member in ("GRU", "RNN"):
+        call = "dense"
+    module = MEMBERS[member](3, 4, bidirectional=True, backend="torch")
+    states = tuple(torch.rand(2, 2, 4) for _ in CELLS[module.cell].states)
+    given = [torch.randn(40, 2, 3), *states]
+    for x in given:
+        x.requires_grad_()
+    results = [*flat(module(given[0], states if len(states) > 1 else states[0], **CALLS[call]))]
+    given += [torch.randn_like(y) for y in results]
+    before = [x.detach().clone() for x in given]
+    torch.autograd.backward(results, given[-len(results) :])
+    assert all(map(torch.equal, given, before))
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_gradient(member):
+    """No two are one tensor, as those of both biases could be: whoever scales them would scale it twice."""
+    module, x = MEMBERS[member](3, 4, bidirectional=True, backend="torch"), torch.randn(5, 2, 3)
+    found = torch.autograd.grad(module(x, lengths=torch.tensor([5, 2]))[0].sum(), [*module.parameters()])
+    expected = [grad + k for k, grad in enumerate(found)]
+    for k, grad in enumerate(found):
+        grad += k
+    assert all(map(torch.equal, found, expected))

@@ -200,6 +200,30 @@ def test_which_way_a_cpu_goes():
         assert aten.schedule(CELLS["lstm"], torch.zeros(1, 9, I), torch.float32, None, False, H, 0) == "stack"
 
 
+@pytest.mark.parametrize("schedule", ["runs", "stretches", "step", "loop"])
+def test_whatever_way_a_cpu_goes_evaluation_has_no_dropout(monkeypatch, schedule):
+    monkeypatch.setattr(aten, "schedule", lambda *call: schedule)
+    stock, ours = nn.LSTM(I, H, 2, dropout=1.0).eval(), fusedlstm.LSTM(I, H, 2, dropout=1.0, backend="torch").eval()
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(1, 3, I) if schedule == "step" else pack_padded_sequence(torch.randn(6, 3, I), [6, 4, 1])
+    (found, *states), (expected, *exact) = ours(x), stock(x)
+    found, expected = (y if schedule == "step" else y.data for y in (found, expected))
+    torch.testing.assert_close([found, *states[0]], [expected, *exact[0]])
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_half_precision_is_computed_in_float32_where_aten_is_slow(monkeypatch, has_instructions):
+    monkeypatch.setattr(aten, "_onednn_has_bfloat16", lambda: has_instructions)
+
+    def computed(cell, dtype, schedule="stack", dense=True):
+        return aten.compute_dtype(CELLS[cell], torch.device("cpu"), dtype, schedule, dense)
+
+    assert computed("lstm", torch.bfloat16) == (torch.bfloat16 if has_instructions else torch.float32)
+    assert computed("lstm", torch.bfloat16, dense=False) == computed("lstm", torch.bfloat16, "loop") == torch.float32
+    assert computed("gru", torch.bfloat16) == computed("lstm", torch.float16) == torch.float32
+    assert computed("lstm", torch.float64) == torch.float64
+
+
 def test_held_sequences_keep_their_state():
     """However large the other preactivations are, c_n is what there was after the sequence's own last step."""
     lengths = [6, 5, 5, 5, 4, 4]  # one stretch
@@ -235,16 +259,17 @@ def test_lengths_beyond_the_steps_count_as_the_nearest(resets):
         assert torch.equal(found.enters[k], expected.enters[k]) and torch.equal(found.leaves[k], expected.leaves[k])
 
 
+@pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("proj_size", [0, 3])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_layers_take_lengths_beyond_the_steps_as_the_nearest(backend, proj_size):
+def test_layers_take_lengths_beyond_the_steps_as_the_nearest(backend, proj_size, padding_side):
     """Inside of a compiled graph nobody looks at lengths of the host either."""
     torch.compiler.reset()
     layer = fusedlstm.LSTM(I, H, bidirectional=True, proj_size=proj_size, backend=backend)
     x, lengths = torch.randn(4, 5, I), torch.tensor([-3, 9, 2, 0, 4])
     call = torch.compile(layer, fullgraph=True, backend="eager")
     with torch.no_grad():
-        output, states = call(x, lengths=lengths)
-        expected, final = layer(x, lengths=lengths.clamp(0, 4))
+        output, states = call(x, lengths=lengths, padding_side=padding_side)
+        expected, final = layer(x, lengths=lengths.clamp(0, 4), padding_side=padding_side)
     for a, b in zip((output, *states), (expected, *final), strict=True):
         torch.testing.assert_close(a, b)

@@ -1,5 +1,7 @@
 """Zoneout and the dropouts inside of a step: the generator, the effect of masks, and that all engines see the same."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -82,11 +84,44 @@ def test_engines_see_the_same_masks(layer, kind):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def masks_of_layers(module, kind):
+    """What was hit in a call of every layer and direction, seen from outside: bool [L * D, rows, units].
+
+    A held h is the one of the step before, and what was dropped has no gradient.
+    """
+    _, _, (h_seq, _) = module(torch.randn(50, 1, I), return_states=True)
+    h_seq.square().sum().backward()
+    if kind == "zoneout":
+        held = (h_seq[1:, :, 0] == h_seq[:-1, :, 0]).transpose(0, 1)  # at t + 1, and in reverse at t
+        return torch.stack([own[1:] if k % 2 else own[:-1] for k, own in enumerate(held)])
+    dropped = torch.stack([p.grad == 0 for name, p in module.named_parameters() if "weight_hh" in name])
+    return dropped.all(1, keepdim=True) if kind == "recurrent" else dropped
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates", "deviation"),
+    [
+        ("zoneout", {"zoneout": (0.5, 0.0)}, 0.01),
+        ("recurrent", {"recurrent_dropout": 0.5}, 0.06),
+        ("weight", {"weight_dropout": 0.5}, 0.01),
+    ],
+    ids=["zoneout", "recurrent", "weight"],
+)
+def test_every_layer_and_direction_has_masks_of_its_own(kind, rates, deviation):
+    """Two that are drawn apart agree in half of the elements. All engines would agree if they were the same."""
+    module = fusedlstm.LSTM(I, 64, 3, bidirectional=True, **rates, backend="torch")
+    masks = masks_of_layers(module, kind)
+    for a, b in itertools.combinations(masks, 2):
+        assert abs(float((a == b).float().mean()) - 0.5) < 4 * deviation
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["blocks", "two directions"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_recomputed(layer):
-    """save="states" recomputes, and runs over blocks of steps: the same masks."""
+def test_recomputed(layer, bidirectional):
+    """save="states" recomputes, and in one direction runs over blocks of steps: the same masks."""
     torch.manual_seed(0)
-    module = getattr(fusedlstm, layer)(I, H, **KINDS["all"], backend="torch").double()
+    options = {"bidirectional": bidirectional, "backend": "torch"}
+    module = getattr(fusedlstm, layer)(I, H, **KINDS["all"], **options).double()
     x = torch.randn(64, 16, I, dtype=torch.float64)
     found = []
     for save in ("gates", "states"):
@@ -97,16 +132,22 @@ def test_recomputed(layer):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_packed_rows_are_their_own():
+@pytest.mark.parametrize("layer", LAYERS)
+def test_packed_rows_are_their_own(layer):
+    """Results and gradients, from initial states that the recurrent dropout hits too."""
     torch.manual_seed(0)
-    module = fusedlstm.LSTM(I, H, **KINDS["all"])
-    x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(T, 3, I), [7, 4, 2])
-    found = []
-    for backend in ("torch", "reference"):
-        module.backend = backend
+    module = getattr(fusedlstm, layer)(I, H, bidirectional=True, **KINDS["all"]).double()
+    x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(T, 3, I, dtype=torch.float64), [7, 4, 2])
+    count, found = len(cells.CELLS[module.cell].states), []
+    for module.backend in ("torch", "reference"):
         torch.manual_seed(1)
-        found.append(module(x)[0].data)
-    torch.testing.assert_close(*found)
+        data = x.data.clone().requires_grad_()
+        states = torch.randn(count, 2, 3, H, dtype=torch.float64).requires_grad_()
+        output, final = module(x._replace(data=data), states.unbind() if count > 1 else states[0])
+        results = [output.data, *(final if count > 1 else (final,))]
+        total = sum(y.sin().sum() for y in results)
+        found.append([*results, *torch.autograd.grad(total, (data, states, *module.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
 
 
 def test_a_seed_repeats():
@@ -170,6 +211,19 @@ def test_evaluation_has_no_dropout():
     plain.load_state_dict(module.state_dict())
     x = torch.randn(T, B, I)
     assert torch.equal(module(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_rates_of_one(backend):
+    """Nothing changes, or no h enters the recurrent product; and no number is NaN."""
+    x, hx = torch.randn(T, B, I), (torch.randn(1, B, H), torch.randn(1, B, H))
+    held = fusedlstm.LSTM(I, H, zoneout=1.0, backend=backend)
+    torch.testing.assert_close(held(x, hx), (hx[0].expand(T, B, H), hx))
+    for rates in ({"recurrent_dropout": 1.0}, {"weight_dropout": 1.0}):
+        module, plain = fusedlstm.LSTM(I, H, **rates, backend=backend), fusedlstm.LSTM(I, H)
+        plain.load_state_dict(module.state_dict())
+        plain.weight_hh_l0.detach().zero_()
+        torch.testing.assert_close(module(x, hx), plain(x, hx))
 
 
 def test_compiled_whole():

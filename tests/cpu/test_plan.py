@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import operator
 import random
 
 import pytest
 
 from fusedlstm import __main__ as command_line
 from fusedlstm import cells
-from fusedlstm.plan import LAYOUTS, Plan, PlanError, candidates, plan, step_plan
+from fusedlstm.plan import LAYOUTS, Plan, PlanError, candidates, plan, step_plan, tiles
 from fusedlstm.plan.devices import DEVICES
 from fusedlstm.plan.problem import Problem
 from grids import WHOLE
@@ -46,6 +47,32 @@ def test_whatever_runs_dense_runs_with_masks(arch):
             for layout in LAYOUTS:
                 plan(*arguments, layout)
     assert found > 20
+
+
+def test_a_layer_of_a_wave_holds_both_weights():
+    of = Problem("lstm", 64, 512, "bf16", 3, "fwd", stack=True, device_limits=DEVICES["sm_90"])
+    held = [p for p in candidates(of) if p.schedule == "resident"]
+    assert held
+    for p in held:
+        assert p.smem_bytes >= 2 * 2 * p.columns * p.padded_reduction
+
+
+class Everything:
+    def __contains__(self, code):
+        return True
+
+
+def test_what_is_known_to_spill_makes_room_for_the_next_variant(monkeypatch):
+    """Of its tiling. If all spill, the first variant is as good as any."""
+    of = Problem("lstm", 64, 512, "bf16", 1, "fwd", device_limits=DEVICES["sm_90"])
+    monkeypatch.setattr(tiles, "known_spills", frozenset)
+    first, *_ = before = candidates(of)
+    monkeypatch.setattr(tiles, "known_spills", lambda: frozenset({first.code}))
+    after = candidates(of)
+    tiling = operator.attrgetter("schedule", "block_b", "block_h", "protocol")
+    assert first.code not in {p.code for p in after} and {*map(tiling, before)} == {*map(tiling, after)}
+    monkeypatch.setattr(tiles, "known_spills", Everything)
+    assert candidates(of) == before
 
 
 @pytest.mark.parametrize("arch", DEVICES)
@@ -136,9 +163,10 @@ def test_a_launch_a_step_comes_last_where_others_fit():
     assert {p.schedule for p in candidates(problem._replace(hidden=16384))} == {"stepped"}
 
 
-def test_a_step_covers_every_head():
-    p = step_plan("lstm", 16, 768, "bf16", 1, DEVICES["sm_90"], "fwd", heads=12, input_size=768)
-    assert p.grid[0] == 12 * p.group and p.group * p.block_h >= 64 > (p.group - 1) * p.block_h
+@pytest.mark.parametrize("units", [64, 37, 5])
+def test_a_step_covers_every_head(units):
+    p = step_plan("lstm", 16, 12 * units, "bf16", 1, DEVICES["sm_90"], "fwd", heads=12, input_size=768)
+    assert p.grid[0] == 12 * p.group and p.group * p.block_h >= units > (p.group - 1) * p.block_h
 
 
 @pytest.mark.parametrize(("batch", "hidden", "input_size"), [(0, 1, 1), (1, 0, 1), (1, 1, -1)])

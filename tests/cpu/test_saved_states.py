@@ -36,8 +36,12 @@ def lengths(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def resets(*leading):
-    return torch.rand(leading, generator=torch.Generator().manual_seed(7)) < 0.3
+def resets(*leading, also=()):
+    """At random rows, and at the rows `also`."""
+    found = torch.rand(leading, generator=torch.Generator().manual_seed(7)) < 0.3
+    for row in also:
+        found[row] = True
+    return found
 
 
 def packed(*values):
@@ -45,8 +49,8 @@ def packed(*values):
     return Layout.of_packed(sizes, len(values), torch.device("cpu"))
 
 
-# Resets are at a border, in the padding and at the beginning. Sequences end before, at and after a border, and one has
-# no steps.
+# Resets are at a border, in the first row of padding, at the beginning and in the last row. Sequences end before, at
+# and after a border, and one has no steps.
 LAYOUTS = {
     "dense": (DENSE, (7, 3)),
     "one step": (DENSE, (1, 3)),
@@ -54,8 +58,8 @@ LAYOUTS = {
     "resets": (Layout(resets=resets(7, 3)), (7, 3)),
     "all reset": (Layout(resets=torch.ones(7, 2, dtype=torch.bool)), (7, 2)),
     "ragged": (Layout(lengths(2, 0, 7, 1, 5)), (7, 5)),
-    "ragged, resets": (Layout(lengths(2, 0, 7, 3), None, resets(7, 4)), (7, 4)),
-    "packed, resets": (packed(5, 3, 3, 1)._replace(resets=resets(12)), (12,)),
+    "ragged, resets": (Layout(lengths(2, 0, 7, 3), None, resets(7, 4, also=[(2, 0), (3, 3)])), (7, 4)),
+    "packed, resets": (packed(5, 3, 3, 1)._replace(resets=resets(12, also=[11])), (12,)),
 }
 
 

@@ -373,6 +373,9 @@ def test_errors_of_packs():
     turned = pack_padded_sequence(torch.zeros(4, 3, dtype=torch.bool), torch.tensor([1, 2, 4]), enforce_sorted=False)
     with pytest.raises(ValueError, match="resets: expected the lengths and the order of input"):
         lstm(pack, resets=turned)
+    also_turned = pack_padded_sequence(torch.zeros(4, 3, I), torch.tensor([2, 4, 1]), enforce_sorted=False)
+    with pytest.raises(ValueError, match="resets: expected the lengths and the order of input"):
+        lstm(also_turned, resets=turned)
     assert isinstance(
         lstm(pack, resets=PackedSequence(torch.zeros(7, dtype=torch.bool), pack.batch_sizes))[0], PackedSequence
     )

@@ -1,5 +1,7 @@
 """Every transform of torch with every call that needs no kernel: the right numbers, or an error that says why."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
@@ -16,6 +18,7 @@ ATEN = {
     "one step": {"cell": "lstm", "steps": 1},
 }
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
+NAMES = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM")
 
 
 @pytest.mark.parametrize(("path", "case"), transforms.pairs(transforms.CASES))
@@ -31,10 +34,18 @@ def test_aten(path, case):
     torch.testing.assert_close(found, transforms.plain(path, case, torch.float64), **EXACT)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_along_any_axis(name):
+    module = getattr(fusedlstm, name)(3, 4, bidirectional=True, backend="torch", dtype=torch.float64)
+    x = torch.randn(5, 4, 2, 3, dtype=torch.float64)  # four samples [5, 2, 3]
+    found = torch.func.vmap(lambda own: module(own)[0], in_dims=1, out_dims=1)(x)
+    torch.testing.assert_close(found, torch.stack([module(own)[0] for own in x.unbind(1)], 1), **EXACT)
+
+
 def clipped_gradient(case: dict, backend: str, hx: torch.Tensor, x: torch.Tensor, limit: float | None):
     """The gradients of hx and x, of a sum that they get multiplied by numbers; as one vector, with a graph."""
     torch.manual_seed(1)
-    module = getattr(fusedlstm, case["name"])(3, 4, 2, backend=backend, grad_clip=limit, dtype=torch.float64)
+    module = getattr(fusedlstm, case["name"])(3, 4, len(hx), backend=backend, grad_clip=limit, dtype=torch.float64)
     states = (hx, *(torch.rand_like(hx).detach() for _ in cells.CELLS[module.cell].states[1:]))
     output, finals = module(x, states if len(states) > 1 else hx, lengths=case.get("lengths"))
     first = finals[0] if isinstance(finals, tuple) else finals
@@ -42,9 +53,14 @@ def clipped_gradient(case: dict, backend: str, hx: torch.Tensor, x: torch.Tensor
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, (hx, x), create_graph=True)])
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("lengths", [None, torch.tensor([2, 4])], ids=["dense", "ragged"])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"])
+every_way = pytest.mark.parametrize(
+    ("name", "lengths", "backend"),
+    [*itertools.product(NAMES, (None, torch.tensor([2, 4])), ("torch", "reference"))],
+    ids=lambda value: value if isinstance(value, str) else "dense" if value is None else "ragged",
+)
+
+
+@every_way
 def test_derivative_of_a_clipped_gradient(name, lengths, backend):
     """By finite differences. The direction is small, so that no layer clips what the layer above sends back."""
     case = {"name": name, "lengths": lengths}
@@ -57,6 +73,17 @@ def test_derivative_of_a_clipped_gradient(name, lengths, backend):
     derivative = (of_hx * d_hx).sum() + (of_x * d_x).sum()
     beside = [clipped_gradient(case, backend, hx + s * d_hx, x + s * d_x, 0.2) for s in (1e-2, -1e-2)]
     torch.testing.assert_close(derivative, ((beside[0] - beside[1]) * v).sum() / 2e-2, rtol=1e-5, atol=1e-16)
+
+
+@every_way
+def test_a_layer_does_not_clip_its_own_second_derivative(name, lengths, backend):
+    """It is linear in the gradient that comes, however large that is."""
+    torch.manual_seed(0)
+    hx, x = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((1, 2, 4), (4, 2, 3)))
+    found = clipped_gradient({"name": name, "lengths": lengths}, backend, hx, x, 0.2)
+    v = torch.randn_like(found)
+    small, large = (torch.autograd.grad(found, (hx, x), s * v, retain_graph=True) for s in (1e-4, 1e4))
+    torch.testing.assert_close([1e8 * y for y in small], [*large], **EXACT)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "peephole", "gru"])

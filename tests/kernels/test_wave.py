@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedlstm
 from fusedlstm import autograd
+from fusedlstm.cells import CELLS
 from fusedlstm.engines import launch
 from support import DTYPES, assert_accurate
 from twins import SEQUENCES, case_id, dense_twin, outcome, pairwise, with_heads
@@ -51,6 +52,46 @@ def test_equals_one_layer_after_another(device, case, launches):
         assert_accurate(name, value, same_dtype[name], exact[name])
 
 
+MEMBERS = {
+    "GRU": fusedlstm.GRU,
+    "RNN": fusedlstm.RNN,
+    "PeepholeLSTM": fusedlstm.PeepholeLSTM,
+    "CoupledLSTM": fusedlstm.CoupledLSTM,
+    "SLSTM": fusedlstm.SLSTM,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("lengths", [None, [2, 0, 1]], ids=["dense", "lengths"])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member(device, launches, member, lengths, bias):
+    """Three layers, each with vectors and states of its own: all results and all gradients."""
+    module = MEMBERS[member](4, 5, 3, bias=bias, backend="triton")
+    generator = torch.Generator().manual_seed(3)
+    count = len(CELLS[module.cell].states)
+    states = [torch.randn(3, 3, 5, generator=generator) for _ in range(count)]
+    if member == "SLSTM":
+        states[2].abs_().add_(0.5)  # a normaliser
+    leaves = [torch.randn(3, 3, 4, generator=generator), *states]
+    lengths = None if lengths is None else torch.tensor(lengths)
+
+    def results(module, dtype, device="cpu"):
+        input, *hx = (x.detach().to(device, dtype, copy=True).requires_grad_() for x in leaves)
+        module = copy.deepcopy(module).to(device, dtype)
+        output, final = module(input, tuple(hx) if count > 1 else hx[0], lengths=lengths)
+        found = [output, *(final if count > 1 else (final,))]
+        torch.autograd.backward(found, [torch.linspace(0, 1, x.numel()).view_as(x).to(x) for x in found])
+        return [*found, input.grad, *(x.grad for x in hx), *(p.grad for p in module.parameters())]
+
+    ours = results(module, torch.float32, device)
+    assert launches == [3]
+    module.backend = "reference"
+    for k, (a, b, c) in enumerate(
+        zip(ours, results(module, torch.float32), results(module, torch.float64), strict=True)
+    ):
+        assert_accurate(f"tensor {k}", a.detach(), b.detach(), c.detach())
+
+
 def test_a_device_without_room_takes_them_in_parts(device, launches, monkeypatch):
     """Five layers, two and two in a launch and the last by itself; inference, which saves nothing."""
     stock = torch.nn.LSTM(5, 20, 5)
@@ -70,22 +111,27 @@ def test_double_backward(device):
     lstm = fusedlstm.LSTM(3, 6, 2, backend="triton").to(device)
     twin = fusedlstm.LSTM(3, 6, 2, backend="reference")
     twin.load_state_dict(lstm.state_dict())
-    x = torch.randn(3, 2, 3)
+    leaves = [torch.randn(3, 2, 3), *(torch.randn(2, 2, 6) for _ in range(2))]
     results = []
-    for module, input in ((lstm, x.to(device)), (twin, x), (copy.deepcopy(twin).double(), x.double())):
-        input = input.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(module(input)[0].square().sum(), input, create_graph=True)
-        grad.square().sum().backward()
-        results.append([grad.detach(), input.grad, *(p.grad for p in module.parameters())])
+    for module, like in (
+        (lstm, leaves[0].to(device)),
+        (twin, leaves[0]),
+        (copy.deepcopy(twin).double(), leaves[0].double()),
+    ):
+        input, *hx = (x.to(like, copy=True).requires_grad_() for x in leaves)
+        grads = torch.autograd.grad(module(input, tuple(hx))[0].square().sum(), (input, *hx), create_graph=True)
+        sum(grad.square().sum() for grad in grads).backward()
+        results.append([*(grad.detach() for grad in grads), *(x.grad for x in (input, *hx, *module.parameters()))])
     for ours, same_dtype, exact in zip(*results, strict=True):
         assert_accurate("gradient", ours, same_dtype, exact)
 
 
 def test_what_a_wave_does_not_serve(device, launches):
-    """Two directions, dropout in training, a projection, heads: one layer after another, and no error."""
+    """Two directions, dropout in training, a projection, heads, all states: one layer after another, and no error."""
     x = torch.randn(3, 2, 4, device=device)
     for options in ({"bidirectional": True}, {"dropout": 0.5}, {"proj_size": 3}, {"num_heads": 2}):
         fusedlstm.LSTM(4, 6, 2, backend="triton", **options).to(device)(x)
+    fusedlstm.LSTM(4, 6, 2, backend="triton").to(device)(x, return_states=True)
     assert launches == []
 
 
