@@ -56,3 +56,12 @@ def check(module, level, dtype):
 )
 def test_strong_forgetting(backend, level, dtype, save):
     check(fusedlstm.SLSTM(20, 5, bias=False, backend=backend, save=save, dtype=dtype), level, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_m_of_an_empty_state_is_ignored(backend):
+    module = fusedlstm.SLSTM(3, 4, backend=backend, dtype=torch.float64)
+    x, h, empty = torch.randn(5, 2, 3).double(), torch.randn(1, 2, 4).double(), torch.zeros(1, 2, 4).double()
+    expected = module(x, (h, empty, empty, empty))
+    for m in (-1000.0, 3.0, 1000.0):
+        torch.testing.assert_close(module(x, (h, empty, empty, empty + m)), expected)

@@ -1,10 +1,13 @@
 """kernels/norms.py: statistics across programs, in the cell that needs them. See test_cells.py for other cases."""
 
+import copy
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+import fusedlstm
 from fusedlstm import cells
 from fusedlstm.cells import Grads, Saved, State
 from fusedlstm.engines import launch, reference
@@ -139,3 +142,17 @@ def test_a_wait_without_end_is_an_error(monkeypatch, protocol):
 
 def test_other_cells_have_no_norms():
     assert [name for name, cell in cells.CELLS.items() if cell.norms] == ["layernorm"]
+
+
+def test_padding_has_no_part_in_the_gradients(device):
+    """All gradients of a layer, where no sequence has the last step: nothing writes the gates of that."""
+    lengths, x = torch.tensor([3, 0, 1, 2, 3]), torch.randn(4, 5, 7)
+    same_dtype = fusedlstm.LayerNormLSTM(7, 20, 2, backend="reference")
+    results = []
+    for module in (copy.deepcopy(same_dtype).to(device), same_dtype, copy.deepcopy(same_dtype).double()):
+        module.backend = "reference" if results else "triton"
+        output, _ = module(x.to(module.weight_ih_l0), lengths=lengths)
+        output.backward(torch.linspace(0, 1, output.numel()).view_as(output).to(output))
+        results.append([output.detach(), *(p.grad for p in module.parameters())])
+    for k, tensors in enumerate(zip(*results, strict=True)):
+        assert_accurate(f"tensor {k}", *tensors)
