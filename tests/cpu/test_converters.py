@@ -58,6 +58,7 @@ def test_jagged_with_holes():
     jagged = torch.nested.narrow(padded, 1, 0, torch.tensor([3, 0, 6, 1]), layout=torch.jagged)
     assert jagged.lengths() is not None
     found, lengths = sequences.padded_from_jagged(jagged, batch_first=True)
+    assert lengths.tolist() == [3, 0, 6, 1]
     for b, n in enumerate(lengths.tolist()):
         assert torch.equal(found[b, :n], padded[b, :n]) and not found[b, n:].any()
 
