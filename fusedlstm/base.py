@@ -308,7 +308,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             wanted = {"return_cell_states": return_cell_states, "return_states": return_states, "grad_clip": grad_clip}
             return _as_a_leaf(self, input, hx, **masks, **wanted)
         if isinstance(input, Tensor) and input.is_nested:
-            checks.with_jagged_input(lengths, resets, return_states)
+            checks.with_jagged_input(input, lengths, resets, return_states)
             return self._of_jagged(input, hx, return_cell_states=return_cell_states, grad_clip=grad_clip)
         spec = self._spec(return_cell_states, return_states, grad_clip)
         data, states, rows, restore = self._prepared(input, hx, lengths, resets, padding_side)

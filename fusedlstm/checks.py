@@ -351,7 +351,12 @@ def _shortened(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ({len(values)} values)"
 
 
-def with_jagged_input(lengths, resets, return_states: bool) -> None:
+def with_jagged_input(input: Tensor, lengths, resets, return_states: bool) -> None:
+    if input.layout != torch.jagged or isinstance(input.shape[1], int):
+        raise ValueError(
+            "input: expected a dense tensor, or a nested one [B, *, I] with layout=torch.jagged, got a nested one with "
+            f"{input.layout if input.layout != torch.jagged else 'another ragged axis'}"
+        )
     for name, value in (("lengths", lengths), ("resets", resets), ("return_states", return_states or None)):
         if value is not None:
             expected = "False" if name == "return_states" else "None"

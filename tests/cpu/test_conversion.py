@@ -69,6 +69,12 @@ def assert_same_bits(found, expected):
         assert torch.equal(a, b)
 
 
+def assert_close(found, expected):
+    """Of a graph, which trains by our loop and not by ATen's layers."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def attributes(model):
     """The `__dict__` of every module; containers are copied, what is in them is not."""
     return [{k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in vars(m).items()} for m in model.modules()]
@@ -510,9 +516,9 @@ def test_a_converted_model_compiles_without_a_graph_break(graphs):
     model = seeded(Small)
     expected = results(model, X)
     convert(model)
-    assert_same_bits(results(torch.compile(model, backend="eager", fullgraph=True), X), expected)
+    assert_close(results(torch.compile(model, backend="eager", fullgraph=True), X), expected)
     torch.compiler.reset()
-    assert_same_bits(results(torch.compile(model, backend=recording(graphs), fullgraph=True), X), expected)
+    assert_close(results(torch.compile(model, backend=recording(graphs), fullgraph=True), X), expected)
     assert len(graphs) == 1 and has_head(graphs[0])
 
 
@@ -539,12 +545,11 @@ def test_a_model_that_ran_compiled(graphs, how):
         if reset:
             torch.compiler.reset()
         graphs.clear()
-        assert_same_bits(results(compiled, X), expected)
+        assert_close(results(compiled, X), expected)
         assert len(graphs) == 1 and has_head(graphs[0]) is reset
     model.lstm.backend = "reference"
     graphs.clear()
-    for a, b in zip(results(compiled, X), expected, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_close(results(compiled, X), expected)
     assert len(graphs) == 1
     restore(compiled)
     graphs.clear()
@@ -576,7 +581,7 @@ def test_patched_models_compile_after_convert(graphs):
         torch.compile(model, backend="eager", fullgraph=True)(X)
     assert report_of(convert, model).replaced == {"lstm": "fusedlstm.conversion.PatchedLSTM -> fusedlstm.LSTM"}
     torch.compiler.reset()
-    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
+    assert_close([torch.compile(model, backend="eager", fullgraph=True)(X)], [expected])
 
 
 # patch_torch

@@ -466,7 +466,7 @@ def _differs(bad: Bad, packed: bool) -> bool:
     """Whether a value differs from the right one. Some do in some forms only."""
     if bad.argument == "input" and packed:
         return bad.value in NO_TENSORS and bad.value != "an array"
-    if bad.argument == "input" and bad.value == "nested" and bad.is_cell:
+    if bad.argument == "input" and bad.value == "nested":  # a jagged batch, which a layer takes
         return False
     if bad.argument == "packed" and bad.value == "other order":
         return False

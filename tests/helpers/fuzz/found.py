@@ -35,7 +35,6 @@ WRONG = [
     # What is no tensor, or none with strides.
     Bad("input", "None", "LSTM", "torch", form="batch_first"),
     Bad("input", "an array", "RNN tanh", "auto", is_cell=True),
-    Bad("input", "nested", "GRU", "auto", form="batch_first"),
     Bad("input", "nested strided", "LayerNormLSTM", "auto"),
     Bad("input", "sparse", "LSTM", "torch", is_cell=True, form="unbatched"),
     Bad("input", "oneDNN's", "PeepholeLSTM", "torch", is_cell=True),
