@@ -1,7 +1,7 @@
 """Repairs of Triton's interpreter for these kernels: correct bfloat16, and programs that run side by side.
 
 They are used if `TRITON_INTERPRET=1` was set before triton was imported. Triton's own interpreter (3.6 to 3.9) does
-three things that are wrong or slow for us, without an error:
+four things that are wrong or slow for us, without an error:
 
 - bfloat16: `tl.dot` multiplies bit patterns, and a cast from float32 truncates. `repair_bfloat16` corrects both. Other
   arithmetic on bfloat16 stays wrong, so the kernels compute in float32.
@@ -10,13 +10,16 @@ three things that are wrong or slow for us, without an error:
   launch two to five times as fast.
 - Programs run one after another, so a program that waits for another never ends. `side_by_side` runs each in a thread
   and passes a baton between them, in a schedule that a seed determines. It detects deadlocks.
+- Two threads that launch at once take each other's program numbers. `repair_launches` lets one launch at a time.
 """
 
 import contextlib
 import functools
 import inspect
+import os
 import random
 import threading
+from typing import NamedTuple
 
 import numpy as np
 import triton.language as tl
@@ -124,15 +127,23 @@ def _repair_memory() -> None:
     builder.get_cache_policy = lambda self, cache_modifier, eviction_policy: modifiers.get(cache_modifier)
 
 
+class _Schedule(NamedTuple):
+    """How the programs of a launch take turns: the arguments of `side_by_side`."""
+
+    seed: int | None = None
+    yield_on_memory: bool = False
+    patience: int = 200
+
+
 class _Scheduler:
     """One baton for all programs of a launch. The program that holds it runs."""
 
-    def __init__(self, programs: list[tuple[int, int, int]], seed: int | None, patience: int) -> None:
+    def __init__(self, programs: list[tuple[int, int, int]], schedule: _Schedule) -> None:
         self.programs = programs
         self.running = set(range(len(programs)))
         self.baton = [threading.Semaphore(0) for _ in programs]
-        self.random = None if seed is None else random.Random(seed)
-        self.patience = patience
+        self.random = None if schedule.seed is None else random.Random(schedule.seed)
+        self.yield_on_memory, self.patience = schedule.yield_on_memory, schedule.patience
         self.idle = 0
         self.error: BaseException | None = None
 
@@ -150,6 +161,8 @@ class _Scheduler:
 
     def switch(self, me: int, progress: bool) -> None:
         """Pass the baton on, and wait until it comes back."""
+        if self.error:
+            raise self.error
         self.idle = 0 if progress else self.idle + 1
         if self.idle > self.patience * len(self.running):
             raise Deadlock(f"no progress in {self.idle} polls; waiting programs: {sorted(self.running)}")
@@ -157,6 +170,12 @@ class _Scheduler:
         if other != me:
             self.baton[other].release()
             self._take(me)
+
+    def stop(self, error: BaseException) -> None:
+        """End every program at its next poll."""
+        self.error = self.error or error
+        for baton in self.baton:
+            baton.release()
 
     def run(self, me: int, body) -> None:
         try:
@@ -169,17 +188,43 @@ class _Scheduler:
         self.running.discard(me)
         self.idle = 0
         if self.error:
-            for k in self.running:
-                self.baton[k].release()
+            self.stop(self.error)
         elif self.running:
             self.baton[self._next(me)].release()
 
 
-_local = threading.local()  # the scheduler and the number of the program that this thread runs
+_local = threading.local()  # the schedule of this thread's launches; the scheduler and number of the program it runs
+_one_launch = threading.Lock()  # the interpreter keeps the number of its program in one place
 
 
-def _yielding(name: str, always: bool):
-    """An operation of the interpreter after which the baton may be passed on. If not `always`, only when it polls."""
+def _renew_lock() -> None:
+    """In a forked process, for one in which another thread launched at that moment."""
+    global _one_launch
+    _one_launch = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@functools.cache
+def repair_launches() -> None:
+    """Launch one kernel at a time, side by side where that is asked for, by any number of threads.
+
+    This is done once and for all threads. A replacement that ended with a launch would end in the middle of another.
+    """
+    for name in ("create_atomic_rmw", "create_masked_load", "create_masked_store"):
+        setattr(stock.InterpreterBuilder, name, _yielding(name))
+
+    def call(self, *args, **kwargs):
+        with _one_launch:
+            return (_side_by_side_call if active() else _stock_call)(self, *args, **kwargs)
+
+    stock.GridExecutor.__call__ = call
+
+
+def _yielding(name: str):
+    """An operation of the interpreter after which the baton may be passed on."""
     operation = getattr(stock.InterpreterBuilder, name)
 
     def yielding(self, *args, **kwargs):
@@ -187,11 +232,11 @@ def _yielding(name: str, always: bool):
         scheduler = getattr(_local, "scheduler", None)
         if scheduler is not None:
             polls, progress = _poll(name, args, result)
-            if always or polls:
+            if polls or scheduler.yield_on_memory or name == "create_atomic_rmw":
                 scheduler.switch(_local.program, progress)
         return result
 
-    return operation, yielding
+    return yielding
 
 
 def _poll(name: str, args, result) -> tuple[bool, bool]:
@@ -235,14 +280,50 @@ def replace_grid(run_programs):
     return __call__
 
 
+def _run_side_by_side(fn, args, programs) -> None:
+    """Run the first program in this thread, and each other one in a thread of its own."""
+    scheduler = _Scheduler(programs, _local.schedule)
+
+    def body(me):
+        _local.scheduler, _local.program, _local.seen = scheduler, me, {}
+        try:
+            scheduler.run(me, lambda: fn(**args))
+        finally:
+            _local.scheduler = None
+
+    threads = [threading.Thread(target=body, args=(k,), daemon=True) for k in range(1, len(programs))]
+    options = stock.interpreter_builder.options
+    try:
+        stock.interpreter_builder.options = stock.InterpreterOptions(debug=True, sanitize_overflow=False)
+        for thread in threads:
+            thread.start()
+        scheduler.baton[scheduler._next(-1)].release()
+        body(0)
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # an interrupt, or no more threads: no program may run on beside the next launch
+        scheduler.stop(error)
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
+        raise
+    finally:
+        stock.interpreter_builder.options = options
+    if scheduler.error:
+        raise scheduler.error
+
+
+_side_by_side_call = replace_grid(_run_side_by_side)
+
+
 def active() -> bool:
-    """Whether launches already run under a scheduler."""
-    return stock.GridExecutor.__call__ is not _stock_call
+    """Whether this thread's launches run under a scheduler."""
+    return getattr(_local, "schedule", None) is not None
 
 
 @contextlib.contextmanager
 def side_by_side(seed: int | None = None, yield_on_memory: bool = False, patience: int = 200):
-    """Run the programs of every launch concurrently, in a schedule that `seed` determines.
+    """Run the programs of every launch of this thread concurrently, in a schedule that `seed` determines.
 
     Args:
         seed: The seed of the schedule. None is round robin.
@@ -253,40 +334,9 @@ def side_by_side(seed: int | None = None, yield_on_memory: bool = False, patienc
     Raises:
         Deadlock: All programs wait.
     """
-    builder = stock.InterpreterBuilder
-    saved = {}
-    for name, always in {
-        "create_atomic_rmw": True,
-        "create_masked_load": yield_on_memory,
-        "create_masked_store": yield_on_memory,
-    }.items():
-        saved[name], replacement = _yielding(name, always)
-        setattr(builder, name, replacement)
-    saved_call = stock.GridExecutor.__call__
-    saved_options = stock.interpreter_builder.options
-    stock.interpreter_builder.options = stock.InterpreterOptions(debug=True, sanitize_overflow=False)
-
-    def run_programs(fn, args, programs):
-        scheduler = _Scheduler(programs, seed, patience)
-
-        def body(me):
-            _local.scheduler, _local.program, _local.seen = scheduler, me, {}
-            scheduler.run(me, lambda: fn(**args))
-
-        threads = [threading.Thread(target=body, args=(k,), daemon=True) for k in range(len(programs))]
-        for thread in threads:
-            thread.start()
-        scheduler.baton[scheduler._next(-1)].release()
-        for thread in threads:
-            thread.join()
-        if scheduler.error:
-            raise scheduler.error
-
-    stock.GridExecutor.__call__ = replace_grid(run_programs)
+    repair_launches()
+    _local.schedule = _Schedule(seed, yield_on_memory, patience)
     try:
         yield
     finally:
-        stock.GridExecutor.__call__ = saved_call
-        stock.interpreter_builder.options = saved_options
-        for name, operation in saved.items():
-            setattr(builder, name, operation)
+        _local.schedule = None

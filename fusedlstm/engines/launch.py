@@ -47,6 +47,7 @@ if INTERPRETED:
 
     interpreter.repair_bfloat16()
     interpreter.repair_speed()
+    interpreter.repair_launches()
 
 
 def constants(plan: Plan, **flags: bool) -> dict:

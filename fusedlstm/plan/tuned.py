@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import sys
-import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -147,16 +147,17 @@ def _add(file: Path, index: int | None, choices: dict) -> None:
     forget()
     table = {key: dict(known) for key, known in _table(file, _generation).items()}
     table.setdefault(words(place(index)), {}).update({words(what): choice for what, choice in choices.items()})
-    # Beside the file and then in its place: a reader sees the old one or the new one.
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".tuning-", suffix=".json")
+    # Beside the file and then in its place: a reader sees the old one or the new one. Its name is known beforehand, so
+    # that an interrupt at any moment leaves nothing.
+    beside = file.with_name(f".tuning-{os.getpid()}-{threading.get_ident()}.json")
     try:
-        with os.fdopen(handle, "w") as out:
+        beside.unlink(missing_ok=True)
+        with open(beside, "x") as out:
             json.dump({"format": FORMAT, "choices": table}, out, indent=1)
-        os.chmod(name, 0o644)  # the temporary file is the user's alone; a shared folder's choices are for all
-        os.replace(name, file)
+        os.chmod(beside, 0o644)  # whatever the umask; a shared folder's choices are for all
+        os.replace(beside, file)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        beside.unlink(missing_ok=True)
         raise
 
 
