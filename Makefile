@@ -7,9 +7,11 @@ TESTS := cpu kernels compiled fake_cuda
 SOME_KERNELS := (bf16 or bfloat16 or seeded or agree or nan_passes) and not norms
 SOME_COMPILED := (sm_90 and dense and bf16 and not norms) or not (test_compiles or family or norms)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The time of the files in a wheel: that of the last commit, or a fixed one.
+export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2> /dev/null),315532800)
 
 .PHONY: demo fuzz test test-whole test-triton36 test-triton39 test-oldest test-newest test-thirdparty lint fmt typecheck
-.PHONY: kernels bench gpu rehearse mutants wheel clean
+.PHONY: kernels bench gpu rehearse mutants endure wheel audit clean
 
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
 	$(BIN)/python -m fusedlstm train
@@ -72,11 +74,20 @@ rehearse: .venv/ready  ## the parts of `make gpu` on a CPU, interpreted, tiny: a
 mutants: .venv/ready  ## faults on purpose: each must make a test fail (some minutes)
 	$(BIN)/python tests/mutants.py
 
-wheel: .venv/ready  ## build the source distribution and from it the wheel, check both, import the wheel from outside
-	rm -rf build out/wheel
-	$(BIN)/pyproject-build --no-isolation --outdir out/wheel . > /dev/null
+endure: .venv/ready  ## MINUTES (10) of training, threads, forks, interrupts, little memory: nothing grows, all is right
+	$(BIN)/python tests/endure.py --minutes $(or $(MINUTES),10)
+
+wheel: .venv/ready  ## build the source distribution and from it the wheel, twice; check both; import and install them
+	rm -rf build out/wheel out/again
+	PYTHON=$(BIN)/python .ci/build . out/wheel
 	$(BIN)/twine check --strict out/wheel/*
-	tar -tzf out/wheel/fusedlstm-*.tar.gz | grep -q /tests/helpers/support.py
+	tar -tzf out/wheel/fusedlstm-*.tar.gz | cut -d/ -f2- | sort > out/wheel/files
+	git ls-files 2> /dev/null | grep -vE '^\.(github|gitignore|pre-commit)' | sort | comm -23 - out/wheel/files | \
+	{ ! grep .; }  # what is missing
+	mkdir -p out/again && umask 077 && tar -xzmf out/wheel/fusedlstm-*.tar.gz -C out/again --no-same-permissions
+	PYTHON=$(BIN)/python .ci/build out/again/fusedlstm-* out/again
+	cmp out/wheel/fusedlstm-*.tar.gz out/again/fusedlstm-*.tar.gz && cmp out/wheel/*.whl out/again/*.whl
+	sha256sum out/wheel/fusedlstm-*
 	$(PYTHON) -m zipfile -e out/wheel/fusedlstm-*.whl out/wheel/unpacked
 	cd out/wheel/unpacked/fusedlstm && test -f py.typed && test -f plan/measured.json && test -f plan/spills.json
 	cd out/wheel/unpacked && $(abspath $(BIN))/python -I -c "import sys; sys.path.insert(0, '.'); import fusedlstm; \
@@ -85,6 +96,15 @@ wheel: .venv/ready  ## build the source distribution and from it the wheel, chec
 
 fuzz: .venv/ready  ## calls drawn at random for MINUTES (10), right and wrong ones; prints the faulty ones as tests
 	PYTHONPATH=tests/helpers $(BIN)/python -W ignore -m fuzz $(or $(MINUTES),10) $(SEED)
+
+# What users install with the package, and what it is developed with. docutils has one file under the GPL, in Emacs Lisp.
+LICENCES := MIT;BSD;Apache;PSF;Python Software Foundation;MPL;Mozilla Public License;ISC;0BSD;Zlib;CC0
+audit: .venv/ready .venv-audit/ready  ## known vulnerabilities in constraints.txt (asks PyPI); licences of all of .venv
+	.venv-audit/bin/pip-licenses --python $(BIN)/python --summary
+	.venv-audit/bin/pip-licenses --python $(BIN)/python --partial-match --allow-only="$(LICENCES)" > /dev/null
+	.venv-audit/bin/pip-licenses --python $(BIN)/python --partial-match --fail-on="GPL;General Public License" \
+	--ignore-packages docutils > /dev/null
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf .venv .venv-* build dist out *.egg-info
@@ -112,6 +132,11 @@ clean:
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/pip install -q $(TORCH) $(TRITON) setuptools wheel
 	$*/bin/pip install -q --no-build-isolation $(TORCH) $(TRITON) -e ".[dev]"
+	touch $@
+
+.venv-audit/ready:
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install -q pip-audit==2.10.1 pip-licenses==5.5.5
 	touch $@
 
 # Without dependencies: Triton is a gigabyte that no library here needs.
