@@ -78,7 +78,7 @@ endure: .venv/ready  ## MINUTES (10) of training, threads, forks, interrupts, li
 	$(BIN)/python tests/endure.py --minutes $(or $(MINUTES),10)
 
 wheel: .venv/ready  ## build the source distribution and from it the wheel, twice; check both; import and install them
-	rm -rf build out/wheel out/again
+	rm -rf build *.egg-info out/wheel out/again  # setuptools adds the files that an egg-info lists
 	PYTHON=$(BIN)/python .ci/build . out/wheel
 	$(BIN)/twine check --strict out/wheel/*
 	tar -tzf out/wheel/fusedlstm-*.tar.gz | cut -d/ -f2- | sort > out/wheel/files

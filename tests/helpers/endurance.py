@@ -487,7 +487,7 @@ def long(place: Place) -> Work:
             for name, value in run(module, x, parts).items():
                 assert_accurate(f"{kind}, T {T} in {parts} part(s): {name}", value, same[name], exact[name])
 
-    return Work(step, 1)
+    return Work(step, len(kinds))
 
 
 PARTS = {part.__name__: part for part in (shapes, threads, processes, interrupts, tuning, memory, long)}
