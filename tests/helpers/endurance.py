@@ -123,6 +123,7 @@ class Kind(NamedTuple):
         generator = torch.Generator().manual_seed(random.getrandbits(32))
         x = torch.randn(T, self.batch, INPUT, generator=generator).to(self.dtype)
         lengths = torch.randint(1, T + 1, (self.batch,), generator=generator)
+        lengths[0], lengths[-1] = T, 1  # a packed batch of equal lengths is a dense one
         resets = torch.rand(T, self.batch, generator=generator) < 0.2
         more = {"lengths": lengths, "packed": lengths, "resets": resets.to(place.device)}
         return x.to(place.device), {self.rows: more[self.rows]} if self.rows in more else {}
