@@ -8,7 +8,14 @@ from torch import Tensor
 from fusedlstm.cells import Cell
 from fusedlstm.layout import Layout
 from fusedlstm.noise import NO_NOISE, Noise, entering
-from fusedlstm.products import add_product, joined, normed_input_backward, product, recurrent_weight_gradient
+from fusedlstm.products import (
+    add_product,
+    add_sum_of_rows,
+    joined,
+    normed_input_backward,
+    product,
+    recurrent_weight_gradient,
+)
 
 ROWS_OF_BLOCK = 512  # of passes over all rows on a CPU
 
@@ -83,7 +90,7 @@ class ParameterGradients:
         if any(n[0] for n in self.needs):
             totals = self.of_weight_ih or [None] * len(of_x)
             self.of_weight_ih = [
-                add_product(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
+                add_sum_of_rows(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
             ]
 
     def _of_vectors(self, grad_preact, gates, states, initial, direction: int, layout: Layout, noise: Noise) -> Tensor:

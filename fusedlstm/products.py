@@ -132,6 +132,15 @@ def add_product(
     return total.addmm_(a, b)
 
 
+def add_sum_of_rows(
+    total: Tensor | None,  # [M, N]; None: zero
+    a: Tensor,  # [M, R]
+    b: Tensor,  # [R, N]
+) -> Tensor:
+    """`add_product` where many rows are summed. A CPU would add row after row to the total, and round as often."""
+    return add_product(total, a, b) if total is None or a.is_cuda else total.add_(product(a, b))
+
+
 # torch's transforms see these operations directly.
 def _multiplied(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     with as_recurrent():
@@ -224,7 +233,7 @@ def recurrent_weight_gradient(
 ) -> Tensor:
     """total + the sum over rows of dpreact^T h within heads, [G * H, DH]. In place if there is a total."""
     if num_heads == 1:
-        return add_product(total, dpreact.t(), h)
+        return add_sum_of_rows(total, dpreact.t(), h)
     DH = h.size(1) // num_heads
     h = h.unflatten(1, (num_heads, DH)).transpose(0, 1)  # [n, R, DH]
     by_gate = dpreact.unflatten(1, (-1, num_heads, DH)).permute(1, 2, 3, 0)  # [G, n, DH, R]

@@ -18,7 +18,7 @@ from fusedlstm.cells import CELLS, State
 from fusedlstm.engines import reference
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.noise import Batch
-from support import recurrence
+from support import assert_accurate, recurrence
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 I, H = 4, 6
@@ -264,3 +264,17 @@ def test_module_keyword(monkeypatch):
     with pytest.raises(TypeError):
         fusedlstm.LSTM(3, 4, 1, True, False, 0.0, False, 0, None, None, "auto", None, "states")
     assert checks.save("states") == "states"
+
+
+def test_blocks_add_up_as_exactly_as_one_product():
+    """The last block comes first, with the large gradient of h_n. Row after row would be rounded beside it."""
+    module, same = fusedlstm.GRU(5, 8, save="states", backend="torch"), torch.nn.GRU(5, 8)
+    same.load_state_dict(module.state_dict())
+    x = torch.randn(2000, 2, 5)
+    found = []
+    for layer in (module, same, copy.deepcopy(same).double()):
+        output, h_n = layer(x.to(layer.weight_ih_l0.dtype))
+        (output.square().mean() + h_n.mean()).backward()
+        found.append([p.grad for p in layer.parameters()])
+    for name, *values in zip(dict(module.named_parameters()), *found, strict=True):
+        assert_accurate(name, *values)
