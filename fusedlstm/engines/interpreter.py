@@ -19,6 +19,7 @@ import inspect
 import os
 import random
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -194,6 +195,7 @@ class _Scheduler:
 
 
 _local = threading.local()  # the schedule of this thread's launches; the scheduler and number of the program it runs
+operations: dict[str, Callable] = {}  # of the interpreter, beneath those after which the baton is passed on
 _one_launch = threading.Lock()  # the interpreter keeps the number of its program in one place
 
 
@@ -201,6 +203,9 @@ def _renew_lock() -> None:
     """In a forked process, for one in which another thread launched at that moment."""
     global _one_launch
     _one_launch = threading.Lock()
+
+
+_one_launch = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -214,21 +219,21 @@ def repair_launches() -> None:
     This is done once and for all threads. A replacement that ended with a launch would end in the middle of another.
     """
     for name in ("create_atomic_rmw", "create_masked_load", "create_masked_store"):
+        operations[name] = getattr(stock.InterpreterBuilder, name)
         setattr(stock.InterpreterBuilder, name, _yielding(name))
 
     def call(self, *args, **kwargs):
         with _one_launch:
-            return (_side_by_side_call if active() else _stock_call)(self, *args, **kwargs)
+            return (replace_grid(_run_side_by_side) if active() else _stock_call)(self, *args, **kwargs)
 
     stock.GridExecutor.__call__ = call
 
 
 def _yielding(name: str):
     """An operation of the interpreter after which the baton may be passed on."""
-    operation = getattr(stock.InterpreterBuilder, name)
 
     def yielding(self, *args, **kwargs):
-        result = operation(self, *args, **kwargs)
+        result = operations[name](self, *args, **kwargs)
         scheduler = getattr(_local, "scheduler", None)
         if scheduler is not None:
             polls, progress = _poll(name, args, result)
@@ -311,9 +316,6 @@ def _run_side_by_side(fn, args, programs) -> None:
         stock.interpreter_builder.options = options
     if scheduler.error:
         raise scheduler.error
-
-
-_side_by_side_call = replace_grid(_run_side_by_side)
 
 
 def active() -> bool:

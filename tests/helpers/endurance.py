@@ -5,7 +5,7 @@ So whatever is kept for a size is there by then, and nothing may grow afterwards
 line of JSON says what came of a part.
 """
 
-import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -397,23 +397,23 @@ def tuning(place: Place) -> Work:
     return Work(step, 64, lambda: f"{next(caught)} interrupts")
 
 
-@contextlib.contextmanager
-def _limited(place: Place, more: int) -> Iterator[None]:
-    """The process, or the device, may take `more` bytes and no more."""
+def _with_little(place: Place, more: int, call: Callable[[], object]) -> None:
+    """Call while the process, or the device, may take `more` bytes and no more."""
     if place.device == "cpu":
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        usual = resource.getrlimit(resource.RLIMIT_AS)
         taken = int(_lines("statm")[0].split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + more, hard))
-        try:
-            yield
+        little, lift = (taken + more, usual[1]), functools.partial(resource.setrlimit, resource.RLIMIT_AS, usual)
+        try:  # no context manager: to leave one needs memory
+            resource.setrlimit(resource.RLIMIT_AS, little)
+            call()
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+            lift()
         return
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + more) / total))
     try:
-        yield
+        call()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -434,8 +434,7 @@ def memory(place: Place) -> Work:
         i = k % len(large)
         more = LEAST_LIMIT if k < len(large) else int(LEAST_LIMIT * (most / LEAST_LIMIT) ** chance.random())
         try:
-            with _limited(place, more):
-                results(large[i], modules[i], *calls[i])
+            _with_little(place, more, functools.partial(results, large[i], modules[i], *calls[i]))
         except (MemoryError, RuntimeError) as error:
             text = f"{type(error).__name__}: {error}"
             known = isinstance(error, MemoryError) or any(word in text for word in ABOUT_MEMORY)

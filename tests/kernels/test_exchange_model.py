@@ -106,8 +106,8 @@ def recorders(monkeypatch):
     class Recorders(list):
         case: Case
 
-    found, builder = Recorders(), stock.InterpreterBuilder
-    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    found, builder, below = Recorders(), stock.InterpreterBuilder, interpreter.operations
+    load, store, atomic = (below[f"create_{name}"] for name in ("masked_load", "masked_store", "atomic_rmw"))
     replace_grid, wait, semantics = interpreter.replace_grid, exchange.wait, {}
 
     def recorded_grid(run_programs):
@@ -148,9 +148,9 @@ def recorders(monkeypatch):
         return int(handle.data.flat[0])
 
     monkeypatch.setattr(interpreter, "replace_grid", recorded_grid)
-    monkeypatch.setattr(builder, "create_masked_load", recorded_load)
-    monkeypatch.setattr(builder, "create_masked_store", recorded_store)
-    monkeypatch.setattr(builder, "create_atomic_rmw", recorded_atomic)
+    monkeypatch.setitem(below, "create_masked_load", recorded_load)
+    monkeypatch.setitem(below, "create_masked_store", recorded_store)
+    monkeypatch.setitem(below, "create_atomic_rmw", recorded_atomic)
     monkeypatch.setattr(builder, "create_barrier", lambda self: found[-1].tell("debug_barrier"))
     monkeypatch.setattr(exchange, "wait", recorded_wait)
     return found
