@@ -272,6 +272,7 @@ def threads(place: Place) -> Work:
 
 
 def _send(connection, kind: int, place: Place) -> None:
+    _set_up()
     connection.send(train(place.few[kind], place, kind))
     connection.close()
 
@@ -513,9 +514,15 @@ def outcome(part: str, place: Place, seconds: float) -> dict[str, Any]:
     return {"part": part, "count": count, "before": before, "after": Held.now(), "told": told, "wrong": wrong}
 
 
+def _set_up() -> None:
+    """Of every process that is not forked: settings that change the last bits."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
+
+
 def main() -> None:
     parts, engine, device, seconds, steps, *rehearse = sys.argv[1:]
-    torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
+    _set_up()
     gc.freeze()  # what is imported by now is not looked through at every count
     for part in parts.split(","):
         found = outcome(part, Place(engine, device, int(steps), bool(rehearse)), float(seconds))
