@@ -205,9 +205,6 @@ def _renew_lock() -> None:
     _one_launch = threading.Lock()
 
 
-_one_launch = threading.Lock()
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
