@@ -71,7 +71,7 @@ gpu:  ## on a machine with a GPU, with its own torch: tests, litmus tests, ceili
 rehearse: .venv/ready  ## the parts of `make gpu` on a CPU, interpreted, tiny: a minute
 	$(BIN)/python -m bench.gpu --out $(or $(OUT),out/rehearsal) --rehearse
 
-mutants: .venv/ready  ## faults on purpose: each must make a test fail (some minutes)
+mutants: .venv/ready  ## faults on purpose: each must make a test fail (half an hour or more)
 	$(BIN)/python tests/mutants.py
 
 endure: .venv/ready  ## MINUTES (10) of training, threads, forks, interrupts, little memory: nothing grows, all is right
