@@ -232,9 +232,13 @@ def parameters(weights: list[Tensor], shapes: tuple[tuple[int, ...], ...], names
     With other shapes the number of heads would be another one, and the kernels would read beside them.
     """
     first = weights[0]
-    same_dtype = all(w.dtype is first.dtype for w in weights) or products.autocasts(first)
-    if same_dtype and all(w.device == first.device and w.shape == s for w, s in zip(weights, shapes, strict=True)):
+    dtype, device = first.dtype, first.device
+    for weight, shape in zip(weights, shapes, strict=True):  # a loop, for every call waits for it
+        if weight.shape != shape or weight.dtype is not dtype or weight.device != device:
+            break
+    else:
         return
+    same_dtype = products.autocasts(first)
     for name, weight, shape in zip(names, weights, shapes, strict=True):
         if weight.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weight.shape)}")

@@ -154,9 +154,14 @@ def run(
     """
     if not torch.is_grad_enabled():
         spec = spec._replace(grad_clip=None)
-    call = _Call(spec, input, states, weights, rows, _result_dtype(input), autocasts(input))
+    autocast = autocasts(input)
+    call = _Call(spec, input, states, weights, rows, _result_dtype(input, autocast), autocast)
+    if transforms.wants_grad_samples(weights):
+        return _with_grad_samples(call)
+    if not autocast:
+        return _run(call)
     with without_autocast(input):
-        return _with_grad_samples(call) if transforms.wants_grad_samples(weights) else _run(call)
+        return _run(call)
 
 
 def _run(call: _Call) -> Results:
@@ -201,7 +206,7 @@ def step(
     Returns:
         The states after the step, each [B, H]. Their dtype is that of the results of `run`.
     """
-    cell, dtype, hidden = spec.cell, _result_dtype(input), states[0].size(-1)
+    cell, dtype, hidden = spec.cell, _result_dtype(input, autocasts(input)), states[0].size(-1)
     heads = hidden // weights[1].size(1) if hidden else 1
     engine = engines.choose(spec.backend, input.device, dtype, cell.name, hidden, heads=heads)
     derived = transforms.transformed() or transforms.has_tangents((input, *states, *weights))
@@ -230,7 +235,8 @@ class Explanation(NamedTuple):
 
 def explain(spec: Spec, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], rows: Rows) -> Explanation:
     """Say what `run` would do with these arguments. This computes nothing."""
-    call, _ = _dense_if_equal(_Call(spec, input, states, weights, rows, _result_dtype(input), autocasts(input)))
+    autocast = autocasts(input)
+    call, _ = _dense_if_equal(_Call(spec, input, states, weights, rows, _result_dtype(input, autocast), autocast))
     engine, why = _engine(call)
     if engine == "reference":
         return Explanation(engine, why, "the specification in plain torch, step by step")
@@ -512,7 +518,8 @@ def _with_noise(call: _Call) -> tuple[noise.Noise, _Call]:
             for k, (_, weight_hh, *_) in enumerate(weights):
                 weights[k][1] = noise.drop_weight(weight_hh, spec.rates.weight, seed, k)
             call = call._replace(weights=[w for own in weights for w in own])
-    return noise.Noise(seed if spec.in_steps else None, spec.in_steps), call
+    rates = spec.in_steps
+    return noise.Noise(seed if rates else None, rates), call
 
 
 def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
@@ -623,9 +630,9 @@ def _projected_layer(
 # Dtypes.
 
 
-def _result_dtype(input: Tensor) -> torch.dtype:
+def _result_dtype(input: Tensor, autocast: bool) -> torch.dtype:
     """The dtype of the results: that of autocast if it is on and the input is not float64, else that of the input."""
-    if autocasts(input) and input.dtype != torch.float64:
+    if autocast and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 

@@ -50,7 +50,7 @@ def without_autocast(input: Tensor):
     The rules of autocast for LSTMs differ from device to device and from dtype to dtype. A compiler sees autocast off
     where it reads our backward, and on where it runs it.
     """
-    asked = autocasts(input) or torch.compiler.is_compiling()
+    asked = torch.compiler.is_compiling() or autocasts(input)
     return torch.autocast(input.device.type, enabled=False) if asked else contextlib.nullcontext()
 
 

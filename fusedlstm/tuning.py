@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import checks, engines, functional
+from fusedlstm import checks, engines, functional, products
 from fusedlstm.base import Recurrent, State, as_states
 from fusedlstm.cells import CELLS
 from fusedlstm.plan import PlanError, candidates, tuned
@@ -83,7 +83,7 @@ def tune(
     data = input.data if isinstance(input, PackedSequence) else input
     checks.instance("input", data, Tensor)
     masked = lengths is not None or resets is not None
-    dtype = functional._result_dtype(data)
+    dtype = functional._result_dtype(data, products.autocasts(data))
     sizes = (module.cell, module.hidden_size, 1 + bool(module.bidirectional))
     if reason := engines.why_not_triton(data.device, dtype, *sizes, heads=module.num_heads):
         raise RuntimeError(f"tune measures the kernels where they run, and cannot here: {reason}")
