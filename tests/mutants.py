@@ -74,6 +74,8 @@ def failures(tests: list[str], mutant: Mutant | None = None) -> list[str]:
             text=True,
             timeout=1800,
         )
+    if result.returncode < 0 and mutant is not None:  # a fault may end the process
+        return [f"{tests[0]} ended by signal {-result.returncode}"]
     found = re.findall(r"^FAILED (\S+)", result.stdout, re.M)
     if result.returncode not in (0, 1, 2) or bool(result.returncode) != bool(found):
         raise RuntimeError(f"{tests}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}{result.stderr}")
