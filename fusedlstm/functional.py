@@ -559,8 +559,9 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
         input, final, c_seq = layer(input, layout, tuple(s[own] for s in states), parameters[own], k, wants_c_seq)
         finals.append(final)
         if wants_c_seq:
-            h_seq = (input.clone() if is_last else input,)  # users change output in place
-            sequences.append((*(h_seq if spec.sequences == "all" else ()), *ops.one_by_one(c_seq)))
+            sequences.append(ops.one_by_one(c_seq))
+            if spec.sequences == "all":
+                sequences[-1].insert(0, input.clone() if is_last else input)  # users change output in place
     states = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
     return _as_given(call.rows, input, states, tuple(joined(own, -1) for own in zip(*sequences, strict=True)))
 
