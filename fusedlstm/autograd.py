@@ -238,11 +238,7 @@ class Specified(NamedTuple):
     def kept(self, *_) -> tuple[None, ...]:
         return None, None, None
 
-    def last(self, output, c_seq):
-        return output, c_seq
-
-    def whole(self, output, c_seq):
-        return output, c_seq
+    last, whole = Layer.last, Layer.whole  # all is returned
 
     def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
         spec = Recurrence(self.cell, clip)
