@@ -72,7 +72,7 @@ def failures(tests: list[str], mutant: Mutant | None = None) -> list[str]:
             env={**os.environ, "PYTHONPATH": str(root)},
             capture_output=True,
             text=True,
-            timeout=1800,
+            timeout=7200,
         )
     if result.returncode < 0 and mutant is not None:  # a fault may end the process
         return [f"{tests[0]} ended by signal {-result.returncode}"]
