@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import tempfile
 import traceback
 
@@ -22,6 +23,7 @@ def device(rank: int) -> torch.device:
 def _serve(rank: int, folder: str, connection) -> None:
     """Run what comes until nothing more comes."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # TF32 has an accuracy of its own
     own = device(rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -36,6 +38,7 @@ def _serve(rank: int, folder: str, connection) -> None:
         except Exception:
             connection.send((None, traceback.format_exc()))
     dist.destroy_process_group()
+    os._exit(0)  # the interpreter would take seconds to end
 
 
 class Processes:
@@ -61,7 +64,7 @@ class Processes:
             with contextlib.suppress(BrokenPipeError):  # of a process that has ended
                 connection.send(None)
         for process in self._processes:
-            process.join(10)
+            process.join(60)
             if process.is_alive():
                 process.kill()
         self._folder.cleanup()
