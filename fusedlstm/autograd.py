@@ -10,7 +10,6 @@ numbers are those of one layer after another, except that what a layer takes fro
 between.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -64,7 +63,7 @@ class LoopFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return transforms.by_sample(functools.partial(transforms.apply, LoopFunction), info, in_dims, *arguments)
+        return transforms.by_sample(_applied, info, in_dims, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -395,9 +394,7 @@ def specified_layer(
     # A compiled graph has no second derivatives.
     if clip is None or torch.compiler.is_compiling() or not transforms.followed((input, hx, cx, *flat)):
         return loop.specified(batch, clip)(input, hx, cx, None, *flat)
-    output, h_n, c_n, _, c_seq, *_ = transforms.apply(
-        LoopFunction, loop, *batch.layout, *batch.noise, input, hx, cx, None, *flat
-    )
+    output, h_n, c_n, _, c_seq, *_ = _applied(loop, *batch.layout, *batch.noise, input, hx, cx, None, *flat)
     return output, h_n, c_n, c_seq
 
 
@@ -439,7 +436,13 @@ def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) ->
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
     if not transforms.followed(tensors):
         return None
-    return transforms.apply(LoopFunction, loop, *batch.layout, *batch.noise, input, hx, cx, preact_0, *flat)
+    return _applied(loop, *batch.layout, *batch.noise, input, hx, cx, preact_0, *flat)
+
+
+def _applied(loop: Layer | Specified | Wave, *arguments) -> tuple[Tensor, ...]:
+    """`LoopFunction`, by a name that tells a profiler the cell, such as fusedlstm::gru_layer."""
+    kind = type(loop).__name__.lower()
+    return transforms.apply(LoopFunction, loop, *arguments, name=f"fusedlstm::{loop.cell.name}_{kind}")
 
 
 def layers_together(

@@ -134,16 +134,18 @@ def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
         return not transformed()
 
 
-def apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, with `function.tangents` as its `jvp`, except under a compiler: Dynamo refuses a `jvp`."""
-    return (function if torch.compiler.is_compiling() else _with_jvp(function)).apply(*arguments)
+def apply(function: type[torch.autograd.Function], *arguments, name: str = ""):
+    """`function.apply`, with `function.tangents` as its `jvp`, except under a compiler: Dynamo refuses a `jvp`.
+
+    A profiler shows the forward by `name`, and the backward by `name` and "Backward".
+    """
+    return (function if torch.compiler.is_compiling() else _with_jvp(function, name)).apply(*arguments)
 
 
 @functools.cache
-def _with_jvp(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    return type(
-        function.__name__, (function,), {"jvp": staticmethod(function.tangents), "__module__": function.__module__}
-    )
+def _with_jvp(function: type[torch.autograd.Function], name: str) -> type[torch.autograd.Function]:
+    own = {"jvp": staticmethod(function.tangents), "__module__": function.__module__}
+    return type(name or function.__name__, (function,), own)
 
 
 def op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -58,3 +60,43 @@ def test_recurrent_policy_prints_both_curves(capsys):
     assert "resets=" in printed and "a loop over LSTMCell" in printed and "median update" in printed
     rows = re.findall(r"(\d+\.\d)%[^%\n]*?(\d+\.\d)%", printed)
     assert rows and all(a == b for a, b in rows)
+
+
+def printed_by(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
+
+
+def final_error(printed):
+    return float(re.search(r"final error (\d+\.\d+)", printed)[1])
+
+
+def test_data_parallel_marks_two_steps_of_each_sequence():
+    data_parallel = example("data_parallel")
+    x, lengths, sums = data_parallel.draw(torch.Generator().manual_seed(0), 12, 50)
+    steps = torch.arange(12)[:, None]
+    assert ((x[..., 1] * (steps < lengths)).sum(0) == 2).all() and (x[..., 1].sum(0) == 2).all()
+    assert {*lengths.tolist()} == {*range(data_parallel.SHORTEST, 13)}
+    torch.testing.assert_close(sums, x.prod(-1).sum(0))
+
+
+def test_data_parallel_prints_the_same_errors_however_it_is_started():
+    """By one process, by two that it starts, and by two of torchrun, sharded."""
+    script, few = str(EXAMPLES / "data_parallel.py"), ("--steps", "12", "--batch", "8", "--hidden-size", "8")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    one = printed_by(script, *few, "--processes", "1")
+    two = printed_by(script, *few)
+    sharded = printed_by(*torchrun, script, *few, "--sharded")
+    assert "in 1 process(es)" in one and "in 2 process(es)" in two and "sharded over 2 process(es)" in sharded
+    errors = [re.findall(r"error (\d+\.\d+)", printed) for printed in (one, two, sharded)]
+    assert errors[0] == errors[1] == errors[2] and len({*errors[0]}) > 5
+
+
+def test_data_parallel_learns():
+    printed = printed_by(str(EXAMPLES / "data_parallel.py"), "--processes", "1")
+    limit = float(re.search(r"below (\d\.\d+);", printed)[1])
+    assert final_error(printed) < limit
+
+
+def test_heads_over_processes_prints_that_all_are_equal():
+    printed = printed_by(str(EXAMPLES / "heads_over_processes.py"))
+    assert printed.count("equal to rounding") == 3 and "NOT" not in printed

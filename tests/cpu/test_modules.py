@@ -435,3 +435,13 @@ def test_operations_are_counted(name, G, heads):
     own, recurrent = 2 * T * B * G * H * I, 2 * T * B * G * H * (H // heads)
     assert forward.get_total_flops() == own + recurrent
     assert 2 * own + recurrent < backward.get_total_flops() <= 2 * (own + recurrent)
+
+
+@pytest.mark.parametrize(("name", "cell"), [("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "rnn_tanh"), ("SLSTM", "slstm")])
+def test_a_profile_names_cell_and_pass(name, cell):
+    module = getattr(fusedlstm, name)(3, 4, num_layers=2, grad_clip=1.0, backend="torch")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        module(torch.randn(5, 2, 3))[0].sum().backward()
+    found = {event.key: event.count for event in profile.key_averages() if event.key.startswith("fusedlstm::")}
+    ops = {"fusedlstm::recurrence_fwd": 2, "fusedlstm::recurrence_bwd": 2}
+    assert found == {f"fusedlstm::{cell}_layer": 2, f"fusedlstm::{cell}_layerBackward": 2} | ops
