@@ -99,20 +99,23 @@ def apart(device: torch.device, name: str, **options) -> tuple[float, float]:
     return ours.item(), (2 * one + 2 * torch.finfo(torch.float32).eps).item()
 
 
+def compare(device: torch.device) -> None:
+    for name in ("LSTM", "GRU", "PeepholeLSTM"):
+        error, limit = apart(device, name)
+        if dist.get_rank() == 0:
+            verdict = "equal to rounding" if error <= limit else "NOT EQUAL"
+            count = dist.get_world_size()
+            print(f"{name}: {count} processes beside one: {verdict} (error {error:.1e}, limit {limit:.1e})")
+
+
 def work(rank: int, processes: int, file: str) -> None:
     gpus = torch.cuda.device_count() >= processes
     device = torch.device("cuda", rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "nccl" if gpus else "gloo", init_method=f"file://{file}", rank=rank, world_size=processes
-    )
-    for name in ("LSTM", "GRU", "PeepholeLSTM"):
-        error, limit = apart(device, name)
-        if rank == 0:
-            verdict = "equal to rounding" if error <= limit else "NOT EQUAL"
-            print(f"{name}: {processes} processes beside one: {verdict} (error {error:.1e}, limit {limit:.1e})")
+    dist.init_process_group("nccl" if gpus else "gloo", init_method=f"file://{file}", rank=rank, world_size=processes)
+    compare(device)
     dist.destroy_process_group()
 
 

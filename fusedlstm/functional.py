@@ -539,6 +539,8 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
             cell.name, input[0], states[0], cx, call.weights, spec.directions, *saves, of_ops
         )
         return _as_given(call.rows, output.unsqueeze(0), (h_n, *ops.one_by_one(c_n)), ())
+    if engine in ("triton", "torch"):
+        transforms.not_traced("input", "a call that ATen computes", f"one of our own loop over the cell {cell.name}")
     together = spec.directions
     if (
         engine == "triton"

@@ -203,16 +203,18 @@ def _sample(x, dim, k: int):
     return x if dim is None else x.select(dim, k)
 
 
-def not_traced(name: str) -> None:
-    """Check that `torch.jit.trace` does not run. The caller needs the lengths, which a trace would keep for ever.
+def not_traced(
+    name: str, expected: str = "a dense batch", came: str = "lengths, which the trace would keep as they are now"
+) -> None:
+    """Check that `torch.jit.trace` does not run. A trace keeps lengths for ever, and knows no lists of our ops.
 
     Raises:
         RuntimeError: A trace is being made.
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
-            f"{name}: expected a dense batch in torch.jit.trace, got lengths, which the trace would keep as they are "
-            "now; trace a packed batch of an LSTM, GRU or RNN with the options of torch.nn, or use torch.compile"
+            f"{name}: expected {expected} in torch.jit.trace, got {came}; trace a dense or packed batch of an LSTM, "
+            "GRU or RNN with the options of torch.nn, or use torch.compile or torch.export"
         )
 
 

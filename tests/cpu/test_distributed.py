@@ -3,6 +3,8 @@
 With two GPUs each process has one, and NCCL. Else both are on the CPU, with gloo.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -115,7 +117,9 @@ def test_shared_heads_are_saved_whole(two, tmp_path):
     two.run(tasks.heads_saved, str(tmp_path))
     layer = fusedlstm.PeepholeLSTM(tasks.I, 12, num_heads=4)
     torch.distributed.checkpoint.load(
-        {name: p.unflatten(0, (-1, 12)) for name, p in layer.state_dict().items()}, checkpoint_id=str(tmp_path)
+        {name: p.unflatten(0, (-1, 12)) for name, p in layer.state_dict().items()},
+        checkpoint_id=str(tmp_path),
+        no_dist=True,
     )
     expected = tasks.layer_with_heads().state_dict()
     assert all(torch.equal(layer.state_dict()[name], p) for name, p in expected.items())
@@ -130,3 +134,20 @@ def test_shared_heads_are_saved_whole(two, tmp_path):
 )
 def test_heads_that_cannot_be_shared(two, options, text):
     assert two.run(tasks.heads_refused, options) == [text] * 2
+
+
+def test_heads_example_finds_all_equal(two):
+    printed, nothing = two.run(tasks.compared_heads)
+    assert printed.count("2 processes beside one: equal to rounding") == 3 and not nothing
+
+
+@pytest.mark.parametrize("options", [[], ["--sharded"]], ids=["data parallel", "sharded"])
+def test_example_prints_the_errors_of_one_process(two, tmp_path, options):
+    arguments = ["--steps", "12", "--batch", "8", "--hidden-size", "8", *options]
+    printed, nothing = two.run(tasks.trained_example, arguments)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    alone = tasks.trained_example(torch.device("cpu"), arguments)
+    torch.distributed.destroy_process_group()
+    found, expected = (re.findall(r"error (\d\.\d+)[,:]", text) for text in (printed, alone))
+    assert found == expected and len({*found}) > 5 and not nothing
+    assert "2 process(es)" in printed and "1 process(es)" in alone

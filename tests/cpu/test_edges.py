@@ -123,6 +123,18 @@ def test_a_trace_of_lengths_that_it_would_keep_is_an_error(member):
         torch.jit.trace(lambda x, n: module(x, lengths=n)[0], (x, lengths), check_trace=False)
 
 
+@pytest.mark.parametrize(("member", "options"), [(fusedlstm.PeepholeLSTM, {}), (fusedlstm.GRU, {"num_heads": 2})])
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_trace_of_our_own_loop_is_an_error(member, options, follows):
+    module, x = member(3, 4, **options).requires_grad_(follows), torch.randn(5, 3, 3)
+    text = f"input: expected a call that ATen computes in torch.jit.trace, got .*{module.cell}"
+    with pytest.raises(RuntimeError, match=text):
+        torch.jit.trace(module, (x,), check_trace=False)
+    reference = member(3, 4, backend="reference", **options)
+    traced = torch.jit.trace(reference, (x,), check_trace=False)
+    torch.testing.assert_close(traced(2 * x), reference(2 * x))
+
+
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize("steps", [3, 40])
 @pytest.mark.parametrize("name", OF_TORCH)

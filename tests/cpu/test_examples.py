@@ -62,14 +62,6 @@ def test_recurrent_policy_prints_both_curves(capsys):
     assert rows and all(a == b for a, b in rows)
 
 
-def printed_by(*command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
-
-
-def final_error(printed):
-    return float(re.search(r"final error (\d+\.\d+)", printed)[1])
-
-
 def test_data_parallel_marks_two_steps_of_each_sequence():
     data_parallel = example("data_parallel")
     x, lengths, sums = data_parallel.draw(torch.Generator().manual_seed(0), 12, 50)
@@ -79,24 +71,25 @@ def test_data_parallel_marks_two_steps_of_each_sequence():
     torch.testing.assert_close(sums, x.prod(-1).sum(0))
 
 
-def test_data_parallel_prints_the_same_errors_however_it_is_started():
-    """By one process, by two that it starts, and by two of torchrun, sharded."""
-    script, few = str(EXAMPLES / "data_parallel.py"), ("--steps", "12", "--batch", "8", "--hidden-size", "8")
+def test_data_parallel_learns(capsys, tmp_path):
+    """Two processes print the same: `test_distributed.py`."""
+    data_parallel = example("data_parallel")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    data_parallel.train(data_parallel.parsed([]))
+    torch.distributed.destroy_process_group()
+    printed = capsys.readouterr().out
+    error, limit = (float(re.search(text, printed)[1]) for text in (r"final error (\d\.\d+)", r"below (\d\.\d+);"))
+    assert error < limit < 0.1 < float(re.search(r"step .*error (\d\.\d+)", printed)[1])
+
+
+def test_data_parallel_starts_by_itself_and_by_torchrun():
+    script = str(EXAMPLES / "data_parallel.py")
+    few = ("--steps", "4", "--batch", "8", "--hidden-size", "8")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    one = printed_by(script, *few, "--processes", "1")
-    two = printed_by(script, *few)
-    sharded = printed_by(*torchrun, script, *few, "--sharded")
-    assert "in 1 process(es)" in one and "in 2 process(es)" in two and "sharded over 2 process(es)" in sharded
-    errors = [re.findall(r"error (\d+\.\d+)", printed) for printed in (one, two, sharded)]
-    assert errors[0] == errors[1] == errors[2] and len({*errors[0]}) > 5
-
-
-def test_data_parallel_learns():
-    printed = printed_by(str(EXAMPLES / "data_parallel.py"), "--processes", "1")
-    limit = float(re.search(r"below (\d\.\d+);", printed)[1])
-    assert final_error(printed) < limit
-
-
-def test_heads_over_processes_prints_that_all_are_equal():
-    printed = printed_by(str(EXAMPLES / "heads_over_processes.py"))
-    assert printed.count("equal to rounding") == 3 and "NOT" not in printed
+    commands = [(script, *few, "--processes", "1"), (*torchrun, script, *few, "--sharded")]
+    printed = [
+        subprocess.run([sys.executable, *own], capture_output=True, text=True, check=True).stdout for own in commands
+    ]
+    assert "in 1 process(es)" in printed[0] and "sharded over 2 process(es)" in printed[1]
+    errors = [re.findall(r"error (\d\.\d+)", text) for text in printed]
+    assert errors[0] == errors[1] and len({*errors[0]}) > 3

@@ -5,6 +5,7 @@ The sizes are odd, so no parameter divides by two.
 
 import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -186,7 +187,7 @@ def loaded(case: Case, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor
     model = net(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=case.momentum)
     of_model, of_optimizer = get_state_dict(model, optimizer)
-    checkpoint.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    checkpoint.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
     before = weights(model)
     _resume(model, optimizer, batch(case, torch.float32))
@@ -200,18 +201,33 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tens
         optimizer.step()
 
 
-# Of examples/heads_over_processes.py.
+# Of examples/.
 
 
-def heads_example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("heads", EXAMPLES / "heads_over_processes.py")
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def trained_example(_: torch.device, arguments: list[str]) -> str:
+    """What examples/data_parallel.py prints."""
+    data_parallel = example("data_parallel")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        data_parallel.train(data_parallel.parsed(arguments))
+    return printed.getvalue()
+
+
+def compared_heads(device: torch.device) -> str:
+    """What examples/heads_over_processes.py prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        example("heads_over_processes").compare(device)
+    return printed.getvalue()
+
+
 def heads_apart(device: torch.device, name: str, options: dict) -> tuple[float, float]:
-    return heads_example().apart(device, name, **options)
+    return example("heads_over_processes").apart(device, name, **options)
 
 
 def layer_with_heads(**options) -> fusedlstm.PeepholeLSTM:
@@ -221,14 +237,14 @@ def layer_with_heads(**options) -> fusedlstm.PeepholeLSTM:
 
 def heads_saved(device: torch.device, folder: str) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shared = heads_example().HeadParallel(layer_with_heads(device=device), mesh)
+    shared = example("heads_over_processes").HeadParallel(layer_with_heads(device=device), mesh)
     checkpoint.save(shared.state_dict(), checkpoint_id=folder)
 
 
 def heads_refused(device: torch.device, options: dict) -> str:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     try:
-        heads_example().HeadParallel(fusedlstm.LSTM(I, 9, **options, device=device), mesh)
+        example("heads_over_processes").HeadParallel(fusedlstm.LSTM(I, 9, **options, device=device), mesh)
     except ValueError as error:
         return str(error)
     return ""

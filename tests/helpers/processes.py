@@ -85,4 +85,3 @@ class Processes:
                 raise AssertionError(f"process {rank}: {error}")
             results.append(result)
         return results
-

@@ -8,7 +8,8 @@ from processes import COUNT, Processes
 from support import assert_accurate
 
 pytestmark = pytest.mark.skipif(
-    0 < torch.cuda.device_count() < COUNT, reason="NCCL takes one GPU per process, and where there is one nothing runs on a CPU"
+    0 < torch.cuda.device_count() < COUNT,
+    reason="NCCL takes one GPU per process, and where there is one nothing runs on a CPU",
 )
 CASE = tasks.Case(lengths=True, steps=3, backend="triton")
 

@@ -82,7 +82,9 @@ def test_trains_with_the_engine(mode, name):
         optimizer.zero_grad()
         nn.functional.cross_entropy(private(x), y).backward()
         optimizer.step()
-    assert all(torch.isfinite(p).all() and not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.isfinite(p).all() and not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)
+    )
     assert 0 < engine.get_epsilon(1e-5) < float("inf")
 
 
