@@ -475,17 +475,18 @@ def _dtype_of_cell(module, input: Tensor, autocast: bool) -> None:
         raise ValueError(f"input: expected the dtype of the weights ({module.weight_ih.dtype}), got {input.dtype}")
 
 
-def traced(module, input, layer: int, direction: int) -> None:
-    """Check the arguments of `gate_trace`."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
-    if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
-        raise TypeError(f"module: expected a fusedlstm.LSTM or a torch.nn.LSTM, got {type(module).__name__}")
-    directions = 2 if module.bidirectional else 1
-    if not 0 <= layer < module.num_layers:
-        raise ValueError(f"layer: expected 0 to {module.num_layers - 1}, got {layer}")
-    if not 0 <= direction < directions:
-        raise ValueError(f"direction: expected 0 to {directions - 1}, got {direction}")
+def place(module, layer: int, direction: int) -> None:
+    """Check the numbers of a layer and a direction."""
+    for name, value, count in (("layer", layer, module.num_layers), ("direction", direction, module._directions)):
+        if not 0 <= value < count:
+            raise ValueError(f"{name}: expected 0 to {count - 1}, got {value}")
+
+
+def at_least_one(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def needs(library: str, extra: str):

@@ -288,21 +288,25 @@ def _padded_right(call: _Call) -> tuple[_Call, Callable[..., Results]]:
     """Turn a batch with padding on the left into one with padding on the right. Returns it and the way back."""
     rows = call.rows
     input, resets = _time_major(rows, call.input, rows.resets)
-    T, B = input.shape[:2]
-    lengths = _moved("lengths", rows.lengths, input.device, torch.int64).clamp(0, T)
-    steps = torch.arange(T, device=input.device).unsqueeze(1)
-    later, earlier = (steps - lengths) % max(T, 1), (steps + lengths) % max(T, 1)  # [T, B]
-
-    def moved(x, step):
-        return x.gather(0, step.view(T, B, *[1] * (x.dim() - 2)).expand(x.shape))
+    lengths = _moved("lengths", rows.lengths, input.device, torch.int64).clamp(0, len(input))
 
     def restore(output, states, sequences):
-        output, *sequences = (moved(x, earlier) for x in (output, *sequences))
+        output, *sequences = (rolled(x, -lengths) for x in (output, *sequences))
         return _as_given(rows, output, states, tuple(sequences))
 
-    resets = None if resets is None else moved(_moved("resets", resets, input.device, torch.bool), later)
+    resets = None if resets is None else rolled(_moved("resets", resets, input.device, torch.bool), lengths)
     rows_right = Rows(lengths=lengths, resets=resets)
-    return call._replace(input=moved(input, later), rows=rows_right), restore
+    return call._replace(input=rolled(input, lengths), rows=rows_right), restore
+
+
+def rolled(
+    x: Tensor,  # [T, B, ...]
+    shift: Tensor,  # [B] integers
+) -> Tensor:
+    """Every sequence moved by its own number of steps. What leaves at one end comes in at the other."""
+    T, B = x.shape[:2]
+    step = (torch.arange(T, device=x.device).unsqueeze(1) - shift) % max(T, 1)
+    return x.gather(0, step.view(T, B, *[1] * (x.dim() - 2)).expand(x.shape))
 
 
 def _in_pieces(call: _Call) -> tuple[_Call, Callable[..., Results]]:

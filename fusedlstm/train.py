@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedlstm import checks, engines
-from fusedlstm.inspect import gate_trace, plot_gates
+from fusedlstm import checks, engines, inspect
 from fusedlstm.modules import LSTM
 
 SIDE = 8  # pixels
@@ -234,7 +233,7 @@ def picture(model: Classifier, curve: Curve, digits: Digits, path: Path, sample:
         yticklabels=range(1, SIDE + 1),
     )
 
-    plot_gates(gate_trace(model.lstm, x), figure=bottom, period=SIDE)
+    inspect.plot_gates(inspect.gates(model.lstm, x), figure=bottom, period=SIDE)
     bottom.suptitle(
         f"gates and states while the {x.size(0)} pixels of this digit are read (a tick is the end of a row of pixels)"
     )

@@ -70,6 +70,8 @@ class Cell(NamedTuple):
             takes the second one only, as G vectors.
         without_norms: For a cell with norms, the name of the cell with the same gates and states but without them.
         aten: The name of ATen's function of the same cell, or None.
+        before_sigmoid: The names of gates that a step keeps before their sigmoid. `fusedlstm.inspect` shows them after
+            it.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Cell(NamedTuple):
     norms: bool = False
     without_norms: str | None = None
     aten: str | None = None
+    before_sigmoid: tuple[str, ...] = ()
 
     @property
     def equations(self) -> Equations:

@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from fusedlstm.cells.cell import Cell, Equations, Loop
 
-CELL = Cell("slstm", gates=("i", "f", "g", "o"), states=("h", "c", "n", "m"))
+CELL = Cell("slstm", gates=("i", "f", "g", "o"), states=("h", "c", "n", "m"), before_sigmoid=("f",))
 
 
 def _carried(n, m):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedlstm import transforms
-from fusedlstm.cells import Grads, Recurrence, Saved, State, Weights
+from fusedlstm.cells import Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.layout import Layout, spans
 from fusedlstm.noise import EVERY_ROW, Batch
 from fusedlstm.products import recurrent_product, recurrent_product_backward
@@ -258,14 +258,19 @@ def layer(
     weight_hr: list[Tensor] | None = None,  # D times [P, H]
 ) -> Saved:
     """One layer with its input product."""
-    of = spec.cell
-    biases = [of.input_bias(p) for p in per_direction]
+    preact_x = input_part(spec.cell, input, per_direction)
+    weights = Weights([p[1] for p in per_direction], spec.cell.step_vectors(per_direction), weight_hr=weight_hr)
+    return recurrence_fwd(spec, preact_x, weights, state, batch)
+
+
+def input_part(
+    of: Cell,
+    input: Tensor,  # [T, B, I] or packed [R, I]
+    per_direction: list[list[Tensor]],  # as in `layer`
+) -> Tensor:
+    """The input's part of the preactivations of a layer, [D, T, B, G * H] or packed [D, R, G * H]."""
     if of.norms:
         products = torch.stack([input @ p[0].t() for p in per_direction], -2)
-        preact_x = of.normed(products, per_direction).movedim(-2, 0)
-    else:
-        preact_x = torch.stack(
-            [input @ p[0].t() + (0 if b is None else b) for p, b in zip(per_direction, biases, strict=True)]
-        )
-    weights = Weights([p[1] for p in per_direction], of.step_vectors(per_direction), weight_hr=weight_hr)
-    return recurrence_fwd(spec, preact_x, weights, state, batch)
+        return of.normed(products, per_direction).movedim(-2, 0)
+    biases = [of.input_bias(p) for p in per_direction]
+    return torch.stack([input @ p[0].t() + (0 if b is None else b) for p, b in zip(per_direction, biases, strict=True)])
