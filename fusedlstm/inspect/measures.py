@@ -501,7 +501,10 @@ def _flow(call: Call, ran: _Ran, direction: int, probes: int | None) -> Gradient
         vectors = _vectors(after[k], probes)
         for some in vectors.split(max(1, _ROWS // max(1, valid.size(1)))):
             found += _squares(call, ran, before, k, some, passes, direction)
-        norms[name] = call.as_given(torch.where(distance >= 0, found.sqrt(), 0.0))
+        # The squares of J^T v add up to those of J for the vectors of the units, and each is their mean for signs.
+        H = after[k].size(-1)
+        norm = (found / max(1, H * (1 if probes is None else probes))).sqrt()
+        norms[name] = call.as_given(torch.where(distance >= 0, norm, 0.0))
     keep = _trace(call._replace(padded_left=False), ran, direction).keep
     factors = torch.where((distance > 0).unsqueeze(-1), keep.double().roll(back, 0) * passes.unsqueeze(-1), 1.0)
     product = factors.flip(0).cumprod(0).flip(0) if direction == 0 else factors.cumprod(0)
@@ -516,12 +519,12 @@ def _distance(valid: Tensor, direction: int) -> Tensor:
 
 
 def _vectors(state: Tensor, probes: int | None) -> Tensor:
-    """Vectors v [V, B, H] for a state [T, B, H], so that the squares of J^T v add up to the squared norm of J."""
+    """The vectors v of a state [T, B, H], [V, B, H]: those of the units, or signs."""
     _, B, H = state.shape
     if probes is None:
-        return torch.eye(H, dtype=state.dtype, device=state.device).unsqueeze(1).expand(H, B, H) / H**0.5
+        return torch.eye(H, dtype=state.dtype, device=state.device).unsqueeze(1).expand(H, B, H)
     signs = torch.randint(2, (probes, B, H), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return signs.to(state.device, state.dtype) / (probes * H) ** 0.5
+    return signs.to(state.device, state.dtype)
 
 
 def _squares(

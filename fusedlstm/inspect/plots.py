@@ -108,11 +108,7 @@ def _order_of_activity(x: Tensor) -> Tensor:  # [T, H] -> [H]
     return ((change * steps).sum(0) / change.sum(0).clamp_min(1e-12)).argsort()
 
 
-def plot_gradient_flow(
-    flows: GradientFlow | Mapping[str, GradientFlow],
-    *,
-    figure: Any = None,
-) -> "Figure":
+def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow], *, figure: Any = None) -> "Figure":
     """Draw how the norms of gradients change with the distance to the last step, on a logarithmic axis.
 
     Example::
@@ -159,7 +155,7 @@ def plot_gradient_flow(
     panels.flat[0].set_xlim(0, None)
     panels.flat[0].legend(frameon=False, fontsize=9)
     figure.supxlabel("distance to the last step (steps)", fontsize=10)
-    figure.supylabel("norm of the gradient (1: whole)", fontsize=10)
+    figure.supylabel("norm of the gradient", fontsize=10)
     return figure
 
 
@@ -184,7 +180,7 @@ def plot_saturation(found: Saturation, *, figure: Any = None) -> "Figure":
         ModuleNotFoundError: matplotlib is missing.
     """
     names = [*next(iter(found.units.values())).shut]
-    figure = figure or new_figure(max(4.2, 2.7 * len(names) + 0.8), 1.9 * len(found.units) + 1.1)
+    figure = figure or new_figure(max(4.8, 2.7 * len(names) + 0.8), 1.9 * len(found.units) + 1.1)
     panels = figure.subplots(len(found.units), len(names), sharey=True, sharex=True, squeeze=False)
     for row, (place, own) in zip(panels, found.units.items(), strict=True):
         for panel, name in zip(row, names, strict=True):
@@ -192,7 +188,7 @@ def plot_saturation(found: Saturation, *, figure: Any = None) -> "Figure":
             order = (shut - opened).argsort(descending=True)
             shut, opened, units = shut[order], opened[order], torch.arange(len(order) + 1).numpy()
             shares = (shut, 1 - shut - opened, opened)
-            labels = (f"shut (below {SHUT})", "between", f"open (above {OPEN})")
+            labels = (f"below {SHUT}", "between", f"above {OPEN}")
             bottom = torch.zeros_like(shut)
             for share, label, colour in zip(shares, labels, (BLUE, "#DDDDDD", "#E69F00"), strict=True):
                 top = bottom + share
@@ -202,11 +198,10 @@ def plot_saturation(found: Saturation, *, figure: Any = None) -> "Figure":
             if panel in panels[0]:
                 words = GATE_WORDS.get(name, "")
                 panel.set_title(f"{words}  ${name}$".strip(), fontsize=11)
-        row[0].set_ylabel(f"layer {place_name(*place)}")
+        row[0].set_ylabel(f"layer {place_name(*place)}\nshare of the steps")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.supxlabel("unit, sorted", fontsize=10)
-    figure.supylabel("share of the steps", fontsize=10)
     return figure
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fusedlstm
 from fusedlstm import functional
-from fusedlstm.inspect import gate_trace
+from fusedlstm import inspect
 from support import assert_accurate
 from twins import block_diagonal, blocks, case_id, dense_twin, outcome, pairwise, with_heads
 
@@ -242,7 +242,7 @@ def test_strided_weights():
     torch.testing.assert_close(found, expected)
 
 
-def test_gate_trace():
+def test_gates_with_heads():
     lstm = fusedlstm.LSTM(5, 12, num_layers=2, num_heads=4)
     x = torch.randn(4, 3, 5)
-    torch.testing.assert_close(gate_trace(lstm, x, layer=1).h, lstm(x)[0])
+    torch.testing.assert_close(inspect.gates(lstm, x, layer=1).h, lstm(x)[0])
