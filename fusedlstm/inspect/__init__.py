@@ -11,10 +11,12 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedlstm import checks, functional
 from fusedlstm.base import Recurrent, State
 from fusedlstm.inspect.measures import GradientFlow, Saturation, Trace, Units, gates, gradient_flow, saturation
+from fusedlstm.inspect.monitor import Monitor
 from fusedlstm.inspect.plots import plot_gates, plot_gradient_flow, plot_saturation
 
 __all__ = [
     "GradientFlow",
+    "Monitor",
     "Saturation",
     "Trace",
     "Units",

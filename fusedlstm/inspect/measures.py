@@ -167,10 +167,10 @@ def gates(
 
     Precision: That of `fusedlstm.engines.reference` in the dtype of the parameters, or in float32 if that is shorter.
     """
-    module = _ours(module)
+    module = ours(module)
     checks.place(module, layer, direction)
     with torch.no_grad():
-        call = _call_of(module, input, hx, lengths, resets, padding_side)
+        call = call_of(module, input, hx, lengths, resets, padding_side)
         with without_autocast(call.x):
             *_, ran = _layers(call, last=layer)
             return _trace(call, ran, direction)
@@ -215,12 +215,12 @@ def gradient_flow(
     Precision: As in :func:`gates`.
     Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks".
     """
-    module = _ours(module)
+    module = ours(module)
     checks.place(module, layer, direction)
     if probes is not None:
         checks.at_least_one("probes", probes)
     with torch.no_grad():
-        call = _call_of(module, input, hx, lengths, resets, padding_side)
+        call = call_of(module, input, hx, lengths, resets, padding_side)
         with without_autocast(call.x):
             *_, ran = _layers(call, last=layer)
             return _flow(call, ran, direction, probes)
@@ -255,14 +255,14 @@ def saturation(module: nn.RNNBase, loader: Iterable[Any]) -> Saturation:
 
     Source: The counts per unit are those of Karpathy et al. 2015, "Visualizing and understanding recurrent networks".
     """
-    module = _ours(module)
+    module = ours(module)
     count = Counts()
     for item in loader:
         bare = isinstance(item, Tensor | PackedSequence) or not isinstance(item, Sequence)
         input = item if bare else item[0]
         with torch.no_grad():
             device = module._flat_weights[0].device
-            call = _call_of(module, input.to(device) if hasattr(input, "to") else input)
+            call = call_of(module, input.to(device) if hasattr(input, "to") else input)
             with without_autocast(call.x):
                 count.add(call.cell, traces(call))
     return count.result()
@@ -351,7 +351,7 @@ class Call(NamedTuple):
         return functional.rolled(x, -lengths) if self.padded_left and lengths is not None else x
 
 
-def _ours(module: Any) -> Recurrent:
+def ours(module: Any) -> Recurrent:
     """One of our layers with the same parameters."""
     if isinstance(module, nn.RNNBase) and not isinstance(module, Recurrent):
         module = convert(copy.copy(module))
@@ -363,7 +363,7 @@ def _ours(module: Any) -> Recurrent:
     return module
 
 
-def _call_of(
+def call_of(
     module: Recurrent,
     input: Any,
     hx: base.State | None = None,
