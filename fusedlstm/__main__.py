@@ -1,8 +1,11 @@
-"""Train a demo model, describe this machine, explain how the kernels would run a layer, or tune them on a GPU."""
+"""Train a demo model, describe this machine, explain how the kernels would run a layer, tune them on a GPU, or look
+inside of the layers of a file.
+"""
 
 import argparse
 import importlib
 import os
+import pickle
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +15,15 @@ import torch
 from torch.utils import collect_env
 
 import fusedlstm
-from fusedlstm import cells, checks, engines, plan, train
+from fusedlstm import cells, checks, engines, inspect, plan, train
+from fusedlstm.inspect import checkpoint
+from fusedlstm.inspect.measures import place_name
+from fusedlstm.inspect.monitor import file_name
 from fusedlstm.plan import tuned
 from fusedlstm.plan.choice import table
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DISTANCES = (1, 10, 100)  # steps before the last one, at which `inspect` prints the norms
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,6 +107,19 @@ def parser() -> Parser:
     add("--device", **where)
     add("--show", action="store_true", help="only print the stored choices")
     add("--clear", action="store_true", help="only delete all stored choices")
+
+    add = command("inspect", run_inspect, "Show gates, idle units and gradients through time of the layers of a file.")
+    add("checkpoint", type=Path, help="file of torch.save: a state_dict, a dictionary with one, or a module")
+    add("--name", help="name of the one layer to look at (default: all)")
+    add("--cell", choices=[*cells.CELLS], help="cell of the layers, where names and shapes leave it open")
+    add("--input", type=Path, help="file of torch.save with an input [T, B, I] or [T, I] (default: random numbers)")
+    add("--zeros", action="store_true", help="take zeros in place of random numbers")
+    add("--steps", type=positive, default=100, help="number of steps of the random input (default: %(default)s)")
+    add("--batch", type=positive, default=4, help="number of sequences of the random input (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the random input (default: %(default)s)")
+    add("--probes", type=positive, default=16, help="random vectors that estimate a norm (default: %(default)s)")
+    add("--trust", action="store_true", help="read a file with objects, whose code runs then")
+    add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
     return main
 
 
@@ -278,6 +298,65 @@ def measure(args: argparse.Namespace) -> None:
         print(f"\n{kind}: {measured.chosen} (predicted: {measured.predicted})")
         rows = [(name, f"{ms:.3f}") for name, ms in sorted(measured.ms.items(), key=lambda item: item[1])]
         print(table(["tried", "ms"], rows))
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    try:
+        checks.needs("matplotlib.figure", "demo")
+        modules = checkpoint.layers(args.checkpoint, args.cell, args.trust)
+        chosen = {name: module for name, module in modules.items() if args.name in (None, name)}
+        if not chosen:
+            args.parser.error(f"--name: expected one of {', '.join(modules)}, got {args.name!r}")
+        given = None if args.input is None else torch.load(args.input, map_location="cpu", weights_only=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, module in chosen.items():
+            look_inside(name, module, given, args)
+    except (OSError, ValueError, TypeError, RuntimeError, ModuleNotFoundError, pickle.UnpicklingError) as error:
+        text = " ".join(str(error).split())
+        then = "Pass --trust if you trust whoever made the file." if "objects whose code runs" in text else ""
+        args.parser.error(text, then)
+
+
+def look_inside(name: str, module: torch.nn.RNNBase, given: object, args: argparse.Namespace) -> None:
+    """Print the tables of a layer and write its pictures."""
+    label, features = name or "layer", module.input_size
+    like = {"dtype": module._flat_weights[0].dtype}
+    if given is not None:
+        checks.dense("--input", given)
+        x, what = given.to(**like), f"the input of {args.input}"
+    elif args.zeros:
+        x, what = torch.zeros(args.steps, args.batch, features, **like), "zeros"
+    else:
+        numbers = torch.randn(args.steps, args.batch, features, generator=torch.Generator().manual_seed(args.seed))
+        x, what = numbers.to(**like), f"random numbers, seed {args.seed}"
+    if x.dim() == 3 and module.batch_first:
+        x = x.transpose(0, 1)
+    print(f"{label}: {module}, with {what}, {tuple(x.shape)}\n")
+    found = inspect.saturation(module, [x])
+    print(f"{found}\n")
+    flows, rows = {}, []
+    for place in found.units:
+        which = place_name(*place)
+        layer, direction = place
+        trace = inspect.gates(module, x, layer=layer, direction=direction)
+        save(inspect.plot_gates(trace), args.out, f"{label} layer {which} gates")
+        flow = flows[f"layer {which}"] = inspect.gradient_flow(
+            module, x, layer=layer, direction=direction, probes=args.probes
+        )
+        for state in flow.norms:
+            norm = flow.by_distance(state)
+            far = [f"{norm[k]:.2g}" if k < len(norm) else "" for k in DISTANCES]
+            rows.append((which, state, f"{flow.per_step(state):.3f}", *far))
+    print(table(["layer", "gradient of", "per step", *(f"after {k}" for k in DISTANCES)], rows))
+    print()
+    save(inspect.plot_gradient_flow(flows), args.out, f"{label} gradient flow")
+    save(inspect.plot_saturation(found), args.out, f"{label} saturation")
+
+
+def save(figure, folder: Path, name: str) -> None:
+    path = folder / f"{file_name(name)}.png"
+    figure.savefig(path, dpi=130)
+    print(f"picture: {path}")
 
 
 def main(argv: list[str] | None = None) -> None:

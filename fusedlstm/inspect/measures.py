@@ -495,15 +495,17 @@ def _flow(call: Call, ran: _Ran, direction: int, probes: int | None) -> Gradient
     passes = (uncut.roll(-1, 0) if direction == 0 else uncut) & (distance > 0)
     after = [s.unflatten(-1, (call.directions, -1))[:, :, direction] for s in (ran.saved.output, *ran.saved.c_seq)]
     before = _before(call, ran, after, direction)
+    starts = [_vectors(s, probes) for s in after]
+    # All vectors of all states go back together. `of` has the number of the state with which each begins.
+    of = torch.cat([torch.full((len(v),), k, device=valid.device) for k, v in enumerate(starts)])
+    squares = torch.zeros(len(starts), *valid.shape, dtype=torch.float64, device=valid.device)
+    for some in torch.arange(len(of), device=valid.device).split(max(1, _ROWS // max(1, valid.size(1)))):
+        squares += _squares(call, ran, before, starts, of, some, passes, direction)
     norms = {}
     for k, name in enumerate(call.cell.states):
-        found = torch.zeros(T, *valid.shape[1:], dtype=torch.float64, device=valid.device)
-        vectors = _vectors(after[k], probes)
-        for some in vectors.split(max(1, _ROWS // max(1, valid.size(1)))):
-            found += _squares(call, ran, before, k, some, passes, direction)
         # The squares of J^T v add up to those of J for the vectors of the units, and each is their mean for signs.
-        H = after[k].size(-1)
-        norm = (found / max(1, H * (1 if probes is None else probes))).sqrt()
+        count = after[k].size(-1) * (1 if probes is None else probes)
+        norm = (squares[k] / max(1, count)).sqrt()
         norms[name] = call.as_given(torch.where(distance >= 0, norm, 0.0))
     keep = _trace(call._replace(padded_left=False), ran, direction).keep
     factors = torch.where((distance > 0).unsqueeze(-1), keep.double().roll(back, 0) * passes.unsqueeze(-1), 1.0)
@@ -531,29 +533,35 @@ def _squares(
     call: Call,
     ran: _Ran,
     before: list[Tensor],  # each [T, B, H]
-    of: int,  # the number of the state
-    vectors: Tensor,  # [V, B, H]
+    starts: list[Tensor],  # for each state, vectors [V, B, H]
+    of: Tensor,  # [V of all states]: the state of each vector
+    some: Tensor,  # [W] the numbers of the vectors to take
     passes: Tensor,  # [T, B] bool
     direction: int,
 ) -> Tensor:
-    """The sum over the vectors of the squared length of J^T v, with the J of every step, [T, B] float64."""
-    (V, B, _), T = vectors.shape, len(passes)
-    grads = [vectors.new_zeros(V, B, s.size(-1)) for s in before]
-    grads[of] = vectors
+    """The sum over the vectors of the squared length of J^T v, for every state and the J of every step, [S, T, B]."""
+    (T, B), (W,) = passes.shape, some.shape
+    grads = []
+    for k, vectors in enumerate(starts):
+        grads.append(vectors.new_zeros(W, B, vectors.size(-1)))
+        own = of[some] == k
+        grads[k][own] = vectors[some[own] - int((of < k).sum())]
+    mine = [(of[some] == k).view(W, 1) for k in range(len(starts))]
     # The length of all grads is kept apart, as a logarithm. Else they would soon be too small for float32.
-    log_length = torch.zeros(V, B, 1, dtype=torch.float64, device=vectors.device)
-    found = torch.zeros(T, B, dtype=torch.float64, device=vectors.device)
+    log_length = torch.zeros(W, B, 1, dtype=torch.float64, device=passes.device)
+    found = torch.zeros(len(starts), T, B, dtype=torch.float64, device=passes.device)
     order = reference.steps_of(T, 1 - direction)
     for t, earlier in itertools.zip_longest(order, order[1:]):
         # `grads` are with respect to the states after step t.
-        own = torch.linalg.vector_norm(grads[of], dim=-1, keepdim=True, dtype=torch.float64) * log_length.exp()
-        found[t] = own.square().sum((0, 2))
+        for k, grad in enumerate(grads):
+            length = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float64) * log_length.squeeze(-1).exp()
+            found[k, t] = (length.square() * mine[k]).sum(0)
         if earlier is None:
             break
         came = _through_step(call, ran, [s[t] for s in before], grads, t, direction)
         lives, enters = call.valid[t].unsqueeze(-1), passes[earlier].unsqueeze(-1)
         grads = [torch.where(lives, g * enters, old) for g, old in zip(came, grads, strict=True)]
-        length = torch.cat(grads, -1).norm(dim=-1, keepdim=True)  # [V, B, 1]
+        length = torch.cat(grads, -1).norm(dim=-1, keepdim=True)  # [W, B, 1]
         length = torch.where(length > 0, length, 1)
         grads = [g / length for g in grads]
         log_length += length.double().log()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -93,3 +94,24 @@ def test_data_parallel_starts_by_itself_and_by_torchrun():
     assert "in 1 process(es)" in printed[0] and "sharded over 2 process(es)" in printed[1]
     errors = [re.findall(r"error (\d\.\d+)", text) for text in printed]
     assert errors[0] == errors[1] and len({*errors[0]}) > 3
+
+
+def test_gradient_flow_shows_why_an_rnn_forgets(tmp_path, capsys):
+    example("gradient_flow").main(["--gap", "10", "--units", "8", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    measured = {
+        (kind, name.strip()): tuple(float(x) for x in (one, of_one, ten, of_ten))
+        for kind, name, one, of_one, ten, of_ten in re.findall(
+            r"(RNN|LSTM), ([^│]*?) *│ +(\S+) \((\S+)\) │ +(\S+) \((\S+)\) │", printed
+        )
+    }
+    for radius in (0.8, 0.9, 1.0, 1.1):
+        one, of_one, ten, of_ten = measured["RNN", f"radius {radius}"]
+        assert one == of_one == pytest.approx(radius) and ten == of_ten == pytest.approx(radius**10, rel=0.05)
+    kept = [measured["LSTM", f"bias {bias}"] for bias in (0, 1, 3)]
+    assert [row[2] for row in kept] == sorted(row[2] for row in kept) and all(row[2] >= row[3] for row in kept)
+    clipped = dict(re.findall(r"RNN, (radius \S+, \w+ limit|radius \S+, limit \S+) +│[^│]+│ +(\S+) │", printed))
+    assert float(clipped["radius 0.8, limit 1"]) == pytest.approx(0.8**10, rel=0.05)  # no help
+    assert float(clipped["radius 1.1, no limit"]) == pytest.approx(1.1**10, rel=0.05)
+    assert float(clipped["radius 1.1, limit 0.1"]) < 0.1 * 1.1 * 8**0.5
+    assert (tmp_path / "gradient_flow.png").stat().st_size > 10_000
