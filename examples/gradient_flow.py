@@ -1,12 +1,12 @@
 """Why a vanilla RNN forgets and an LSTM does not: their gradients through time, measured.
 
-A gradient that goes back one step of a vanilla RNN is multiplied by the recurrent weight and the derivative of tanh. Its
-length changes by about the spectral radius of the weight per step. So it shrinks or grows like a power of the gap, and
-only one radius does neither. In an LSTM no matrix is between the memory c of one step and of the next, but the forget
-gate f of each unit. What f keeps is the least that is left, because the recurrent weights add other paths. With a bias
+A gradient that goes back one step of a vanilla RNN is multiplied by the recurrent weight and the derivative of tanh.
+Its length changes by about the spectral radius of the weight per step. So it shrinks or grows like a power of the gap,
+and only one radius does neither. In an LSTM no matrix is between the memory c of one step and of the next, but the
+forget gate f of each unit. The recurrent weights add other paths, and here more is left than what f keeps. With a bias
 b, f is about sigmoid(b), and a larger bias keeps the gradient for longer. So the bias is often 1 or more at first
-(Gers et al. 2000; Jozefowicz et al. 2015). Biases that are spread out let the units of one
-layer remember for different times, and then the gradient shrinks more slowly than any power (Tallec & Ollivier 2018).
+(Gers et al. 2000; Jozefowicz et al. 2015). Biases that are spread out let the units of one layer remember for different
+times, and then the gradient shrinks more slowly than any power (Tallec & Ollivier 2018).
 
 Clipping helps against gradients that grow, and not against those that shrink. `grad_clip` limits every element of the
 gradient at every step.
@@ -90,7 +90,9 @@ def picture(found_rnns, found_lstms, found_clipped, path: Path) -> None:
             panel.semilogy(expected, color="black", linewidth=1, linestyle=(0, (2, 3)))
     panels[0].plot([], [], color="black", linewidth=1, linestyle=(0, (2, 3)), label="radius to the power of the gap")
     panels[1].plot([], [], color="black", linewidth=1, linestyle=(0, (2, 3)), label="product of the forget gates")
-    for (name, length), colour in zip(found_clipped.items(), (COLOURS[3], "#56B4E9", "#CC79A7", COLOURS[0]), strict=True):
+    for (name, length), colour in zip(
+        found_clipped.items(), (COLOURS[3], "#56B4E9", "#CC79A7", COLOURS[0]), strict=True
+    ):
         panels[2].semilogy(length, color=colour, linewidth=2, label=name)
     panels[0].set(title="vanilla RNN: a power of the gap", ylabel=r"norm of $\partial h_T / \partial h_t$")
     panels[1].set(title="LSTM: at least what its forget gates keep", ylabel=r"norm of $\partial c_T / \partial c_t$")

@@ -5,7 +5,6 @@ inside of the layers of a file.
 import argparse
 import importlib
 import os
-import pickle
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -307,11 +306,11 @@ def run_inspect(args: argparse.Namespace) -> None:
         chosen = {name: module for name, module in modules.items() if args.name in (None, name)}
         if not chosen:
             args.parser.error(f"--name: expected one of {', '.join(modules)}, got {args.name!r}")
-        given = None if args.input is None else torch.load(args.input, map_location="cpu", weights_only=True)
+        given = None if args.input is None else checkpoint.read(args.input)
         args.out.mkdir(parents=True, exist_ok=True)
         for name, module in chosen.items():
             look_inside(name, module, given, args)
-    except (OSError, ValueError, TypeError, RuntimeError, ModuleNotFoundError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         text = " ".join(str(error).split())
         then = "Pass --trust if you trust whoever made the file." if "objects whose code runs" in text else ""
         args.parser.error(text, then)

@@ -33,12 +33,7 @@ def layers(path: str | Path, cell: str | None = None, trust: bool = False) -> di
         OSError: The file cannot be read.
         ValueError: The file is no such file, or has no recurrent layer, or its shapes are not those of the cell.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=not trust)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ModuleNotFoundError, KeyError) as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(f"{path}: expected tensors, got objects whose code runs when they are read") from None
-        raise ValueError(f"{path}: expected a file of torch.save, got {str(error).splitlines()[:1]}") from None
+    found = read(path, trust)
     if isinstance(found, nn.Module):
         modules = {name: m for name, m in found.named_modules() if isinstance(m, nn.RNNBase)}
     else:
@@ -46,6 +41,16 @@ def layers(path: str | Path, cell: str | None = None, trust: bool = False) -> di
     if not modules:
         raise ValueError(f"{path}: expected a recurrent layer, got none: no parameter is named weight_ih_l0")
     return modules
+
+
+def read(path: str | Path, trust: bool = False) -> Any:
+    """Return what a file of `torch.save` holds. The errors are those of `layers`."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ImportError, KeyError) as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise ValueError(f"{path}: expected tensors, got objects whose code runs when they are read") from None
+        raise ValueError(f"{path}: expected a file of torch.save, got one that torch cannot read") from None
 
 
 def _of_tensors(found: Any, cell: str | None) -> Iterator[tuple[str, nn.RNNBase]]:
@@ -82,7 +87,7 @@ def _layer(name: str, parameters: dict[str, Tensor], cell: str | None) -> nn.RNN
             f"weight_hh_l0 [{rows}, {columns}]; --cell names a cell with heads"
         )
     chosen = dense[0] if dense else cell
-    if chosen not in fits or fits[chosen] % columns and not proj_size:
+    if chosen not in fits or (fits[chosen] % columns and not proj_size):
         raise ValueError(
             f"{name}: expected the parameters of the cell {cell}, got weight_ih_l0 [{rows}, {input_size}], "
             f"weight_hh_l0 [{rows}, {columns}]{', ' if vectors else ''}{', '.join(sorted(vectors))}"

@@ -381,18 +381,18 @@ def call_of(
             resets, _ = pad_packed_sequence(resets, module.batch_first)
         padded, lengths = sequences.padded_from_packed(input, batch_first=module.batch_first)
         data, states, rows, _ = module._prepared(padded, hx, lengths, resets, "right")
-    x, resets, lengths = data, rows.resets, rows.lengths
+    x, cuts, lengths = data, rows.resets, rows.lengths
     if rows.batch_first:
-        x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-    resets = None if resets is None else resets.to(x.device, torch.bool)
+        x, cuts = x.transpose(0, 1), None if cuts is None else cuts.transpose(0, 1)
+    cuts = None if cuts is None else cuts.to(x.device, torch.bool)
     lengths = None if lengths is None else lengths.to(x.device, torch.int64).clamp(0, len(x))
     if rows.padded_left and lengths is not None:
-        x, resets = functional.rolled(x, lengths), None if resets is None else functional.rolled(resets, lengths)
+        x, cuts = functional.rolled(x, lengths), None if cuts is None else functional.rolled(cuts, lengths)
     cell, D, weights = CELLS[module.cell], module._directions, module._flat_weights
     count = len(weights) // (module.num_layers * D)
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
     parameters = [[w.detach().to(dtype) for w in weights[k : k + count]] for k in range(0, len(weights), count)]
-    batch = Batch(Layout(lengths, None, resets), Noise(None, module.rates.in_steps(False)))
+    batch = Batch(Layout(lengths, None, cuts), Noise(None, module.rates.in_steps(False)))
     states = tuple(s.detach().to(dtype) for s in states)
     return Call(
         cell, x.detach().to(dtype), states, parameters, D, module.proj_size > 0, batch, padded_left=rows.padded_left
@@ -487,7 +487,7 @@ def _keep(call: Call, ran: _Ran, blocks: Sequence[Tensor], after: list[Tensor], 
 
 
 def _flow(call: Call, ran: _Ran, direction: int, probes: int | None) -> GradientFlow:
-    T, valid, resets = len(call.x), call.valid, call.batch.layout.resets
+    valid, resets = call.valid, call.batch.layout.resets
     back = -1 if direction == 0 else 1  # from what is of the step that comes after in this direction
     distance = torch.where(valid, _distance(valid, direction), -1)
     # The state after a step enters the next one, if there is one and no cut.

@@ -122,8 +122,8 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow], *, figu
         figure: A matplotlib `Figure` or `SubFigure` to draw on. If it is not given, a new one.
 
     Returns:
-        The figure. A line is the mean over the batch. The dashed line is the product of what the steps keep, and is left
-        out if that is 0. Values below 1e-12 are not shown.
+        The figure. A line is the mean over the batch. The dashed line is the product of what the steps keep. It is
+        left out if that is 0. Values below 1e-12 are not shown.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.

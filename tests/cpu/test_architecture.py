@@ -29,7 +29,7 @@ EXCEPTIONS = {
     ("plan.tuned", "__init__"): "the version of the package is part of the key of what was measured",
 }
 
-MOST_MODULES = 45
+MOST_MODULES = 49
 MOST_KERNEL_FILES = 22
 MOST_LINES, MOST_PARAMETERS = 80, 12  # of a function
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import fusedlstm
-from fusedlstm import functional
-from fusedlstm import inspect
+from fusedlstm import functional, inspect
 from support import assert_accurate
 from twins import block_diagonal, blocks, case_id, dense_twin, outcome, pairwise, with_heads
 

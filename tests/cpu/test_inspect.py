@@ -216,7 +216,10 @@ def test_norms_are_those_of_jacobians(member, case, direction):
     options = {"lengths": LENGTHS, "resets": resets}
     flow = inspect.gradient_flow(module, x, hx, layer=1, direction=direction, **options)
     # The upper layer by itself, in one direction, reads the states of the lower one.
-    lower, own = all_states(module, x, hx, **options), make(member, num_layers=1, bidirectional=True, **OPTIONS[case][0])
+    lower, own = (
+        all_states(module, x, hx, **options),
+        make(member, num_layers=1, bidirectional=True, **OPTIONS[case][0]),
+    )
     lower_h = torch.cat([lower["h"][:, 0], lower["h"][:, 1]], -1)
     seqs = [states[:, 2 + direction] for states in lower.values()]
     weights = {name.replace("_l1", "_l0"): p for name, p in module.named_parameters() if "_l1" in name}
@@ -408,7 +411,9 @@ def test_gates_are_drawn_as_they_are():
     torch.testing.assert_close(o * torch.tanh(c), h, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("member", "names"), [("gru", "rznh"), ("rnn", "h"), ("slstm", "ifgocnmh"), ("coupled", "igoch")])
+@pytest.mark.parametrize(
+    ("member", "names"), [("gru", "rznh"), ("rnn", "h"), ("slstm", "ifgocnmh"), ("coupled", "igoch")]
+)
 def test_gates_of_the_others_are_drawn_once(member, names):
     trace = inspect.gates(make(member), torch.randn(T, B, I, dtype=torch.float64), lengths=torch.tensor([6, 2, 0, 1]))
     figure = inspect.plot_gates(trace, sample=1)

@@ -63,7 +63,9 @@ def test_logs_what_the_functions_say():
     writer = Writer()
     _, inputs, before = train(writer, every=2, sequences=3, probes=5)
     assert {step for _, step in writer.scalars} == {step for _, step in writer.figures} == {0, 2, 4}
-    assert {tag for tag, _ in writer.figures} == {f"{n}/{w}" for n in ("lstm", "gru") for w in ("gradient flow", "saturation")}
+    assert {tag for tag, _ in writer.figures} == {
+        f"{n}/{w}" for n in ("lstm", "gru") for w in ("gradient flow", "saturation")
+    }
     model = Model()
     model.load_state_dict(before[2])
     call = {"lengths": torch.tensor([8, 3, 5])}
