@@ -79,9 +79,11 @@ class GradientFlow(NamedTuple):
         `name` is the name of a state, or "kept". A mean is over the sequences that are long enough, or NaN if none is.
         """
         norm = self.kept if name == "kept" else self.norms[name]
-        steps = torch.arange(len(norm), device=norm.device).view(-1, 1, 1)
-        there = self.distance == steps  # [T, T, B]
-        return (norm * there).sum((1, 2)) / there.sum((1, 2))
+        there = self.distance >= 0
+        totals = norm.new_zeros(2, len(norm))
+        for total, values in zip(totals, (norm, torch.ones_like(norm)), strict=True):
+            total.index_add_(0, self.distance[there], values[there])
+        return totals[0] / totals[1]
 
     def per_step(self, name: str) -> float:
         """Return the factor by which the norm changes per step, on geometric average.

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from fusedlstm import checks, sequences
 from fusedlstm.inspect import measures, plots
 from fusedlstm.inspect.measures import Counts, GradientFlow, gradient_flow, place_name
+from fusedlstm.products import without_autocast
 
 
 class Monitor:
@@ -81,13 +82,13 @@ class Monitor:
         self._temporary: list[Any] = []
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
+            model.register_forward_hook(self._after),
         ]
-        self._model = model
 
     def close(self) -> None:
         """Take the hooks off the model. The writer stays open, because it is yours."""
-        for hook in (*self._hooks, *self._temporary):
+        self._forget()
+        for hook in self._hooks:
             hook.remove()
 
     def __enter__(self) -> "Monitor":
@@ -100,6 +101,7 @@ class Monitor:
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not (model.training and torch.is_grad_enabled()) or self.step % self.every:
             return
+        self._forget()  # what a call that ended in an error left
         for name, layer in self.layers.items():
             if layer is model:  # its own hooks are being called already
                 self._note(name, layer, args, kwargs)
@@ -125,9 +127,7 @@ class Monitor:
             return
         due, step = self.step % self.every == 0, self.step
         self.step += 1
-        for hook in self._temporary:
-            hook.remove()
-        calls, self._calls, self._temporary = self._calls, {}, []
+        calls = self._forget()
         if due and not calls:
             warnings.warn(
                 f"fusedlstm.inspect.Monitor: expected a call of {', '.join(self.layers)} in step {step}, got none, so "
@@ -137,12 +137,20 @@ class Monitor:
         for name, call in calls.items():
             self._log(name, self.layers[name], call, step)
 
+    def _forget(self) -> dict[str, dict[str, Any]]:
+        """Take the hooks off the layers. Returns the calls that they saw."""
+        for hook in self._temporary:
+            hook.remove()
+        calls, self._calls, self._temporary = self._calls, {}, []
+        return calls
+
     def _log(self, name: str, layer: Any, call: dict[str, Any], step: int) -> None:
         counts, flows = Counts(), {}
         with torch.no_grad():
             ours = measures.ours(layer)
             made = measures.call_of(ours, **call)
-            counts.add(made.cell, measures.traces(made))
+            with without_autocast(made.x):
+                counts.add(made.cell, measures.traces(made))
             if not counts.units:  # all of the sequences are empty
                 return
             found = counts.result()

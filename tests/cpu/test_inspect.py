@@ -175,6 +175,13 @@ def test_layers_of_torch(kind):
     torch.testing.assert_close(trace.h, module(x)[0][..., H:].detach())
 
 
+def test_an_empty_batch():
+    module, x = make("lstm"), torch.randn(T, 0, I, dtype=torch.float64)
+    trace, flow = inspect.gates(module, x), inspect.gradient_flow(module, x)
+    assert trace.c.shape == (T, 0, H) and flow.norms["c"].shape == (T, 0)
+    assert flow.by_distance("c").isnan().all()
+
+
 def test_half_precision_is_traced_in_float32():
     module = fusedlstm.LSTM(I, H, dtype=torch.bfloat16)
     x = torch.randn(T, B, I).bfloat16()
@@ -297,6 +304,20 @@ def test_an_lstm_without_recurrent_weights_hands_on_what_its_forget_gates_keep()
     assert (flow.norms["h"][:-1] == 0).all() and (flow.norms["h"][-1] == 1).all()
 
 
+@pytest.mark.parametrize("member", ["lstm", "gru", "rnn", "coupled", "layernorm", "slstm"])
+def test_without_recurrent_weights_the_memory_hands_on_what_is_kept(member):
+    """With zoneout, lengths and resets, in both directions."""
+    module = make(member, num_layers=1, **({} if member == "slstm" else {"zoneout": (0.2, 0.3)}))
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        module.weight_hh_l0_reverse.zero_()
+    x, hx, resets = batch_of(module)
+    for direction in (0, 1):
+        flow = inspect.gradient_flow(module, x, hx, direction=direction, lengths=LENGTHS, resets=resets)
+        torch.testing.assert_close(flow.norms["c" if "c" in flow.norms else "h"], flow.kept)
+        assert 0 < flow.by_distance("kept")[1] < 1
+
+
 @pytest.mark.parametrize("radius", [0.9, 1.0, 1.1])
 def test_an_orthogonal_rnn_decays_by_its_radius(radius):
     """Around zero, where tanh is the identity, the Jacobian is the recurrent weight to the power of the distance."""
@@ -371,6 +392,17 @@ def test_idle_units_of_the_others():
     assert units.open["|h|"].tolist() == [float(v != 0) for v in z]
     relu = constant(fusedlstm.RNN(I, H, nonlinearity="relu"), h=z)
     assert inspect.saturation(relu, x).units[0, 0].idle["always zero"].tolist() == [v <= 0 for v in z]
+
+
+def test_a_unit_is_idle_if_it_is_so_in_every_batch():
+    lstm = constant(fusedlstm.LSTM(I, H), f=[9.0, -9, 9, -9, 9, -9])
+    with torch.no_grad():
+        lstm.weight_ih_l0[H : H + 2] = 9.0  # the forget gates of the first two units follow the input
+    ones = torch.ones(T, B, I)
+    for loader in ([ones, -ones], [-ones, ones]):
+        idle = inspect.saturation(lstm, loader).units[0, 0].idle
+        assert idle["always keep"].tolist() == [False, False, True, False, True, False]
+        assert idle["always forget"].tolist() == [False, False, False, True, False, True]
 
 
 def test_shares_are_those_of_the_steps():

@@ -147,6 +147,25 @@ def test_a_compiled_model_is_monitored():
     assert {tag.partition("/")[0] for tag, _ in writer.scalars} == {"lstm", "gru"}
 
 
+def test_under_autocast_and_after_an_error():
+    """The measures do not depend on autocast. A call that fails is no step, and leaves no hook."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(T, B, I)
+    writers = [Writer(), Writer()]
+    with inspect.Monitor(model, writers[0], figures=False):
+        model(x)
+    with inspect.Monitor(model, writers[1], figures=False) as monitor:
+        with pytest.raises(RuntimeError, match="input"):
+            model(x[..., :2])
+        assert monitor.step == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            model.lstm(x)  # by itself it is no step
+            model(x)
+    lstm = [{k: v for k, v in writer.scalars.items() if k[0].startswith("lstm")} for writer in writers]
+    assert lstm[0] and lstm[0] == lstm[1]
+    assert not model.lstm._forward_pre_hooks and not model._forward_hooks
+
+
 def test_a_folder(tmp_path):
     rnn = nn.Sequential(fusedlstm.RNN(I, H))
     with inspect.Monitor(rnn, tmp_path / "log", every=2):
