@@ -15,9 +15,10 @@ KERNELS = ["fusedlstm.kernels", *(f"fusedlstm.kernels.{name}" for name in find_p
 TRITON = ['triton>=3.6,<3.8; platform_system == "Linux"']
 INTERPRET = [*TRITON, "numpy"]
 DEMO = ["matplotlib", "scikit-learn", "tqdm"]
+ONNX = ["onnx", "onnxscript"]
 BENCH = [*INTERPRET, "matplotlib", "rich"]
 TOOLS = ["build", "mypy", "ruff", "setuptools>=64", "twine", "wheel"]
-TESTS = ["expecttest", "hypothesis", "pytest", "pytest-xdist"]
+TESTS = ["expecttest", "hypothesis", *ONNX, "onnxruntime", "pytest", "pytest-xdist"]
 
 setup(
     name="fusedlstm",
@@ -53,6 +54,7 @@ setup(
         "interpret": INTERPRET,
         "demo": DEMO,
         "bench": BENCH,
+        "onnx": ONNX,
         "dev": sorted({*DEMO, *BENCH, *TOOLS, *TESTS}),
     },
 )

@@ -1,6 +1,6 @@
 """Fused recurrent layers for PyTorch: `fusedlstm.LSTM` takes the place of `torch.nn.LSTM`, and related layers."""
 
-from fusedlstm import cells, inits, sequences
+from fusedlstm import cells, inits, onnx, sequences
 from fusedlstm.base import Recurrent, RecurrentCell
 from fusedlstm.cells import register_cell
 from fusedlstm.conversion import convert, dense_weight, patch_torch, restore
@@ -48,6 +48,7 @@ __all__ = [
     "dense_weight",
     "explain",
     "inits",
+    "onnx",
     "patch_torch",
     "register_cell",
     "restore",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedlstm import cells, engines, products
+from fusedlstm.engines import onnx
 from fusedlstm.noise import Rates
 
 # Whether values on a device are checked, which waits for the device.
@@ -252,6 +253,11 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
     """Check the input and the states of `Recurrent.forward`, before anything is reshaped."""
     of, packed = _cell_of(module), isinstance(input, PackedSequence)
     if isinstance(input, PackedSequence):
+        if onnx.exporting():
+            raise RuntimeError(
+                "input: expected a padded tensor with lengths= in torch.onnx.export, got a PackedSequence, "
+                "which ONNX does not have"
+            )
         data = _packed_data(input)
         batch, input = int(input.batch_sizes[0]), data
     else:
@@ -291,10 +297,12 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
             f"For {kind} input, {'hx' if alone else 'hx and cx'} should also be {expected_dim}-D but got {came}"
         )
     rows = module.num_layers * (2 if module.bidirectional else 1)
+    if torch.jit.is_tracing():  # where sizes are tensors; elsewhere int would fix the size of a graph for any batch
+        batch = int(batch)
     for k, state in enumerate(states):
         width = (module.proj_size or module.hidden_size) if k == 0 else module.hidden_size
         # torch.nn checks after it has added the batch axis, and prints the sizes with it.
-        size, expected = tuple(state.shape) if batched else (state.size(0), 1, state.size(1)), (rows, int(batch), width)
+        size, expected = tuple(state.shape) if batched else (state.size(0), 1, state.size(1)), (rows, batch, width)
         if size != expected:
             raise RuntimeError(f"Expected hidden{' ' if alone else f'[{k}] '}size {expected}, got {list(size)}")
     _same_device_and_dtype(input, states, weight, dtypes=not autocast)

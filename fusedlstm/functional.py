@@ -16,7 +16,7 @@ from torch.nn.functional import dropout as dropout_fn
 
 from fusedlstm import autograd, engines, noise, ops, transforms
 from fusedlstm.cells import Cell
-from fusedlstm.engines import aten
+from fusedlstm.engines import aten, onnx
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
 from fusedlstm.plan import tuned
@@ -288,7 +288,7 @@ def _padded_right(call: _Call) -> tuple[_Call, Callable[..., Results]]:
     """Turn a batch with padding on the left into one with padding on the right. Returns it and the way back."""
     rows = call.rows
     input, resets = _time_major(rows, call.input, rows.resets)
-    lengths = _moved("lengths", rows.lengths, input.device, torch.int64).clamp(0, len(input))
+    lengths = _moved("lengths", rows.lengths, input.device, torch.int64).clamp(0, input.size(0))
 
     def restore(output, states, sequences):
         output, *sequences = (rolled(x, -lengths) for x in (output, *sequences))
@@ -301,11 +301,13 @@ def _padded_right(call: _Call) -> tuple[_Call, Callable[..., Results]]:
 
 def rolled(
     x: Tensor,  # [T, B, ...]
-    shift: Tensor,  # [B] integers
+    shift: Tensor,  # [B] integers, -T to T
 ) -> Tensor:
     """Every sequence moved by its own number of steps. What leaves at one end comes in at the other."""
     T, B = x.shape[:2]
-    step = (torch.arange(T, device=x.device).unsqueeze(1) - shift) % max(T, 1)
+    step = torch.arange(T, device=x.device).unsqueeze(1) - shift
+    # Without `%`, which the ONNX exporter does not translate for a T that varies.
+    step = torch.where(step < 0, step + T, torch.where(step < T, step, step - T))
     return x.gather(0, step.view(T, B, *[1] * (x.dim() - 2)).expand(x.shape))
 
 
@@ -390,8 +392,12 @@ def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _engine(call: _Call) -> tuple[str, str]:
-    """The engine that serves a call ("triton", "torch" or "reference"), and why, as text."""
+    """The engine that serves a call ("triton", "torch" or "reference", or "onnx" in an export), and why, as text."""
     spec, rows = call.spec, call.rows
+    if onnx.exporting():
+        if spec.training and any(spec.rates):
+            raise RuntimeError(f"module: expected eval() before torch.onnx.export, got training with {spec.rates}")
+        return "onnx", "torch.onnx.export traces the call"
     clips_projection = spec.grad_clip is not None and spec.proj_size > 0
     layer = (spec.cell.name, call.hidden, spec.directions, clips_projection, rows.name, call.heads)
     engine, why = engines.choice(spec.backend, call.input.device, call.dtype, *layer)
@@ -598,6 +604,11 @@ def _layer_of(spec: Spec, engine: str, drawn: noise.Noise):
         )
         return output, (h_n, *ops.one_by_one(c_n)), c_seq if wants_c_seq else None
 
+    def exported(x, layout, states, parameters, first, wants_c_seq):
+        return onnx.layer(cell, x, layout, states, parameters, spec.proj_size > 0, drawn, wants_c_seq)
+
+    if engine == "onnx":
+        return exported
     # The loop over o tanh(c) has no gradient of a projected h to clip.
     return specified if engine == "reference" or (spec.proj_size and clip is not None) else fused
 

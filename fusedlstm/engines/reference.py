@@ -87,11 +87,11 @@ def _lives(layout: Layout, t: int) -> Tensor | None:
     return (t < layout.lengths).unsqueeze(1)
 
 
-def _where(condition: Tensor | None, yes: States, no: States | float) -> States:
+def where(condition: Tensor | None, yes: States, no: States | float) -> States:
     """State by state; all of `yes` if there is no condition."""
     if condition is None:
         return yes
-    no = no if isinstance(no, tuple) else (yes[0].new_tensor(no),) * len(yes)
+    no = no if isinstance(no, tuple) else (no,) * len(yes)
     return tuple(torch.where(condition, y, n) for y, n in zip(yes, no, strict=True))
 
 
@@ -113,6 +113,26 @@ def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: States, enter
     )
 
 
+def step(
+    cell: Cell,
+    preact_x: Tensor,  # [B, G * H]
+    entered: States,  # h [B, P], the others [B, H]
+    weight_hh: Tensor,  # [G * H, P], or [G * H, DH] with heads
+    vectors: States,  # V times [H]
+    masks: tuple,  # zoneout of h, of the other states, and the factor of the candidate: numbers or [B, H]
+    weight_hr: Tensor | None = None,  # [P, H]
+    factor: Tensor | None = None,  # [B, H], of the h that enters the recurrent product
+) -> tuple[States, States]:
+    """One step of one direction. Returns the gates and the states."""
+    h = entered[0] if factor is None else entered[0] * factor
+    preact_h = recurrent_product(h, weight_hh)
+    held_h, held_c, drop = masks
+    by_gate = (x.chunk(cell.num_gates, -1) for x in (preact_x, preact_h))
+    gates, now = cell.equations.step(*by_gate, entered, vectors, drop)
+    now = _held(held_h, held_c, now, entered)
+    return gates, now if weight_hr is None else (now[0] @ weight_hr.t(), *now[1:])
+
+
 def recurrence_fwd(
     spec: Recurrence,
     preact_x: Tensor,  # [D, T, B, G * H] or packed [D, R, G * H]
@@ -125,7 +145,6 @@ def recurrence_fwd(
     With a projection, output is [T, B, D * P] and h_n [D, B, P]. `spec.clip` is a `Clip` if the gradient is to be
     differentiated again.
     """
-    num_gates, step = spec.cell.num_gates, spec.cell.equations.step
     (weight_hh, vectors, _, _, weight_hr), (hx, cx), (layout, noise) = weights, state, batch
     clip = spec.clip if spec.clip is None or isinstance(spec.clip, Clip) else Clip(spec.clip)
     D, *leading, _ = preact_x.shape
@@ -144,18 +163,15 @@ def recurrence_fwd(
             if clip is not None:
                 entered = tuple(transforms.apply(_ClipGradient, s, clip) for s in entered)
             if cut is not None:
-                entered = _where(~cut, entered, 0.0)
+                entered = where(~cut, entered, 0.0)
             # What a sequence that has ended would have begun a step with has no gradient; zero times NaN is NaN.
-            entered, (x,) = _where(lives, entered, 0.0), _where(lives, (preact_x[d, first : first + n],), 0.0)
-            h = entered[0] if factors is None else entered[0] * factors[d, :n]
-            preact_h = recurrent_product(h, weight_hh[d])
-            held_h, held_c, drop = _of_step(masks, first, n)
-            gates[t], now = step(x.chunk(num_gates, -1), preact_h.chunk(num_gates, -1), entered, own, drop)
-            now = _held(held_h, held_c, now, entered)
-            if weight_hr:
-                now = (now[0] @ weight_hr[d].t(), *now[1:])
-            by_step[t] = _where(lives, now, 0.0)
-            now = _where(lives, now, tuple(s[:n] for s in states))
+            entered, (x,) = where(lives, entered, 0.0), where(lives, (preact_x[d, first : first + n],), 0.0)
+            factor = None if factors is None else factors[d, :n]
+            projection = weight_hr[d] if weight_hr else None
+            of_step = _of_step(masks, first, n)
+            gates[t], now = step(spec.cell, x, entered, weight_hh[d], own, of_step, projection, factor)
+            by_step[t] = where(lives, now, 0.0)
+            now = where(lives, now, tuple(s[:n] for s in states))
             states = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, states, strict=True))
         output.append(torch.cat([s[0] for s in by_step]))
         h_n.append(states[0])
@@ -216,8 +232,8 @@ def recurrence_bwd(
                 *torch.cat([c_seq[:, rows_prev, d], cx[:, d, n_prev:n]], 1),
             )
             begins = _lives(layout, t + 1) if d == 1 and t + 1 < len(steps) else None
-            state_prev = _where(begins, state_prev, tuple(s[:n] for s in (hx[d], *cx[:, d])))
-            entered = state_prev if cut is None else _where(~cut, state_prev, 0.0)
+            state_prev = where(begins, state_prev, tuple(s[:n] for s in (hx[d], *cx[:, d])))
+            entered = state_prev if cut is None else where(~cut, state_prev, 0.0)
             carried = tuple(ds[:n] for ds in dstate)
             now = tuple(ds + g for ds, g in zip(carried, (grad_output[rows, d], *grad_c_seq[:, rows, d]), strict=True))
             held_h, held_c, drop = _of_step(masks, first, n)
@@ -229,15 +245,15 @@ def recurrence_bwd(
                 now = tuple(ds - part for ds, part in zip(now, through, strict=True))
             dpreact, now = step_backward(kept, entered, reached, now, own, drop)
             now = tuple(ds + part for ds, part in zip(now, through, strict=True))
-            dpreact = _where(lives, dpreact, 0.0)
+            dpreact = where(lives, dpreact, 0.0)
             dpreacts[t] = torch.cat(dpreact, -1)
             dh = recurrent_product_backward(torch.cat(dpreact[first_h:], -1), weight_hh[d], H)
             now = (now[0] + (dh if factors is None else dh * factors[d, :n]), *now[1:])
             if cut is not None:
-                now = _where(~cut, now, 0.0)
+                now = where(~cut, now, 0.0)
             if clip is not None:
                 now = tuple(ds.clamp(-clip, clip) for ds in now)
-            now = _where(lives, now, carried)
+            now = where(lives, now, carried)
             dstate = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, dstate, strict=True))
         grad_preact.append(torch.cat(dpreacts))
         grad_hx.append(dstate[0])

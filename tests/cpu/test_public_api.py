@@ -11,7 +11,7 @@ from pathlib import Path
 import fusedlstm
 
 FILE = Path(__file__).with_name("public_api.txt")
-MODULES = ("inits", "sequences", "inspect", "cells")
+MODULES = ("inits", "sequences", "inspect", "cells", "onnx")
 
 
 def signature(function) -> str:
