@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2> /dev/null),315532800)
 
 .PHONY: demo fuzz test test-whole test-triton36 test-triton39 test-oldest test-newest test-thirdparty lint fmt typecheck
-.PHONY: kernels bench gpu rehearse mutants endure wheel audit clean
+.PHONY: kernels bench gpu rehearse mutants endure compatibility wheel audit clean
 
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
 	$(BIN)/python -m fusedlstm train
@@ -76,6 +76,9 @@ mutants: .venv/ready  ## faults on purpose: each must make a test fail (half an 
 
 endure: .venv/ready  ## MINUTES (10) of training, threads, forks, interrupts, little memory: nothing grows, all is right
 	$(BIN)/python tests/endure.py --minutes $(or $(MINUTES),10)
+
+compatibility: .venv/ready  ## what users do with a layer, ours and torch's; rewrites the table of docs/compatibility.md
+	$(BIN)/python tests/compatibility.py
 
 wheel: .venv/ready  ## build the source distribution and from it the wheel, twice; check both; import and install them
 	rm -rf build *.egg-info out/wheel out/again  # setuptools adds the files that an egg-info lists
