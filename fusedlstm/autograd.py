@@ -2,7 +2,8 @@
 
 Around the ops (`fusedlstm.ops`), which hold what must be done step by step, are the large products: that of the input
 before the loop, and those of the weights, biases and input after it (`fusedlstm.gradients`). `LoopFunction` knows what
-autograd must know. What is computed is told by its first argument, a value without tensors: a `Layer` or a `Wave`.
+autograd must know. What is computed is told by its first argument, a value without tensors: a `Layer`, a `Wave` or
+`Specified`.
 
 A wave is one launch in which layer l does step t beside layer l + 1 doing step t - 1. So a stack of L layers waits T +
 L - 1 times for an exchange and not L * T times, where the device has room for all of them (`fusedlstm.plan.wave`). The
@@ -11,8 +12,8 @@ between.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,7 +42,15 @@ from fusedlstm.ops import (
     wave_bwd,
     wave_fwd,
 )
-from fusedlstm.products import add_recurrent_product, joined, normalised, product, stacked, without_autocast
+from fusedlstm.products import (
+    add_recurrent_product,
+    joined,
+    normalised,
+    product,
+    stacked,
+    with_samples,
+    without_autocast,
+)
 
 # Blocks of steps with save="states": with more of them the borders grow as the buffers shrink. A product of fewer rows
 # is slow, and what it saves is little.
@@ -52,69 +61,156 @@ class LoopFunction(torch.autograd.Function):
     """A layer or a wave with its gradients. `parameters`: as `fusedlstm.cells.cell` has them, per recurrence."""
 
     @staticmethod
-    def forward(loop, lengths, first_row, resets, seed, rates, place, input, hx, cx, preact_0, *parameters):
+    def forward(loop, lengths, first_row, resets, seed, input, hx, cx, preact_0, *parameters):
         """input [T, B, I] or [R, I], hx [D, B, H], cx [S, D, B, H]; returns what `loop.forward` does."""
-        batch = Batch.of((lengths, first_row, resets, seed), rates, place)
+        batch = loop.batch((lengths, first_row, resets, seed))
         results = loop.forward(input, hx, cx, preact_0, grouped(parameters, loop.recurrences), batch)
         # Users change results in place. ATen's loops keep an output of their own for the backward, so ours does too.
         # cuDNN keeps the one that it returns, and so do the kernels, and whoever asks for little memory.
         output, copies = results[0], loop.engine == "torch" and loop.save == "gates"
         return (output.clone(), *results[1:], output) if copies else (*results, output.new_empty(0))
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return transforms.by_sample(_applied, info, in_dims, *arguments)
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.loop, *layout, seed, ctx.rates, ctx.place, input, hx, cx, preact_0 = inputs[:11]
+        ctx.loop, *layout, seed, input, hx, cx, preact_0 = inputs[:9]
         h, _, _, gates, c_seq, borders, products, own_h = output
-        ctx.mark_non_differentiable(gates, borders, products, own_h, *(() if ctx.loop.wants_c_seq else (c_seq,)))
+        # None of these has a gradient. Their tangents are zero and not None, which torch.vmap does not take.
+        ctx.without_tangents = [(x.shape, x.dtype) for x in (gates, c_seq, borders, products, own_h)]
         ctx.set_materialize_grads(False)
         kept = ctx.loop.kept(gates, c_seq, borders, products)
         h = own_h if own_h.numel() else h
         h = None if ctx.loop.save == "nothing" else h
-        ctx.save_for_backward(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[11:])
-        ctx.save_for_forward(*layout, seed, input, hx, cx, preact_0, *inputs[11:])
+        # torch.vmap takes what is saved for both ways to be the same.
+        for save in (ctx.save_for_backward, ctx.save_for_forward):
+            save(*layout, seed, input, hx, cx, preact_0, h, *kept, *inputs[9:])
 
     @staticmethod
     def tangents(ctx, *tangents):
-        call = ctx.loop.specified(Batch.of(ctx.saved_tensors[:4], ctx.rates, ctx.place), None)
-        output, h_n, c_n, c_seq = transforms.tangents(call, ctx.saved_tensors[4:], tangents[7:])
+        saved = ctx.saved_tensors
+        call = ctx.loop.specified(ctx.loop.batch(saved[:4]), None)
+        output, h_n, c_n, c_seq = transforms.tangents(call, (*saved[4:8], *saved[12:]), tangents[5:])
         output, c_seq = ctx.loop.whole(output, c_seq)
-        return output, h_n, c_n, None, c_seq if ctx.loop.wants_c_seq else None, None, None, None
+        gates, kept_c_seq, *others = (output.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.without_tangents)
+        return output, h_n, c_n, gates, c_seq if ctx.loop.wants_c_seq else kept_c_seq, *others
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
         saved = ctx.saved_tensors  # once: a checkpoint gives them once
         input, hx, cx, preact_0, output, kept, c_kept, products = saved[4:12]
-        loop, parameters, batch = ctx.loop, saved[12:], Batch.of(saved[:4], ctx.rates, ctx.place)
-        needs = ctx.needs_input_grad[7:]
+        loop, parameters, batch = ctx.loop, saved[12:], ctx.loop.batch(saved[:4])
+        needs = ctx.needs_input_grad[5:]
         if not loop.wants_c_seq:
             grad_c_seq = None  # a compiler gives one for every result
         grad_output, grad_c_seq = loop.last(grad_output, grad_c_seq)
         grads = (grad_output, grad_h_n, grad_c_n, grad_c_seq)
-        if transforms.wanted(grads):
-            return *[None] * 7, *_differentiable(loop, grads, (input, hx, cx, preact_0, *parameters), batch, needs)
-        tensors = (input, hx, cx, preact_0, output, kept, c_kept, products)
-        parameters = grouped(parameters, loop.recurrences)
+        inputs, kept = (input, hx, cx, preact_0, *parameters), (output, kept, c_kept, products)
+        if transforms.cannot_take(grads) or loop.save == "nothing":
+            return *[None] * 5, *_differentiable(loop, grads, inputs, batch, needs)
+        if torch.is_grad_enabled():  # with create_graph=True
+            arguments = (Gradients(loop, tuple(needs)), *batch.flat[0], *grads, *kept, *inputs)
+            found = iter(transforms.apply(GradientFunction, *arguments, name=f"{_name(loop)}_gradients"))
+            return *[None] * 5, *(next(found) if need else None for need in needs)
         with without_autocast(input):
-            return *[None] * 7, *loop.backward(grads, tensors, parameters, batch, needs)
+            return *[None] * 5, *loop.backward(grads, kept, inputs, batch, needs)
 
 
-class Layer(NamedTuple):
+class GradientFunction(torch.autograd.Function):
+    """The backward of `LoopFunction`, which has derivatives in its turn: those of the specification's gradients.
+
+    So whoever asks for a graph of gradients, as `torch.func.grad` always does, pays for it only if it is used.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradients, lengths, first_row, resets, seed, *tensors):
+        """The gradients that are needed, of four `grads`, four kept tensors and the inputs of `LoopFunction`."""
+        batch, (grads, kept, inputs) = gradients.loop.batch((lengths, first_row, resets, seed)), _in_three(tensors)
+        with without_autocast(inputs[0]):
+            found = gradients.loop.backward(grads, kept, inputs, batch, gradients.needs)
+        return tuple(g for g, need in zip(found, gradients.needs, strict=True) if need)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.gradients, *tables = inputs[:5]
+        grads, _, of_loop = _in_three(inputs[5:])
+        ctx.set_materialize_grads(False)
+        for save in (ctx.save_for_backward, ctx.save_for_forward):
+            save(*tables, *grads, *of_loop)
+
+    @staticmethod
+    def specified(ctx):
+        """A function of `grads` and the inputs of `LoopFunction`, and these."""
+        loop, needs = ctx.gradients.loop, ctx.gradients.needs
+        tables, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+
+        def call(*tensors):
+            found = _differentiable(loop, tensors[:4], tensors[4:], loop.batch(tables), needs)
+            return tuple(g for g, need in zip(found, needs, strict=True) if need)
+
+        return call, tensors
+
+    @staticmethod
+    def tangents(ctx, *tangents):
+        call, tensors = GradientFunction.specified(ctx)
+        grads, _, of_loop = _in_three(tangents[5:])
+        return transforms.tangents(call, tensors, (*grads, *of_loop))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        call, tensors = GradientFunction.specified(ctx)
+        of_grads, _, of_loop = _in_three(ctx.needs_input_grad[5:])
+        found = transforms.gradients(call, tensors, (*of_grads, *of_loop), grads)
+        return *[None] * 5, *found[:4], *[None] * 4, *found[4:]
+
+
+def _in_three(values: tuple) -> tuple[tuple, tuple, tuple]:
+    """Of `grads`, of what was kept and of the inputs, from those of all."""
+    return values[:4], values[4:8], values[8:]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `GradientFunction` computes: the gradients of a loop by those of its inputs that need one."""
+
+    loop: "Loop"
+    needs: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is computed. It is no tuple, because torch's transforms would take that apart."""
+
+    cell: Cell
+    engine: str  # of the ops
+    recurrences: int  # directions of a layer, or layers of a wave
+    clip: float | None  # the largest element of the gradient of a state that enters a step
+    wants_c_seq: bool
+    save: str = "gates"
+    rates: Sequence[float] = ()  # of `Noise`, as the next
+    place: Sequence[int] = (0, 0)
+
+    def batch(self, tables: Sequence[Tensor | None]) -> Batch:
+        """Of `Batch.flat`."""
+        return Batch.of(tables, self.rates, self.place)
+
+    def last(self, output, c_seq):
+        """Of gradients of the results, those of what is returned: all."""
+        return output, c_seq
+
+    def whole(self, output, c_seq):
+        """And back."""
+        return output, c_seq
+
+
+class Layer(Loop):
     """One layer in all its directions, over blocks of steps (`begins_of_blocks`).
 
     With `save` "gates" that is one block, which keeps gates and c_seq. With "states" a block keeps the c that enters
     it, and the backward recomputes the rest from the output.
     """
-
-    cell: Cell
-    engine: str  # of the ops
-    recurrences: int  # directions
-    clip: float | None  # the largest element of the gradient of a state that enters a step
-    wants_c_seq: bool
-    save: str
 
     def forward(self, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...]:
         """What `recurrence_fwd` returns; c of all steps that begin a block but the first, [blocks - 1, S, D, B, H]; and
@@ -140,14 +236,6 @@ class Layer(NamedTuple):
         """What the backward needs beside input and output."""
         return (gates, c_seq, products) if self.save == "gates" else (borders, None, None)
 
-    def last(self, output, c_seq):
-        """Of gradients of the results, those of what is returned: all."""
-        return output, c_seq
-
-    def whole(self, output, c_seq):
-        """And back."""
-        return output, c_seq
-
     def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
         """The specification, in operations that autograd can differentiate again; returns what has gradients."""
         spec = Recurrence(self.cell, clip)
@@ -161,10 +249,11 @@ class Layer(NamedTuple):
 
         return call
 
-    def backward(self, grads, tensors, parameters, batch, needs) -> tuple[Tensor | None, ...]:
+    def backward(self, grads, kept, inputs, batch, needs) -> tuple[Tensor | None, ...]:
         """The gradients of input, hx, cx, preact_0 and the parameters."""
         grad_output, grad_h_n, grad_c_n, grad_c_seq = grads
-        input, hx, cx, preact_0, output, kept, c_kept, products = tensors
+        (output, kept, c_kept, products), (input, hx, cx, preact_0, *parameters) = kept, inputs
+        parameters = grouped(parameters, self.recurrences)
         weight_hh, vectors = [p[1] for p in parameters], self.cell.step_vectors(parameters)
         gradients = ParameterGradients(self.cell, parameters, grouped(needs[4:], self.recurrences))
         blocks = self._blocks(input, batch.layout)
@@ -215,19 +304,15 @@ class Layer(NamedTuple):
         return [slice(begin, end) for begin, end in itertools.pairwise(begins)]
 
 
-class Specified(NamedTuple):
+@dataclass(frozen=True)
+class Specified(Loop):
     """A layer of the specification whose gradient is clipped, perhaps with a projection. It keeps nothing.
 
     Plain autograd would clip what comes back through the forward in a second derivative too.
     """
 
-    cell: Cell
-    recurrences: int  # directions
-    clip: float
-    wants_c_seq: bool
-    projected: bool  # whether the last parameter of a direction is weight_hr [P, H]
-    engine: str = "reference"
     save: str = "nothing"
+    projected: bool = False  # whether the last parameter of a direction is weight_hr [P, H]
 
     def forward(self, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...]:
         flat = [p for direction in parameters for p in direction]
@@ -236,8 +321,6 @@ class Specified(NamedTuple):
 
     def kept(self, *_) -> tuple[None, ...]:
         return None, None, None
-
-    last, whole = Layer.last, Layer.whole  # all is returned
 
     def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
         spec = Recurrence(self.cell, clip)
@@ -251,20 +334,9 @@ class Specified(NamedTuple):
 
         return call
 
-    def backward(self, grads, tensors, parameters, batch, needs) -> tuple[Tensor | None, ...]:
-        flat = [p for direction in parameters for p in direction]
-        return tuple(_differentiable(self, grads, (*tensors[:4], *flat), batch, needs))
 
-
-class Wave(NamedTuple):
+class Wave(Loop):
     """The layers of a stack in one launch. Kernels only; one direction, and nothing between the layers."""
-
-    cell: Cell
-    engine: str
-    recurrences: int  # layers
-    clip: float | None
-    wants_c_seq: bool
-    save: str = "gates"
 
     def forward(self, input, hx, cx, preact_0, parameters, batch, *saves: bool) -> tuple[Tensor, ...]:
         """What `wave_fwd` returns, of all layers, and two that are empty; `saves`: gates and states, both if nothing is
@@ -305,9 +377,10 @@ class Wave(NamedTuple):
 
         return call
 
-    def backward(self, grads, tensors, parameters, batch, needs) -> tuple[Tensor | None, ...]:
+    def backward(self, grads, kept, inputs, batch, needs) -> tuple[Tensor | None, ...]:
         grad_output, grad_h_n, grad_c_n, grad_c_seq = grads
-        input, hx, cx, _, output, gates, c_seq, _ = tensors
+        (output, gates, c_seq, _), (input, hx, cx, _, *parameters) = kept, inputs
+        parameters = grouped(parameters, self.recurrences)
         of_layers = zip(parameters, grouped(needs[4:], self.recurrences), strict=True)
         layers = [ParameterGradients(self.cell, [p], [n]) for p, n in of_layers]
         grad_preact, grad_hx, grad_cx = wave_bwd(
@@ -367,7 +440,8 @@ def layer(
         `input`.
     """
     hx, cx = state[0], states_beside_h(state)
-    loop, batch = Layer(cell, engine, len(parameters), clip, wants_c_seq, save), Batch(layout, noise)
+    _, *of_noise = noise
+    loop, batch = Layer(cell, engine, len(parameters), clip, wants_c_seq, save, *of_noise), Batch(layout, noise)
     found = followed = _followed(loop, input, hx, cx, preact_0, parameters, batch)
     if found is None:
         found = _block_fwd(cell, engine, input, parameters, hx, cx, preact_0, batch, False, wants_c_seq)
@@ -390,11 +464,12 @@ def specified_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer of the specification; returns output, h_n, c_n and c_seq as `reference.recurrence_fwd` does."""
     flat = [p for own in parameters for p in own]
-    loop = Specified(cell, len(parameters), clip, wants_c_seq, projected)
+    _, *of_noise = batch.noise
+    loop = Specified(cell, "reference", len(parameters), clip, wants_c_seq, "nothing", *of_noise, projected)
     # A compiled graph has no second derivatives.
     if clip is None or torch.compiler.is_compiling() or not transforms.followed((input, hx, cx, *flat)):
         return loop.specified(batch, clip)(input, hx, cx, None, *flat)
-    output, h_n, c_n, _, c_seq, *_ = _applied(loop, *batch.layout, *batch.noise, input, hx, cx, None, *flat)
+    output, h_n, c_n, _, c_seq, *_ = _applied(loop, *batch.flat[0], input, hx, cx, None, *flat)
     return output, h_n, c_n, c_seq
 
 
@@ -436,13 +511,16 @@ def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) ->
     tensors = (input, hx, cx, *flat) if preact_0 is None else (input, hx, cx, preact_0, *flat)
     if not transforms.followed(tensors):
         return None
-    return _applied(loop, *batch.layout, *batch.noise, input, hx, cx, preact_0, *flat)
+    return _applied(loop, *batch.flat[0], input, hx, cx, preact_0, *flat)
 
 
-def _applied(loop: Layer | Specified | Wave, *arguments) -> tuple[Tensor, ...]:
-    """`LoopFunction`, by a name that tells a profiler the cell, such as fusedlstm::gru_layer."""
-    kind = type(loop).__name__.lower()
-    return transforms.apply(LoopFunction, loop, *arguments, name=f"fusedlstm::{loop.cell.name}_{kind}")
+def _applied(loop: Loop, *arguments) -> tuple[Tensor, ...]:
+    return transforms.apply(LoopFunction, loop, *arguments, name=_name(loop))
+
+
+def _name(loop: Loop) -> str:
+    """What a profiler shows, which tells the cell, such as fusedlstm::gru_layer."""
+    return f"fusedlstm::{loop.cell.name}_{type(loop).__name__.lower()}"
 
 
 def layers_together(
@@ -532,7 +610,7 @@ def _recomputed(
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
     """gates and c_seq of a forward: since its output is known, the recurrent products are one product of all steps."""
-    preact = input_product(cell, input, parameters, preact_0, batch.layout)
+    preact = with_samples(input_product(cell, input, parameters, preact_0, batch.layout), output)
     if is_batch_major(input):
         preact = preact.contiguous()
     taken, factor = cell.step_vectors(parameters), batch.noise.of_sequences(*hx.shape, hx.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import cells, engines, products
+from fusedlstm import cells, engines, products, transforms
 from fusedlstm.engines import onnx
 from fusedlstm.noise import Rates
 
@@ -444,7 +444,8 @@ def sequence_lengths(lengths, steps: int, batch: list[int], *, on_any_device: bo
         raise ValueError(f"lengths: expected integers, got {lengths.dtype}")
     if list(lengths.shape) != batch and (batch or lengths.numel() != 1):
         raise ValueError(f"lengths: expected shape {batch}, got {list(lengths.shape)}")
-    if (_may_look(lengths) or (on_any_device and not torch.compiler.is_compiling())) and lengths.numel():
+    may_look = _may_look(lengths) or (on_any_device and not torch.compiler.is_compiling())
+    if may_look and lengths.numel() and not transforms.transformed():  # samples of torch.vmap cannot be read
         shortest, longest = (int(x) for x in lengths.aminmax())
         if shortest < 0 or longest > steps:
             raise ValueError(f"lengths: expected 0 to {steps}, got {shortest if shortest < 0 else longest}")

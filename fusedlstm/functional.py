@@ -665,8 +665,8 @@ def _cast(tree, dtype: torch.dtype):
 
 
 def _has_steps(input: Tensor, lengths: Tensor | None) -> bool:
-    """Whether a sequence is known to have a step. A compiler may not ask, so the answer is no under one."""
-    if _traced(input):
+    """Whether a sequence is known to have a step. A compiler and a transform may not ask, so the answer is then no."""
+    if _traced(input) or transforms.transformed():
         return False
     if lengths is not None:
         transforms.not_captured("lengths", lengths.device, "the engine 'torch', which looks at their values")

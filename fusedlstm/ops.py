@@ -17,22 +17,55 @@ features on one axis, so that both directions share each product. A recurrent we
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fusedlstm import transforms
+from fusedlstm import engines, transforms
 from fusedlstm.cells import CELLS, Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.engines import failures, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.noise import EVERY_ROW, Batch
-from fusedlstm.products import joined, product
+from fusedlstm.products import joined, product, with_samples
+from fusedlstm.transforms import Axes
 
 KERNELS = ("triton", "auto")  # engines that run them, if they can
 
+# Where the samples of `torch.vmap` go (`fusedlstm.transforms`). Of the tables, lengths and resets may differ.
+_TABLES = (0, None, 1, None)
 
-@transforms.op("fusedlstm::recurrence_fwd")
+
+def _fwd_units(arguments: dict[str, Any], samples: int) -> Axes | None:
+    cell, D = CELLS[arguments["cell"]], len(arguments["weight_hh"])
+    own = {"preact_x": cell.num_gates, "weight_hh": -cell.num_gates, "vectors": 1, "hx": 1, "cx": 1}
+    return Axes(own, (D, 1, 1, D * cell.num_kept, D)) if _can_be_heads(arguments, samples) else None
+
+
+def _bwd_units(arguments: dict[str, Any], samples: int) -> Axes | None:
+    cell, D = CELLS[arguments["cell"]], len(arguments["weight_hh"])
+    gates = D * cell.num_kept
+    own = {"grads": (D, D, 1, 1), "weight_hh": -cell.num_gates, "vectors": 1, "hx": 1, "cx": 1, "saved": (D, gates, D)}
+    return Axes(own, (gates, 1, 1)) if _can_be_heads(arguments, samples) else None
+
+
+def _can_be_heads(arguments: dict[str, Any], samples: int) -> bool:
+    """Whether the units of all samples fit a layer: norms would be over all of them, and kernels have limits."""
+    cell, hx, weight_hh = CELLS[arguments["cell"]], arguments["hx"], arguments["weight_hh"]
+    if cell.norms or arguments["engine"] not in KERNELS:
+        return not cell.norms
+    hidden, (_, first_row, *_) = hx.size(-1) * samples, arguments["tables"]
+    layout = "dense" if first_row is None else "packed"
+    sizes = (cell.name, hidden, len(weight_hh), False, layout, hidden // weight_hh[0].size(-1))
+    return engines.why_not_triton(hx.device, weight_hh[0].dtype, *sizes) is None
+
+
+@transforms.op(
+    "fusedlstm::recurrence_fwd",
+    as_sequences=Axes({"preact_x": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (1, 1, 2, 1, 2)),
+    as_units=_fwd_units,
+)
 def recurrence_fwd(
     cell: str,
     engine: str,
@@ -83,7 +116,11 @@ def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, tables, rates, place, 
     return preact_x.new_empty(*rows, D * H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@transforms.op("fusedlstm::recurrence_bwd")
+@transforms.op(
+    "fusedlstm::recurrence_bwd",
+    as_sequences=Axes({"grads": (1, 2, 1, 2), "hx": 1, "cx": 2, "saved": (1, 1, 2), "tables": _TABLES}, (1, 1, 2)),
+    as_units=_bwd_units,
+)
 def recurrence_bwd(
     cell: str,
     engine: str,
@@ -141,7 +178,7 @@ def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_):
     return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
-@transforms.op("fusedlstm::step_fwd")
+@transforms.op("fusedlstm::step_fwd", as_sequences=Axes({"input": 0, "hx": 1, "cx": 2}, (0, 1, 2, 0, 1)))
 def step_fwd(
     cell: str,
     input: Tensor,  # [B, I]
@@ -189,7 +226,7 @@ def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engi
     return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@transforms.op("fusedlstm::recompute")
+@transforms.op("fusedlstm::recompute", as_sequences=Axes({"preact": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (1, 2)))
 def recompute(
     cell: str,
     engine: str,
@@ -229,7 +266,9 @@ def _(cell, engine, preact, vectors, hx, cx, *_):
     return preact.new_empty(*rows, D * GH), c_seq
 
 
-@transforms.op("fusedlstm::wave_fwd")
+@transforms.op(
+    "fusedlstm::wave_fwd", as_sequences=Axes({"preact_x": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (2, 1, 2, 2, 3))
+)
 def wave_fwd(
     cell: str,
     preact_x: Tensor,  # [1, T, B, G*H] or packed [1, R, G*H]: the first layer's
@@ -286,7 +325,10 @@ def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, tables, save_
     return preact_x.new_empty(L, *rows, H), hx.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@transforms.op("fusedlstm::wave_bwd")
+@transforms.op(
+    "fusedlstm::wave_bwd",
+    as_sequences=Axes({"grads": (1, 2, 1, 2), "hx": 1, "cx": 2, "saved": (2, 2, 3), "tables": _TABLES}, (2, 1, 2)),
+)
 def wave_bwd(
     cell: str,
     grads: list[Tensor | None],  # of output and c_seq of the last layer, or None, and of h_n and c_n of all
@@ -415,6 +457,8 @@ def preact_from(
         preact = cell.normed(products.transpose(0, 1) if by_batch else products, parameters)
         preact = preact.transpose(0, 1) if by_batch else preact
     preact = preact.movedim(-2, 0)
+    if preact_0 is not None:
+        preact = with_samples(preact, preact_0)
     for d in range(0 if preact_0 is None else len(parameters)):
         added, dropped = preact_0[d], layout.drops_hx(input.shape[:-1], d)
         if dropped is not None:

@@ -126,8 +126,10 @@ def add_product(
     """total + a @ b, [M, N], in place if there is a total. No gradient flows through it."""
     if total is None:
         return product(a, b)
+    if transforms.transformed():  # torch.vmap has no rule for addmm_
+        return total.add_(product(a, b))
     if a.is_cuda and a.dtype == torch.float32:
-        (_add_multiplied if transforms.transformed() else _add_product)(total, a, b)
+        _add_product(total, a, b)
         return total
     return total.addmm_(a, b)
 
@@ -141,20 +143,16 @@ def add_sum_of_rows(
     return add_product(total, a, b) if total is None or a.is_cuda else total.add_(product(a, b))
 
 
-# torch's transforms see these operations directly.
+# torch's transforms see this operation directly.
 def _multiplied(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     with as_recurrent():
         return a @ b if added is None else torch.addmm(added, a, b)
 
 
-def _add_multiplied(total: Tensor, a: Tensor, b: Tensor) -> None:
-    with as_recurrent():
-        total.addmm_(a, b)
-
-
 @transforms.op("fusedlstm::add_product", mutates_args=("total",))
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    _add_multiplied(total, a, b)
+    with as_recurrent():
+        total.addmm_(a, b)
 
 
 # This is an op, so that the flag is read when it runs and not when a compiler traces it.
@@ -286,6 +284,11 @@ def normed_input_backward(
 def joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
     """Concatenate tensors. A single tensor is returned as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def with_samples(x: Tensor, other: Tensor) -> Tensor:
+    """`x`, with samples of `torch.vmap` if `other` has them. Then `other` can be added to it in place."""
+    return x + other.new_zeros((), dtype=x.dtype) if transforms.transformed() else x
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:

@@ -77,13 +77,15 @@ def schedule(
     if input.device.type != "cpu":
         return "stack"
     if torch.compiler.is_compiling():
-        # A graph is for any sizes. torch takes ATen's layers apart step by step, but for oneDNN's without gradients. An
-        # exported program of ATen's layers runs without this package, for one number of steps; a strict export does not
-        # say whether there is one.
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        fixed = exporting and batch_sizes is None and not isinstance(steps, torch.SymInt)
+        # A graph is for any sizes. torch takes ATen's layers apart step by step, but for oneDNN's without gradients.
+        if torch.compiler.is_exporting():
+            # A program of ATen's layers runs without this package, for one number of steps. A strict export does not
+            # say whether there is one.
+            says = not torch.compiler.is_dynamo_compiling()
+            fixed = says and batch_sizes is None and not isinstance(steps, torch.SymInt)
+            return "stack" if fixed else "loop"
         fused = cell.aten == "lstm" and batch_sizes is None and dtype == torch.float32
-        return "stack" if fixed or (fused and not torch.is_grad_enabled() and not input.requires_grad) else "loop"
+        return "stack" if fused and not torch.is_grad_enabled() and not input.requires_grad else "loop"
     if cell.aten != "lstm":
         return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
     if batch_sizes is None:

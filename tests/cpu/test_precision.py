@@ -192,10 +192,10 @@ def test_sums_of_products_under_vmap():
     expected, before = total + a @ b, total.clone()
     for add, text in (
         (torch.ops.fusedlstm.add_product, "Batching rule"),
-        (products._add_multiplied, "is not possible"),
+        (products.add_product, "doesn't match the broadcast shape"),
     ):
         with pytest.raises(RuntimeError, match=text):
             torch.vmap(lambda a, add=add: add(total[0], a, b))(a)
     assert torch.equal(total, before)
-    torch.vmap(lambda total, a: (products._add_multiplied(total, a, b), total)[1])(total, a)
+    torch.vmap(lambda total, a: (products.add_product(total, a, b), total)[1])(total, a)
     torch.testing.assert_close(total, expected)

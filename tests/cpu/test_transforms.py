@@ -8,7 +8,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import fusedlstm
 import transforms
-from fusedlstm import cells
+from fusedlstm import cells, ops
 
 ATEN = {
     "lstm": {"cell": "lstm"},
@@ -40,6 +40,65 @@ def test_samples_along_any_axis(name):
     x = torch.randn(5, 4, 2, 3, dtype=torch.float64)  # four samples [5, 2, 3]
     found = torch.func.vmap(lambda own: module(own)[0], in_dims=1, out_dims=1)(x)
     torch.testing.assert_close(found, torch.stack([module(own)[0] for own in x.unbind(1)], 1), **EXACT)
+
+
+WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0")
+# What has samples, and what becomes of them: how many calls of the loop three samples need.
+SAMPLES = {
+    "input": (("input",), 1),
+    "hx": (("hx",), 1),
+    "lengths": (("lengths",), 1),
+    "input and resets": (("input", "resets"), 1),
+    "one bias": (("bias_hh_l0",), 1),
+    "weights and resets": (("input", "hx", "resets", *WEIGHTS), 3),
+    "weights": (WEIGHTS, 1),
+    "weights and input": (("input", *WEIGHTS), 1),
+    "weights and lengths": (("lengths", *WEIGHTS), 3),
+}
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_share_calls(name, save, samples, monkeypatch):
+    """As sequences or heads, with the numbers and gradients of a call each."""
+    torch.manual_seed(0)
+    module = getattr(fusedlstm, name)(3, 4, backend="torch", save=save, dtype=torch.float64)
+    size, (batched, calls) = 3, SAMPLES[samples]
+    if name == "LayerNormLSTM" and "weight_hh_l0" in batched:  # its norms are over all units
+        calls = size
+    own = {k: v.detach() for k, v in module.named_parameters()}
+    own |= {
+        "input": torch.randn(6, 2, 3).double(),
+        "hx": torch.rand(len(cells.CELLS[module.cell].states), 1, 2, 4).double(),
+    }
+    own |= {"lengths": torch.tensor([6, 3]), "resets": torch.zeros(6, 2, dtype=torch.bool)}
+    differing = {k: torch.stack([v + 0.1 * n for n in range(size)]) for k, v in own.items() if v.is_floating_point()}
+    differing |= {"lengths": torch.tensor([[6, 3], [0, 6], [2, 5]]), "resets": torch.rand(size, 6, 2) < 0.3}
+    given = {k: differing[k] if k in batched else v for k, v in own.items()}
+
+    def call(of):
+        options = {"lengths": of["lengths"], "resets": of["resets"] if "resets" in batched else None}
+        hx = of["hx"].unbind(0) if len(of["hx"]) > 1 else of["hx"][0]
+        parameters = {k: v for k, v in of.items() if "_l0" in k}
+        output, state = torch.func.functional_call(module, parameters, (of["input"], hx), options)
+        return torch.cat([y.flatten() for y in (output, *(state if isinstance(state, tuple) else (state,)))])
+
+    leaves = {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in given.items()}
+    expected = torch.stack([call({k: v[n] if k in batched else v for k, v in leaves.items()}) for n in range(size)])
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    of_results = torch.randn_like(expected)
+    expected = [expected, *torch.autograd.grad(expected, wanted, of_results)]
+    counted, loop = [], ops.loop_fwd
+
+    def counting(engine, spec, preact_x, weights, *more):
+        counted.extend(weights.weight_hh[:1])  # what is recomputed has none
+        return loop(engine, spec, preact_x, weights, *more)
+
+    monkeypatch.setattr(ops, "loop_fwd", counting)
+    found = torch.vmap(call, ({k: 0 if k in batched else None for k in given},))(leaves)
+    torch.testing.assert_close([found, *torch.autograd.grad(found, wanted, of_results)], expected, **EXACT)
+    assert len(counted) == calls
 
 
 def clipped_gradient(case: dict, backend: str, hx: torch.Tensor, x: torch.Tensor, limit: float | None):
