@@ -162,6 +162,8 @@ class GradientFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         call, tensors = GradientFunction.specified(ctx)
         of_grads, _, of_loop = _in_three(ctx.needs_input_grad[5:])
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
         found = transforms.gradients(call, tensors, (*of_grads, *of_loop), grads)
         return *[None] * 5, *found[:4], *[None] * 4, *found[4:]
 
