@@ -91,7 +91,7 @@ def _bias(gates: str) -> _Array:
 def _linen(gates: str, biases: str) -> tuple[_Array, ...]:
     """An array for each side and gate, such as `hf.kernel`. `biases` names those with a bias."""
     kernels = [_array(f"{s}{g}.kernel", "k gnu", f"weight_{s}h:{g}") for s in "ih" for g in gates]
-    return (*kernels, *(_array(f"{s}{g}.bias", "gnu", f"bias_{s}h:{g}") for s, g in biases.split()))
+    return (*kernels, *(_array(f"{name}.bias", "gnu", f"bias_{name[0]}h:{name[1]}") for name in biases.split()))
 
 
 def _nnx(gates: str, biased: str) -> tuple[_Array, ...]:
@@ -246,7 +246,7 @@ def load(
         raise ValueError("layers: expected the weights of one layer or more, got none")
     stack = [_directions(of, f"layers[{number}]", layer) for number, layer in enumerate(layers)]
     named = [direction for layer in stack for direction in layer.items()]
-    has_bias = _names(of, named)
+    has_bias = _check_names(of, named)
     name, first = named[0]
     heads, DH = _heads(of, name, first)
     directions, H = len(stack[0]), heads * DH
@@ -319,7 +319,7 @@ def _check_config(name: str, config: Mapping[str, Any], nonlinearity: str) -> No
         _check_config(f"{name}['layer']", config["layer"]["config"], nonlinearity)
         backward = config.get("backward_layer") or config["layer"]
         _check_config(f"{name}['backward_layer']", {**backward["config"], "go_backwards": False}, nonlinearity)
-    agrees = {**_KERAS, "activation": (nonlinearity, "an RNN has tanh, or relu with nonlinearity='relu'")}
+    agrees = {**_KERAS, "activation": (nonlinearity, "our layers have tanh, and RNN also nonlinearity='relu'")}
     for argument, (expected, why) in agrees.items():
         if config.get(argument, expected) != expected:
             came = config[argument]
@@ -332,7 +332,7 @@ def _directions(of: _Kind, name: str, layer: Any) -> dict[str, Arrays]:
         if isinstance(layer, (Mapping, str)) or not isinstance(layer, Sequence):
             raise TypeError(f"{name}: expected a list of arrays, got {type(layer).__name__}")
         names = [a.name for a in of.arrays]
-        parts = {name: layer}
+        parts: dict[str, Any] = {name: layer}
         if len(layer) in (4, 6):
             half = len(layer) // 2
             parts = {f"{name}, forward": layer[:half], f"{name}, backward": layer[half:]}
@@ -377,13 +377,13 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-def _names(of: _Kind, named: list[tuple[str, Arrays]]) -> bool:
+def _check_names(of: _Kind, named: list[tuple[str, Arrays]]) -> bool:
     """Check that every direction has the arrays of its kind. Returns whether there are biases."""
     has_bias = not of.optional_bias or any(a.is_bias and a.name in named[0][1] for a in of.arrays)
-    has_input = not of.preactivations or "weight_ih" in named[0][1]
-    wanted = [a.name for a in of.arrays if (has_bias or not a.is_bias) and (has_input or not a.holds("weight_ih"))]
+    wanted = [a.name for a in of.arrays if has_bias or not a.is_bias]
+    optional = {"weight_ih"} if of.preactivations else set()
     for name, arrays in named:
-        if {*arrays} != {*wanted}:
+        if {*wanted} - optional != {*arrays} - optional:
             raise ValueError(f"{name}: expected the arrays {', '.join(wanted)}, got {', '.join(arrays) or 'none'}")
     return has_bias
 
@@ -440,11 +440,12 @@ def _fill(of: _Kind, module: Recurrent, layer: str, name: str, arrays: Arrays) -
         for key in _parameters(module, layer):
             parameter = getattr(module, f"{key}_l{layer}")
             if key == "weight_ih" and (key, gates[0]) not in blocks:
-                parameter.copy_(torch.eye(len(parameter)))
-                continue
+                if (rows := len(parameter)) != parameter.size(1):
+                    raise ValueError(f"{name}: expected weight_ih with shape {list(parameter.shape)}, got none")
+                blocks[key, ""] = torch.eye(rows)
             none = torch.zeros(module.hidden_size, 1)  # of a bias that the other library does not have
-            rows = [blocks[key, ""]] if (key, "") in blocks else [blocks.get((key, g), none) for g in gates]
-            parameter.copy_(torch.cat(rows).reshape(parameter.shape))
+            parts = [blocks[key, ""]] if (key, "") in blocks else [blocks.get((key, g), none) for g in gates]
+            parameter.copy_(torch.cat(parts).reshape(parameter.shape))
 
 
 def _letters(array: _Array) -> str:
@@ -461,20 +462,19 @@ def _parameters(module: Recurrent, layer: str) -> list[str]:
 def _arrays(kind: str, module: Recurrent, layer: str) -> dict[str, Any]:
     """The arrays of one direction of a module."""
     of, gates = _kind(kind), CELLS[module.cell].gates
+    taken = {block for array in of.arrays for block in array.blocks}
     blocks: dict[Block, Tensor] = {}
     for key in _parameters(module, layer):
         value = getattr(module, f"{key}_l{layer}").detach().cpu()
         if key == "weight_hh" and not of.has_heads:
             value = dense_weight(value, module.hidden_size)
-        is_vector = len(value) == module.hidden_size and len(gates) > 1
-        blocks |= {(key, ""): value} if is_vector else dict(zip(((key, g) for g in gates), value.chunk(len(gates))))
-    taken = {block for array in of.arrays for block in array.blocks}
+        names = ("",) if (key, "") in taken else gates
+        blocks |= dict(zip([(key, name) for name in names], value.chunk(len(names)), strict=True))
     if not module.bias and not of.optional_bias:
         zeros = torch.zeros(module.hidden_size, dtype=next(module.parameters()).dtype)
         blocks |= {block: zeros for block in taken if block[0] in ("bias_ih", "bias_hh")}
-    for (key, gate), value in [*blocks.items()]:
-        if (key, gate) not in taken:
-            _add_to_other(kind, module, blocks, key, gate, value)
+    for block in blocks.keys() - taken:
+        _add_to_other(kind, module, blocks, block)
     found = {}
     for array in of.arrays:
         if array.is_bias and not module.bias and of.optional_bias:
@@ -487,11 +487,11 @@ def _arrays(kind: str, module: Recurrent, layer: str) -> dict[str, Any]:
     return found
 
 
-def _add_to_other(kind: str, module: Recurrent, blocks: dict[Block, Tensor], key: str, gate: str, bias: Tensor) -> None:
+def _add_to_other(kind: str, module: Recurrent, blocks: dict[Block, Tensor], block: Block) -> None:
     """Add a bias that the other library does not have to the one that it has."""
-    other = ("bias_ih" if key == "bias_hh" else "bias_hh", gate)
-    if CELLS[module.cell].bias_in_step and gate == "n":
-        if bias.any():
-            raise ValueError(f"{key}: expected zeros for the gate n of {kind}, which has no such bias, got others")
-        return
-    blocks[other] = blocks[other] + bias
+    key, gate = block
+    if not CELLS[module.cell].bias_in_step or gate != "n":
+        other = ("bias_ih" if key == "bias_hh" else "bias_hh", gate)
+        blocks[other] = blocks[other] + blocks[block]
+    elif blocks[block].any():  # r multiplies it, so it is no part of the other
+        raise ValueError(f"{key}: expected zeros in the rows of n for {kind}, which has no such bias, got others")
