@@ -486,6 +486,12 @@ def bidirectional(**options):
             r"configs\[0\]\['layer'\]: expected activation to be 'tanh', got 'elu'",
         ),
         (
+            lambda: weights.load(
+                "keras.LSTM", KERAS * 2, configs=[bidirectional() | {"backward_layer": {"config": {"dropout": 0.5}}}]
+            ),
+            r"configs\[0\]\['backward_layer'\]: expected dropout to be 0, got 0.5",
+        ),
+        (
             lambda: weights.load("equinox.LSTMCell", EQUINOX | {"gamma": np.ones(H)}),
             r"layers\[0\]: expected the arrays weight_ih, weight_hh, bias, got weight_ih, weight_hh, bias, gamma",
         ),
