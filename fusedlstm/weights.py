@@ -257,7 +257,7 @@ def load(
         bias=has_bias,
         bidirectional=directions == 2,
         num_heads=heads,
-        **{"dtype": first[of.recurrent().name].dtype, **options},
+        **{"device": "cpu", "dtype": first[of.recurrent().name].dtype, **options},
     )
     for number, layer in enumerate(stack):
         if len(layer) != directions:
@@ -338,6 +338,9 @@ def _directions(of: _Kind, name: str, layer: Any) -> dict[str, Arrays]:
             parts = {f"{name}, forward": layer[:half], f"{name}, backward": layer[half:]}
         elif len(layer) not in (2, 3):
             raise ValueError(f"{name}: expected {', '.join(names)}, or twice these, got {len(layer)} array(s)")
+        for array in layer:
+            if not hasattr(array, "__array__"):
+                raise TypeError(f"{name}: expected a list of arrays, got one with {type(array).__name__}")
         return {key: {n: _tensor(x) for n, x in zip(names, part, strict=False)} for key, part in parts.items()}
     if isinstance(layer, (tuple, list)) and len(layer) == 2:
         parts = {f"{name}, forward": layer[0], f"{name}, backward": layer[1]}
@@ -353,7 +356,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Te
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, Tensor) or hasattr(value, "__array__"):
+        elif hasattr(value, "__array__"):
             yield f"{prefix}{key}", _tensor(value)
 
 
@@ -442,8 +445,8 @@ def _fill(of: _Kind, module: Recurrent, layer: str, name: str, arrays: Arrays) -
             if key == "weight_ih" and (key, gates[0]) not in blocks:
                 if (rows := len(parameter)) != parameter.size(1):
                     raise ValueError(f"{name}: expected weight_ih with shape {list(parameter.shape)}, got none")
-                blocks[key, ""] = torch.eye(rows)
-            none = torch.zeros(module.hidden_size, 1)  # of a bias that the other library does not have
+                blocks[key, ""] = torch.eye(rows, device="cpu")
+            none = torch.zeros(module.hidden_size, 1, device="cpu")  # of a bias that the other library does not have
             parts = [blocks[key, ""]] if (key, "") in blocks else [blocks.get((key, g), none) for g in gates]
             parameter.copy_(torch.cat(parts).reshape(parameter.shape))
 
@@ -456,7 +459,7 @@ def _letters(array: _Array) -> str:
 
 def _parameters(module: Recurrent, layer: str) -> list[str]:
     end = f"_l{layer}"
-    return [name.removesuffix(end) for name, _ in module.named_parameters(recurse=False) if name.endswith(end)]
+    return [name.removesuffix(end) for name in module._flat_weights_names if name.endswith(end)]
 
 
 def _arrays(kind: str, module: Recurrent, layer: str) -> dict[str, Any]:
@@ -471,7 +474,7 @@ def _arrays(kind: str, module: Recurrent, layer: str) -> dict[str, Any]:
         names = ("",) if (key, "") in taken else gates
         blocks |= dict(zip([(key, name) for name in names], value.chunk(len(names)), strict=True))
     if not module.bias and not of.optional_bias:
-        zeros = torch.zeros(module.hidden_size, dtype=next(module.parameters()).dtype)
+        zeros = torch.zeros_like(blocks["weight_ih", gates[0]][:, 0])
         blocks |= {block: zeros for block in taken if block[0] in ("bias_ih", "bias_hh")}
     for block in blocks.keys() - taken:
         _add_to_other(kind, module, blocks, block)

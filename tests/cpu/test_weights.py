@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._pytree import tree_leaves
 
 import fusedlstm
@@ -417,6 +418,15 @@ def test_dtypes_and_owners(dtype):
     assert weights.load("keras.LSTM", arrays, dtype=torch.float32).weight_ih_l0.dtype == torch.float32
 
 
+def test_a_default_device_and_parametrizations():
+    layer = drawn(KINDS["flax.linen.GRUCell"][2](I))
+    with torch.device("meta"):
+        module = weights.load("flax.linen.GRUCell", layer)
+        assert_equal(weights.dump("flax.linen.GRUCell", module), [layer])
+    normed = weight_norm(module, "weight_hh_l0")
+    assert_same(normed, "flax.linen.GRUCell", weights.dump("flax.linen.GRUCell", normed))
+
+
 KERAS = drawn(KINDS["keras.LSTM"][2](I))
 GRU = drawn(KINDS["keras.GRU"][2](I))
 EQUINOX = drawn(KINDS["equinox.LSTMCell"][2](I))
@@ -535,6 +545,10 @@ def test_errors(call, text):
     ("call", "text"),
     [
         (lambda: weights.load("keras.LSTM", EQUINOX), r"layers\[0\]: expected a list of arrays, got dict"),
+        (
+            lambda: weights.load("keras.LSTM", (KERAS, KERAS)),
+            r"layers\[0\]: expected a list of arrays, got one with list",
+        ),
         (lambda: weights.load("equinox.LSTMCell", KERAS), r"layers\[0\]: expected a dict of arrays, .*, got list"),
         (
             lambda: weights.dump("keras.LSTM", fusedlstm.PeepholeLSTM(I, H)),
