@@ -39,7 +39,7 @@ test-oldest test-newest: test-%: .venv-%/ready
 	.venv-$*/bin/pytest tests/kernels -n $(WORKERS) -k "$(SOME_KERNELS)"
 	.venv-$*/bin/pytest tests/compiled -n $(WORKERS) -k "$(SOME_COMPILED)"
 
-test-thirdparty: .venv-thirdparty/ready  ## other libraries' models train with ours (downloads 1.7 GB of libraries)
+test-thirdparty: .venv-thirdparty/ready  ## other libraries' models train with ours (downloads 2.2 GB of libraries)
 	.venv-thirdparty/bin/pytest tests/thirdparty --disable-warnings
 
 lint: .venv/ready  ## check only

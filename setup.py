@@ -18,7 +18,7 @@ DEMO = ["matplotlib", "scikit-learn", "tqdm"]
 ONNX = ["onnx", "onnxscript"]
 BENCH = [*INTERPRET, "matplotlib", "rich"]
 TOOLS = ["build", "mypy", "ruff", "setuptools>=64", "twine", "wheel"]
-TESTS = ["expecttest", "hypothesis", *ONNX, "onnxruntime", "pytest", "pytest-xdist"]
+TESTS = ["expecttest", "hypothesis", "ml_dtypes", *ONNX, "onnxruntime", "pytest", "pytest-xdist"]
 
 setup(
     name="fusedlstm",

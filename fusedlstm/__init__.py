@@ -1,6 +1,6 @@
 """Fused recurrent layers for PyTorch: `fusedlstm.LSTM` takes the place of `torch.nn.LSTM`, and related layers."""
 
-from fusedlstm import cells, inits, onnx, sequences
+from fusedlstm import cells, inits, onnx, sequences, weights
 from fusedlstm.base import Recurrent, RecurrentCell
 from fusedlstm.cells import register_cell
 from fusedlstm.conversion import convert, dense_weight, patch_torch, restore
@@ -54,5 +54,6 @@ __all__ = [
     "restore",
     "sequences",
     "tune",
+    "weights",
 ]
 __version__ = "0.1.0"

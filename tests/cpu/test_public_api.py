@@ -11,7 +11,7 @@ from pathlib import Path
 import fusedlstm
 
 FILE = Path(__file__).with_name("public_api.txt")
-MODULES = ("inits", "sequences", "inspect", "cells", "onnx")
+MODULES = ("inits", "sequences", "inspect", "cells", "onnx", "weights")
 
 
 def signature(function) -> str:
