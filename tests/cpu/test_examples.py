@@ -115,3 +115,16 @@ def test_gradient_flow_shows_why_an_rnn_forgets(tmp_path, capsys):
     assert float(clipped["radius 1.1, no limit"]) == pytest.approx(1.1**10, rel=0.05)
     assert float(clipped["radius 1.1, limit 0.1"]) < 0.1 * 1.1 * 8**0.5
     assert (tmp_path / "gradient_flow.png").stat().st_size > 10_000
+
+
+def test_numpy_lstm_is_ours_and_learns(tmp_path, capsys):
+    numpy_lstm = example("numpy_lstm")
+    numpy_lstm.main(["--device", "cpu", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ ([^│]+?) +│ +\[([\d, ]+)\] │ +(\S+) │ (\S+) │ (\S+) │", printed)
+    assert len(rows) == 8 and {name: shape for name, shape, *_ in rows}["gradient of U"] == "128, 32"
+    for _, _, largest, double, single in rows:
+        assert float(double) < 1e-15 * max(1, float(largest)) and 0 < float(single) < 1e-6 * max(1, float(largest))
+    assert float(re.search(r"updates are at most (\S+) apart", printed)[1]) < 1e-10
+    assert "(all right)" in printed and numpy_lstm.TEXT in printed
+    assert (tmp_path / "numpy_lstm.png").stat().st_size > 10_000
