@@ -167,3 +167,31 @@ def test_long_range_counts_pictures_and_compares(tmp_path, capsys):
     long_range.main([*few, "--compare", "--updates", "5"])
     rows = re.findall(r"│ (\S[^│]*?) +│ +([\d.]+) │ ([\d.]+) │ +(\S+) │ +\S+ s │", capsys.readouterr().out)
     assert len(rows) == 2 and all(float(apart) < 1e-6 and ours == theirs for _, ours, theirs, apart in rows)
+
+
+def test_language_model_reads_strips_that_continue():
+    language_model = example("language_model")
+    text = language_model.sources(3000)
+    assert len(text) == 3000 and text == language_model.sources(4000)[:3000]
+    codes = language_model.strips(text, 4, "cpu")
+    assert codes.shape == (750, 4)
+    assert "".join(language_model.ALPHABET[code] for code in codes.t().flatten()) == text
+
+
+def test_language_model_learns_writes_and_draws(tmp_path, capsys):
+    few = ["--characters", "20000", "--updates", "40", "--steps", "16", "--hidden-size", "32", "--rate", "0.02"]
+    example("language_model").main([*few, "--device", "cpu", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ (\S+) +│ +(\d\.\d+) │ +(\d\.\d+) │ +(\d\.\d+) │ +\S+ ms │", printed)
+    assert [row[0] for row in rows] == ["without", "weight_dropout=0.4", "zoneout=0.1"]
+    assert all(2 < float(row[3]) <= float(row[2]) < 4.5 for row in rows)  # 6.6 before training
+    assert len({row[2] for row in rows}) == 3 and "def " in printed
+    assert (tmp_path / "language_model.png").stat().st_size > 10_000
+
+
+def test_language_model_compares_with_torch(capsys):
+    few = ["--characters", "20000", "--updates", "12", "--steps", "16", "--hidden-size", "32", "--device", "cpu"]
+    example("language_model").main([*few, "--compare"])
+    printed = capsys.readouterr().out
+    assert float(re.search(r"losses are at most (\S+) apart", printed)[1]) < 1e-5
+    assert len({*re.findall(r"│ +\d+ │ +(\d\.\d+) │", printed)}) == 7
