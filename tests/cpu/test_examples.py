@@ -115,3 +115,83 @@ def test_gradient_flow_shows_why_an_rnn_forgets(tmp_path, capsys):
     assert float(clipped["radius 1.1, no limit"]) == pytest.approx(1.1**10, rel=0.05)
     assert float(clipped["radius 1.1, limit 0.1"]) < 0.1 * 1.1 * 8**0.5
     assert (tmp_path / "gradient_flow.png").stat().st_size > 10_000
+
+
+def test_numpy_lstm_is_ours_and_learns(tmp_path, capsys):
+    numpy_lstm = example("numpy_lstm")
+    numpy_lstm.main(["--device", "cpu", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ ([^│]+?) +│ +\[([\d, ]+)\] │ +(\S+) │ (\S+) │ (\S+) │", printed)
+    assert len(rows) == 8 and {name: shape for name, shape, *_ in rows}["gradient of U"] == "128, 32"
+    for _, _, largest, double, single in rows:
+        assert float(double) < 1e-15 * max(1, float(largest)) and 0 < float(single) < 1e-6 * max(1, float(largest))
+    assert float(re.search(r"updates are at most (\S+) apart", printed)[1]) < 1e-10
+    assert "(all right)" in printed and numpy_lstm.TEXT in printed
+    assert (tmp_path / "numpy_lstm.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("gap", [10, 45])
+def test_long_range_answers_follow_from_what_is_shown(gap):
+    long_range = example("long_range")
+    torch.manual_seed(0)
+    x, answer = long_range.adding(gap, 50)
+    marked = x[..., 1].t().nonzero()[:, 1].view(50, 2)
+    assert (marked[:, 0] < gap // 10).all() and ((marked[:, 1] - gap // 2) < gap // 10).all()
+    torch.testing.assert_close(answer[0, :, 0], 0.5 + x.prod(-1).sum(0) / 4)
+    x, answer = long_range.order(gap, 50)
+    shown = x.argmax(-1).t()
+    assert [2 * a + b for a, b in (row[row < 2].tolist() for row in shown)] == answer[0].argmax(-1).tolist()
+    x, answer = long_range.copy(gap, 50)
+    assert torch.equal(x[:2, :, :4], answer) and (x[2:-2, :, 4] == 1).all() and x[-2, :, 5].all() and len(x) == gap + 4
+
+
+def test_long_range_judges_by_the_limits_of_the_paper():
+    long_range = example("long_range")
+    right = torch.tensor([[[0.5], [0.5], [0.5]]])
+    loss, wrong = long_range.TASKS["adding"].judge(right + torch.tensor([0.0, 0.039, -0.041])[None, :, None], right)
+    assert wrong.tolist() == [False, False, True] and loss == pytest.approx((0.039**2 + 0.041**2) / 3)
+    answer = torch.eye(4)[[0, 0, 1]][None]
+    logits = torch.tensor([[0.71, 0.29, 0, 0], [0.69, 0.31, 0, 0], [0.9, 0.1, 0, 0]]).clamp_min(1e-6).log()[None]
+    assert long_range.TASKS["order"].judge(logits, answer)[1].tolist() == [False, True, True]
+
+
+def test_long_range_counts_pictures_and_compares(tmp_path, capsys):
+    long_range = example("long_range")
+    few = ["--gaps", "10", "--layers", "GRU", "LSTM, chrono", "--processes", "1", "--device", "cpu"]
+    long_range.main([*few, "--tasks", "order", "--updates", "250", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ order │ (\S[^│]*?) +│ +10 │ +([\d.]+)% │ +([\d.]+) │ +([\d,]+) │ (\d) of 1 │", printed)
+    assert [row[0] for row in rows] == ["GRU", "LSTM, chrono"]
+    assert all(float(row[1]) < 1 and float(row[2]) < 0.1 and row[4] == "1" for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"long_range.png", "long_range_gates.png"}
+    long_range.main([*few, "--compare", "--updates", "5"])
+    rows = re.findall(r"│ (\S[^│]*?) +│ +([\d.]+) │ ([\d.]+) │ +(\S+) │ +\S+ s │", capsys.readouterr().out)
+    assert len(rows) == 2 and all(float(apart) < 1e-6 and ours == theirs for _, ours, theirs, apart in rows)
+
+
+def test_language_model_reads_strips_that_continue():
+    language_model = example("language_model")
+    text = language_model.sources(3000)
+    assert len(text) == 3000 and text == language_model.sources(4000)[:3000]
+    codes = language_model.strips(text, 4, "cpu")
+    assert codes.shape == (750, 4)
+    assert "".join(language_model.ALPHABET[code] for code in codes.t().flatten()) == text
+
+
+def test_language_model_learns_writes_and_draws(tmp_path, capsys):
+    few = ["--characters", "20000", "--updates", "40", "--steps", "16", "--hidden-size", "32", "--rate", "0.02"]
+    example("language_model").main([*few, "--device", "cpu", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ (\S+) +│ +(\d\.\d+) │ +(\d\.\d+) │ +(\d\.\d+) │ +\S+ ms │", printed)
+    assert [row[0] for row in rows] == ["without", "weight_dropout=0.4", "zoneout=0.1"]
+    assert all(2 < float(row[3]) <= float(row[2]) < 4.5 for row in rows)  # 6.6 before training
+    assert len({row[2] for row in rows}) == 3 and "def " in printed
+    assert (tmp_path / "language_model.png").stat().st_size > 10_000
+
+
+def test_language_model_compares_with_torch(capsys):
+    few = ["--characters", "20000", "--updates", "12", "--steps", "16", "--hidden-size", "32", "--device", "cpu"]
+    example("language_model").main([*few, "--compare"])
+    printed = capsys.readouterr().out
+    assert float(re.search(r"losses are at most (\S+) apart", printed)[1]) < 1e-5
+    assert len({*re.findall(r"│ +\d+ │ +(\d\.\d+) │", printed)}) == 7
