@@ -77,7 +77,7 @@ mutants: .venv/ready  ## faults on purpose: each must make a test fail (half an 
 endure: .venv/ready  ## MINUTES (10) of training, threads, forks, interrupts, little memory: nothing grows, all is right
 	$(BIN)/python tests/endure.py --minutes $(or $(MINUTES),10)
 
-compatibility: .venv/ready  ## what users do with a layer, ours and torch's; rewrites the table of docs/compatibility.md
+compatibility: .venv/ready  ## what users do with a layer, ours and torch's: a table in out/compatibility.md
 	$(BIN)/python tests/compatibility.py
 
 wheel: .venv/ready  ## build the source distribution and from it the wheel, twice; check both; import and install them

@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md: `python tests/compatibility.py` does all that users do with a recurrent layer.
+"""A table of what works: `python tests/compatibility.py` does all that users do with a recurrent layer.
 
 Features and columns are in `tests/helpers/features.py`. Every column has a process of its own, those of the kernels
 with an interpreter. A cell says "yes", or has a number of a note with the first line of the error. Exit status 1 means
@@ -19,7 +19,6 @@ sys.path.insert(0, str(HELPERS))
 
 import features  # noqa: E402
 
-BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 NOTE = 160  # characters of an error
 RIVALS = {"LSTM": "nn.LSTM", "GRU": "nn.GRU", "RNN": "nn.RNN"}
 
@@ -64,7 +63,7 @@ def behind(found: dict[str, dict[str, str]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "compatibility.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "compatibility.md", help="the file to write")
     parser.add_argument("--column", help="print the outcomes of one column, and write nothing")
     column = (options := parser.parse_args()).column
     if column is not None:
@@ -76,8 +75,8 @@ def main() -> int:
     columns = [*features.COLUMNS, *features.KERNELS, *features.STOCK]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(columns, pool.map(outcomes, columns), strict=True))
-    before, _, rest = options.page.read_text().partition(BEGIN)
-    options.page.write_text(f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.partition(END)[2]}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(f"{table(found)}\n")
     for line in (lines := behind(found)):
         sys.stdout.write(f"behind torch: {line}\n")
     return int(bool(lines))
