@@ -107,8 +107,6 @@ def test_custom_ops_without_a_gpu():
         return LoopFunction.apply(
             Layer(CELLS["lstm"], "torch", 2, None, False, "gates"),
             *[None] * 4,
-            [],
-            [0, 0],
             *tensors[:3],
             None,
             *tensors[3:],
