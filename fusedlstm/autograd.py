@@ -60,6 +60,8 @@ MOST_BLOCKS, FEWEST_STEPS, FEWEST_ROWS = 10, 4, 256
 class LoopFunction(torch.autograd.Function):
     """A layer or a wave with its gradients. `parameters`: as `fusedlstm.cells.cell` has them, per recurrence."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(loop, lengths, first_row, resets, seed, input, hx, cx, preact_0, *parameters):
         """input [T, B, I] or [R, I], hx [D, B, H], cx [S, D, B, H]; returns what `loop.forward` does."""
@@ -69,8 +71,6 @@ class LoopFunction(torch.autograd.Function):
         # cuDNN keeps the one that it returns, and so do the kernels, and whoever asks for little memory.
         output, copies = results[0], loop.engine == "torch" and loop.save == "gates"
         return (output.clone(), *results[1:], output) if copies else (*results, output.new_empty(0))
-
-    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -160,10 +160,10 @@ class GradientFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        call, tensors = GradientFunction.specified(ctx)
-        of_grads, _, of_loop = _in_three(ctx.needs_input_grad[5:])
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
+        call, tensors = GradientFunction.specified(ctx)
+        of_grads, _, of_loop = _in_three(ctx.needs_input_grad[5:])
         found = transforms.gradients(call, tensors, (*of_grads, *of_loop), grads)
         return *[None] * 5, *found[:4], *[None] * 4, *found[4:]
 
