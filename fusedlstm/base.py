@@ -320,6 +320,17 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
     if TYPE_CHECKING:  # torch says of every call that it returns Any
         __call__ = forward
 
+    def _weights_have_changed(self) -> bool:
+        """What torch's function of this name finds, without its search of the whole module for every weight."""
+        own = self._parameters
+        for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
+            weight = own.get(name)
+            if weight is None:
+                weight = getattr(self, name, None)
+            if weight is not None and ref is not None and ref() is not weight:
+                return True
+        return False
+
     def _of_jagged(self, input: Tensor, hx: Any, **options: Any) -> tuple[Any, ...]:
         """`forward` of a nested tensor [B, *, I]. The results of every step have its structure."""
         padded, lengths = sequences.padded_from_jagged(input, batch_first=self.batch_first)

@@ -265,9 +265,8 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
         if input.dim() not in (2, 3):
             tensor = "tensor " if _name(module, of) == "RNN" else ""
             raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
-    autocast = products.autocasts(input)
     weight = module._flat_weights[0]
-    if input.dtype != weight.dtype and not autocast:
+    if input.dtype != weight.dtype and not products.autocasts(input):
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -305,7 +304,7 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
         size, expected = tuple(state.shape) if batched else (state.size(0), 1, state.size(1)), (rows, batch, width)
         if size != expected:
             raise RuntimeError(f"Expected hidden{' ' if alone else f'[{k}] '}size {expected}, got {list(size)}")
-    _same_device_and_dtype(input, states, weight, dtypes=not autocast)
+    _same_device_and_dtype(input, states, weight, dtypes=not products.autocasts(input))
 
 
 def _packed_data(input: PackedSequence) -> Tensor:

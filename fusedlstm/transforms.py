@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -90,7 +90,7 @@ def transformed() -> bool:
 
 def wants_grad_samples(weights: Sequence[Tensor]) -> bool:
     """Whether the weights are those of torch's `call_for_per_sample_grads`, of which few functions can be called."""
-    return any(hasattr(type(w), "handled_functions") for w in weights)
+    return any(type(w) is not nn.Parameter and hasattr(type(w), "handled_functions") for w in weights)
 
 
 def followed(tensors: Sequence[Tensor]) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fusedlstm
+from fusedlstm.cells import CELLS
 from grids import grid
 
 SIZES = ((5, 2), (6, 3), (33, 4), (40, 9), (3, 20))
@@ -53,21 +54,28 @@ def test_two_graphs(name, training, call, dynamic):
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("given", ["input", "hx", "lengths"])
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormLSTM", "SLSTM"])
-def test_exported_for_any_sizes(name, strict):
-    """With lengths; the strict way traces a backward too if gradients are on."""
+def test_exported_for_any_sizes(name, given, strict):
+    """The strict way traces a backward too if gradients are on."""
     module = getattr(fusedlstm, name)(3, 4).eval()
-    sizes = {0: torch.export.Dim("T", min=2, max=100), 1: torch.export.Dim("B", min=2, max=64)}
-    shapes = {"input": sizes, "hx": None, "lengths": {0: sizes[1]}}
-    lengths = torch.tensor([7, 0, 3, 7, 2])
+
+    def call(T, B):
+        x, h = torch.randn(T, B, 3), torch.rand(len(CELLS[module.cell].states), 1, B, 4)
+        hx = h[0] if len(h) == 1 else tuple(h)
+        return {"input": x, "hx": hx, "lengths": torch.arange(B) % (T + 1)}
+
+    def chosen(of):
+        return {name: value for name, value in of.items() if name in ("input", given)}
+
+    T, B = torch.export.Dim("T", min=2, max=100), torch.export.Dim("B", min=2, max=64)
+    states = tuple({1: B} for _ in CELLS[module.cell].states)
+    shapes = {"input": {0: T, 1: B}, "hx": states[0] if len(states) == 1 else states, "lengths": {0: B}}
     with torch.no_grad():
-        program = torch.export.export(
-            module, (torch.randn(7, 5, 3), None), {"lengths": lengths}, dynamic_shapes=shapes, strict=strict
-        ).module()
-        for T, B in ((7, 5), (2, 9), (40, 2)):
-            x, lengths = torch.randn(T, B, 3), torch.arange(B) % (T + 1)
-            found, expected = (of(x, None, lengths=lengths) for of in (program, module))
-            torch.testing.assert_close(found, expected)
+        program = torch.export.export(module, (), chosen(call(7, 5)), dynamic_shapes=chosen(shapes), strict=strict)
+        for size in ((7, 5), (2, 9), (40, 2)):
+            arguments = chosen(call(*size))
+            torch.testing.assert_close(program.module()(**arguments), module(**arguments))
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
