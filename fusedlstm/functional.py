@@ -152,7 +152,7 @@ def run(
     Precision: Products have the dtype of the results. On a CPU float16 is computed in float32, and so is bfloat16 if
         the CPU has no instructions for it.
     """
-    if not torch.is_grad_enabled():
+    if spec.grad_clip is not None and not torch.is_grad_enabled():
         spec = spec._replace(grad_clip=None)
     autocast = autocasts(input)
     call = _Call(spec, input, states, weights, rows, _result_dtype(input, autocast), autocast)
@@ -509,7 +509,7 @@ def _computed(call: _Call, engine: str) -> Results:
 
 
 def _has_bias(call: _Call) -> bool:
-    own = _per_layer_and_direction(call)[0]
+    own = call.weights[: len(call.weights) // (call.spec.num_layers * call.spec.directions)]
     return call.spec.cell.has_bias(own[:-1] if call.spec.proj_size else own)
 
 
