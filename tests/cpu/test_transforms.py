@@ -101,6 +101,28 @@ def test_samples_share_calls(name, save, samples, monkeypatch):
     assert len(counted) == calls
 
 
+@pytest.mark.parametrize("what", ["inputs", "models"])
+def test_samples_have_the_noise_of_a_call(what):
+    """All of them the same, or each its own, as `randomness` says."""
+    module = fusedlstm.LSTM(3, 4, zoneout=0.4, candidate_dropout=0.3, recurrent_dropout=0.3, dtype=torch.float64)
+    of_models = {name: torch.stack([p.detach()] * 3) for name, p in module.named_parameters()}
+    x = torch.randn(6, 2, 3).double()
+    arguments, dims = (of_models, x), (0, None)
+    if what == "inputs":
+        arguments, dims = (dict(module.named_parameters()), x.expand(3, 6, 2, 3)), (None, 0)
+
+    def call(own, x):
+        return torch.func.functional_call(module, own, (x,))[0]
+
+    torch.manual_seed(1)
+    expected = module(x)[0]
+    torch.manual_seed(1)
+    for found in torch.vmap(call, dims, randomness="same")(*arguments):
+        torch.testing.assert_close(found, expected, **EXACT)
+    a, b, c = torch.vmap(call, dims, randomness="different")(*arguments)
+    assert not (torch.equal(a, b) or torch.equal(b, c) or torch.equal(a, c))
+
+
 def clipped_gradient(case: dict, backend: str, hx: torch.Tensor, x: torch.Tensor, limit: float | None):
     """The gradients of hx and x, of a sum that they get multiplied by numbers; as one vector, with a graph."""
     torch.manual_seed(1)
