@@ -129,7 +129,7 @@ class Kind(NamedTuple):
         return x.to(place.device), {self.rows: more[self.rows]} if self.rows in more else {}
 
 
-# torch keeps the code of a bfloat16 product for each number of rows, 240 KiB, so there are few.
+# torch keeps the code of a half-precision product for each number of rows, 240 KiB, so there are few.
 FEW_LENGTHS = (2, 3, 5, 12)
 KINDS = (
     Kind(),
@@ -140,7 +140,7 @@ KINDS = (
     Kind("LSTM", rows="lengths", batch=5, options={"save": "states"}),
     Kind("LSTM", options={"proj_size": 5}),
     Kind("LSTM", dtype=torch.bfloat16, lengths=FEW_LENGTHS),
-    Kind("GRU", dtype=torch.float16, options={"num_heads": 2}),
+    Kind("GRU", dtype=torch.float16, lengths=FEW_LENGTHS, options={"num_heads": 2}),
     Kind("GRU", rows="resets", options={"save": "states", "num_layers": 2}),
     Kind("RNN", rows="packed", batch=4, options={"grad_clip": 0.01}),
     Kind("PeepholeLSTM", rows="lengths"),
