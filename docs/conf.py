@@ -20,6 +20,7 @@ pygments_style, pygments_dark_style = "friendly", "github-dark"
 # Links to headings work as they do on GitHub.
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]
 
 # In docstrings, single backticks are code. Signatures have no annotations, because the texts name types and shapes.
 default_role = "literal"
