@@ -88,15 +88,15 @@ def test_the_reference_has_every_public_name():
     assert not public - own - again - {*found}
 
 
-def test_errors_have_the_texts_of_the_page():
+def test_errors_have_the_texts_of_the_page(monkeypatch):
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    for error, call in wrong_calls().items():
+    for error, call in wrong_calls(monkeypatch).items():
         assert f"`{error}`" in text
         with pytest.raises((RuntimeError, ValueError), match=re.escape(error)):
             call()
 
 
-def wrong_calls() -> dict:
+def wrong_calls(monkeypatch) -> dict:
     """What users do, by what they read then."""
     lstm, x = fusedlstm.LSTM(10, 20), torch.randn(5, 3, 10)
     stream = fusedlstm.Stream(lstm)
@@ -109,6 +109,10 @@ def wrong_calls() -> dict:
 
     def in_place():
         lstm(x)[0].mul_(2).sum().backward()
+
+    def no_engine():
+        monkeypatch.setenv("FUSEDLSTM_BACKEND", "cudnn")
+        lstm(x)
 
     return {
         "input.size(-1) must be equal to input_size": lambda: lstm(x[..., 1:]),
@@ -125,6 +129,7 @@ def wrong_calls() -> dict:
         ),
         "return_cell_states: expected False": lambda: fusedlstm.GRU(10, 20)(x, return_cell_states=True),
         "backend='triton' cannot serve this call": lambda: fusedlstm.LSTM(10, 20, backend="triton")(x),
+        "FUSEDLSTM_BACKEND: expected one of": no_engine,
     }
 
 
