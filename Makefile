@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2> /dev/null),315532800)
 
 .PHONY: demo fuzz test test-whole test-triton36 test-triton39 test-oldest test-newest test-thirdparty lint fmt typecheck
-.PHONY: kernels bench gpu rehearse mutants endure compatibility wheel audit clean
+.PHONY: kernels bench precision gpu rehearse mutants endure compatibility site wheel audit clean
 
 demo: .venv/ready  ## train on handwritten digits; accuracy, times, out/digits.png
 	$(BIN)/python -m fusedlstm train
@@ -65,6 +65,9 @@ bench: .venv/ready  ## the CPU rows, and the tables and the picture of docs/benc
 	$(BIN)/python -m bench.report bench/results/cpu.csv --readme docs/benchmarks.md --block cpu \
 	--picture docs/benchmarks.png
 
+precision: .venv/ready  ## the errors of every layer against float64, for docs/precision.md; kernels interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m bench.precision --page docs/precision.md
+
 gpu:  ## on a machine with a GPU, with its own torch: tests, litmus tests, ceilings, checkers, table, profile; results in OUT
 	$(PYTHON) -m bench.gpu --out $(or $(OUT),out/gpu)
 
@@ -79,6 +82,10 @@ endure: .venv/ready  ## MINUTES (10) of training, threads, forks, interrupts, li
 
 compatibility: .venv/ready  ## what users do with a layer, ours and torch's: a table in out/compatibility.md
 	$(BIN)/python tests/compatibility.py
+
+site: .venv/ready  ## the documentation as a site in out/site; a warning is an error
+	rm -rf out/site
+	$(BIN)/sphinx-build -qEW --keep-going -d out/doctrees docs out/site
 
 wheel: .venv/ready  ## build the source distribution and from it the wheel, twice; check both; import and install them
 	rm -rf build *.egg-info out/wheel out/again  # setuptools adds the files that an egg-info lists

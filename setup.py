@@ -17,6 +17,7 @@ INTERPRET = [*TRITON, "numpy"]
 DEMO = ["matplotlib", "scikit-learn", "tqdm"]
 ONNX = ["onnx", "onnxscript"]
 BENCH = [*INTERPRET, "matplotlib", "rich"]
+DOCS = ["furo", "myst-parser", "sphinx", "ziamath"]
 TOOLS = ["build", "mypy", "ruff", "setuptools>=64", "twine", "wheel"]
 TESTS = ["expecttest", "hypothesis", "ml_dtypes", *ONNX, "onnxruntime", "pytest", "pytest-xdist"]
 
@@ -55,6 +56,7 @@ setup(
         "demo": DEMO,
         "bench": BENCH,
         "onnx": ONNX,
-        "dev": sorted({*DEMO, *BENCH, *TOOLS, *TESTS}),
+        "docs": DOCS,
+        "dev": sorted({*DEMO, *BENCH, *DOCS, *TOOLS, *TESTS}),
     },
 )

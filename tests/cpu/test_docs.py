@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -14,7 +15,8 @@ from matplotlib.image import imread
 
 import fusedlstm
 import page
-from bench import report, rows
+from bench import precision, report, rows
+from fusedlstm.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +27,7 @@ def blocks(path: Path) -> list[str]:
 
 # docs/add_a_cell.md has two files and no program: `test_add_a_cell.py`, here and in tests/kernels, runs those.
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.name != "add_a_cell.md"]
+KERNELS = (ROOT / "docs" / "kernels.md").read_text()
 PROGRAMS = {path.name: "\n".join(found) for path in PAGES if (found := blocks(path))}
 
 
@@ -49,6 +52,85 @@ def test_table_and_picture_are_those_of_the_rows(tmp_path):
     assert report.markdown(measured, "python -m bench.run --set cpu") in text
     report.plot(measured, tmp_path / "picture.png")
     assert imread(tmp_path / "picture.png").shape == imread(ROOT / "docs" / "benchmarks.png").shape
+
+
+def test_the_plan_is_what_the_command_prints(capsys):
+    (command, block) = re.search(r"python -m fusedlstm (plan [^\n]*)\n.*?```text\n(.*?)```", KERNELS, re.S).groups()
+    main(command.split())
+    assert block in capsys.readouterr().out
+
+
+def test_the_errors_on_the_page_obey_the_rule():
+    text = (ROOT / "docs" / "precision.md").read_text()
+    found = re.findall(r"^\| ([\w, ]+) \| (\w+) \| ([\de.-]+) \| ([\de.-]+) \| ([\de.-]+) \|$", text, re.M)
+    names = [str(dtype).removeprefix("torch.") for dtype in precision.DTYPES]
+    assert [line[:2] for line in found] == [*itertools.product(precision.LAYERS, names)] * 2
+    for name, dtype, *errors in found:
+        kernels, loop, torchs = map(float, errors)
+        assert max(kernels, loop) <= 2 * torchs + 2 * torch.finfo(getattr(torch, dtype)).eps, (name, dtype)
+
+
+def test_the_reference_has_every_public_name():
+    """Functions of a module that are there for the package alone have no underscore, but are no one's business."""
+    own = {"sequences.jagged_like", "sequences.put_rows", "sequences.take_rows", "inits.portable"}
+    text = (ROOT / "docs" / "api.md").read_text()
+    found = {}
+    for block in re.findall(r"```{eval-rst}\n(.*?)```", text, re.S):
+        module = ""
+        for kind, name in re.findall(r"^\.\. (\w+):: ([\w.]+)$", block, re.M):
+            if kind == "currentmodule":
+                module = f"{name}."
+            else:
+                found[(module + name).removeprefix("fusedlstm.")] = kind
+    lines = (ROOT / "tests" / "cpu" / "public_api.txt").read_text().splitlines()
+    public = {line.removeprefix("class ").partition("(")[0] for line in lines if "(" in line and line[0] != " "}
+    again = {"cells.register_cell", "inspect.explain", "weights.dense_weight"}  # under their shorter names
+    assert not public - own - again - {*found}
+
+
+def test_errors_have_the_texts_of_the_page(monkeypatch):
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for error, call in wrong_calls(monkeypatch).items():
+        assert f"`{error}`" in text
+        with pytest.raises((RuntimeError, ValueError), match=re.escape(error)):
+            call()
+
+
+def wrong_calls(monkeypatch) -> dict:
+    """What users do, by what they read then."""
+    lstm, x = fusedlstm.LSTM(10, 20), torch.randn(5, 3, 10)
+    stream = fusedlstm.Stream(lstm)
+    stream(x)
+    attached = fusedlstm.Stream(lstm, detach=False)
+
+    def two_chunks():
+        for _ in range(2):
+            attached(x).sum().backward()
+
+    def in_place():
+        lstm(x)[0].mul_(2).sum().backward()
+
+    def no_engine():
+        monkeypatch.setenv("FUSEDLSTM_BACKEND", "cudnn")
+        lstm(x)
+
+    return {
+        "input.size(-1) must be equal to input_size": lambda: lstm(x[..., 1:]),
+        "does not match weight dtype": lambda: lstm(x.half()),
+        "expects two hidden states, got a tensor": lambda: lstm(x, torch.zeros(1, 3, 20)),
+        "Expected hidden[0] size (1, 2, 20), got [1, 3, 20]": lambda: stream(x[:, :2]),
+        "lengths: expected 0 to 5, got 6": lambda: lstm(x, lengths=torch.tensor([5, 6, 1])),
+        "resets: expected shape [5, 3], got [3, 5]": lambda: lstm(x, resets=torch.zeros(3, 5, dtype=torch.bool)),
+        "Trying to backward through the graph a second time": two_chunks,
+        "has been modified by an inplace operation": in_place,
+        "num_heads: expected a positive divisor of hidden_size": lambda: fusedlstm.LSTM(10, 20, num_heads=3),
+        "zoneout and dropouts of a step: expected 0 with proj_size": lambda: fusedlstm.LSTM(
+            10, 20, proj_size=5, zoneout=0.1
+        ),
+        "return_cell_states: expected False": lambda: fusedlstm.GRU(10, 20)(x, return_cell_states=True),
+        "backend='triton' cannot serve this call": lambda: fusedlstm.LSTM(10, 20, backend="triton")(x),
+        "FUSEDLSTM_BACKEND: expected one of": no_engine,
+    }
 
 
 def examples() -> dict[str, str]:
