@@ -29,7 +29,7 @@ from fusedlstm.engines import failures, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.noise import EVERY_ROW, Batch
 from fusedlstm.products import joined, product, with_samples
-from fusedlstm.transforms import Axes
+from fusedlstm.samples import Axes
 
 KERNELS = ("triton", "auto")  # engines that run them, if they can
 

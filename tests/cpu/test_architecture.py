@@ -22,6 +22,7 @@ LEVELS = (
     {"layout"},
     {"products"},
     {"transforms"},
+    {"samples"},
 )
 
 # What breaks the rule today, and why. An entry that is no longer needed fails the test.
