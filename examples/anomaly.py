@@ -233,12 +233,13 @@ def picture(distance: Tensor, score: Tensor, threshold: float, found: list[Span]
     panels[1].axhline(threshold, color="black", linewidth=1, linestyle="--", label="threshold")
     marks = [when[month] for alarm in found for month in range(alarm.first, alarm.last + 1) if score[month] > threshold]
     above = panels[1].get_xaxis_transform()
-    panels[1].plot(marks, [1.03] * len(marks), "|", color="#0072B2", transform=above, clip_on=False, label="alarm")
+    style = {"color": "#0072B2", "markeredgewidth": 2, "clip_on": False, "label": "alarm"}
+    panels[1].plot(marks, [1.03] * len(marks), "|", transform=above, **style)
     panels[1].set(ylabel="score", yscale="log", ylim=(0.02, None))
     labels = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def detect(distance: Tensor, parts: list[Tensor], args: argparse.Namespace, console: Console) -> None:
@@ -325,6 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     years = calm(BEGIN, HELD_OUT)
     distance = distances(values, years)
     parts = parts_of(distance, years)
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # the networks are too small for more
     if args.compare:
         compare(parts, args, Console())
     else:

@@ -8,7 +8,7 @@ Seasonal-naive repeats the values of a year ago. The LSTM learns what this leave
 year ago, over the mean size of such differences. One network learns from all series. Before each month it reads the
 last difference, the one of a year ago, the month, and which series it is. It answers with a Student t distribution, as
 DeepAR (Salinas et al. 2020) answers with others. A forecast is many paths: a month is drawn, handed back as input, and
-so on for a year. Five networks draw 40 paths each, and the deciles of the 200 are the forecast. The series are so short
+so on for a year. Ten networks draw 20 paths each, and the deciles of the 200 are the forecast. The series are so short
 that a network soon learns them by heart, and then it is too sure of itself. `weight_dropout` acts against that.
 
 Nothing looks ahead. The scales and the parameters of all models come from before the six years. At the beginning of a
@@ -250,7 +250,7 @@ def picture(every: dict[str, Series], deciles: dict[tuple[str, str], Tensor], pa
     panels[0, 1].set_ylim(0, 1.6 * panels[0, 1].get_ylim()[1])
     panels[0, 1].legend(frameon=False, fontsize=8, ncols=2, loc="upper center", columnspacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def forecast(every: dict[str, Series], args: argparse.Namespace, console: Console) -> None:
@@ -306,8 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
     helps = {
         "months": (72, "at the end of each series, from which the forecasts are made"),
         "leave-out": (0, "months after these that are not read at all"),
-        "networks": (5, "that draw the paths of a forecast together"),
-        "paths": (40, "of each network"),
+        "networks": (10, "that draw the paths of a forecast together"),
+        "paths": (20, "of each network"),
         "updates": (200, "of each network"),
         "batch": (32, "windows of five years"),
         "hidden-size": (32, "hidden units"),
@@ -328,6 +328,8 @@ def main(arguments: list[str] | None = None) -> None:
     longest = len(shortest.values) - 2 * YEAR - READ - YEAR
     if not YEAR <= args.months <= longest:
         parser.error(f"--months: expected {YEAR} to {longest}, so that {name} has enough before, got {args.months}")
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # the networks are too small for more
     run = compare if args.compare else forecast
     run(every, args, Console())
 
