@@ -1,6 +1,8 @@
 """examples/: they run, and what they claim of themselves holds."""
 
+import argparse
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -195,3 +197,195 @@ def test_language_model_compares_with_torch(capsys):
     printed = capsys.readouterr().out
     assert float(re.search(r"losses are at most (\S+) apart", printed)[1]) < 1e-5
     assert len({*re.findall(r"│ +\d+ │ +(\d\.\d+) │", printed)}) == 7
+
+
+def a_series(forecast, seed=0):
+    """Of 112 months: the last twelve are the only ones that are forecast."""
+    months = torch.arange(112)
+    noise = torch.randn(112, generator=torch.Generator().manual_seed(seed))
+    values = (50 + 0.1 * months + 5 * (2 * torch.pi * months / 12).sin() + noise).double()
+    return forecast.prepared(values, 100, 0, 1)
+
+
+def test_forecast_is_judged_by_hand():
+    forecast = example("forecast")
+    deciles = torch.arange(1.0, 10, dtype=torch.float64).expand(3, 9)  # each decile is ten times its share
+    found = forecast.judge(deciles, torch.tensor([5.0, 0.0, 9.0], dtype=torch.float64), 2.0)
+    # At 5, 0 and 9: errors of the median 0, 5 and 4; pinball losses of decile k are below, summed over k from 1 to 9.
+    at_5 = sum(k / 10 * (5 - k) if k < 5 else (1 - k / 10) * (k - 5) for k in range(1, 10))
+    at_0 = sum((1 - k / 10) * k for k in range(1, 10))
+    at_9 = sum(k / 10 * (9 - k) for k in range(1, 10))
+    assert found.mase == pytest.approx((0 + 5 + 4) / 3 / 2) and found.inside == pytest.approx(2 / 3)
+    assert found.crps == pytest.approx(2 * (at_5 + at_0 + at_9) / 27 / 2)
+
+
+def test_forecast_hands_drawn_months_back():
+    """A model that adds 1 to the last difference counts upwards, from the one that was known."""
+    forecast = example("forecast")
+
+    class Counter(torch.nn.Module):
+        def forward(self, rows, state=None):
+            state = state or (torch.zeros(1, rows.size(1), 1),) * 2
+            return torch.distributions.StudentT(1e6, rows[..., 0] + 1, 1e-6), state
+
+    rows = torch.randn(forecast.READ + 12, 3, 5)
+    counted = rows[forecast.READ, :, 0] + torch.arange(1, 13)[:, None]
+    torch.testing.assert_close(forecast.draw(Counter(), rows, 4), counted[..., None].expand(-1, -1, 4))
+
+
+def test_forecast_scales_by_differences_to_a_year_ago():
+    forecast = example("forecast")
+    series = a_series(forecast)
+    known = series.values[:100]
+    assert series.scale == pytest.approx(sum(abs(known[k] - known[k - 12]).item() for k in range(12, 100)) / 88)
+    for k in (24, 50, 111):
+        assert series.targets[k].item() == pytest.approx(
+            (series.values[k] - series.values[k - 12]).item() / series.scale
+        )
+        assert series.rows[k, 0] == series.targets[k - 1] and series.rows[k, 1] == series.targets[k - 12]
+    assert list(series.origins) == [100]
+
+
+def test_forecast_does_not_look_ahead():
+    """Other values from the first forecast on change no forecast of that month, and no loss in training."""
+    forecast = example("forecast")
+    args = argparse.Namespace(updates=3, batch=4, rate=0.01, device="cpu", paths=5)
+    series = a_series(forecast)
+    other = forecast.prepared(torch.cat([series.values[:100], 1000 + torch.rand(12)]), 100, 0, 1)
+    found = []
+    for one in (series, other):
+        torch.manual_seed(0)
+        model = forecast.Forecaster(one.rows.size(1), 4)
+        losses, _ = forecast.train(model, [one], args, "")
+        deciles = [forecast.of_lstm([model], one, args), forecast.of_naive(one)]
+        found.append([torch.tensor(losses), *deciles, forecast.of_classic("SARIMA", one, forecast.tqdm(disable=True))])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert found[0][1].shape == (1, 12, 9) and (found[0][1].diff(dim=-1) >= 0).all()
+
+
+@pytest.mark.parametrize(("months", "other"), [("11", "12 to 173"), ("174", "12 to 173")])
+def test_forecast_says_how_many_months_it_can_forecast(months, other, capsys):
+    with pytest.raises(SystemExit):
+        example("forecast").main(["--months", months])
+    assert f"--months: expected {other}, so that turnover" in capsys.readouterr().err
+
+
+def test_forecast_beats_seasonal_naive_and_draws(tmp_path, capsys):
+    few = [
+        "--series",
+        "co2",
+        "--months",
+        "18",
+        "--updates",
+        "40",
+        "--networks",
+        "2",
+        "--paths",
+        "20",
+        "--device",
+        "cpu",
+    ]
+    example("forecast").main([*few, "--out", str(tmp_path)])
+    rows = re.findall(r"│ (\S+) +│ (\S+) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+)% │", capsys.readouterr().out)
+    scores = {(series, model): tuple(map(float, numbers)) for series, model, *numbers in rows}
+    assert [model for _, model in scores] == ["seasonal-naive", "smoothing", "SARIMA", "LSTM"] * 2
+    for series in ("co2", "mean"):
+        for k in range(2):
+            assert scores[series, "LSTM"][k] < 0.7 * scores[series, "seasonal-naive"][k]
+    assert (tmp_path / "forecast.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("name", "few"), [("forecast", ["--series", "turnover", "--batch", "8"]), ("anomaly", [])])
+def test_forecast_and_anomaly_compare_with_torch(name, few, capsys):
+    example(name).main([*few, "--compare", "--updates", "10", "--hidden-size", "8", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert float(re.search(r"losses are at most (\S+) apart", printed)[1]) < 1e-5
+    assert len({*re.findall(r"│ +\d+ │ +(\d\.\d+) │", printed)}) == 6
+
+
+def test_anomaly_knows_calm_years():
+    anomaly = example("anomaly")
+    assert anomaly.calm(1950, 1982) == [1950, 1955, 1956, 1960, 1961, 1962, 1967, 1971, 1974, 1975, 1979, 1980, 1981]
+    spans = [event.months for event in anomaly.EVENTS]
+    assert all(span.last - span.first >= 4 for span in spans)
+    assert all(a.last < b.first for a, b in itertools.pairwise(spans))
+    strong = [anomaly.name_of(event.months.first) for event in anomaly.EVENTS if event.strong]
+    assert strong == ["1957-04", "1965-06", "1972-05", "1982-05", "1986-09", "1991-06", "1997-05"]
+    assert anomaly.month_of("1950-01") == 0 and anomaly.month_of("2010-12") == 61 * 12 - 1
+
+
+def test_anomaly_learns_from_calm_years_alone():
+    anomaly = example("anomaly")
+    years = anomaly.calm(1950, 1974)
+    values = torch.randn(61 * 12, generator=torch.Generator().manual_seed(0))
+    parts = anomaly.parts_of(anomaly.distances(values, years), years)
+    assert [len(part) for part in parts] == [12, 24, 36, 12, 12]
+    of_year = torch.cat(parts).view(-1, 12)
+    torch.testing.assert_close(of_year.mean(0), torch.zeros(12))
+    torch.testing.assert_close(of_year[0] - of_year[1], values[:12] - values[60:72])  # 1950 and 1955
+    other = torch.full_like(values, 100)
+    other[anomaly.months_of(years)] = values[anomaly.months_of(years)]
+    for a, b in zip(parts, anomaly.parts_of(anomaly.distances(other, years), years), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_anomaly_measures_errors_of_six_predictions():
+    """A model that continues a straight line is wrong about a month that leaves it, and after that month."""
+    anomaly = example("anomaly")
+
+    class Line(torch.nn.Module):
+        def forward(self, distance):
+            return distance[..., None] + torch.arange(1.0, 7)
+
+    distance = torch.arange(60.0)
+    distance[40] += 9
+    error = anomaly.errors(Line(), distance, "cpu")
+    wrong = torch.zeros(60, 6)
+    wrong[40] = 9
+    for k in range(6):
+        wrong[: 24 + k, k] = torch.nan
+        wrong[41 + k, k] = -9
+    torch.testing.assert_close(error, wrong, equal_nan=True)
+
+
+def test_anomaly_judges_alarms_by_hand():
+    anomaly = example("anomaly")
+    error = torch.ones(61 * 12, 2) * torch.tensor([2.0, 3.0])
+    error[anomaly.month_of("1974-03")] *= 2
+    share = 60 / (59 + 4)  # the squares of five years that are held out are 1 but for one of 4
+    assert anomaly.scored(error)[[0, anomaly.month_of("1974-03")]].tolist() == pytest.approx([share, 4 * share])
+    high = [
+        "1976-06",
+        "1982-04",
+        "1982-05",
+        "1982-10",
+        "1983-04",
+        "1984-01",
+        "1984-07",
+        "1997-05",
+        "1998-03",
+        "2008-07",
+    ]
+    score = anomaly.scored(error)
+    score[[anomaly.month_of(month) for month in high]] = 5 * share
+    score[anomaly.month_of("1990-01")] = score[anomaly.month_of("1974-03")]  # as high as the threshold, not above
+    threshold, found = anomaly.alarms(score)
+    assert threshold == pytest.approx(4 * share)
+    spans = ["1982-04 to 1982-10", "1983-04", "1984-01", "1984-07", "1997-05", "1998-03", "2008-07"]
+    assert [str(alarm) for alarm in found] == spans
+    judged = anomaly.judge(found)
+    first = [None if month is None else anomaly.name_of(month) for month in judged.first]
+    assert first == ["1982-04", None, None, None, "1997-05", None, None, None, None]
+    assert [str(alarm) for alarm in judged.false] == ["1984-01", "1984-07", "2008-07"]
+
+
+def test_anomaly_finds_strong_el_ninos_and_draws(tmp_path, capsys):
+    anomaly = example("anomaly")
+    anomaly.main(["--networks", "2", "--device", "cpu", "--out", str(tmp_path)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "LSTM: 4 of 4 strong ones found" in printed
+    assert len(re.findall(r"│ \d{4}-\d\d to \d{4}-\d\d │", printed)) == len(anomaly.TEST_EVENTS) == 9
+    one, six, mean = map(float, re.search(r"off by (\S+) °C one.*by (\S+) °C 6.*by (\S+) °C", printed).groups())
+    assert one < six < mean
+    assert (tmp_path / "anomaly.png").stat().st_size > 10_000
