@@ -45,7 +45,8 @@ def add_arguments(add: commands.Add) -> None:
 def run(args: argparse.Namespace) -> None:
     try:
         checks.needs("matplotlib.figure", "demo")
-        modules = checkpoint.layers(args.checkpoint, args.cell, args.trust)
+        with commands.working(f"reading {args.checkpoint}"):
+            modules = checkpoint.layers(args.checkpoint, args.cell, args.trust)
         chosen = {name: module for name, module in modules.items() if args.name in (None, name)}
         if not chosen:
             args.parser.error(f"--name: expected one of {', '.join(modules)}, got {args.name!r}")
@@ -91,8 +92,12 @@ def look_inside(name: str, module: torch.nn.RNNBase, given: Any, args: argparse.
             far = [f"{norm[k]:.2g}" if k < len(norm) else "" for k in DISTANCES]
             rows.append((which, state, f"{flow.per_step(state):.3f}", *far))
     commands.say(f"\n{table(['layer', 'gradient of', 'per step', *(f'after {k}' for k in DISTANCES)], rows)}\n")
-    commands.say(f"picture: {save(inspect.plot_gradient_flow(flows), args.out, f'{label} gradient flow')}")
-    commands.say(f"picture: {save(inspect.plot_saturation(found), args.out, f'{label} saturation')}")
+    with commands.working(f"pictures of {label}"):
+        paths = [
+            save(inspect.plot_gradient_flow(flows), args.out, f"{label} gradient flow"),
+            save(inspect.plot_saturation(found), args.out, f"{label} saturation"),
+        ]
+    commands.say("\n".join(f"picture: {path}" for path in paths))
 
 
 def save(figure: Any, folder: Path, name: str) -> Path:

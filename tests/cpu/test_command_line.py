@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,6 +73,11 @@ def test_help_teaches(name, capsys, monkeypatch):
         assert option.help, option.dest
         shown = option.default in (None, False, "==SUPPRESS==") or f"{option.default})" in " ".join(said.split())
         assert shown, option.dest
+
+
+def test_the_page_lists_every_command():
+    page = Path(__file__).resolve().parents[2] / "docs" / "command_line.md"
+    assert re.findall(r"^\| `(\w+)` \|", page.read_text(), re.M) == [*command.COMMANDS]
 
 
 def test_what_is_wider_than_a_terminal_is_broken_below_its_second_column():
