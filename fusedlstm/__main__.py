@@ -45,7 +45,10 @@ def parser() -> commands.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    args.run(args)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        args.parser.exit(130, "\nstopped\n")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def say(text: str) -> None:
 def fitted(text: str, width: int) -> str:
     """The text with lines of at most `width` characters. What is left of a line goes on below its second column."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if len(line) > width:
             first = re.match(r" *\S+( \S+)*  +| *", line)
             indent = first.end() if first and first.end() <= width // 3 else 2

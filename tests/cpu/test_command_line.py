@@ -85,6 +85,7 @@ def test_what_is_wider_than_a_terminal_is_broken_below_its_second_column():
     assert commands.fitted(text, 30) == (
         "grid           64 programs a\n  group x 2 groups\n\nshort\n" + "a " * 14 + "a\na a a a a\n" + "x" * 40
     )
+    assert commands.fitted("grid\n", 30) == "grid\n"
     assert commands.fitted("grid           64 programs a group x 2 groups", 45) == (
         "grid           64 programs a group x 2 groups"
     )
@@ -229,6 +230,16 @@ def test_a_wrong_argument_ends_in_an_error_and_what_to_do_next(arguments, text, 
     error, then = capsys.readouterr().err.splitlines()
     assert text in error and error.startswith("python -m fusedlstm")
     assert then.endswith(".")
+
+
+def test_an_interrupt_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info_command, "run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["info"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
 
 
 # What `inspect` finds in a file.
