@@ -107,13 +107,17 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
+def _short(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def rows(samples: timing.Samples) -> list[tuple[str, ...]]:
     """The rows of a table: the times, and the time of the rival over each."""
     _, baseline, _ = samples.ms
     found: list[tuple[str, ...]] = []
     for name, ms in samples.ms.items():
         time, low, high = timing.percentiles(ms)
-        row = (name, f"{time:.3g}", f"{low:.3g} to {high:.3g}")
+        row = (name, _short(time), f"{_short(low)} to {_short(high)}")
         speed, low, high = timing.percentiles(timing.ratios(samples, baseline, name))
         found.append((*row, f"{speed:.2f}", "" if name == baseline else f"{low:.2f} to {high:.2f}"))
     return found
