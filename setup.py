@@ -18,8 +18,9 @@ DEMO = ["matplotlib", "scikit-learn", "statsmodels", "tqdm"]
 ONNX = ["onnx", "onnxscript"]
 BENCH = [*INTERPRET, "matplotlib", "rich"]
 DOCS = ["furo", "myst-parser", "sphinx", "ziamath"]
+NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run examples/long_range.ipynb without a browser
 TOOLS = ["build", "mypy", "ruff", "setuptools>=64", "twine", "wheel"]
-TESTS = ["expecttest", "hypothesis", "ml_dtypes", *ONNX, "onnxruntime", "pytest", "pytest-xdist"]
+TESTS = ["expecttest", "hypothesis", "ml_dtypes", *ONNX, "onnxruntime", "pytest", "pytest-xdist", *NOTEBOOK]
 
 setup(
     name="fusedlstm",

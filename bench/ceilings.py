@@ -29,7 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import environment, rows, timing
+from bench import environment, rows
+from fusedlstm import timing
 from fusedlstm.kernels import exchange
 from fusedlstm.kernels.exchange import Exchange
 

@@ -3,7 +3,6 @@
 import datetime
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 from functools import cache
@@ -54,19 +53,6 @@ def digest(root: Path) -> str:
     return found.hexdigest()[:10]
 
 
-def cpu_name() -> str:
-    """Model and number of usable cores."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
-
-
 @cache
 def facts(device: str) -> dict[str, str]:
     """Columns device, driver, cuda, torch, triton, commit, dirty."""
@@ -74,13 +60,15 @@ def facts(device: str) -> dict[str, str]:
 
     import torch
 
+    from fusedlstm.commands import info
+
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = ""
     sha, dirty = commit()
     found = {
-        "device": cpu_name(),
+        "device": info.cpu(),
         "driver": "",
         "cuda": "",
         "torch": torch.__version__,

@@ -9,7 +9,8 @@ before the loop. It has two forms:
 
 The row of the LSTM shows what a loop costs beside oneDNN, which runs the whole layer. By default an LSTM runs there.
 
-Weights and input are the same on all sides. All gradients are compared first. Then all run in rounds (`bench.timing`).
+Weights and input are the same on all sides. All gradients are compared first. Then all run in rounds
+(`fusedlstm.timing`).
 
 A block of 31 MB is freed first, for all sides. glibc returns the free end of the heap to the system if it is more than
 twice the largest block freed so far, and later every page of it costs a fault. Without this block the order of the
@@ -19,10 +20,13 @@ cases would decide who pays for the faults. A process that trains has freed such
 import argparse
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench import report, rows
+from fusedlstm import timing
+from fusedlstm.commands.bench import loop
 
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 FREED_BEFORE = 31 << 20  # bytes; from 32 MB on glibc asks the system for every block, and learns nothing from it
@@ -40,8 +44,6 @@ CASES = {
 
 def rivals(cell: str, parameters: list) -> dict:
     """Functions of x [T, B, I] that give h of every step: torch.nn's layer, else loops as users write them."""
-    import torch
-
     of_aten = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN, "rnn_relu": torch.nn.RNN}
     if cell in of_aten:
         options = {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
@@ -50,59 +52,11 @@ def rivals(cell: str, parameters: list) -> dict:
         for name, p in zip(names, parameters, strict=True):
             setattr(module, name, p)
         return {f"torch.nn.{module._get_name()}": lambda x: module(x)[0]}
-    return {name: _loop(cell, parameters, indexed=name == "as written") for name in ("careful", "as written")}
-
-
-def _loop(cell: str, parameters: list, indexed: bool):
-    import torch
-    from torch.nn.functional import layer_norm, linear
-
-    def peephole(preact, h, c, p_i, p_f, p_o):
-        i, f, g, o = preact.chunk(4, -1)
-        c = torch.sigmoid(f + p_f * c) * c + torch.sigmoid(i + p_i * c) * torch.tanh(g)
-        return torch.sigmoid(o + p_o * c) * torch.tanh(c), c
-
-    def coupled(preact, h, c):
-        i, g, o = preact.chunk(3, -1)
-        c = c + torch.sigmoid(i) * (torch.tanh(g) - c)
-        return torch.sigmoid(o) * torch.tanh(c), c
-
-    def layernorm(preact, h, c, gain_c, bias_c):
-        i, f, g, o = preact.chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(layer_norm(c, c.shape[1:], gain_c, bias_c)), c
-
-    step = {"peephole": peephole, "coupled": coupled, "layernorm": layernorm}[cell]
-    weight_ih, weight_hh, bias_ih, bias_hh, *vectors = parameters
-    weight_t, normalises = weight_hh.t(), cell == "layernorm"
-    if normalises:
-        gain_ih, gain_hh, *vectors = vectors
-
-    def recurrent(preact_x, h):
-        if normalises:
-            return preact_x + layer_norm(h @ weight_t, gain_hh.shape, gain_hh)
-        return preact_x + linear(h, weight_hh) if indexed else torch.addmm(preact_x, h, weight_t)
-
-    def loop(x):
-        bias = bias_ih + bias_hh
-        preact_x = (
-            layer_norm(x @ weight_ih.t(), gain_ih.shape, gain_ih, bias) if normalises else linear(x, weight_ih, bias)
-        )
-        h = c = x.new_zeros(x.size(1), weight_hh.size(1))
-        by_step = preact_x if indexed else preact_x.unbind()
-        hs = []
-        for t in range(len(x)):
-            h, c = step(recurrent(by_step[t], h), h, c, *vectors)
-            hs.append(h)
-        return torch.stack(hs)
-
-    return loop
+    return {name: loop(cell, parameters, indexed=name == "as written") for name in ("careful", "as written")}
 
 
 def calls_of(cell: str, T: int, B: int, H: int) -> dict:
     """All sides, forward and backward; each gives all gradients."""
-    import torch
-
     from fusedlstm import autograd, cells
 
     of, bound = cells.CELLS[cell], H**-0.5
@@ -122,9 +76,7 @@ def calls_of(cell: str, T: int, B: int, H: int) -> dict:
 
 def measured(cell: str, T: int, B: int, H: int, seconds: float) -> list[rows.Row]:
     """Rows of one case: milliseconds of every side, and how many times ours is as fast as each rival."""
-    import torch
-
-    from bench import environment, registry, timing
+    from bench import environment, registry
 
     calls = calls_of(cell, T, B, H)
     *names, _ = calls
@@ -159,8 +111,6 @@ def main(arguments=None) -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of rounds, a case (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file (default: bench/results/cpu.csv)")
     options = parser.parse_args(arguments)
-    import torch
-
     torch.empty(FREED_BEFORE, dtype=torch.uint8)  # and freed
     writer = rows.Writer(options.out)
     drawn = Table(*report.family([])[0])

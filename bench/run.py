@@ -12,8 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from bench import registry, report, rows, shapes, timing, worker
+import torch
+
+from bench import registry, report, rows, shapes, worker
 from bench.worker import Case, Settings
+from fusedlstm import timing
 
 MAX_RESTARTS = 20
 START_LIMIT_S = 90  # for a worker to import torch and open the GPU
@@ -211,10 +214,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _gpu_name() -> str | None:
-    """Name of the GPU for a file name, or None; asked of torch, which need not be there for --help."""
+    """Name of the GPU for a file name, or None."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look that opens no context
-    import torch
-
     if not torch.cuda.is_available():
         return None
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")

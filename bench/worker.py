@@ -10,8 +10,9 @@ import os
 import traceback
 from dataclasses import dataclass
 
-from bench import environment, expected, registry, timing
+from bench import environment, expected, registry
 from bench.shapes import BY_ID, Shape
+from fusedlstm import timing
 
 # Only grossly wrong results are refused here. The tests check the precision.
 WRONG_ABOVE = 0.1

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -271,6 +272,12 @@ def gates_picture(found: dict[tuple, Found], args: argparse.Namespace, path: Pat
     run = Run(*best, args)
     network = run.network()
     network.load_state_dict(found[best].state)
+    gates_figure(run, network).savefig(path, dpi=110)
+    return f"{run.task}, gap {run.gap}: {run.layer}"
+
+
+def gates_figure(run: Run, network: nn.ModuleList) -> Figure:
+    """The gates and states of a network while it reads a new sequence, with triangles at the steps that count."""
     x, _ = run.batch(1)
     figure = inspect.plot_gates(inspect.gates(network[0], x))
     if run.task == "copy":
@@ -283,10 +290,8 @@ def gates_picture(found: dict[tuple, Found], args: argparse.Namespace, path: Pat
             panel.set_title(panel.get_title(), fontsize=11, pad=12)
             marks, above = [step + 0.5 for step in shown], panel.get_xaxis_transform()
             panel.plot(marks, [1.03] * len(marks), "v", color="black", markersize=5, transform=above, clip_on=False)
-    title = f"{run.task}, gap {run.gap}: {run.layer}"
-    figure.suptitle(f"{title}. Triangles: the steps that count", fontsize=12)
-    figure.savefig(path, dpi=110)
-    return title
+    figure.suptitle(f"{run.task}, gap {run.gap}: {run.layer}. Triangles: the steps that count", fontsize=12)
+    return figure
 
 
 def compare(args: argparse.Namespace, console: Console) -> None:

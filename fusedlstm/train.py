@@ -187,9 +187,10 @@ def race(data: Split, settings: Settings, epochs: int = 5) -> Race:
 
     losses = {name: timed_epoch(model)[1] for name, model in models.items()}
     times_ms = {name: [] for name in models}
-    for turn in range(epochs):
-        for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
-            times_ms[name].append(timed_epoch(models[name])[0])
+    with checks.needs("tqdm", "demo").tqdm(range(epochs), desc="timing", unit="round") as bar:
+        for turn in bar:
+            for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
+                times_ms[name].append(timed_epoch(models[name])[0])
     difference = ((losses["fused"] - losses["torch"]).abs() / losses["torch"]).max().item()
     return Race(*(statistics.median(times_ms[name]) for name in ("fused", "torch")), difference, epochs)
 

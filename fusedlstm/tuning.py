@@ -5,7 +5,8 @@ of the same sizes find the choice, in this process and in others (`fusedlstm.pla
 """
 
 import contextlib
-import time
+import functools
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import checks, engines, functional, products
+from fusedlstm import checks, engines, functional, products, timing
 from fusedlstm.base import Recurrent, State, as_states
 from fusedlstm.cells import CELLS
 from fusedlstm.plan import PlanError, candidates, tuned
@@ -22,7 +23,6 @@ from fusedlstm.plan.tuned import Call
 
 Timer = Callable[[dict[str, Callable[[], None]], float], dict[str, float]]
 TRIED = 3  # plans of every exchange protocol, the predicted best
-WARM_UP, FEWEST_ROUNDS = 2, 3
 
 
 class Measured(NamedTuple):
@@ -90,7 +90,7 @@ def tune(
     from fusedlstm.engines import launch
 
     index = data.device.index if data.device.type == "cuda" else None
-    timer = timer or (in_rounds(_device_ms) if index is not None else in_rounds(_host_ms))
+    timer = timer or functools.partial(_medians, device=data.device)
     tuned.check()  # before any time is spent
     run = _Run(module, input, hx, lengths, resets)
     # What comes first chooses the plans of the forward, which in training also saves.
@@ -247,36 +247,6 @@ def _timed(calls: dict[str, Callable], timer: Timer, seconds: float) -> dict[str
     return timer(able, seconds)
 
 
-def in_rounds(clock: Callable[[Callable], float]) -> Timer:
-    """A timer that takes medians over rounds. In each round every call runs once, in every second round backwards."""
-
-    def timer(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
-        for call in calls.values():
-            for _ in range(WARM_UP):
-                clock(call)
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        order, end = list(calls), time.monotonic() + seconds
-        rounds = 0
-        while rounds < FEWEST_ROUNDS or time.monotonic() < end:
-            for name in order:
-                samples[name].append(clock(calls[name]))
-            order.reverse()
-            rounds += 1
-        return {name: sorted(values)[len(values) // 2] for name, values in samples.items()}
-
-    return timer
-
-
-def _device_ms(call: Callable) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def _host_ms(call: Callable) -> float:
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
+def _medians(calls: dict[str, Callable], seconds: float, device: torch.device) -> dict[str, float]:
+    samples = timing.take(calls, seconds, device)
+    return {name: statistics.median(values) for name, values in samples.ms.items()}

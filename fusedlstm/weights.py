@@ -113,7 +113,7 @@ _LINEN_LSTM = _Kind(LSTM, _linen("ifgo", "hi hf hg ho"))
 _XLSTM = ("_recurrent_kernel_", "n gu k", "_bias_", "gnu")
 _XLSTM_CUDA = ("_recurrent_kernel_", "n k gu", "_bias_", "ngu")
 _FLASHRNN = ("R", "g n u k", "b", "g n u")
-_KINDS = {
+KINDS = {
     "keras.LSTM": _Kind(LSTM, _kernels("ifgo", _bias("ifgo")), optional_bias=True, listed=True),
     "keras.GRU": _Kind(
         GRU,
@@ -307,10 +307,10 @@ def dump(kind: str, module: Recurrent) -> list[Any]:
 
 
 def _kind(kind: str) -> _Kind:
-    if kind in _KINDS:
-        return _KINDS[kind]
+    if kind in KINDS:
+        return KINDS[kind]
     why = f": {_ABSENT[kind]}" if kind in _ABSENT else ""
-    raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}{why}")
+    raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}{why}")
 
 
 def _check_config(name: str, config: Mapping[str, Any], nonlinearity: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedlstm.base import Recurrent
-from fusedlstm.cells import CELLS, PARAMETERS, Cell
+from fusedlstm.cells import CELLS, PARAMETERS
 from fusedlstm.modules import GRU, LSTM, RNN, SLSTM, CoupledLSTM, LayerNormLSTM, PeepholeLSTM
 
 _NAME = re.compile(r"(?P<layer>(?:.*\.)?)(?P<parameter>\w+)_l(?P<number>\d+)(?P<reverse>_reverse)?")
@@ -50,6 +50,8 @@ def read(path: str | Path, trust: bool = False) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ImportError, KeyError) as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise ValueError(f"{path}: expected tensors, got objects whose code runs when they are read") from None
+        if isinstance(error, AttributeError | ImportError):
+            raise ValueError(f"{path}: expected objects whose code is here, got others: {error}") from None
         raise ValueError(f"{path}: expected a file of torch.save, got one that torch cannot read") from None
 
 
@@ -101,7 +103,7 @@ def _layer(name: str, parameters: dict[str, Tensor], cell: str | None) -> nn.RNN
     }
     if not proj_size:
         options["num_heads"] = hidden_size // columns
-    module = _made(CELLS[chosen], input_size, hidden_size, proj_size, options)
+    module = made(chosen, input_size, hidden_size, proj_size, **options)
     try:
         module.load_state_dict(parameters)
     except RuntimeError as error:
@@ -110,14 +112,14 @@ def _layer(name: str, parameters: dict[str, Tensor], cell: str | None) -> nn.RNN
     return module
 
 
-def _made(of: Cell, input_size: int, hidden_size: int, size: int, options: dict[str, Any]) -> Recurrent:
-    """A layer of any cell, a user's own too."""
-    if of.name.startswith("rnn_"):
-        return RNN(input_size, hidden_size, nonlinearity=of.name.removeprefix("rnn_"), **options)
-    if size:
-        options["proj_size"] = size
+def made(cell: str, input_size: int, hidden_size: int, proj_size: int = 0, **options: Any) -> Recurrent:
+    """Build a layer of any cell, a user's own too. The options are those of the constructor."""
+    if cell.startswith("rnn_"):
+        return RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("rnn_"), **options)
+    if proj_size:
+        options["proj_size"] = proj_size
 
-    class Layers(Recurrent):
-        cell = of.name
+    class Layers(Recurrent): ...
 
-    return _CLASSES.get(of.name, Layers)(input_size, hidden_size, **options)
+    Layers.cell = cell
+    return _CLASSES.get(cell, Layers)(input_size, hidden_size, **options)

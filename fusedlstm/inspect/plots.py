@@ -153,7 +153,8 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow], *, figu
         panel.set_axis_off()
     panels.flat[0].set_ylim(max(lowest, _LOWEST) / 2, highest * 2)
     panels.flat[0].set_xlim(0, None)
-    panels.flat[0].legend(frameon=False, fontsize=9)
+    richest = max(panels.flat, key=lambda panel: len(panel.get_legend_handles_labels()[1]))  # an RNN has no c
+    richest.legend(frameon=False, fontsize=9)
     figure.supxlabel("distance to the last step (steps)", fontsize=10)
     figure.supylabel("norm of the gradient", fontsize=10)
     return figure

@@ -172,10 +172,11 @@ def beside_cudnn(
 
 
 GLOSSARY = """\
-Words: a tile is the batch rows and hidden units that one program computes. A group is the programs that need each
-other's results at every step. An exchange is the moment when they pass them on. The schedule says where
-weight_hh is: all of it in one program (single), a slice in each program (resident), read at every step (streamed), or
-one launch a step (stepped)."""
+Words: a tile is the batch rows and hidden units that one program computes. A
+group is the programs that need each other's results at every step. An exchange
+is the moment when they pass them on. The schedule says where weight_hh is: all
+of it in one program (single), a slice in each program (resident), read at every
+step (streamed), or one launch a step (stepped)."""
 
 
 def explain(

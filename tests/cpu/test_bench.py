@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import environment, expected, gpu, registry, report, rows, shapes, slowest, timing, worker
+from bench import environment, expected, gpu, registry, report, rows, shapes, slowest, worker
 from bench import run as bench_run
 from bench.worker import Case, Settings
+from fusedlstm import timing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -280,7 +281,9 @@ def test_rounds_interleave_and_ratios_are_paired(monkeypatch):
         now[0] += seconds
 
     calls = {"torch": lambda: work("torch", 0.004), "twice": lambda: work("twice", 0.002)}
-    samples = timing.time_cpu(calls, budget_s=0.1)
+    told = []
+    samples = timing.take(calls, 0.1, "cpu", lambda *done: told.append(done))
+    assert told[0] == (0, len(told)) and told[-1] == (len(told) - 1, len(samples.ms["torch"]))
     assert len(samples.ms["torch"]) == len(samples.ms["twice"]) >= timing.MIN_ROUNDS
     timed = order[2 * 4 :]  # behind the warm-up of each
     assert timed[:4] == ["torch", "twice", "twice", "torch"]

@@ -9,6 +9,7 @@ import torch
 import fusedlstm
 from fusedlstm import __main__ as command_line
 from fusedlstm import engines
+from fusedlstm.commands import info
 from fusedlstm.engines import launch
 from fusedlstm.plan import devices, tuned
 from fusedlstm.plan.devices import DEVICES
@@ -85,7 +86,7 @@ def test_other_amd_devices_are_not_served(monkeypatch, properties):
         assert engines.choose("auto", where, torch.float16, "lstm", hidden) == "torch"
         with pytest.raises(RuntimeError, match=f"serve NVIDIA .* and AMD gfx942 .*, {properties.name} is {arch}"):
             engines.choose("triton", where, torch.float16, "lstm", hidden)
-    assert arch in command_line.engine_line(where, torch.float16)
+    assert arch in info.engine_line(where, torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,9 @@ def test_the_text_of_every_mutant_is_there():
 def test_there_are_programs_and_examples():
     assert {"README.md", "lstm.md", "family.md"} <= {*PROGRAMS}
     assert len(EXAMPLES) >= 10
+
+
+def test_the_citation_is_that_of_the_version():
+    told = dict(re.findall(r"^([\w-]+): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M))
+    version, date = re.search(r"^## \[(\d\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M).groups()
+    assert (told["version"], told["date-released"]) == (version, date) and version == fusedlstm.__version__

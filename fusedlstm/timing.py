@@ -1,4 +1,4 @@
-"""Take times.
+"""Take times. `fusedlstm.tune`, `python -m fusedlstm bench` and the benchmarks in `bench/` do it in this way.
 
 All candidates of a case run in rounds, in one process. Each round times every candidate once, and begins with another
 one, so a drift of the machine affects all in the same way. A sample is the mean of `inner` calls in a row. The ratio to
@@ -11,9 +11,14 @@ second time as a replay of a CUDA graph, which excludes the time of the host. On
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+Calls = dict[str, Callable[[], Any]]
+Progress = Callable[[int, int], None]  # gets the rounds that are done, and all of them
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CPU_SAMPLE_MS = 2.0  # a sample is at least this long: timer and scheduler noise
 GPU_SAMPLE_MS = 0.5
@@ -51,14 +56,23 @@ def _plan(
     return inner, min(MAX_ROUNDS, max(min_rounds, int(budget_s / max(round_s, 1e-6))))
 
 
-def _rounds(names: list[str], rounds: int):
+def _rounds(names: list[str], rounds: int, progress: Progress | None) -> Iterator[list[str]]:
     """Names in the order of each round."""
     for r in range(rounds):
+        if progress:
+            progress(r, rounds)
         k = r % len(names)
         yield names[k:] + names[:k]
 
 
-def time_cpu(calls: dict[str, Callable], budget_s: float, min_rounds: int = MIN_ROUNDS) -> Samples:
+def take(calls: Calls, budget_s: float, device: str | torch.device, progress: Progress | None = None) -> Samples:
+    """Time calls by the clock of a device."""
+    if torch.device(device).type == "cuda":
+        return time_gpu(calls, budget_s, progress)
+    return time_cpu(calls, budget_s, progress=progress)
+
+
+def time_cpu(calls: Calls, budget_s: float, min_rounds: int = MIN_ROUNDS, progress: Progress | None = None) -> Samples:
     """Time calls on the host clock; `budget_s` seconds for all of them together, beside the warm-up.
 
     Fewer than five rounds are a rehearsal: they say that it runs, not how fast.
@@ -74,8 +88,8 @@ def time_cpu(calls: dict[str, Callable], budget_s: float, min_rounds: int = MIN_
             times.append((clock() - start) * 1e3)
         call_ms[name] = min(times)
     inner, rounds = _plan(call_ms, CPU_SAMPLE_MS, budget_s, min_rounds)
-    ms = {name: [] for name in calls}
-    for order in _rounds(list(calls), rounds):
+    ms: dict[str, list[float]] = {name: [] for name in calls}
+    for order in _rounds(list(calls), rounds, progress):
         for name in order:
             call, n = calls[name], inner[name]
             start = clock()
@@ -85,12 +99,12 @@ def time_cpu(calls: dict[str, Callable], budget_s: float, min_rounds: int = MIN_
     return Samples(ms, f"perf_counter interleaved rounds={rounds}")
 
 
-def _event_samples(calls: dict[str, Callable], call_ms: dict[str, float], budget_s: float) -> tuple[dict, int]:
-    import torch
-
+def _event_samples(
+    calls: Calls, call_ms: dict[str, float], budget_s: float, progress: Progress | None = None
+) -> tuple[dict[str, list[float]], int]:
     inner, rounds = _plan(call_ms, GPU_SAMPLE_MS, budget_s)
-    ms = {name: [] for name in calls}
-    for order in _rounds(list(calls), rounds):
+    ms: dict[str, list[float]] = {name: [] for name in calls}
+    for order in _rounds(list(calls), rounds, progress):
         events = []
         for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -105,9 +119,7 @@ def _event_samples(calls: dict[str, Callable], call_ms: dict[str, float], budget
     return ms, rounds
 
 
-def _estimate_ms(calls: dict[str, Callable]) -> dict[str, float]:
-    import torch
-
+def _estimate_ms(calls: Calls) -> dict[str, float]:
     call_ms = {}
     for name, call in calls.items():
         for _ in range(2):
@@ -123,20 +135,18 @@ def _estimate_ms(calls: dict[str, Callable]) -> dict[str, float]:
     return call_ms
 
 
-def time_gpu(calls: dict[str, Callable], budget_s: float) -> Samples:
+def time_gpu(calls: Calls, budget_s: float, progress: Progress | None = None) -> Samples:
     """Time calls between device events."""
-    ms, rounds = _event_samples(calls, _estimate_ms(calls), budget_s)
+    ms, rounds = _event_samples(calls, _estimate_ms(calls), budget_s, progress)
     return Samples(ms, f"events interleaved rounds={rounds}")
 
 
-def capture(call: Callable, copies: int = 1):
+def capture(call: Callable[[], Any], copies: int = 1) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """A CUDA graph of `copies` calls in a row, and what they returned (which the graph writes to).
 
     Raises:
         RuntimeError: the call cannot be captured.
     """
-    import torch
-
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a capture wants its warm-up on a side stream
@@ -150,7 +160,7 @@ def capture(call: Callable, copies: int = 1):
     return graph, kept
 
 
-def time_gpu_graph(calls: dict[str, Callable], budget_s: float, copies: int = 1) -> tuple[Samples, dict[str, str]]:
+def time_gpu_graph(calls: Calls, budget_s: float, copies: int = 1) -> tuple[Samples, dict[str, str]]:
     """Time replays of a CUDA graph of `copies` calls (as many as there are sets of inputs).
 
     Returns times a call, and who could not be captured and why.
