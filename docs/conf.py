@@ -35,7 +35,7 @@ NAVIGATION = {
     "Kernels": ["kernels", "design", "add_a_cell", "on_a_gpu", "benchmarks", "endurance"],
     "Models": ["migrate", "onnx", "compatibility"],
     "Examples": ["examples", "gallery"],
-    "Reference": ["support", "api"],
+    "Reference": ["support", "command_line", "api"],
 }
 
 
