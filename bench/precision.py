@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fusedlstm
-from bench.environment import cpu_name
 from bench.report import rewrite_block
+from fusedlstm.commands import info
 
 STEPS, BATCH, UNITS = 50, 8, 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -78,7 +78,7 @@ def tables(device: str) -> str:
             numbers = [f"{each[k]:.1e}" for each in found.values()]
             text.append(f"| {' | '.join([name, str(dtype).removeprefix('torch.'), *numbers])} |")
         text.append("")
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, kernels interpreted"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{info.cpu()}, kernels interpreted"
     sizes = f"T {STEPS}, B {BATCH}, I and H {UNITS}, one layer, seed 0"
     return "\n".join([*text, f"{sizes}; {where}; torch {torch.__version__}; `make precision`."])
 
