@@ -388,7 +388,8 @@ def states_beside_h(state: tuple[Tensor, ...]) -> Tensor:
 
 def one_by_one(states: Tensor) -> list[Tensor]:
     """The states [S, ...] beside h. Each may be changed in place, so none is a view of the same tensor as another."""
-    return [states[0]] if states.size(0) == 1 else [s.clone() for s in states.unbind(0)]
+    # Not by `unbind`, which gives an empty list for an h alone: torch cannot load a program with one.
+    return [states[0]] if states.size(0) == 1 else [states[k].clone() for k in range(states.size(0))]
 
 
 def c_seq_dtype(engine: str, like: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ that something fails with ours where it works with torch's.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ def table(found: dict[str, dict[str, str]]) -> str:
     def cell(text: str) -> str:
         if text == "yes":
             return "yes"
-        text = text[:NOTE].replace("|", "\\|")
+        text = re.sub(r"\x1b\[\d+m", "", text)[:NOTE].replace("|", "\\|")  # without colours
         if text not in notes:
             notes.append(text)
         return f"no ({notes.index(text) + 1})"

@@ -1,5 +1,7 @@
 """Graphs of modules, compiled, exported and traced: few, for any T and B, with the numbers and gradients of a call."""
 
+import io
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_two_graphs(name, training, call, dynamic):
 @pytest.mark.parametrize("given", ["input", "hx", "lengths"])
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormLSTM", "SLSTM"])
 def test_exported_for_any_sizes(name, given, strict):
-    """The strict way traces a backward too if gradients are on."""
+    """Saved and loaded too. The strict way traces a backward if gradients are on."""
     module = getattr(fusedlstm, name)(3, 4).eval()
 
     def call(T, B):
@@ -74,6 +76,9 @@ def test_exported_for_any_sizes(name, given, strict):
     shapes = {"input": {0: T, 1: B}, "hx": states[0] if len(states) == 1 else states, "lengths": {0: B}}
     with torch.no_grad():
         program = torch.export.export(module, (), chosen(call(7, 5)), dynamic_shapes=chosen(shapes), strict=strict)
+        torch.export.save(program, file := io.BytesIO())
+        file.seek(0)
+        program = torch.export.load(file)
         for size in ((7, 5), (2, 9), (40, 2)):
             arguments = chosen(call(*size))
             torch.testing.assert_close(program.module()(**arguments), module(**arguments))
