@@ -140,18 +140,21 @@ def recurrence_fwd(
     output, c_seq = preact_x.new_empty(R, D, H), preact_x.new_empty(S, R, D, H)
     gates = preact_x.new_empty(R, D, K * H)
     h_n, c_n = hx.clone(), cx.clone()  # rows beyond a step's keep what they have
-    for d in range(D):
-        weight = weights.weight_hh[d] if weights.weight_hh else None
-        at = Forward(
-            sizes=sizes,
-            preact_x=preact_x[d].reshape(R, GH),
-            vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
-            gates=gates[:, d],
-            states=(output[:, d], *c_seq[:, :, d]),
-            weight_hh=weight,
-            add_recurrent=_recurrent_product(weight, H),
-        )
-        _run(_step_of(spec.cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
+    # The steps write to tensors that were made outside. Autograd would keep a history of every view of them. That takes
+    # longer than the steps where a compiler asks for it.
+    with torch.inference_mode():
+        for d in range(D):
+            weight = weights.weight_hh[d] if weights.weight_hh else None
+            at = Forward(
+                sizes=sizes,
+                preact_x=preact_x[d].reshape(R, GH),
+                vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
+                gates=gates[:, d],
+                states=(output[:, d], *c_seq[:, :, d]),
+                weight_hh=weight,
+                add_recurrent=_recurrent_product(weight, H),
+            )
+            _run(_step_of(spec.cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
     return Saved(
         output.view(*leading, D * H),
         h_n,
@@ -240,30 +243,31 @@ def recurrence_bwd(
         ends = _last_rows(steps, hx.size(1), dh.device)
         for d in range(D):  # a final h is the output of a last step
             dh[:, d].index_add_(0, ends[d], grads.h_n[d])
-    for d in range(D):
-        states = (output[:, d], *c_seq[:, :, d])
-        initial = (hx[d], *cx[:, d])
-        at = Backward(
-            sizes=sizes,
-            vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
-            gates=gates[:, d],
-            states=states,
-            before=lambda k, d=d, own=states, initial=initial: _states_before(own[k], initial[k], steps, d),
-            dh=dh[:, d],
-            dpreact=grad_preact[:, d],
-        )
-        through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
-        _run_backward(
-            _step_of(spec.cell).backward(at),
-            at,
-            d,
-            at.by_step(through),
-            [at.by_step(g[:, d]) for g in dc_seq],
-            grad_hx[d],
-            tuple(grad_cx[:, d]),
-            _recurrent_backward(weights.weight_hh[d], H, clip),
-            clip,
-        )
+    with torch.inference_mode():  # as in the forward
+        for d in range(D):
+            states = (output[:, d], *c_seq[:, :, d])
+            initial = (hx[d], *cx[:, d])
+            at = Backward(
+                sizes=sizes,
+                vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
+                gates=gates[:, d],
+                states=states,
+                before=lambda k, d=d, own=states, initial=initial: _states_before(own[k], initial[k], steps, d),
+                dh=dh[:, d],
+                dpreact=grad_preact[:, d],
+            )
+            through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
+            _run_backward(
+                _step_of(spec.cell).backward(at),
+                at,
+                d,
+                at.by_step(through),
+                [at.by_step(g[:, d]) for g in dc_seq],
+                grad_hx[d],
+                tuple(grad_cx[:, d]),
+                _recurrent_backward(weights.weight_hh[d], H, clip),
+                clip,
+            )
     return grad_preact.view(*leading, D * K * H), grad_hx, grad_cx
 
 
