@@ -161,7 +161,7 @@ def picture(examples: list[tuple[str, str, Tensor]], path: Path) -> None:
         grid = row.subgridspec(1, len(part), width_ratios=[len(text) for text, _, _ in part])
         for place, (text, answer, weights) in zip(grid, part, strict=True):
             panel = figure.add_subplot(place)
-            panel.imshow(weights[:, : len(text)].cpu(), cmap="Blues", vmin=0, vmax=1)
+            panel.imshow(weights[:, : len(text)].cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
             panel.set_xticks(range(len(text)), text)
             panel.set_yticks(range(len(answer)), answer)
             panel.tick_params(length=0, labelsize=11, labelfontfamily="monospace", labeltop=True, labelbottom=False)
