@@ -9,12 +9,12 @@ The words of a batch have different lengths. `lengths=` tells the layer where ea
 directions have read the whole word and no padding. Two logistic regressions learn from the same words. One knows how
 often each letter occurs. The other also counts pairs and triples of letters, and is a strong rival.
 
-With the defaults and Babel 2.19.0, expect that the LSTM is right about 00% of the words, the regression on letters
-about 00%, and that on triples about 00%. The picture shows which languages are taken for which. It takes 0 minutes on
-two cores.
+With the defaults and Babel 2.19.0, expect that the LSTM is right about 68% of the words, the regression on letters
+about 47%, and that on triples about 68%. The picture shows which languages are taken for which. It takes two to five
+minutes on two cores.
 
     python examples/classify.py
-    python examples/classify.py --ask "hvor er biblioteket" "kde je knihovna"     # texts of your own
+    python examples/classify.py --ask "où est la bibliothèque" "hol van a könyvtár"     # texts of your own
     python examples/classify.py --compare     # torch.nn.LSTM in its place: the same losses, and both times
 """
 
@@ -101,7 +101,7 @@ class Model(nn.Module):
         self.head = nn.Linear(2 * hidden_size, len(LANGUAGES))
 
     def forward(self, letters: Tensor, lengths: Tensor) -> Tensor:
-        x = self.embedding(letters)
+        x = self.dropout(self.embedding(letters))
         if isinstance(self.lstm, fusedlstm.LSTM):
             _, (h_n, _) = self.lstm(x, lengths=lengths)
         else:
@@ -146,17 +146,17 @@ def predicted(model: nn.Module, words: list[str], alphabet: str, device: str) ->
     return model(*coded(words, alphabet, device)).log_softmax(-1).cpu()
 
 
-def rivals(seen: list[str], unseen: list[str], words: dict[str, int]) -> dict[str, Tensor]:
-    """What two logistic regressions say, [unseen]."""
+def rivals(seen: list[str], unseen: list[str], words: dict[str, int]) -> dict[str, tuple[int, Tensor]]:
+    """Two logistic regressions: the number of their weights, and what they say [unseen]."""
     kinds = {
-        "single letters": CountVectorizer(analyzer="char", lowercase=False),
-        "up to three letters": CountVectorizer(analyzer="char_wb", ngram_range=(1, 3), lowercase=False),
+        "letters": CountVectorizer(analyzer="char", lowercase=False),
+        "triples": CountVectorizer(analyzer="char_wb", ngram_range=(1, 3), lowercase=False),
     }
     found = {}
     for name, counts in kinds.items():
         model = make_pipeline(counts, LogisticRegression(C=0.3, max_iter=1000))
         model.fit(seen, [words[word] for word in seen])
-        found[f"logistic regression, {name}"] = torch.tensor(model.predict(unseen))
+        found[f"regression on {name}"] = model[-1].coef_.size, torch.tensor(model.predict(unseen))
     return found
 
 
@@ -200,16 +200,17 @@ def learn(words: dict[str, int], args: argparse.Namespace, console: Console) -> 
     _, ms = train(model, seen, words, args, "training")
     with console.status("logistic regressions"):
         found = rivals(seen, unseen, words)
-    found["bidirectional LSTM"] = predicted(model, unseen, alphabet, args.device).argmax(-1)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    found["bidirectional LSTM"] = weights, predicted(model, unseen, alphabet, args.device).argmax(-1)
     table = Table(title=f"{len(unseen):,} words that were not seen, after training on {len(seen):,}")
     table.add_column("who reads them")
-    for name in ("right", "mean over the languages"):
+    for name in ("weights", "right", "mean of the languages"):
         table.add_column(name, justify="right")
-    for name, languages in found.items():
+    for name, (weights, languages) in found.items():
+        confusion = confusion_of(answers, languages)  # in the end, that of the LSTM
         right = (languages == answers).float().mean().item()
-        table.add_row(name, f"{right:.1%}", f"{confusion_of(answers, languages).diag().mean().item():.1%}")
+        table.add_row(name, f"{weights:,}", f"{right:.1%}", f"{confusion.diag().mean().item():.1%}")
     console.print(table)
-    confusion = confusion_of(answers, languages)
     mistaken = (confusion - confusion.diag().diag()).flatten().topk(3)
     pairs = [
         f"{NAMES[at // len(NAMES)]} for {NAMES[at % len(NAMES)]} ({share:.0%})"
@@ -254,14 +255,14 @@ def main(arguments: list[str] | None = None) -> None:
         " and draws which languages are taken for which. No word that begins like one of the test is in training.",
     )
     helps = {
-        "updates": (2000, "of the network"),
+        "updates": (4000, "of the network"),
         "batch": (64, "words of an update"),
-        "hidden-size": (128, "hidden units of each direction"),
+        "hidden-size": (192, "hidden units of each direction"),
         "seed": (0, "of initial values, dropout and the order of the words"),
     }
     for name, (default, text) in helps.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default: {default}")
-    for name, value, text in (("rate", 6e-3, "highest rate of Adam"), ("dropout", 0.5, "of what the head is given")):
+    for name, value, text in (("rate", 5e-3, "of Adam, at its highest"), ("dropout", 0.3, "of letters and of states")):
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{text}; default: {value:g}")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"

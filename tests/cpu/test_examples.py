@@ -308,10 +308,8 @@ def test_classify_learns_and_draws(classify, tmp_path, capsys):
     few = ["--updates", "150", "--hidden-size", "32", "--rate", "0.02", "--device", "cpu"]
     classify.main([*few, "--ask", "hvor er biblioteket", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    rows = dict(re.findall(r"│ (\S[^│]*?) +│ +([\d.]+)% │ +[\d.]+% │", printed))
-    assert [*rows] == [f"logistic regression, {x}" for x in ("single letters", "up to three letters")] + [
-        "bidirectional LSTM"
-    ]
+    rows = dict(re.findall(r"│ (\S[^│]*?) +│ +[\d,]+ │ +([\d.]+)% │ +[\d.]+% │", printed))
+    assert [*rows] == ["regression on letters", "regression on triples", "bidirectional LSTM"]
     assert all(25 < float(right) < 95 for right in rows.values())
     assert re.search(r"most often takes \w+ for \w+ \(\d+%\)", printed)
     assert re.search(r"hvor er biblioteket: \w+ \d+%, \w+ \d+%, \w+ \d+%", printed)
