@@ -12,8 +12,8 @@ the kind called "dot"). In training the decoder is given the right answer so far
 of its steps. In use it is given what it wrote itself, and `fusedlstm.Stream` keeps its state from one character to the
 next. The picture shows where it looks.
 
-With the defaults, expect that all of the 3652 days that were never seen are read without a fault. It takes one to three
-minutes on two cores.
+With the defaults, expect that all of the 3652 days that were never seen are read without a fault. With the seeds 1 and
+2, three and one are not. It takes one to three minutes on two cores.
 
     python examples/seq2seq.py
     python examples/seq2seq.py --read "the 1st of may 1999" 24/12/31     # dates of your own
