@@ -14,7 +14,7 @@ KERNELS = ["fusedlstm.kernels", *(f"fusedlstm.kernels.{name}" for name in find_p
 # but some loads that wait for other programs are 4 bytes wide in place of 16.
 TRITON = ['triton>=3.6,<3.8; platform_system == "Linux"']
 INTERPRET = [*TRITON, "numpy"]
-DEMO = ["matplotlib", "scikit-learn", "statsmodels", "tqdm"]
+DEMO = ["babel", "matplotlib", "scikit-learn", "statsmodels", "tqdm"]
 ONNX = ["onnx", "onnxscript"]
 BENCH = [*INTERPRET, "matplotlib", "rich"]
 DOCS = ["furo", "myst-parser", "sphinx", "ziamath"]

@@ -1,6 +1,7 @@
 """examples/: they run, and what they claim of themselves holds."""
 
 import argparse
+import datetime
 import importlib.util
 import itertools
 import re
@@ -389,3 +390,128 @@ def test_anomaly_finds_strong_el_ninos_and_draws(tmp_path, capsys):
     one, six, mean = map(float, re.search(r"off by (\S+) °C one.*by (\S+) °C 6.*by (\S+) °C", printed).groups())
     assert one < six < mean
     assert (tmp_path / "anomaly.png").stat().st_size > 10_000
+
+
+def test_seq2seq_tests_days_that_are_not_in_training():
+    seq2seq = example("seq2seq")
+    seen, unseen = seq2seq.split_days()
+    assert len({*seen, *unseen}) == len(seen) + len(unseen) == 36525 and len(unseen) == 3652
+    assert min(seen + unseen) == datetime.date(1950, 1, 1) and max(seen + unseen) == datetime.date(2049, 12, 31)
+
+
+def test_seq2seq_a_text_stands_for_one_day():
+    seq2seq = example("seq2seq")
+    days = [datetime.date(1950, 1, 1) + datetime.timedelta(k) for k in range(0, 36525, 29)]
+    texts = [case(seq2seq.written(day, way)) for day in days for way in seq2seq.WAYS for case in seq2seq.CASES[1:]]
+    owners = dict(zip(texts, [day for day in days for _ in range(2 * len(seq2seq.WAYS))], strict=True))
+    assert all(owners[seq2seq.written(day, way).lower()] == day for day in days for way in seq2seq.WAYS)
+    assert {*"".join(texts)} <= {*seq2seq.LETTERS}
+    spoken = [seq2seq.written(datetime.date(2021, 3, day), "{nth}") for day in (1, 2, 3, 4, 11, 12, 13, 21, 22, 23, 31)]
+    assert spoken == ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "23rd", "31st"]
+    ways = ("%A, {nth} of %B %Y", "%b {day}, %y", "{day}/{month}/%y")
+    found = [seq2seq.written(datetime.date(2021, 3, 3), way) for way in ways]
+    assert found == ["Wednesday, 3rd of March 2021", "Mar 3, 21", "3/3/21"]
+
+
+def test_seq2seq_reads_alike_alone_in_a_batch_and_with_a_teacher():
+    seq2seq = example("seq2seq")
+    torch.manual_seed(0)
+    model = seq2seq.Model(8)
+    texts = ["3/3/21", "Wednesday, 3rd of March 2021", "MAR 3, 21"]
+    answers, weights = model.read(texts)
+    assert weights.shape == (10, 3, 28) and {*map(len, answers)} == {10}
+    torch.testing.assert_close(weights.sum(-1), torch.ones(10, 3))
+    for k, text in enumerate(texts):
+        answer, own = model.read([text])
+        assert answer == [answers[k]] and not weights[:, k, len(text) :].any()
+        torch.testing.assert_close(own[:, 0], weights[:, k, : len(text)])
+    codes, lengths = seq2seq.coded(texts, seq2seq.LETTERS, "cpu")
+    wrote, _ = seq2seq.coded(answers, seq2seq.DIGITS, "cpu")
+    before = torch.cat([torch.full((1, 3), seq2seq.BEGIN), wrote[:-1]])
+    assert torch.equal(model(codes, lengths, before).argmax(-1), wrote)
+
+
+def test_seq2seq_learns_reads_and_draws(tmp_path, capsys):
+    few = ["--updates", "120", "--batch", "32", "--hidden-size", "32", "--rate", "0.01", "--device", "cpu"]
+    example("seq2seq").main([*few, "--read", "3rd of March 2021", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"│ (\S[^│]*?) +│ [\d-]{10} │ +[\d.]+% │", printed)) == 15
+    assert float(re.search(r"Of 3,652 days, ([\d.]+)% are read", printed)[1]) > 80
+    assert re.search(r"3rd of March 2021 is read as [\d-]{10}", printed)
+    assert (tmp_path / "seq2seq.png").stat().st_size > 10_000
+
+
+def test_seq2seq_compares_with_torch(capsys):
+    few = ["--updates", "8", "--batch", "16", "--hidden-size", "16", "--device", "cpu"]
+    example("seq2seq").main([*few, "--compare"])
+    printed = capsys.readouterr().out
+    assert float(re.search(r"losses are at most (\S+) apart", printed)[1]) < 1e-5
+    assert len({*re.findall(r"│ +\d+ │ +(\d\.\d+) │", printed)}) > 4
+
+
+def test_seq2seq_names_what_it_cannot_read(capsys):
+    with pytest.raises(SystemExit):
+        example("seq2seq").main(["--read", "3 März 2021"])
+    assert "--read: expected letters and digits of English dates, got 'ä'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def classify():
+    """The example with a tenth of its words."""
+    module = example("classify")
+    few = dict([*module.collected().items()][::10])
+    module.collected = lambda: few
+    return module
+
+
+def test_classify_splits_words_by_how_they_begin(classify):
+    words = classify.collected()
+    seen, unseen = classify.split(words)
+    assert {*seen, *unseen} == {*words} and len(seen) + len(unseen) == len(words) > 2000
+    assert 0.05 < len(unseen) / len(words) < 0.25
+    assert not {word[:4] for word in seen} & {word[:4] for word in unseen}
+    assert len({*words.values()}) == 24 and all(word.isalpha() and word.islower() and len(word) > 2 for word in words)
+
+
+def test_classify_takes_words_that_one_language_has():
+    classify = example("classify")
+    words = {"da": "mandag fredag", "sv": "måndag fredag", "tr": "Temmuz/ay, {0} km²"}
+    classify.LANGUAGES = [*words]
+    classify.localedata.load = lambda code: {kind: {"wide": {1: words[code]}} for kind in classify.KINDS}
+    assert classify.collected() == {"mandag": 0, "måndag": 1, "temmuz": 2}
+
+
+def test_classify_reads_a_word_alone_and_in_a_batch_alike(classify):
+    torch.manual_seed(0)
+    model = classify.Model(26, 8, 0.5)
+    alphabet = "".join(map(chr, range(97, 123)))
+    words = ["uge", "straatsburg", "måned"]
+    together = classify.predicted(model, words, alphabet, "cpu")
+    for word, chances in zip(words, together, strict=True):
+        torch.testing.assert_close(classify.predicted(model, [word], alphabet, "cpu")[0], chances)
+    assert not together[0].isclose(together[1]).any()
+
+
+def test_classify_counts_what_is_taken_for_what(classify):
+    answers, found = torch.arange(24).repeat(2), torch.tensor([1, *range(1, 24), *range(24)])
+    confusion = classify.confusion_of(answers, found)
+    assert confusion[0, :3].tolist() == [0.5, 0.5, 0] and torch.equal(confusion[1:], torch.eye(24)[1:])
+
+
+def test_classify_learns_and_draws(classify, tmp_path, capsys):
+    few = ["--updates", "150", "--hidden-size", "32", "--rate", "0.02", "--device", "cpu"]
+    classify.main([*few, "--ask", "hvor er biblioteket", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"│ (\S[^│]*?) +│ +[\d,]+ │ +([\d.]+)% │ +[\d.]+% │", printed))
+    assert [*rows] == ["regression on letters", "regression on triples", "bidirectional LSTM"]
+    assert all(25 < float(right) < 95 for right in rows.values())
+    assert re.search(r"most often takes \w+ for \w+ \(\d+%\)", printed)
+    assert re.search(r"hvor er biblioteket: \w+ \d+%, \w+ \d+%, \w+ \d+%", printed)
+    assert (tmp_path / "classify.png").stat().st_size > 10_000
+
+
+def test_classify_compares_with_torch(classify, capsys):
+    classify.main(["--updates", "8", "--batch", "16", "--hidden-size", "16", "--device", "cpu", "--compare"])
+    printed = capsys.readouterr().out
+    assert float(re.search(r"losses are at most (\S+) apart", printed)[1]) < 1e-5
+    assert len({*re.findall(r"│ +\d+ │ +(\d\.\d+) │", printed)}) > 4
