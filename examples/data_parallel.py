@@ -108,6 +108,7 @@ def begin(rank: int, world: int, init_method: str, args: argparse.Namespace) -> 
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if nccl else "gloo", init_method=init_method, rank=rank, world_size=world)
     train(args)
+    dist.barrier()  # a process that ends while another still reads from it may abort
     dist.destroy_process_group()
 
 

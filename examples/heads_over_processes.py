@@ -116,6 +116,7 @@ def work(rank: int, processes: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if gpus else "gloo", init_method=f"file://{file}", rank=rank, world_size=processes)
     compare(device)
+    dist.barrier()  # a process that ends while another still reads from it may abort
     dist.destroy_process_group()
 
 

@@ -325,8 +325,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         own = self._parameters
         for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
             weight = own.get(name)
-            if weight is None:
-                weight = getattr(self, name, None)
+            if weight is None and hasattr(self, name):  # asked twice as by torch: a spectral norm iterates each time
+                weight = getattr(self, name)
             if weight is not None and ref is not None and ref() is not weight:
                 return True
         return False
