@@ -36,6 +36,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 
+import beside_torch
 import fusedlstm
 from fusedlstm.inspect.plots import new_figure
 
@@ -284,24 +285,13 @@ def detect(distance: Tensor, parts: list[Tensor], args: argparse.Namespace, cons
 
 def compare(parts: list[Tensor], args: argparse.Namespace, console: Console) -> None:
     """The same training with our layer and with torch's, both without `weight_dropout`."""
-    found = {}
-    for name in ("fusedlstm", "torch.nn"):
-        torch.manual_seed(args.seed)
-        model = Predictor(args.hidden_size)
-        if name == "torch.nn":
-            model = fusedlstm.restore(model)
-        found[name] = train(model.to(args.device), parts, args, name)
-    table = Table(title="Mean squared error in training (°C²)")
-    for name in ("update", *found, "difference"):
-        table.add_column(name, justify="right")
-    (ours, _), (theirs, _) = found.values()
-    for update in sorted({1, *range(0, args.updates + 1, max(1, args.updates // 5))} - {0}):
-        a, b = ours[update - 1], theirs[update - 1]
-        table.add_row(str(update), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
-    console.print(table)
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    times = ", ".join(f"{name} {ms:.1f} ms" for name, (_, ms) in found.items())
-    console.print(f"The losses are at most {apart:.1e} apart. Median update: {times}.")
+    beside_torch.compare(
+        lambda: Predictor(args.hidden_size).to(args.device),
+        lambda model, name: train(model, parts, args, name),
+        args.seed,
+        console,
+        "Mean squared error in training (°C²)",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

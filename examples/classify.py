@@ -39,6 +39,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from tqdm import trange
 
+import beside_torch
 import fusedlstm
 from fusedlstm.inspect.plots import new_figure
 
@@ -228,24 +229,13 @@ def learn(words: dict[str, int], args: argparse.Namespace, console: Console) -> 
 def compare(words: dict[str, int], args: argparse.Namespace, console: Console) -> None:
     """The same training with our layer and with torch's, which needs packing."""
     seen, _ = split(words)
-    found = {}
-    for name in ("fusedlstm", "torch.nn"):
-        torch.manual_seed(args.seed)
-        model = Model(len(alphabet_of(seen)), args.hidden_size, args.dropout).to(args.device)
-        if name == "torch.nn":
-            model = fusedlstm.restore(model)
-        found[name] = train(model, seen, words, args, name)
-    ours, theirs = (losses for losses, _ in found.values())
-    table = Table(title="Losses")
-    for name in ("update", *found, "difference"):
-        table.add_column(name, justify="right")
-    for update in sorted({1, *range(0, args.updates + 1, max(1, args.updates // 5))} - {0}):
-        a, b = ours[update - 1], theirs[update - 1]
-        table.add_row(str(update), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
-    console.print(table)
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    times = ", ".join(f"{name} {ms:.1f} ms" for name, (_, ms) in found.items())
-    console.print(f"The losses are at most {apart:.1e} apart. Median update: {times}.")
+    beside_torch.compare(
+        lambda: Model(len(alphabet_of(seen)), args.hidden_size, args.dropout).to(args.device),
+        lambda model, name: train(model, seen, words, args, name),
+        args.seed,
+        console,
+        "Losses",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,6 +45,7 @@ from torch.distributions import Normal, StudentT
 from torch.nn.functional import one_hot, softplus
 from tqdm import tqdm, trange
 
+import beside_torch
 import fusedlstm
 from fusedlstm.inspect.plots import new_figure
 
@@ -280,24 +281,13 @@ def forecast(every: dict[str, Series], args: argparse.Namespace, console: Consol
 
 def compare(every: dict[str, Series], args: argparse.Namespace, console: Console) -> None:
     """The same training with our layer and with torch's, both without `weight_dropout`."""
-    found = {}
-    for name in ("fusedlstm", "torch.nn"):
-        torch.manual_seed(args.seed)
-        model = Forecaster(next(iter(every.values())).rows.size(1), args.hidden_size)
-        if name == "torch.nn":
-            model = fusedlstm.restore(model)
-        found[name] = train(model.to(args.device), [*every.values()], args, name)
-    table = Table(title="Negative log likelihood in training")
-    for name in ("update", *found, "difference"):
-        table.add_column(name, justify="right")
-    (ours, _), (theirs, _) = found.values()
-    for update in sorted({1, *range(0, args.updates + 1, max(1, args.updates // 5))} - {0}):
-        a, b = ours[update - 1], theirs[update - 1]
-        table.add_row(str(update), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
-    console.print(table)
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    times = ", ".join(f"{name} {ms:.1f} ms" for name, (_, ms) in found.items())
-    console.print(f"The losses are at most {apart:.1e} apart. Median update: {times}.")
+    beside_torch.compare(
+        lambda: Forecaster(next(iter(every.values())).rows.size(1), args.hidden_size).to(args.device),
+        lambda model, name: train(model, [*every.values()], args, name),
+        args.seed,
+        console,
+        "Negative log likelihood in training",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import trange
 
+import beside_torch
 import fusedlstm
 from fusedlstm.inspect.plots import new_figure
 
@@ -182,24 +183,13 @@ def regularise(text: Tensor, held_out: Tensor, args: argparse.Namespace, console
 
 def compare(text: Tensor, held_out: Tensor, args: argparse.Namespace, console: Console) -> None:
     """The same training with our layer and with torch's."""
-    found = {}
-    for name in ("fusedlstm", "torch.nn"):
-        torch.manual_seed(args.seed)
-        model = Model(args.hidden_size).to(args.device)
-        if name == "torch.nn":
-            model = fusedlstm.restore(model)
-        found[name] = train(model, text, held_out, args, name)
-    table = Table(title="Bits per character in training")
-    for name in ("update", *found, "difference"):
-        table.add_column(name, justify="right")
-    ours, theirs = (training.losses for training in found.values())
-    for update in sorted({1, *range(0, args.updates + 1, max(1, args.updates // 5))} - {0}):
-        a, b = ours[update - 1], theirs[update - 1]
-        table.add_row(str(update), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
-    console.print(table)
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    times = ", ".join(f"{name} {training.ms:.1f} ms" for name, training in found.items())
-    console.print(f"The losses are at most {apart:.1e} apart. Median update: {times}.")
+
+    def training(model: nn.Module, name: str) -> beside_torch.Training:
+        found = train(model, text, held_out, args, name)
+        return found.losses, found.ms
+
+    title = "Bits per character in training"
+    beside_torch.compare(lambda: Model(args.hidden_size).to(args.device), training, args.seed, console, title)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -129,8 +129,6 @@ class Rates(NamedTuple):
 
     def in_steps(self, training: bool) -> tuple[float, ...]:
         """`Noise.rates`."""
-        if not any(self):
-            return ()
         rates = self[:4] if training else (*self[:2], 0.0, 0.0)
         return rates if any(rates) else ()
 

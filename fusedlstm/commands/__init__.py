@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedlstm import cells
 from fusedlstm.base import Recurrent
@@ -106,6 +106,14 @@ def layer_and_input(args: argparse.Namespace) -> tuple[Recurrent, Tensor]:
     sizes: dict[str, Any] = {"num_layers": args.layers, "bidirectional": args.directions == 2}
     layer = checkpoint.made(args.cell, features, args.hidden, **sizes, **like)
     return layer, torch.randn(args.steps, args.batch, features, **like)
+
+
+def chosen_layers(args: argparse.Namespace, modules: dict[str, nn.RNNBase]) -> dict[str, nn.RNNBase]:
+    """The layers of a file that --name asks for."""
+    chosen = {name: module for name, module in modules.items() if args.name in (None, name)}
+    if not chosen:
+        args.parser.error(f"--name: expected one of {', '.join(modules)}, got {args.name!r}")
+    return chosen
 
 
 def what_next(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Time a layer on this device, beside that of torch.nn.
 
-A cell that torch.nn has not is timed beside a loop of torch operations. Both
+A cell that torch.nn lacks is timed beside a loop of torch operations. Both
 sides have the same weights and input, and their results are compared first.
 They run in turns, in one process. The rival runs a second time in each turn:
 how far that is from 1 is the noise. On a machine that does other things too,
@@ -153,8 +153,8 @@ def looped(layer: Recurrent, x: Tensor) -> Tensor:
     return x
 
 
-# Loops of torch operations under autograd, with the input product before the loop: what people write who have no layer.
-# `bench/loops.py` measures these too.
+# Loops of torch operations under autograd, with the input product before the loop: what people write without such a
+# layer. `bench/loops.py` measures these too.
 
 
 def loop(cell: str, parameters: Sequence[Tensor], indexed: bool = False) -> Forward:

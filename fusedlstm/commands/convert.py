@@ -59,9 +59,7 @@ def run(args: argparse.Namespace) -> None:
             args.parser.error("--out: expected a file of torch or .npz, got .onnx", "torch.onnx.export writes those.")
         with commands.working(f"reading {args.files[0]}"):
             modules = read(args)
-        chosen = {name: module for name, module in modules.items() if args.name in (None, name)}
-        if not chosen:
-            args.parser.error(f"--name: expected one of {', '.join(modules)}, got {args.name!r}")
+        chosen = commands.chosen_layers(args, modules)
         found = [parameters(module, "" if len(chosen) == 1 else name, args.to) for name, module in chosen.items()]
         tensors = {name: tensor for own in found for name, tensor in own.items()}
         args.out.parent.mkdir(parents=True, exist_ok=True)

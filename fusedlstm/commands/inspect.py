@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> None:
         checks.needs("matplotlib.figure", "demo")
         with commands.working(f"reading {args.checkpoint}"):
             modules = checkpoint.layers(args.checkpoint, args.cell, args.trust)
-        chosen = {name: module for name, module in modules.items() if args.name in (None, name)}
-        if not chosen:
-            args.parser.error(f"--name: expected one of {', '.join(modules)}, got {args.name!r}")
+        chosen = commands.chosen_layers(args, modules)
         given = None if args.input is None else checkpoint.read(args.input)
         args.out.mkdir(parents=True, exist_ok=True)
         for name, module in chosen.items():

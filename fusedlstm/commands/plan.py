@@ -38,6 +38,6 @@ def run(args: argparse.Namespace) -> None:
         )
     except plan.PlanError as error:
         args.parser.error(str(error), "Fewer hidden units, or another --arch, may fit.")
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:
         args.parser.error(str(error))
     commands.say(text)

@@ -66,6 +66,7 @@ def why_not_triton(
     """The reason why the kernels cannot serve a call, or None. If `cell` or `hidden` is None, it does not matter."""
     if not TRITON_IS_INSTALLED:
         return 'the package triton is not installed (it exists for Linux only): pip install ".[triton]"'
+    # On "meta" nothing runs, and our ops say the shapes.
     if device.type not in ("cuda", "meta") and not (device.type == "cpu" and interpreting()):
         return (
             f"the kernels need a CUDA or ROCm device, got tensors on {device.type!r} "

@@ -129,12 +129,10 @@ def stack(
         states = tuple(s.contiguous() for s in states)
         training = training or torch.is_grad_enabled()  # cuDNN keeps what backward needs only in training mode
     if schedule == "stack":
+        warns = input.is_cuda and not torch.compiler.is_compiling()
         order = (bidirectional,) if batch_sizes is not None else (bidirectional, batch_first)
-        arguments = (cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, *order)
-        if not input.is_cuda or torch.compiler.is_compiling():
-            return _layers(*arguments)
-        with _weights_as_they_lie():
-            return _layers(*arguments)
+        with _weights_as_they_lie() if warns else contextlib.nullcontext():
+            return _layers(cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, *order)
     options = (num_layers, dropout, bidirectional)
     if schedule == "step":
         output, states = _step(cell, input.squeeze(1 if batch_first else 0), states, weights, bias, *options)

@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from fusedlstm import transforms
 from fusedlstm.plan import devices
 
 Results = TypeVar("Results")
@@ -74,7 +73,7 @@ def where(device: torch.device, cell: str, dtype: torch.dtype, weight_hh: list, 
     return Where(device, devices.sms(), cell, hidden, dtype, len(weight_hh), layout.name, heads)
 
 
-@transforms.constant
+@torch.compiler.assume_constant_result
 def reason(
     device: torch.device,
     cell: str | None,

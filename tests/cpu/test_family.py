@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedlstm
-from fusedlstm import cells, functional
+from fusedlstm import cells, engines, functional
 from support import assert_accurate
 from twins import SEQUENCES, case_id, pairwise
 
@@ -319,6 +319,23 @@ def test_copies_moves_and_weights_that_are_replaced(member):
     torch.testing.assert_close(normed(x)[0], called)
     if heads_of(member, 2) == 2:
         assert repr(make(member, 3, 4, num_layers=2, num_heads=2)).endswith("(3, 4, num_layers=2, num_heads=2)")
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("engine", [*engines.BACKENDS])
+@every_member
+def test_shapes_on_meta(member, engine, options):
+    """Of results and gradients, whatever engine is named: nothing runs there."""
+
+    def outcome(module, x):
+        output, states = module(x, lengths=torch.tensor([T, 1, 2], device=x.device))
+        found = [output, *(states if isinstance(states, tuple) else (states,))]
+        return [*found, *torch.autograd.grad(output.sum(), [*module.parameters()], allow_unused=True)]
+
+    expected = outcome(make(member, I, 6, **options), torch.randn(T, 3, I))
+    on_meta = outcome(make(member, I, 6, device="meta", backend=engine, **options), torch.empty(T, 3, I, device="meta"))
+    for a, b in zip(on_meta, expected, strict=True):
+        assert (a is None) == (b is None) and (a is None or (a.is_meta and a.shape == b.shape))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import fusedlstm
-from fusedlstm import transforms
 from fusedlstm.cells import CELLS
 from grids import grid
 
@@ -112,11 +111,3 @@ def test_symbolic_trace_takes_our_modules_whole(name):
     calls = [(node.target, node.kwargs) for node in traced.graph.nodes if node.op == "call_module"]
     assert [target for target, _ in calls] == ["layer", "layer", "cell"] and [*calls[0][1]] == ["lengths"]
     torch.testing.assert_close(traced(x, lengths), model(x, lengths))
-
-
-def test_a_constant_function_is_marked_as_torch_marks_it():
-    def ours() -> None: ...
-
-    def theirs() -> None: ...
-
-    assert vars(transforms.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}

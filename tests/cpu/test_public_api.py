@@ -44,12 +44,10 @@ def test_is_as_written_down():
     assert lines() == FILE.read_text().splitlines(), "if that is meant: python tests/cpu/test_public_api.py"
 
 
-def test_an_import_brings_neither_matplotlib_nor_dynamo():
-    """Dynamo alone takes as long as torch."""
-    code = "import sys, fusedlstm.__main__; fusedlstm.inspect.plot_gates; "
-    code += "print({'matplotlib', 'torch._dynamo'} & {*sys.modules})"
+def test_inspect_is_there_without_matplotlib():
+    code = "import sys, fusedlstm.__main__; fusedlstm.inspect.plot_gates; print('matplotlib' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    assert found.stdout.strip() == "False"
 
 
 if __name__ == "__main__":
