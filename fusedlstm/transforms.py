@@ -18,7 +18,7 @@ gradient like any other, and is clipped.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,17 @@ from torch.autograd import forward_ad
 
 from fusedlstm import samples
 from fusedlstm.samples import Axes
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant(function: Function) -> Function:
+    """Mark a function whose result is a constant for a compiler.
+
+    `torch.compiler.assume_constant_result` does just this, but it imports Dynamo, which takes as long as torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def gradients(

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fusedlstm import transforms
 from fusedlstm.plan import devices
 
 Results = TypeVar("Results")
@@ -73,7 +74,7 @@ def where(device: torch.device, cell: str, dtype: torch.dtype, weight_hh: list, 
     return Where(device, devices.sms(), cell, hidden, dtype, len(weight_hh), layout.name, heads)
 
 
-@torch.compiler.assume_constant_result
+@transforms.constant
 def reason(
     device: torch.device,
     cell: str | None,

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedlstm import cells, products
+from fusedlstm import cells, products, transforms
 from fusedlstm import plan as planning
 from fusedlstm.cells import Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.engines import failures, stepping
@@ -217,7 +217,7 @@ def _cached_wave(cell, layers, B, H, dtype, index, precision, layout, training, 
 
 
 # For a compiler an answer and no code: it is a constant of a layer, and the way to it leads through caches and files.
-@torch.compiler.assume_constant_result
+@transforms.constant
 def why_not(
     cell: str | None,
     hidden: int | None,

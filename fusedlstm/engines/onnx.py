@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedlstm import products
+from fusedlstm import products, transforms
 from fusedlstm.cells import Cell
 from fusedlstm.engines import reference
 from fusedlstm.layout import Layout
@@ -55,7 +55,7 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and _in_onnx_export()
 
 
-@torch.compiler.assume_constant_result
+@transforms.constant
 def _in_onnx_export() -> bool:
     """Dynamo, with which the exporter can trace, takes torch's function for false."""
     return torch.onnx.is_in_onnx_export()

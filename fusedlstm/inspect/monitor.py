@@ -80,9 +80,10 @@ class Monitor:
         self.step = 0
         self._calls: dict[str, dict[str, Any]] = {}
         self._temporary: list[Any] = []
+        outside = torch.compiler.disable  # called here and not as a decorator, because it imports Dynamo
         self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_pre_hook(outside(self._before), with_kwargs=True),
+            model.register_forward_hook(outside(self._after)),
         ]
 
     def close(self) -> None:
@@ -97,7 +98,6 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @torch.compiler.disable
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not (model.training and torch.is_grad_enabled()) or self.step % self.every:
             return
@@ -110,9 +110,9 @@ class Monitor:
             def note(layer: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
                 self._note(name, layer, args, kwargs)
 
-            self._temporary.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+            hook = torch.compiler.disable(note)
+            self._temporary.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
-    @torch.compiler.disable
     def _note(self, name: str, layer: Any, args: tuple, kwargs: dict) -> None:
         """Keep the first call of a layer, of a few sequences."""
         if name in self._calls:
@@ -121,7 +121,6 @@ class Monitor:
         wanted = ("input", "hx", "lengths", "resets", "padding_side")
         self._calls[name] = _of_some({k: given[k] for k in wanted if given.get(k) is not None}, layer, self.sequences)
 
-    @torch.compiler.disable
     def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return

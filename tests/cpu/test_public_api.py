@@ -45,9 +45,19 @@ def test_is_as_written_down():
 
 
 def test_inspect_is_there_without_matplotlib():
-    code = "import sys, fusedlstm.__main__; fusedlstm.inspect.plot_gates; print('matplotlib' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+    assert "matplotlib" not in imported_by("import fusedlstm.__main__; fusedlstm.inspect.plot_gates")
+
+
+def test_an_import_brings_no_compiler():
+    """Dynamo takes as long to import as torch itself."""
+    found = imported_by("import fusedlstm, torch; fusedlstm.LSTM(2, 3)(torch.zeros(2, 1, 2))")
+    assert not {"torch._dynamo", "torch._inductor"} & found
+
+
+def imported_by(code: str) -> set[str]:
+    """The modules that a program imports."""
+    command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
+    return {*subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()}
 
 
 if __name__ == "__main__":
