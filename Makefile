@@ -7,6 +7,8 @@ TESTS := cpu kernels compiled fake_cuda
 SOME_KERNELS := (bf16 or bfloat16 or seeded or agree or nan_passes) and not norms
 SOME_COMPILED := (sm_90 and dense and bf16 and not norms) or not (test_compiles or family or norms)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A hundred tests start a process, and each would compile the package anew where this is set.
+export PYTHONDONTWRITEBYTECODE :=
 # The time of the files in a wheel: that of the last commit, or a fixed one.
 export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2> /dev/null),315532800)
 
@@ -29,8 +31,8 @@ test-whole:  ## the same with every grid whole (tests/helpers/grids.py)
 test-triton36: MACHINE_CODE := $(SOME_COMPILED)
 test-triton39: MACHINE_CODE := ($(SOME_COMPILED)) and not critical_path
 test-triton36 test-triton39: test-%: .venv-%/ready
-	.venv-$*/bin/pytest tests/kernels -n $(WORKERS) -k "$(SOME_KERNELS)"
-	.venv-$*/bin/pytest tests/compiled -n $(WORKERS) -k "$(MACHINE_CODE)"
+	.venv-$*/bin/python -m pytest tests/kernels -n $(WORKERS) -k "$(SOME_KERNELS)"
+	.venv-$*/bin/python -m pytest tests/compiled -n $(WORKERS) -k "$(MACHINE_CODE)"
 
 # The ends of what setup.py claims: tests/cpu, and of the others as much as above. PyPI has these torches only with
 # CUDA, gigabytes; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has small ones. PYTHON says which Python.
@@ -125,6 +127,7 @@ clean:
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
+SITE := "import site; print(site.getsitepackages()[0])"
 # Triton 3.6.0 cannot interpret loops with a newer numpy.
 .venv-triton36/ready .venv-oldest/ready: TRITON = triton==3.6.0 "numpy<2.4"
 .venv-triton39/ready: TRITON = triton==3.9.0 numpy
@@ -132,10 +135,11 @@ clean:
 .venv-oldest/ready: TORCH = torch==2.11.0
 .venv-newest/ready: TORCH = torch
 
-.venv-triton36/ready .venv-triton39/ready: %/ready: constraints.txt setup.py
+# Another Triton before all else that is in .venv.
+.venv-triton36/ready .venv-triton39/ready: %/ready: .venv/ready
 	test -x $*/bin/python || $(PYTHON) -m venv $*
-	$*/bin/pip install -q torch==2.13.0 $(TRITON) pytest==9.1.1 pytest-xdist==3.8.0 rich==15.0.0 setuptools wheel
-	$*/bin/pip install -q --no-build-isolation --no-deps -e .
+	$*/bin/pip install -q --no-deps $(TRITON)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" > $$($*/bin/python -c $(SITE))/all_else.pth
 	touch $@
 
 .venv-oldest/ready .venv-newest/ready: %/ready: constraints.txt setup.py
