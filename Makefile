@@ -5,7 +5,8 @@ WORKERS ?= auto
 # A process each: Triton decides at import whether it interprets.
 TESTS := cpu kernels compiled fake_cuda
 SOME_KERNELS := (bf16 or bfloat16 or seeded or agree or nan_passes) and not norms
-SOME_COMPILED := (sm_90 and dense and bf16 and not norms) or not (test_compiles or family or norms)
+SLOW_COMPILED := test_compiles or family or norms or litmus or spills or refused or 1150 or (critical_path and sm_80)
+SOME_COMPILED := (sm_90 and dense and bf16 and not norms) or not ($(SLOW_COMPILED))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A hundred tests start a process, and each would compile the package anew where this is set.
 export PYTHONDONTWRITEBYTECODE :=
