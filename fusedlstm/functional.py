@@ -152,16 +152,39 @@ def run(
     Precision: Products have the dtype of the results. On a CPU float16 is computed in float32, and so is bfloat16 if
         the CPU has no instructions for it.
     """
-    if spec.grad_clip is not None and not torch.is_grad_enabled():
-        spec = spec._replace(grad_clip=None)
     autocast = autocasts(input)
     call = _Call(spec, input, states, weights, rows, _result_dtype(input, autocast), autocast)
+    if _is_plain(call):
+        return *_by_aten(call, "stack"), ()
+    if spec.grad_clip is not None and not torch.is_grad_enabled():
+        call = call._replace(spec=spec._replace(grad_clip=None))
     if transforms.wants_grad_samples(weights):
         return _with_grad_samples(call)
     if not autocast:
         return _run(call)
     with without_autocast(input):
         return _run(call)
+
+
+def _is_plain(call: _Call) -> bool:
+    """Whether ATen's layers take a call on a CPU as it stands.
+
+    `_run` would find the same. But a small layer takes less time than all of its questions, and these are fewer.
+    """
+    spec, input, rows = call.spec, call.input, call.rows
+    return (
+        spec.cell.aten is not None
+        and input.is_cpu
+        and not (call.autocast or transforms.wants_grad_samples(call.weights))
+        and call.dtype in (torch.float32, torch.float64)
+        and rows.batch_sizes is None
+        and not (rows.masked or spec.sequences or spec.grad_clip is not None or any(spec.rates))
+        and not (torch.compiler.is_compiling() or transforms.transformed() or transforms.has_tangents(call.tensors))
+        and call.heads == 1
+        and engines.requested(spec.backend) in ("auto", "torch")
+        and aten.schedule(spec.cell, input, call.dtype, None, rows.batch_first, call.hidden, spec.proj_size) == "stack"
+        and not engines.LOGGER.isEnabledFor(logging.DEBUG)
+    )
 
 
 def _run(call: _Call) -> Results:
@@ -188,11 +211,8 @@ def _with_grad_samples(call: _Call) -> Results:
             f"call_for_per_sample_grads: expected a layer and a call that torch.nn has, got {what[0]}; "
             "torch.func.vmap of torch.func.grad gives the gradients of every sample"
         )
-    options = (spec.num_layers, spec.dropout, spec.training, spec.bidirectional)
-    first = rows.batch_first and rows.batch_sizes is None
     with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's layer is not among what torch takes apart
-        arguments = (call.input, rows.batch_sizes, call.states, call.weights, _has_bias(call), *options, first)
-        return *aten.stack(spec.cell, "stack", *arguments), ()
+        return *_by_aten(call, "stack"), ()
 
 
 def step(
@@ -481,31 +501,26 @@ def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
 
 def _computed(call: _Call, engine: str) -> Results:
     """The results of a call, computed by an engine, in the form of the call."""
-    spec, rows = call.spec, call.rows
     drawn, call = _with_noise(call)
     schedule, compute_dtype = _ways(call, engine)
     if compute_dtype != call.input.dtype or call.autocast:  # else all of them have it
         input, states, weights = _cast((call.input, call.states, call.weights), compute_dtype)
         call = call._replace(input=input, states=states, weights=weights)
-    if schedule == "loop":
-        results = _by_layers(call, engine, drawn)
+    if schedule in ("loop", "onednn"):
+        results = _by_layers(call, engine if schedule == "loop" else schedule, drawn)
     else:
-        output, states = aten.stack(
-            spec.cell,
-            schedule,
-            call.input,
-            rows.batch_sizes,
-            call.states,
-            call.weights,
-            _has_bias(call),
-            spec.num_layers,
-            spec.dropout,
-            spec.training,
-            spec.bidirectional,
-            rows.batch_first and rows.batch_sizes is None,
-        )
+        output, states = _by_aten(call, schedule)
         results = (output, states, ())
     return results if compute_dtype == call.dtype else _cast(results, call.dtype)
+
+
+def _by_aten(call: _Call, schedule: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output and final states of a call that ATen serves."""
+    spec, rows = call.spec, call.rows
+    first = rows.batch_first and rows.batch_sizes is None
+    options = (spec.num_layers, spec.dropout, spec.training, spec.bidirectional, first)
+    arguments = (call.input, rows.batch_sizes, call.states, call.weights, _has_bias(call))
+    return aten.stack(spec.cell, schedule, *arguments, *options)
 
 
 def _has_bias(call: _Call) -> bool:

@@ -6,6 +6,7 @@
 | `wave_fwd`, `wave_bwd` | the same of several layers in one launch, each a step behind the one below |
 | `step_fwd` | one step of a stack, its input products included |
 | `recompute` | what the forward did not keep, from its output |
+| `onednn_fwd`, `onednn_bwd` | one direction of an LSTM by oneDNN, on a CPU under a compiler |
 
 An op runs on the engine "triton", the kernels; "torch", a loop of torch operations; or "auto", the kernels, and that
 loop where they cannot be launched (`fusedlstm.engines.failures`). It then returns what the kernels would have, so that
@@ -374,6 +375,76 @@ def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_):
     return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
+# ATen's LSTM on a CPU is oneDNN's layer. A compiler cannot differentiate it, because what it keeps has a size that
+# nobody knows before. These ops hide that in the storage of an empty tensor.
+
+LSTM_OF_ATEN = 2  # its number among ATen's recurrent layers
+
+
+@transforms.op("fusedlstm::onednn_fwd")
+def onednn_fwd(
+    input: Tensor,  # [T, B, I]
+    hx: Tensor,  # [1, B, H]
+    cx: Tensor,  # [1, B, H]
+    parameters: list[Tensor],  # weight_ih, weight_hh (, bias_ih, bias_hh)
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """output [T, B, H], h_n [1, B, H], c_n [1, B, H], and an empty tensor whose storage has what the backward needs."""
+    output, h_n, c_n, workspace = _onednn(input, hx, cx, parameters, reverse)
+    return output, h_n, c_n, workspace[:0]
+
+
+@torch.enable_grad()  # without it, oneDNN keeps nothing
+def _onednn(input: Tensor, hx: Tensor, cx: Tensor, parameters: list[Tensor], reverse: bool):
+    tensors = (x.contiguous() for x in (input, *_with_biases(parameters), hx, cx))
+    options = (reverse, [], LSTM_OF_ATEN, hx.size(-1), 1, len(parameters) == 4, False, False, True)
+    return torch.ops.aten.mkldnn_rnn_layer(*tensors, *options)
+
+
+def _with_biases(parameters: list[Tensor]) -> list[Tensor]:
+    """The four parameters that oneDNN takes. It does not read the biases if there are none."""
+    weight_hh = parameters[1]
+    return [*parameters, *[weight_hh.new_zeros(len(weight_hh))] * (4 - len(parameters))]
+
+
+@onednn_fwd.register_fake
+def _(input, hx, cx, parameters, reverse):
+    output = input.new_empty(*input.shape[:2], hx.size(-1))
+    return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape), input.new_empty(0, dtype=torch.uint8)
+
+
+@transforms.op("fusedlstm::onednn_bwd")
+def onednn_bwd(
+    grads: list[Tensor | None],  # of output, h_n and c_n
+    input: Tensor,  # these five: as in the forward
+    hx: Tensor,
+    cx: Tensor,
+    parameters: list[Tensor],
+    reverse: bool,
+    output: Tensor,  # [T, B, H]
+    c_n: Tensor,  # [1, B, H]
+    workspace: Tensor,  # the empty tensor of the forward, or a copy of it
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, hx, cx, weight_ih and weight_hh, and of either bias [4*H]."""
+    if storage := workspace.untyped_storage().nbytes():
+        kept = workspace.new_empty(0).set_(workspace.untyped_storage(), 0, (storage,))
+    else:  # whoever copies an empty tensor copies nothing
+        kept = _onednn(input, hx, cx, parameters, reverse)[-1]
+    output, h_n = output.contiguous(), output[:1] if reverse else output[-1:]
+    tensors = (x.contiguous() for x in (input, *_with_biases(parameters), hx, cx, output, h_n, c_n))
+    grads = (None if g is None else g.contiguous() for g in grads)
+    options = (reverse, LSTM_OF_ATEN, hx.size(-1), 1, len(parameters) == 4, True, False, [], False)
+    found = torch.ops.aten.mkldnn_rnn_layer_backward(*tensors, *grads, *options, kept)
+    grad_input, grad_weight_ih, grad_weight_hh, grad_bias, _, grad_hx, grad_cx = found
+    return grad_input, grad_hx.view(hx.shape), grad_cx.view(cx.shape), grad_weight_ih, grad_weight_hh, grad_bias
+
+
+@onednn_bwd.register_fake
+def _(grads, input, hx, cx, parameters, *_):
+    made = [x.new_empty(x.shape) for x in (input, hx, cx, *parameters[:2])]
+    return *made, hx.new_empty(len(parameters[1]))
+
+
 def is_one_step(cell: Cell, engine: str, input: Tensor, layout: Layout) -> bool:
     """Whether one kernel can take an input [T, B, I] whole: a single step, without masks, in which no program waits."""
     return engine in KERNELS and not cell.norms and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
@@ -489,6 +560,16 @@ def _(cell, engine, preact_x, weight_hh, *_, **__) -> int:
 @register_flop_formula(torch.ops.fusedlstm.recurrence_bwd)
 def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_, **__) -> int:
     return _operations(saved[0][:-1], weight_hh)
+
+
+@register_flop_formula(torch.ops.fusedlstm.onednn_fwd)
+def _(input, hx, cx, parameters, *_, **__) -> int:
+    return _operations(input[:-1], parameters[:2])
+
+
+@register_flop_formula(torch.ops.fusedlstm.onednn_bwd)
+def _(grads, input, hx, cx, parameters, *_, **__) -> int:
+    return 2 * _operations(input[:-1], parameters[:2])
 
 
 @register_flop_formula(torch.ops.fusedlstm.step_fwd)

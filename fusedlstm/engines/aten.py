@@ -25,6 +25,7 @@ STEP_OF_INFERENCE = 8
 # autograd sums the gradients of the weights step by step, and from as many steps on that costs more than the set-up of
 # our loop.
 SHORTEST_LOOP = 32
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once, because a compiler cannot ask
 
 IN_WORDS = {
     "stack": "ATen's layers take the stack whole",
@@ -59,10 +60,10 @@ def schedule(
     hidden: int,
     proj_size: int = 0,
 ) -> str:
-    """How a stack runs: "stack", "runs", "stretches", "step" or "loop". `dtype` is that of the results.
+    """How a stack runs: "stack", "runs", "stretches", "step", "onednn" or "loop". `dtype` is that of the results.
 
     With "stack" ATen takes the whole stack. With "runs" and "stretches" it takes some steps at a time. With "step" its
-    cells take the only step. With "loop" `torch_loop` takes it.
+    cells take the only step. With "onednn" our op around its layer takes it. With "loop" `torch_loop` takes it.
 
     On a CPU oneDNN is slow with a single step. ATen is slow with packed sequences of different lengths, and with the
     gradients of cells that oneDNN does not have.
@@ -78,6 +79,7 @@ def schedule(
         return "stack"
     if torch.compiler.is_compiling():
         # A graph is for any sizes. torch takes ATen's layers apart step by step, but for oneDNN's without gradients.
+        # With them it has no rule for oneDNN's, and our op has.
         if torch.compiler.is_exporting():
             # A program of ATen's layers runs without this package, for one number of steps. A strict export does not
             # say whether there is one.
@@ -85,7 +87,9 @@ def schedule(
             fixed = says and batch_sizes is None and not isinstance(steps, torch.SymInt)
             return "stack" if fixed else "loop"
         fused = cell.aten == "lstm" and batch_sizes is None and dtype == torch.float32
-        return "stack" if fused and not torch.is_grad_enabled() and not input.requires_grad else "loop"
+        if fused and not torch.is_grad_enabled() and not input.requires_grad:
+            return "stack"
+        return "onednn" if fused and HAS_ONEDNN and proj_size == 0 and input.numel() > 0 else "loop"
     if cell.aten != "lstm":
         return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
     if batch_sizes is None:

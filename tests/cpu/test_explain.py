@@ -32,10 +32,11 @@ def test_says_what_a_call_does(monkeypatch, case):
     said = fusedlstm.explain(module, input, **options)
     assert said.engine == "torch" and said.why == "auto takes the kernels on a GPU only" and how in said.how
     assert str(said) == f"engine torch: {said.why}; {said.how}"
-    ran, ways = [], functional._ways
-    monkeypatch.setattr(functional, "_ways", lambda call, engine: ran.append(ways(call, engine)) or ran[-1])
+    ran, by_aten, by_layers = [], functional._by_aten, functional._by_layers
+    monkeypatch.setattr(functional, "_by_aten", lambda call, schedule: ran.append(schedule) or by_aten(call, schedule))
+    monkeypatch.setattr(functional, "_by_layers", lambda *arguments: ran.append("loop") or by_layers(*arguments))
     module(input, **options)
-    assert said.how == aten.IN_WORDS[ran[-1][0]]
+    assert [said.how] == [aten.IN_WORDS[way] for way in ran]
 
 
 def test_an_engine_asked_for_by_name():

@@ -111,3 +111,57 @@ def test_symbolic_trace_takes_our_modules_whole(name):
     calls = [(node.target, node.kwargs) for node in traced.graph.nodes if node.op == "call_module"]
     assert [target for target, _ in calls] == ["layer", "layer", "cell"] and [*calls[0][1]] == ["lengths"]
     torch.testing.assert_close(traced(x, lengths), model(x, lengths))
+
+
+@grid(
+    {
+        "num_layers": [1, 2],
+        "bidirectional": [False, True],
+        "bias": [False, True],
+        "batch_first": [False, True],
+        "given_hx": [False, True],
+        "uses": {"all": (0, 1, 2), "output": (0,), "h_n": (1,), "c_n": (2,)},
+        "backend": ["aot_eager", "inductor"],
+        "copied": [False, True],
+    }
+)
+def test_lstm_trains_by_onednn(num_layers, bidirectional, bias, batch_first, given_hx, uses, backend, copied):
+    """A compiled LSTM takes oneDNN's layer, as an eager one does, and so it has the same bits.
+
+    What oneDNN keeps for the backward is hidden in the storage of an empty tensor. A copy of that has nothing, and the
+    backward computes it again.
+    """
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    options = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+    module, rows = fusedlstm.LSTM(3, 5, num_layers, **options), num_layers * (2 if bidirectional else 1)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(module, fullgraph=True, backend=counting)
+    for T, B in ((7, 4), (5, 3), (4, 2)):
+        x = torch.randn((B, T, 3) if batch_first else (T, B, 3), requires_grad=True)
+        hx = tuple(torch.randn(rows, B, 5, requires_grad=True) for _ in range(2)) if given_hx else None
+        found = []
+        for of in (compiled, module):
+            with torch.autograd.graph.saved_tensors_hooks(_copy if copied else _same, _same):
+                output, states = of(x, hx)
+                results = [(output, *states)[k] for k in uses]
+                loss = sum(y.sin().sum() for y in results)
+            leaves = [x, *(hx or ()), *module.parameters()]
+            found.append([*results, *torch.autograd.grad(loss, leaves, allow_unused=True)])
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    assert len(graphs) <= 2
+    assert any("onednn_fwd" in str(m.graph) for m in graphs[0].modules() if isinstance(m, torch.fx.GraphModule))
+
+
+def _copy(x):
+    """With the strides that a graph was compiled for."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+
+
+def _same(x):
+    return x
