@@ -492,6 +492,8 @@ def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
     if not asks_more and not transforms.transformed():
         sizes = (rows.batch_sizes, rows.batch_first, call.hidden, spec.proj_size)
         schedule = aten.schedule(cell, call.input, call.dtype, *sizes)
+        if schedule == "stack" and spec.between_layers and _is_hidden(cell):
+            schedule = "loop"  # a compiler must see who draws random numbers
     dense = rows.batch_sizes is None
     return schedule, aten.compute_dtype(cell, call.input.device, call.dtype, schedule, dense=dense)
 
@@ -519,8 +521,18 @@ def _by_aten(call: _Call, schedule: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     spec, rows = call.spec, call.rows
     first = rows.batch_first and rows.batch_sizes is None
     options = (spec.num_layers, spec.dropout, spec.training, spec.bidirectional, first)
-    arguments = (call.input, rows.batch_sizes, call.states, call.weights, _has_bias(call))
+    bias = _has_bias(call)
+    if _is_hidden(spec.cell):
+        sizes = (bias, spec.num_layers, spec.bidirectional, first)
+        output, h_n = ops.aten_fwd(spec.cell.name, call.input, *call.states, call.weights, *sizes)
+        return output, (h_n,)
+    arguments = (call.input, rows.batch_sizes, call.states, call.weights, bias)
     return aten.stack(spec.cell, schedule, *arguments, *options)
+
+
+def _is_hidden(cell: Cell) -> bool:
+    """Whether a compiler gets an op of ours in place of ATen's layers, which it would unroll."""
+    return cell.aten != "lstm" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _has_bias(call: _Call) -> bool:

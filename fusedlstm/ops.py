@@ -7,6 +7,7 @@
 | `step_fwd` | one step of a stack, its input products included |
 | `recompute` | what the forward did not keep, from its output |
 | `onednn_fwd`, `onednn_bwd` | one direction of an LSTM by oneDNN, on a CPU under a compiler |
+| `aten_fwd` | a stack by ATen without gradients, on a CPU under a compiler |
 
 An op runs on the engine "triton", the kernels; "torch", a loop of torch operations; or "auto", the kernels, and that
 loop where they cannot be launched (`fusedlstm.engines.failures`). It then returns what the kernels would have, so that
@@ -26,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fusedlstm import engines, transforms
 from fusedlstm.cells import CELLS, Cell, Grads, Recurrence, Saved, State, Weights
-from fusedlstm.engines import failures, reference, torch_loop
+from fusedlstm.engines import aten, failures, reference, torch_loop
 from fusedlstm.layout import DENSE, Layout
 from fusedlstm.noise import EVERY_ROW, Batch
 from fusedlstm.products import joined, product, with_samples
@@ -445,6 +446,29 @@ def _(grads, input, hx, cx, parameters, *_):
     return *made, hx.new_empty(len(parameters[1]))
 
 
+@transforms.op("fusedlstm::aten_fwd")
+def aten_fwd(
+    cell: str,
+    input: Tensor,  # [T, B, I], or [B, T, I] with batch_first
+    hx: Tensor,  # [L * D, B, H]
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """output [T, B, D * H] or [B, T, D * H], and h_n, of a cell without a state beside h."""
+    options = (bias, num_layers, 0.0, False, bidirectional, batch_first)
+    output, (h_n,) = aten.stack(CELLS[cell], "stack", input, None, (hx,), weights, *options)
+    return output.contiguous(), h_n
+
+
+@aten_fwd.register_fake
+def _(cell, input, hx, weights, bias, num_layers, bidirectional, batch_first):
+    features = hx.size(-1) * (2 if bidirectional else 1)
+    return input.new_empty(*input.shape[:2], features), hx.new_empty(hx.shape)
+
+
 def is_one_step(cell: Cell, engine: str, input: Tensor, layout: Layout) -> bool:
     """Whether one kernel can take an input [T, B, I] whole: a single step, without masks, in which no program waits."""
     return engine in KERNELS and not cell.norms and layout.name == "dense" and input.size(0) == 1 and input.size(2) > 0
@@ -565,6 +589,11 @@ def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_, **__) -> int:
 @register_flop_formula(torch.ops.fusedlstm.onednn_fwd)
 def _(input, hx, cx, parameters, *_, **__) -> int:
     return _operations(input[:-1], parameters[:2])
+
+
+@register_flop_formula(torch.ops.fusedlstm.aten_fwd)
+def _(cell, input, hx, weights, *_, **__) -> int:
+    return _operations(input[:2], [p for p in weights if len(p) == 2])
 
 
 @register_flop_formula(torch.ops.fusedlstm.onednn_bwd)

@@ -79,16 +79,18 @@ def schedule(
         return "stack"
     if torch.compiler.is_compiling():
         # A graph is for any sizes. torch takes ATen's layers apart step by step, but for oneDNN's without gradients.
-        # With them it has no rule for oneDNN's, and our op has.
+        # With them it has no rule for oneDNN's. Our ops around both are taken whole.
         if torch.compiler.is_exporting():
             # A program of ATen's layers runs without this package, for one number of steps. A strict export does not
             # say whether there is one.
             says = not torch.compiler.is_dynamo_compiling()
             fixed = says and batch_sizes is None and not isinstance(steps, torch.SymInt)
             return "stack" if fixed else "loop"
-        fused = cell.aten == "lstm" and batch_sizes is None and dtype == torch.float32
-        if fused and not torch.is_grad_enabled() and not input.requires_grad:
-            return "stack"
+        if batch_sizes is not None or dtype not in (torch.float32, torch.float64):
+            return "loop"
+        fused = cell.aten == "lstm" and dtype == torch.float32
+        if not torch.is_grad_enabled() and not input.requires_grad:
+            return "stack" if fused or cell.aten != "lstm" else "loop"
         return "onednn" if fused and HAS_ONEDNN and proj_size == 0 and input.numel() > 0 else "loop"
     if cell.aten != "lstm":
         return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
