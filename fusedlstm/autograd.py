@@ -625,7 +625,7 @@ def _recomputed(
             *((y, h_0) if factor is None else entering(y, h_0, factor[d], batch.layout)), d
         )
 
-    if cell.norms:
+    if cell.norms and cell.num_cell_states:
         return _recomputed_with_norms(cell, engine, preact, parameters, taken, before, hx, cx, output, batch)
     if not cell.adds:
         gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
@@ -647,7 +647,7 @@ def _recomputed_with_norms(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Of a cell with norms: once the recurrent products are normalised too, gates and c are those of `Cell.plain`."""
+    """Of a cell with norms and c: once the recurrent products are normalised too, both are those of `Cell.plain`."""
     plain = cell.plain
     D, H = len(parameters), hx.size(-1)
     recurrent = [product(before(d), p[1].t()) for d, p in enumerate(parameters)]  # [R, 4*H]

@@ -80,10 +80,20 @@ def why_not_triton(
         return 'Triton interprets with numpy, which is not installed: pip install ".[interpret]"'
     from fusedlstm.engines import launch
 
-    if cell is not None and cell not in launch.STEPS:
-        return f"the kernels have no cell {cell!r}, they have {', '.join(launch.STEPS)}"
+    if cell is not None and (reason := without_kernels(cell)):
+        return reason
     if device.type == "cuda":
         return launch.why_not(cell, hidden, dtype, directions, device, layout, heads)
+    return None
+
+
+def without_kernels(cell: str) -> str | None:
+    """Say that the kernels do not have a cell, as text. None if they have it, or if Triton is not installed."""
+    if TRITON_IS_INSTALLED:
+        from fusedlstm.kernels.cells import STEPS
+
+        if cell not in STEPS:
+            return f"the kernels have no cell {cell!r}, they have {', '.join(STEPS)}"
     return None
 
 

@@ -11,8 +11,11 @@ A recurrence maps `preact_x` (the input part of the preactivations) and the init
     \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
     \mathrm{gates}_t, \mathrm{state}_t = \mathrm{step}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
 
-The step and its backward are those of `fusedlstm.cells.cell`; everything here is the same for every cell.
+The step and its backward are those of `fusedlstm.cells.cell`; everything here is the same for every cell. A cell
+that multiplies gets the product itself in the place of preact_h (`recurrent_part`).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from fusedlstm import transforms
 from fusedlstm.cells import Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.layout import Layout, spans
 from fusedlstm.noise import EVERY_ROW, Batch
-from fusedlstm.products import recurrent_product, recurrent_product_backward
+from fusedlstm.products import joined, recurrent_product, recurrent_product_backward
 
 States = tuple[Tensor, ...]  # h first, each [B, H]
 
@@ -113,6 +116,23 @@ def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: States, enter
     )
 
 
+def recurrent_part(
+    cell: Cell,
+    h: Tensor,  # [B, P]
+    weight_hh: Tensor,  # [G * H, P], or [G * H, DH] with heads
+    factor: Tensor | None = None,  # [B, H], of what enters the recurrent product
+) -> States | Callable[..., States]:
+    """What a step takes as `preact_h`: the product with h by gate, or, if the cell multiplies, a function for it."""
+
+    def product(x: Tensor, *names: str) -> States:
+        x = x if factor is None else x * factor
+        by_gate = weight_hh.chunk(cell.num_gates)
+        weight = weight_hh if names == cell.gates else joined([by_gate[cell.gates.index(name)] for name in names])
+        return recurrent_product(x, weight).chunk(len(names), -1)
+
+    return product if cell.multiplies else product(h, *cell.gates)
+
+
 def step(
     cell: Cell,
     preact_x: Tensor,  # [B, G * H]
@@ -124,11 +144,9 @@ def step(
     factor: Tensor | None = None,  # [B, H], of the h that enters the recurrent product
 ) -> tuple[States, States]:
     """One step of one direction. Returns the gates and the states."""
-    h = entered[0] if factor is None else entered[0] * factor
-    preact_h = recurrent_product(h, weight_hh)
+    preact_h = recurrent_part(cell, entered[0], weight_hh, factor)
     held_h, held_c, drop = masks
-    by_gate = (x.chunk(cell.num_gates, -1) for x in (preact_x, preact_h))
-    gates, now = cell.equations.step(*by_gate, entered, vectors, drop)
+    gates, now = cell.equations.step(preact_x.chunk(cell.num_gates, -1), preact_h, entered, vectors, drop)
     now = _held(held_h, held_c, now, entered)
     return gates, now if weight_hr is None else (now[0] @ weight_hr.t(), *now[1:])
 

@@ -20,7 +20,7 @@ CALLS = {
 
 @grid(
     {
-        "name": ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"],
+        "name": ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM", "LayerNormGRU"],
         "training": {"training": True, "inference": False},
         "call": CALLS,
         "dynamic": {"sizes marked": True, "sizes seen": None},
@@ -57,7 +57,7 @@ def test_two_graphs(name, training, call, dynamic):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("given", ["input", "hx", "lengths"])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormLSTM", "SLSTM"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormLSTM", "SLSTM", "LayerNormGRU"])
 def test_exported_for_any_sizes(name, given, strict):
     """Saved and loaded too. The strict way traces a backward if gradients are on."""
     module = getattr(fusedlstm, name)(3, 4).eval()
