@@ -77,9 +77,9 @@ def _cut(layout: Layout, steps: list[tuple[int, int]], t: int, direction: int) -
     cut = torch.zeros(n, dtype=torch.bool, device=layout.resets.device)
     if later < len(steps):
         first, m = steps[later]
-        cut[:m] = layout.resets.flatten()[first : first + m][:n]
+        cut = torch.cat([layout.resets.flatten()[first : first + min(m, n)], cut[m:]])
         if layout.first_row is None and layout.lengths is not None:
-            cut &= later < layout.lengths
+            cut = cut & (later < layout.lengths)
     return cut.unsqueeze(1)
 
 
