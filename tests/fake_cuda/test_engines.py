@@ -46,7 +46,7 @@ def test_the_kernels_serve_every_member(cell, dtype, directions, layout):
 
 
 @pytest.mark.parametrize(("layer", "engine"), [("ResetBeforeGRU", "reference"), ("LayerNormGRU", "torch")])
-def test_what_serves_a_member_without_kernels(layer, engine, caplog):
+def test_what_serves_a_member_without_kernels(gpu, layer, engine, caplog):
     module, x = LAYERS[layer](I, H, device=DEVICE), torch.empty(T, B, I, device=DEVICE)
     with caplog.at_level("DEBUG", "fusedlstm"):
         module(x)
