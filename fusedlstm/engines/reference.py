@@ -171,7 +171,9 @@ def recurrence_fwd(
     factors = noise.of_sequences(*hx.shape, hx.dtype)
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
-        states, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
+        # Not by `unbind`, which gives an empty list for an h alone: torch cannot load a program with one.
+        states = (hx[d], *(cx[k, d] for k in range(len(cx))))
+        own = () if vectors is None else tuple(vectors[d])
         masks = noise.of_rows(preact_x.size(1), d, hx.size(-1), hx)
         by_step, gates = [None] * len(steps), [None] * len(steps)
         for t in steps_of(len(steps), d):
@@ -195,7 +197,7 @@ def recurrence_fwd(
         h_n.append(states[0])
         c_n.append(_stack(states[1:], cx[:, d]))
         gates_seq.append(torch.cat([torch.cat(g, -1) for g in gates]))
-        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : len(s[0])]) for s in by_step], 1))
+        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : s[0].size(0)]) for s in by_step], 1))
     return Saved(
         torch.cat(output, -1).unflatten(0, leading),
         torch.stack(h_n),
