@@ -240,7 +240,7 @@ class Layer(Loop):
 
     def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
         """The specification, in operations that autograd can differentiate again; returns what has gradients."""
-        spec = Recurrence(self.cell, clip)
+        spec = Recurrence(self.cell, clip, save_gates=False)
 
         def call(input, hx, cx, preact_0, *parameters):
             per_direction = grouped(parameters, self.recurrences)
@@ -325,7 +325,7 @@ class Specified(Loop):
         return None, None, None
 
     def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
-        spec = Recurrence(self.cell, clip)
+        spec = Recurrence(self.cell, clip, save_gates=False)
 
         def call(input, hx, cx, _, *flat):
             parameters, weight_hr = grouped(flat, self.recurrences), None

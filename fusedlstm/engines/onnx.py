@@ -160,7 +160,8 @@ def _scan(
         ):
             lives = row.get("lives")
             entered = reference.where(~row["cut"], own, 0.0) if "cut" in row else own
-            now = reference.step(cell, row["x"], entered, weight, own_vector, masks, projection)[1]
+            product = reference.product_with(cell, weight)
+            now = reference.step(cell, row["x"], entered, product, own_vector, masks, projection)[1]
             leaving += reference.where(lives, now, own)
             results += reference.where(lives, now if wants_c_seq else now[:1], 0.0)
         return *leaving, *(y.clone() for y in results)  # no two results may be one tensor

@@ -488,7 +488,9 @@ def _stepped(call: Call, ran: _Ran, before: list[Tensor], direction: int) -> Seq
     cell, weights, states = call.cell, ran.weights, [s.flatten(0, -2) for s in before]
     vectors = () if weights.vectors is None else tuple(weights.vectors[direction])
     with torch.no_grad():
-        preact_h: Any = reference.recurrent_part(cell, states[0], weights.weight_hh[direction])
+        preact_h: Any = reference.recurrent_part(
+            cell, states[0], reference.product_with(cell, weights.weight_hh[direction])
+        )
     if cell.multiplies:
         preact_h = torch.no_grad()(preact_h)
     preact_x = ran.preact_x[direction].flatten(0, -2).chunk(cell.num_gates, -1)
