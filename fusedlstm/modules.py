@@ -151,7 +151,8 @@ class ResetBeforeGRU(Recurrent[Tensor]):
 
     This is the GRU of Keras with `reset_after=False`, and that of ONNX with `linear_before_reset=0`. It needs a second
     product in each step, so the kernels do not have it. The engine "reference" serves it, and autograd differentiates
-    every step. That is slow, and a graph of `torch.compile` or `torch.export` has one T.
+    every step. That takes longer than a `GRU`, `save` changes nothing, and a graph of `torch.compile` or `torch.export`
+    has one T.
 
     Args and shapes: As in :class:`Recurrent`. Parameter names, shapes and the gate order (r, z, n) are those of
         `torch.nn.GRU`. b is the sum of both biases. The state is a tensor, h.
