@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.shapes import BY_ID, SHAPES, Shape
-from fusedlstm import cells
+from fusedlstm.kernels.cells import STEPS
 from fusedlstm.plan import LAYOUTS, Plan, allowed_bytes, cost, plan, wave
 from fusedlstm.plan.devices import DEVICES
 from fusedlstm.plan.tiles import SPILLS, known_spills
@@ -102,7 +102,7 @@ def plans() -> list[tuple[str, str, Plan]]:
 def family() -> list[tuple[str, str, Plan]]:
     """The same of the other cells, on the targets that are tuned for: dense batches, and with masks on the newest."""
     found = []
-    names = [name for name in cells.CELLS if name != "lstm"]
+    names = [name for name in STEPS if name != "lstm"]
     for cell, shape_id, name, arch in itertools.product(names, FAMILY_SHAPES, MOST, OTHER_LAYOUTS):
         s, limits = BY_ID[shape_id], DEVICES[arch]
         masked = arch == "sm_90" and name == "bf16"

@@ -242,7 +242,7 @@ class Layer(Loop):
 
     def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
         """The specification, in operations that autograd can differentiate again; returns what has gradients."""
-        spec = Recurrence(self.cell, clip)
+        spec = Recurrence(self.cell, clip, save_gates=False)
 
         def call(input, hx, cx, preact_0, *parameters):
             per_direction = grouped(parameters, self.recurrences)
@@ -356,7 +356,7 @@ class Specified(Loop):
         return None, None, None
 
     def specified(self, batch: Batch, clip: reference.Clip | None) -> Callable[..., tuple[Tensor, ...]]:
-        spec = Recurrence(self.cell, clip)
+        spec = Recurrence(self.cell, clip, save_gates=False)
 
         def call(input, hx, cx, _, *flat):
             parameters, weight_hr = grouped(flat, self.recurrences), None
@@ -659,7 +659,7 @@ def _recomputed(
             *((y, h_0) if factor is None else entering(y, h_0, factor[d], batch.layout)), d
         )
 
-    if cell.norms:
+    if cell.norms and cell.num_cell_states:
         return _recomputed_with_norms(cell, engine, preact, parameters, taken, before, hx, cx, output, batch)
     if not cell.adds:
         gates = _recomputed_at_once(cell, preact, parameters, taken, before, output)
@@ -681,7 +681,7 @@ def _recomputed_with_norms(
     output: Tensor,  # [T, B, D*H] or [R, D*H]
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Of a cell with norms: once the recurrent products are normalised too, gates and c are those of `Cell.plain`."""
+    """Of a cell with norms and c: once the recurrent products are normalised too, both are those of `Cell.plain`."""
     plain = cell.plain
     D, H = len(parameters), hx.size(-1)
     recurrent = [product(before(d), p[1].t()) for d, p in enumerate(parameters)]  # [R, 4*H]

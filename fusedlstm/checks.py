@@ -71,7 +71,8 @@ def rates(cell: str, zoneout, candidate, recurrent, weight, proj_size: int = 0) 
     for name, rate in found.items():
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= _float(name, rate) <= 1:
             raise ValueError(f"{name}: expected a probability in [0, 1], got {rate!r}")
-    if any(both) and cells.CELLS[cell].equations.update is None:
+    equations = cells.CELLS[cell].equations
+    if any(both) and equations.update is None and equations.step_backward is not None:
         raise ValueError(
             f"zoneout: expected 0 for the cell {cell!r}, whose state does not follow from its gates, got {zoneout}"
         )

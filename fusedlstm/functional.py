@@ -418,16 +418,18 @@ def _engine(call: _Call) -> tuple[str, str]:
         if spec.training and any(spec.rates):
             raise RuntimeError(f"module: expected eval() before torch.onnx.export, got training with {spec.rates}")
         return "onnx", "torch.onnx.export traces the call"
-    clips_projection = spec.grad_clip is not None and spec.proj_size > 0
-    layer = (spec.cell.name, call.hidden, spec.directions, clips_projection, rows.name, call.heads)
+    cell, clips_projection = spec.cell, spec.grad_clip is not None and spec.proj_size > 0
+    layer = (cell.name, call.hidden, spec.directions, clips_projection, rows.name, call.heads)
     engine, why = engines.choice(spec.backend, call.input.device, call.dtype, *layer)
+    if engine == "torch" and cell.equations.step_backward is None:
+        return "reference", f"the cell {cell.name} has no step_backward, so autograd differentiates its specification"
     if transforms.has_tangents(call.tensors):
         return "reference", "forward-mode AD, of whose tangents neither the kernels nor ATen's layers know"
     if engine == "torch" and call.dtype.is_complex and _ways(call, engine)[0] == "loop":
         return "reference", "complex numbers, which the loop's written-out backward does not serve"
     if engine == "triton" and _has_rival(call) and 1 < call.steps <= aten.CUDNN_STEPS:
         sizes = (rows.batch_sizes, rows.masked, spec.num_layers, spec.directions, spec.proj_size)
-        asked = tuned_call(spec.cell, call.input, call.states, call.weights, call.dtype, *sizes)
+        asked = tuned_call(cell, call.input, call.states, call.weights, call.dtype, *sizes)
         if asked is not None:
             return engines.fastest(asked, call.input.device.index)
     return engine, why
@@ -576,7 +578,7 @@ def _by_layers(call: _Call, engine: str, drawn: noise.Noise) -> Results:
             cell.name, input[0], states[0], cx, call.weights, spec.directions, *saves, of_ops
         )
         return _as_given(call.rows, output.unsqueeze(0), (h_n, *ops.one_by_one(c_n)), ())
-    if engine in ("triton", "torch"):
+    if engine in ("triton", "torch") or cell.equations.step_backward is None:
         transforms.not_traced("input", "a call that ATen computes", f"one of our own loop over the cell {cell.name}")
     together = spec.directions
     if (

@@ -30,6 +30,8 @@ class ParameterGradients:
     def __init__(self, cell: Cell, per_direction: list, needs: list) -> None:
         self.cell, self.per_direction, self.needs = cell, per_direction, needs
         self.equations, self.has_bias = self.cell.equations, self.cell.has_bias(per_direction[0])
+        # Biases that are added after a norm are among the vectors.
+        self.normed_bias = self.cell.norms and self.cell.bias_in_step
         self.H = len(per_direction[0][1]) // self.cell.num_gates
         self.merged = self.cell.num_kept == self.cell.num_gates  # then both directions share each product
         self.of_weight_ih = self.of_bias_ih = None
@@ -79,9 +81,10 @@ class ParameterGradients:
                 self.of_weight_hh[d] = _add_recurrent_weight_gradient(
                     self.of_weight_hh[d], of_h, h, h_0, d, layout, num_heads
                 )
-            if self.has_bias and self.cell.bias_in_step and any(n[3] for n in self.needs):
+            needs_bias_hh = self.has_bias and self.cell.bias_in_step and any(n[3] for n in self.needs)
+            if needs_bias_hh and not self.normed_bias:
                 self.of_bias_hh[d] = _added(self.of_bias_hh[d], of_h.flatten(0, -2).sum(0))
-            if self.cell.vectors and any(any(n[-len(self.cell.vectors) :]) for n in self.needs):
+            if self.cell.vectors and any(needs_bias_hh or any(n[-len(self.cell.vectors) :]) for n in self.needs):
                 states, initial = (y, *c_seq.chunk(D, -1)[d]), (hx[d], *cx[:, d])
                 part = self._of_vectors(g, kept, states, initial, d, layout, noise)
                 self.of_vectors[d] = _added(self.of_vectors[d], part)
@@ -118,18 +121,19 @@ class ParameterGradients:
         found = []
         of_weight_ih, of_bias_ih = self._by_direction(self.of_weight_ih), self._by_direction(self.of_bias_ih)
         for d, parameters in enumerate(self.per_direction):
+            own = [None] * (len(self.cell.vectors) - self.cell.norms + self.normed_bias)
+            if self.of_vectors[d] is not None:
+                own = self.cell.vectors_gradients(self.of_vectors[d].to(parameters[1].dtype))
+            of_normed_bias, own = own[: self.normed_bias], own[self.normed_bias :]
             found += [self._in_gates(of_weight_ih[d]), self.of_weight_hh[d]]
             if self.has_bias:
                 bias_ih, bias_hh = self._in_gates(of_bias_ih[d]), self.of_bias_hh[d]
                 if not self.cell.bias_in_step and bias_ih is not None:
                     bias_hh = bias_ih.clone()
-                found += [bias_ih, bias_hh]
+                found += [bias_ih, *(of_normed_bias or [bias_hh])]
             if self.cell.norms:
                 found.append(self.of_gain_ih[d])
-            if self.cell.vectors:
-                none = [None] * (len(self.cell.vectors) - self.cell.norms)
-                own = self.of_vectors[d]
-                found += none if own is None else self.cell.vectors_gradients(own.to(parameters[1].dtype))
+            found += own
         return found
 
     def _through_input_norms(self, of_x: list[Tensor], x: Tensor, products: Tensor | None) -> None:

@@ -141,6 +141,33 @@ class GRUCell(RecurrentCell[Tensor]):
     cell = "gru"
 
 
+class ResetBeforeGRU(Recurrent[Tensor]):
+    r"""A stack of GRU layers whose reset gate comes before the recurrent product.
+
+    .. math::
+        r_t, z_t = \sigma(W x_t + U h_{t-1} + b), \quad
+        n_t = \tanh(W x_t + U (r_t \odot h_{t-1}) + b), \quad
+        h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+
+    This is the GRU of Keras with `reset_after=False`, and that of ONNX with `linear_before_reset=0`. It needs a second
+    product in each step, so the kernels do not have it. The engine "reference" serves it, and autograd differentiates
+    every step. That takes longer than a `GRU`, `save` changes nothing, and a graph of `torch.compile` or `torch.export`
+    has one T.
+
+    Args and shapes: As in :class:`Recurrent`. Parameter names, shapes and the gate order (r, z, n) are those of
+        `torch.nn.GRU`. b is the sum of both biases. The state is a tensor, h.
+    Source: Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder".
+    """
+
+    cell = "gru_reset_before"
+
+
+class ResetBeforeGRUCell(RecurrentCell[Tensor]):
+    """One step of :class:`ResetBeforeGRU`. It takes h_0 and returns h_1, each [B, H] or [H]."""
+
+    cell = "gru_reset_before"
+
+
 class RNN(Recurrent[Tensor]):
     r"""A stack of vanilla RNN layers. It takes the place of `torch.nn.RNN`.
 
@@ -346,3 +373,33 @@ class LayerNormLSTMCell(RecurrentCell[TwoStates]):
     """One step of :class:`LayerNormLSTM`. It takes (h_0, c_0) and returns (h_1, c_1), each [B, H] or [H]."""
 
     cell = "layernorm"
+
+
+class LayerNormGRU(Recurrent[Tensor]):
+    r"""A stack of GRU layers with layer normalisation.
+
+    .. math::
+        r_t, z_t = \sigma(a_t + u_t), \quad n_t = \tanh(a_t + r_t \odot u_t), \quad
+        h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1},
+
+    .. math::
+        a_t = \gamma_x N(W x_t) + b, \quad u_t = \gamma_h N(U h_{t-1}) + b'
+
+    N shifts and scales a vector to mean 0 and variance 1, as `torch.nn.LayerNorm` does, with its epsilon of 1e-5. It
+    normalises all 3H values of a product together. The kernels do not have this layer. On a GPU a loop of torch
+    operations serves it.
+
+    Args and shapes: As in :class:`Recurrent`, without `num_heads`. The parameters are those of `torch.nn.GRU`, in the
+        gate order r, z, n. After them, each layer and direction has `gain_ih_l*` and `gain_hh_l*`, each [3H]. b and b'
+        are `bias_ih_l*` and `bias_hh_l*`, which are the biases of the norms. Gains are 1 and biases are 0 at first. The
+        state is a tensor, h.
+    Source: Ba, Kiros & Hinton 2016, "Layer normalization", with the norms and biases of the library haste.
+    """
+
+    cell = "layernorm_gru"
+
+
+class LayerNormGRUCell(RecurrentCell[Tensor]):
+    """One step of :class:`LayerNormGRU`. It takes h_0 and returns h_1, each [B, H] or [H]."""
+
+    cell = "layernorm_gru"

@@ -13,13 +13,14 @@ from fusedlstm import checks
 from fusedlstm.base import Recurrent
 from fusedlstm.cells import CELLS, Cell
 from fusedlstm.engines.onnx import OPERATORS, PEEPHOLES
-from fusedlstm.modules import GRU, LSTM, RNN, CoupledLSTM, PeepholeLSTM
+from fusedlstm.modules import GRU, LSTM, RNN, CoupledLSTM, PeepholeLSTM, ResetBeforeGRU
 
 _CLASSES: dict[str, type[Recurrent]] = {
     "lstm": LSTM,
     "peephole": PeepholeLSTM,
     "coupled": CoupledLSTM,
     "gru": GRU,
+    "gru_reset_before": ResetBeforeGRU,
     "rnn_tanh": RNN,
     "rnn_relu": RNN,
 }
@@ -42,8 +43,9 @@ def load(model: Any) -> dict[str, Recurrent]:
     Returns:
         For every node a module with its weights, on the CPU, in the dtype of the weights. The key is the name of the
         node, or that of its first output if it has none. The order is that of the nodes. An LSTM becomes a
-        `PeepholeLSTM` if P is not zero, a `CoupledLSTM` if `input_forget` is 1, and otherwise an `LSTM`. `layout=1`
-        becomes `batch_first`. Nodes inside of other nodes are not looked at.
+        `PeepholeLSTM` if P is not zero, a `CoupledLSTM` if `input_forget` is 1, and otherwise an `LSTM`. A GRU becomes
+        a `GRU` if `linear_before_reset` is 1, and otherwise a `ResetBeforeGRU`. `layout=1` becomes `batch_first`. Nodes
+        inside of other nodes are not looked at.
 
     The call: X is `input`, and Y [T, D, B, H] is `output` [T, B, D * H]. `initial_h` and `initial_c` are `hx`, each
         [D, B, H]. `sequence_lens` is `lengths`. For a sequence of length 0 the final states of the module are the
@@ -122,9 +124,7 @@ def _cell(name: str, operator: str, attributes: dict[str, Any], has_peepholes: b
     if operator == "RNN":
         return f"rnn_{first[0].lower()}"
     if operator == "GRU":
-        if attributes.get("linear_before_reset", 0) != 1:
-            refuse("linear_before_reset", "1", "0, which applies the reset gate before the product; GRU does so after")
-        return "gru"
+        return "gru" if attributes.get("linear_before_reset", 0) else "gru_reset_before"
     if attributes.get("input_forget", 0):
         if has_peepholes:
             refuse("input_forget", "0 with peepholes (input P)", attributes["input_forget"])

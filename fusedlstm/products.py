@@ -258,6 +258,11 @@ def normalised_backward(dn: Tensor, x: Tensor) -> Tensor:
     return (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True)) / s
 
 
+def by_gate(norm: Callable[..., Tensor], *parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Apply a function of whole rows to rows that are split by gate, and split the result by gate."""
+    return norm(*(torch.cat(part, -1) for part in parts)).chunk(len(parts[0]), -1)
+
+
 def normed_input(
     x: Tensor,  # [..., D, G*H]
     gains: list[Tensor],  # D times [G*H]

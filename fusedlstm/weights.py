@@ -16,7 +16,7 @@ from fusedlstm import checks
 from fusedlstm.base import Recurrent
 from fusedlstm.cells import CELLS
 from fusedlstm.conversion import dense_weight
-from fusedlstm.modules import GRU, LSTM, RNN, SLSTM, LayerNormLSTM
+from fusedlstm.modules import GRU, LSTM, RNN, SLSTM, LayerNormGRU, LayerNormLSTM, ResetBeforeGRU
 
 Block = tuple[str, str]  # a parameter of ours and a gate; the gate of a vector [H] is ""
 Arrays = dict[str, Tensor]
@@ -53,6 +53,7 @@ class _Kind(NamedTuple):
         relu: Whether it may have the rectifier in the place of tanh.
         listed: Whether its weights are a list and not a dict.
         preactivations: Whether it takes the preactivations of the input, so that `weight_ih` may be absent.
+        reset_before: The kind of the same name that has the reset gate before the product.
     """
 
     cls: type[Recurrent]
@@ -61,6 +62,7 @@ class _Kind(NamedTuple):
     relu: bool = False
     listed: bool = False
     preactivations: bool = False
+    reset_before: "_Kind | None" = None
 
     def recurrent(self) -> _Array:
         return next(a for a in self.arrays if a.holds("weight_hh"))
@@ -120,6 +122,7 @@ KINDS = {
         _kernels("zrn", _array("bias", "p gnu", "bias_ih:zrn", "bias_hh:zrn")),
         optional_bias=True,
         listed=True,
+        reset_before=_Kind(ResetBeforeGRU, _kernels("zrn", _bias("zrn")), optional_bias=True, listed=True),
     ),
     "keras.SimpleRNN": _Kind(RNN, _kernels("h", _bias("h")), optional_bias=True, relu=True, listed=True),
     "flax.linen.LSTMCell": _LINEN_LSTM,
@@ -176,6 +179,15 @@ KINDS = {
             _array("beta_h", "nu", "bias_c"),
         ),
     ),
+    "haste.LayerNormGRU": _Kind(
+        LayerNormGRU,
+        _kernels(
+            "zrn",
+            _bias("zrn"),
+            _array("recurrent_bias", "gnu", "bias_hh:zrn"),
+            _array("gamma", "p gnu", "gain_ih:zrn", "gain_hh:zrn"),
+        ),
+    ),
     "xlstm.lstm": _preactivations(LSTM, _XLSTM, "ifgo", "ifgo", "bias_ih:ifgo"),
     "xlstm.slstm": _preactivations(SLSTM, _XLSTM, "ifgo", "ifgo", "bias_ih:ifgo"),
     "xlstm.lstm_cuda": _preactivations(LSTM, _XLSTM_CUDA, "ifgo", "ifgo", "bias_ih:ifgo"),
@@ -186,16 +198,13 @@ KINDS = {
 }
 # Kinds that a user may look for.
 _ABSENT = {
-    "haste.LayerNormGRU": "no layer here has a GRU with norms",
     "haste.LayerNormIndRNN": "no layer here has an IndRNN with norms",
     "flax.linen.MGUCell": "no layer here has its equations",
     "flashrnn.slstm": "it keeps n at 1 or more after every step, and SLSTM does not",
 }
-_RESET_BEFORE = "applies the reset gate before the product; GRU applies it after, and no layer here before"
 # Arguments of Keras: the value that agrees with our layers, and what else there is.
 _KERAS: dict[str, tuple[Any, str]] = {
     "recurrent_activation": ("sigmoid", "the gates of our layers have no other"),
-    "reset_after": (True, f"False {_RESET_BEFORE}"),
     "recurrent_dropout": (0, "Keras has other masks than recurrent_dropout= here; the weights do not depend on it"),
     "dropout": (0, "no layer here drops the input with one mask for all steps; the weights do not depend on it"),
     "go_backwards": (False, "flip the input"),
@@ -224,8 +233,9 @@ def load(
             `layer.get_weights()`, of a `Bidirectional` too. For the other libraries they are a dict by name, and a
             bidirectional layer is a pair of dicts, forward and backward. Dicts may be nested. The arrays are of NumPy,
             JAX or torch. Entries that are None or no arrays are ignored.
-        configs: `layer.get_config()` of the layers of Keras, in any number. They are only checked: weights do not tell
-            about activations, masks or the place of the reset gate.
+        configs: `layer.get_config()` of the layers of Keras, in any number. They are checked, because weights do not
+            tell about activations and masks. A GRU with `reset_after=False` becomes a `ResetBeforeGRU`. Its bias tells
+            this too. Without biases only the configuration does.
         options: More arguments for the constructor of the module, such as `batch_first` or `nonlinearity`. The sizes
             and `bias`, `bidirectional` and `num_heads` follow from the weights.
 
@@ -244,6 +254,8 @@ def load(
         _check_config(f"configs[{number}]", config, options.get("nonlinearity", "tanh"))
     if not layers:
         raise ValueError("layers: expected the weights of one layer or more, got none")
+    if of.reset_before and _resets_before(layers, configs):
+        of = of.reset_before
     stack = [_directions(of, f"layers[{number}]", layer) for number, layer in enumerate(layers)]
     named = [direction for layer in stack for direction in layer.items()]
     has_bias = _check_names(of, named)
@@ -277,7 +289,7 @@ def dump(kind: str, module: Recurrent) -> list[Any]:
 
     Args:
         kind: The library and the class of the layers, as in :func:`load`.
-        module: A module of the class that :func:`load` returns for this kind. A library without heads gets the weights
+        module: A module of a class that :func:`load` returns for this kind. A library without heads gets the weights
             of the dense layer, as :func:`fusedlstm.dense_weight` makes them.
 
     Returns:
@@ -290,6 +302,8 @@ def dump(kind: str, module: Recurrent) -> list[Any]:
         TypeError: `module` is not of the class of this kind.
     """
     of = _kind(kind)
+    if of.reset_before and isinstance(module, of.reset_before.cls):
+        of = of.reset_before
     checks.instance("module", module, of.cls)
     if module.proj_size:
         raise ValueError(f"proj_size: expected 0 for {kind}, which has no projection, got {module.proj_size}")
@@ -299,7 +313,7 @@ def dump(kind: str, module: Recurrent) -> list[Any]:
         expected = f"hidden_size ({module.hidden_size})"
         raise ValueError(f"num_heads: expected {expected} for {kind}, got {module.num_heads}")
     suffixes = ("", "_reverse")[: 2 if module.bidirectional else 1]
-    found = [[_arrays(kind, module, f"{k}{suffix}") for suffix in suffixes] for k in range(module.num_layers)]
+    found = [[_arrays(kind, of, module, f"{k}{suffix}") for suffix in suffixes] for k in range(module.num_layers)]
     if of.listed:
         return [[array for arrays in layer for array in arrays.values()] for layer in found]
     nested = [tuple(map(_nested, layer)) for layer in found]
@@ -324,6 +338,15 @@ def _check_config(name: str, config: Mapping[str, Any], nonlinearity: str) -> No
         if config.get(argument, expected) != expected:
             came = config[argument]
             raise ValueError(f"{name}: expected {argument} to be {expected!r}, got {came!r}: {why}")
+
+
+def _resets_before(layers: Sequence[Any], configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether GRUs of Keras have the reset gate before the product: by a configuration, or by a bias [3H]."""
+    inner = [config["layer"]["config"] if "layer" in config else config for config in configs]
+    arrays = [array for layer in layers if isinstance(layer, (list, tuple)) for array in layer[2:3]]
+    return any(not c.get("reset_after", True) for c in inner) or any(
+        len(getattr(a, "shape", (0, 0))) == 1 for a in arrays
+    )
 
 
 def _directions(of: _Kind, name: str, layer: Any) -> dict[str, Arrays]:
@@ -433,8 +456,7 @@ def _fill(of: _Kind, module: Recurrent, layer: str, name: str, arrays: Arrays) -
         sizes, x = _sizes(of, array, module, layer), arrays[array.name]
         expected = [math.prod(sizes[letter] for letter in word) for word in array.axes]
         if list(x.shape) != expected:
-            why = f", as of reset_after=False, which {_RESET_BEFORE}" if "p" in array.axes and x.dim() == 1 else ""
-            raise ValueError(f"{name}, {array.name}: expected shape {expected}, got {list(x.shape)}{why}")
+            raise ValueError(f"{name}, {array.name}: expected shape {expected}, got {list(x.shape)}")
         letters = _letters(array)
         x = x.reshape([sizes[letter] for letter in letters]).permute([letters.index(letter) for letter in "pgnuk"])
         blocks |= dict(zip(array.blocks, x.reshape(len(array.blocks), module.hidden_size, -1), strict=True))
@@ -462,9 +484,9 @@ def _parameters(module: Recurrent, layer: str) -> list[str]:
     return [name.removesuffix(end) for name in module._flat_weights_names if name.endswith(end)]
 
 
-def _arrays(kind: str, module: Recurrent, layer: str) -> dict[str, Any]:
+def _arrays(kind: str, of: _Kind, module: Recurrent, layer: str) -> dict[str, Any]:
     """The arrays of one direction of a module."""
-    of, gates = _kind(kind), CELLS[module.cell].gates
+    gates = CELLS[module.cell].gates
     taken = {block for array in of.arrays for block in array.blocks}
     blocks: dict[Block, Tensor] = {}
     for key in _parameters(module, layer):

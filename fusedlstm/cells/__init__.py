@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 
-from fusedlstm.cells import coupled, gru, layernorm, lstm, peephole, rnn, slstm
+from fusedlstm.cells import coupled, gru, gru_reset_before, layernorm, layernorm_gru, lstm, peephole, rnn, slstm
 from fusedlstm.cells.cell import (
     CELLS,
     EQUATIONS,
@@ -61,20 +61,26 @@ def register_cell(
     Args:
         cell: The names of the cell, its gates, its states and its vectors. The name of the cell must be a new one.
         equations: The functions step, step_backward, update and vectors_backward, in this order. They work on torch
-            tensors, and `fusedlstm.cells.cell` says what they take and return. Without update (None) the cell has no
-            zoneout. vectors_backward is needed if the cell has vectors.
+            tensors, and `fusedlstm.cells.cell` says what they take and return. Without step_backward (None) the engine
+            "reference" serves the cell, and autograd differentiates step. With it, vectors_backward is needed if the
+            cell has vectors, and without update the cell has no zoneout.
         kernels: The functions step_fwd, step_bwd and update, in this order, each under `triton.jit`.
             `fusedlstm.kernels.cells` says what they take and return. update is needed if the equations have it. You can
             also pass the name of a module with these functions. It is imported only if Triton is installed. With None,
-            every engine except "triton" serves the cell.
+            every engine except "triton" serves the cell. They need a step_backward in the equations.
         loop: Two functions, forward and backward, for a faster step on a CPU (`fusedlstm.engines.torch_loop`). Without
-            them, the CPU runs the equations.
+            them, the CPU runs the equations. They need a step_backward too.
 
     Raises:
         TypeError, ValueError: A field of the cell or a function is wrong or missing. Nothing is registered then.
     """
     _check_cell(cell)
-    needed = {"step", "step_backward"} | ({"vectors_backward"} if cell.vectors else set())
+    _check_functions("equations", equations, Equations._fields, {"step"})
+    has_backward = len(equations) > 1 and equations[1] is not None
+    if has_backward and cell.multiplies:
+        raise ValueError("equations: expected step_backward to be None, because cell.multiplies, got a function")
+    needed = {"step_backward"} if kernels is not None or loop is not None else set()
+    needed |= {"vectors_backward"} if has_backward and cell.vectors else set()
     _check_functions("equations", equations, Equations._fields, needed)
     if loop is not None:
         _check_functions("loop", loop, Loop._fields, {*Loop._fields})
@@ -124,6 +130,8 @@ def _check_cell(cell: Cell) -> None:
     if not isinstance(cell.x_blocks, tuple) or {*cell.x_blocks} != {*places} or len(cell.x_blocks) != len(places):
         wanted = f"a place for every gate, each of 0 to {places[-1]} once" if places else "() without cell.kept"
         raise ValueError(f"cell.x_blocks: expected {wanted}, got {cell.x_blocks!r}")
+    if cell.norms and [*cell.x_blocks] != [*places]:
+        raise ValueError(f"cell.x_blocks: expected the order of the gates with cell.norms, got {cell.x_blocks!r}")
     if taken := sorted({*cell.vectors} & {*PARAMETERS}):
         raise ValueError(f"cell.vectors: expected names that the parameters of torch.nn leave, got {', '.join(taken)}")
 
@@ -148,5 +156,7 @@ for _cell, _equations, _loop in (
     (coupled.CELL, coupled.EQUATIONS, coupled.LOOP),
     (layernorm.CELL, layernorm.EQUATIONS, layernorm.LOOP),
     (slstm.CELL, slstm.EQUATIONS, slstm.LOOP),
+    (gru_reset_before.CELL, gru_reset_before.EQUATIONS, None),
+    (layernorm_gru.CELL, layernorm_gru.EQUATIONS, layernorm_gru.LOOP),
 ):
     register_cell(_cell, _equations, loop=_loop)

@@ -15,7 +15,13 @@ place of B. Vectors are [H]:
 candidate, which is the value that a step offers to its memory (g of an LSTM, n of a GRU). It is 1 unless the candidate
 is dropped. `gates` hold the candidate without this factor. `update` computes the state that follows from the gates,
 without zoneout. `vectors_backward` returns the part of each row in the gradients of the vectors. Biases inside of the
-step are not among them, because their gradients are those of the recurrent preactivations.
+step are not among them, because their gradients are those of the recurrent preactivations. With norms they are: the
+recurrent preactivations are then what is normalised, and the biases are added after it.
+
+A cell may leave out `step_backward`. Then autograd differentiates its step, and only the engine "reference" serves it.
+Such a cell may also multiply with the recurrent weight itself (`Cell.multiplies`), as for a gate that changes what
+enters the product. In the place of `preact_h` its step gets a function: product(x, *names) multiplies x [B, H] with the
+rows of the gates that are named, and returns a tuple by gate, [B, H] each.
 
 The parameters of one layer and direction are a list: weight_ih, weight_hh, bias_ih and bias_hh if there are biases, and
 then the vectors of the cell.
@@ -35,9 +41,9 @@ class Equations(NamedTuple):
     """The equations of a cell, in plain torch and for any dtype."""
 
     step: Callable[..., tuple[Tensors, Tensors]]
-    step_backward: Callable[..., tuple[Tensors, Tensors]]
-    update: Callable[..., Tensors] | None = None  # without it, no zoneout
-    vectors_backward: Callable[..., Tensors] | None = None  # needed for vectors of its own
+    step_backward: Callable[..., tuple[Tensors, Tensors]] | None = None  # without it, autograd through the step
+    update: Callable[..., Tensors] | None = None  # a step_backward without it has no zoneout
+    vectors_backward: Callable[..., Tensors] | None = None  # a step_backward needs it for vectors of its own
 
 
 class Loop(NamedTuple):
@@ -67,11 +73,13 @@ class Cell(NamedTuple):
             the vectors. If not, `bias_hh` is a part of the input's preactivations.
         norms: Whether both products are normalised over all G*H values before they are added, so a unit needs sums over
             the others within a step. The first two vectors are then the gains of these norms, [G*H] each. The step
-            takes the second one only, as G vectors.
-        without_norms: For a cell with norms, the name of the cell with the same gates and states but without them.
+            takes the second one only, as G vectors. They come after the biases of `bias_in_step`.
+        without_norms: For a cell with norms and a state beside h, the name of the cell with the same gates and states
+            but without them.
         aten: The name of ATen's function of the same cell, or None.
         before_sigmoid: The names of gates that a step keeps before their sigmoid. `fusedlstm.inspect` shows them after
             it.
+        multiplies: Whether the step itself multiplies with the recurrent weight. It has no step_backward then.
     """
 
     name: str
@@ -85,6 +93,7 @@ class Cell(NamedTuple):
     without_norms: str | None = None
     aten: str | None = None
     before_sigmoid: tuple[str, ...] = ()
+    multiplies: bool = False
 
     @property
     def equations(self) -> Equations:
@@ -123,7 +132,7 @@ class Cell(NamedTuple):
     @property
     def num_vectors(self) -> int:
         """V, the number of vectors that a step takes."""
-        more = self.num_gates if self.bias_in_step else self.num_gates - 2 if self.norms else 0
+        more = (self.num_gates if self.bias_in_step else 0) + (self.num_gates - 2 if self.norms else 0)
         return len(self.vectors) + more
 
     @property
@@ -134,7 +143,7 @@ class Cell(NamedTuple):
     @property
     def adds(self) -> bool:
         """Whether a step needs only the sum of both parts of a preactivation."""
-        return not (self.kept or self.bias_in_step or self.norms)
+        return not (self.kept or self.bias_in_step or self.norms or self.multiplies)
 
     def has_bias(self, parameters: list[Tensor]) -> bool:
         return len(parameters) - len(self.vectors) == 4
@@ -165,14 +174,14 @@ class Cell(NamedTuple):
         return joined(own).view(self.num_vectors, len(weight_hh) // self.num_gates)
 
     def vectors_gradients(self, gradient: Tensor) -> list[Tensor]:
-        """The gradients of the vectors as parameters, from the gradients [V, H] of what `step_vectors` returns.
+        """The gradients of the vectors as parameters, from those [V, H] that `vectors_backward` returns.
 
-        With norms, the first vector is not among them.
+        With norms, the first vector is not among them. With norms and biases in the step, bias_hh comes first.
         """
         if not self.norms:
             return list(gradient.unbind(0))
-        G = self.num_gates
-        return [gradient[:G].flatten(), *gradient[G:].unbind(0)]
+        blocks = gradient.split([self.num_gates] * (1 + self.bias_in_step) + [1] * (len(self.vectors) - 2))
+        return [block.flatten() for block in blocks]
 
 
 # Every engine has these two functions for a recurrence over a cell (`fusedlstm.engines`):

@@ -18,7 +18,7 @@ from torch.nn.functional import layer_norm
 
 from fusedlstm.cells.cell import Cell, Equations, Loop
 from fusedlstm.cells.lstm import candidate_factor
-from fusedlstm.products import EPS, aten_backward, normalised, normalised_backward
+from fusedlstm.products import EPS, aten_backward, by_gate, normalised, normalised_backward
 
 ROWS_AT_ONCE = 256
 # Units of a row that has almost no gradient: that of one unit is zero, and ATen's backward makes 1e-5 of it.
@@ -38,7 +38,7 @@ CELL = Cell(
 
 def step(preact_x, preact_h, state, vectors, drop):
     *gains, gain_c, bias_c = vectors
-    n = _by_gate(normalised, preact_h)
+    n = by_gate(normalised, preact_h)
     i, f, g, o = (x + gain * n_k for x, gain, n_k in zip(preact_x, gains, n, strict=True))
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
     c = f * state[1] + i * (g * drop)
@@ -70,19 +70,14 @@ def step_backward(gates, state_prev, state, dstate, vectors, drop):
         dh * m * o * (1 - o),
     )
     dn = tuple(d * gain for d, gain in zip(dpreact, gains, strict=True))
-    du = _by_gate(normalised_backward, dn, u)
+    du = by_gate(normalised_backward, dn, u)
     return (*dpreact, dm, *du), (torch.zeros_like(dh), dc * f)
 
 
 def vectors_backward(dpreact, gates, state_prev, state):
-    n = _by_gate(normalised, gates[5:])
+    n = by_gate(normalised, gates[5:])
     dm = dpreact[4]
     return *(d * n_k for d, n_k in zip(dpreact[:4], n, strict=True)), dm * normalised(state[1]), dm
-
-
-def _by_gate(norm, *parts):
-    """Apply a function of whole rows to rows that are split by gate, and split the result by gate."""
-    return norm(*(torch.cat(part, -1) for part in parts)).chunk(len(parts[0]), -1)
 
 
 # The step of the CPU loop (`fusedlstm.engines.torch_loop`).
@@ -125,7 +120,7 @@ def loop_backward(at):
     torch.mul(m, o, out=do)
     torch.addcmul(o, do, m, value=-1, out=dm)
     do.addcmul_(do, o, value=-1)
-    norm_c, norm_u = _Norm(at, at.states[1], gain_c), _Norm(at, at.gates[:, 5 * H :], gain)
+    norm_c, norm_u = Norm(at, at.states[1], gain_c), Norm(at, at.gates[:, 5 * H :], gain)
     of_c = at.blocks_by_step(at.dpreact[:, : 3 * H])
     of_h = at.blocks_by_step(at.dpreact[:, 3 * H : 5 * H])
     dpreact, du, dm, dh, f = map(at.by_step, (at.dpreact[:, : 4 * H], at.dpreact[:, 5 * H :], dm, at.dh, f))
@@ -141,7 +136,7 @@ def loop_backward(at):
     return step
 
 
-class _Norm:
+class Norm:
     """The backward of a norm with a gain."""
 
     def __init__(self, at, x, gain):

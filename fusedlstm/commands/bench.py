@@ -139,6 +139,8 @@ def rival(layer: Recurrent) -> tuple[str, Forward, list[Tensor]]:
     """What a layer is compared with: its name, the function, and its parameters in the order of the layer's."""
     stock = fusedlstm.restore(copy.deepcopy(layer))
     if isinstance(stock, Recurrent):
+        if layer.cell not in STEPS:
+            raise ValueError(f"--cell: expected {', '.join(STEPS)} or a cell of torch.nn, got {layer.cell}")
         return "a loop", functools.partial(looped, layer), list(layer.parameters())
     stock.flatten_parameters()
     return f"torch.nn.{stock._get_name()}", lambda x: stock(x)[0], list(stock.parameters())

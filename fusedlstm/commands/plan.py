@@ -6,7 +6,7 @@ shows the best one for the forward and the backward, and those that follow.
 
 import argparse
 
-from fusedlstm import checks, commands, plan
+from fusedlstm import checks, commands, engines, plan
 
 EXAMPLES = """\
 examples:
@@ -24,6 +24,8 @@ def add_arguments(add: commands.Add) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if reason := engines.without_kernels(args.cell):
+        args.parser.error(f"--cell: {reason}")
     try:
         checks.num_heads(args.heads, args.hidden)
         text = plan.explain(

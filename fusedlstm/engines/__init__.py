@@ -8,9 +8,11 @@
 
 With `auto`, a call runs on `triton` if it is on a GPU and the kernels support it, and otherwise on `torch`. It also
 runs on `torch` if cuDNN supports the call and is faster, either in a measurement (`fusedlstm.tune`) or clearly in the
-prediction (`fastest`). An engine that the user names serves the call or raises an error. It never falls back silently.
-If a launch of the kernels fails that `auto` chose, there is one warning, and from then on `torch` runs that layer
-(`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` replaces the backend of every module whose backend is `auto`.
+prediction (`fastest`). A cell without a written-out backward runs on `reference` in the place of `torch`, because only
+autograd can differentiate its step. An engine that the user names serves the call or raises an error. It never falls
+back silently. If a launch of the kernels fails that `auto` chose, there is one warning, and from then on `torch` runs
+that layer (`fusedlstm.engines.failures`). `FUSEDLSTM_BACKEND` replaces the backend of every module whose backend is
+`auto`.
 
 The logger `fusedlstm` says at level DEBUG which engine ran a call and why. `FUSEDLSTM_LOG=1` writes this to stderr.
 """
@@ -80,10 +82,20 @@ def why_not_triton(
         return 'Triton interprets with numpy, which is not installed: pip install ".[interpret]"'
     from fusedlstm.engines import launch
 
-    if cell is not None and cell not in launch.STEPS:
-        return f"the kernels have no cell {cell!r}, they have {', '.join(launch.STEPS)}"
+    if cell is not None and (reason := without_kernels(cell)):
+        return reason
     if device.type == "cuda":
         return launch.why_not(cell, hidden, dtype, directions, device, layout, heads)
+    return None
+
+
+def without_kernels(cell: str) -> str | None:
+    """Say that the kernels do not have a cell, as text. None if they have it, or if Triton is not installed."""
+    if TRITON_IS_INSTALLED:
+        from fusedlstm.kernels.cells import STEPS
+
+        if cell not in STEPS:
+            return f"the kernels have no cell {cell!r}, they have {', '.join(STEPS)}"
     return None
 
 

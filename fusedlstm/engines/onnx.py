@@ -2,7 +2,7 @@
 
 | layer | operators |
 |---|---|
-| LSTM, PeepholeLSTM, CoupledLSTM, GRU, RNN | one node LSTM, GRU or RNN, with both directions |
+| LSTM, PeepholeLSTM, CoupledLSTM, GRU, ResetBeforeGRU, RNN | one node LSTM, GRU or RNN, with both directions |
 | every other cell, and `num_heads`, `proj_size`, zoneout, `resets`, states of every step, other dtypes | one Scan |
 
 The body of the Scan is the step of the specification, so no equation is written twice. The operators are for float32
@@ -42,6 +42,7 @@ OPERATORS = {
     "peephole": Operator("LSTM", ("i", "o", "f", "g"), {}),
     "coupled": Operator("LSTM", ("i", "o", "-i", "g"), {"input_forget": 1}),
     "gru": Operator("GRU", ("z", "r", "n"), {"linear_before_reset": 1}),
+    "gru_reset_before": Operator("GRU", ("z", "r", "n"), {}),
     "rnn_tanh": Operator("RNN", ("h",), {}, ("Tanh",)),
     "rnn_relu": Operator("RNN", ("h",), {}, ("Relu",)),
 }
@@ -159,7 +160,8 @@ def _scan(
         ):
             lives = row.get("lives")
             entered = reference.where(~row["cut"], own, 0.0) if "cut" in row else own
-            now = reference.step(cell, row["x"], entered, weight, own_vector, masks, projection)[1]
+            product = reference.product_with(cell, weight)
+            now = reference.step(cell, row["x"], entered, product, own_vector, masks, projection)[1]
             leaving += reference.where(lives, now, own)
             results += reference.where(lives, now if wants_c_seq else now[:1], 0.0)
         return *leaving, *(y.clone() for y in results)  # no two results may be one tensor

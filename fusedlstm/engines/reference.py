@@ -11,8 +11,14 @@ A recurrence maps `preact_x` (the input part of the preactivations) and the init
     \mathrm{preact\_h}_t = h_{t-1} U^T, \qquad
     \mathrm{gates}_t, \mathrm{state}_t = \mathrm{step}(\mathrm{preact\_x}_t, \mathrm{preact\_h}_t, \mathrm{state}_{t-1})
 
-The step and its backward are those of `fusedlstm.cells.cell`; everything here is the same for every cell.
+The step and its backward are those of `fusedlstm.cells.cell`; everything here is the same for every cell. A cell
+that multiplies gets the product itself in the place of preact_h (`recurrent_part`).
+
+Autograd goes through this. So rows and weights are taken apart once and not at every step: the gradient of an index is
+as large as what is indexed.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,9 +27,10 @@ from fusedlstm import transforms
 from fusedlstm.cells import Cell, Grads, Recurrence, Saved, State, Weights
 from fusedlstm.layout import Layout, spans
 from fusedlstm.noise import EVERY_ROW, Batch
-from fusedlstm.products import recurrent_product, recurrent_product_backward
+from fusedlstm.products import joined, recurrent_product, recurrent_product_backward
 
 States = tuple[Tensor, ...]  # h first, each [B, H]
+Product = Callable[..., States]  # of x [B, P] and the names of gates: as `product_with` returns it
 
 
 def steps_of(T: int, direction: int) -> range:
@@ -74,9 +81,9 @@ def _cut(layout: Layout, steps: list[tuple[int, int]], t: int, direction: int) -
     cut = torch.zeros(n, dtype=torch.bool, device=layout.resets.device)
     if later < len(steps):
         first, m = steps[later]
-        cut[:m] = layout.resets.flatten()[first : first + m][:n]
+        cut = torch.cat([layout.resets.flatten()[first : first + min(m, n)], cut[m:]])
         if layout.first_row is None and layout.lengths is not None:
-            cut &= later < layout.lengths
+            cut = cut & (later < layout.lengths)
     return cut.unsqueeze(1)
 
 
@@ -100,6 +107,11 @@ def _stack(states: States, empty: Tensor) -> Tensor:
     return torch.stack(states) if states else empty
 
 
+def _first(n: int, state: Tensor) -> Tensor:
+    """The state of the first n sequences."""
+    return state if n == state.size(0) else state[:n]
+
+
 def _of_step(masks: tuple, first: int, n: int) -> tuple:
     """Of masks of all rows, those of a step's."""
     return tuple(m[first : first + n] if isinstance(m, Tensor) else m for m in masks)
@@ -113,22 +125,50 @@ def _held(held_h: Tensor | float, held_c: Tensor | float, stepped: States, enter
     )
 
 
+def product_with(
+    cell: Cell,
+    weight_hh: Tensor,  # [G * H, P], or [G * H, DH] with heads
+) -> Product:
+    """A function that multiplies x [B, P] with the rows of some gates, or of all, and returns a tuple by gate."""
+    weights = {cell.gates: weight_hh}
+
+    def product(x: Tensor, *names: str) -> States:
+        if names not in weights:
+            by_gate = weight_hh.chunk(cell.num_gates)
+            weights[names] = joined([by_gate[cell.gates.index(name)] for name in names])
+        return recurrent_product(x, weights[names]).chunk(len(names), -1)
+
+    return product
+
+
+def recurrent_part(
+    cell: Cell,
+    h: Tensor,  # [B, P]
+    product: Product,
+    factor: Tensor | None = None,  # [B, H], of what enters the recurrent product
+) -> States | Product:
+    """What a step takes as `preact_h`: the product with h by gate, or, if the cell multiplies, a function for it."""
+
+    def with_factor(x: Tensor, *names: str) -> States:
+        return product(x if factor is None else x * factor, *names)
+
+    return with_factor if cell.multiplies else with_factor(h, *cell.gates)
+
+
 def step(
     cell: Cell,
     preact_x: Tensor,  # [B, G * H]
     entered: States,  # h [B, P], the others [B, H]
-    weight_hh: Tensor,  # [G * H, P], or [G * H, DH] with heads
+    product: Product,
     vectors: States,  # V times [H]
     masks: tuple,  # zoneout of h, of the other states, and the factor of the candidate: numbers or [B, H]
     weight_hr: Tensor | None = None,  # [P, H]
     factor: Tensor | None = None,  # [B, H], of the h that enters the recurrent product
 ) -> tuple[States, States]:
     """One step of one direction. Returns the gates and the states."""
-    h = entered[0] if factor is None else entered[0] * factor
-    preact_h = recurrent_product(h, weight_hh)
+    preact_h = recurrent_part(cell, entered[0], product, factor)
     held_h, held_c, drop = masks
-    by_gate = (x.chunk(cell.num_gates, -1) for x in (preact_x, preact_h))
-    gates, now = cell.equations.step(*by_gate, entered, vectors, drop)
+    gates, now = cell.equations.step(preact_x.chunk(cell.num_gates, -1), preact_h, entered, vectors, drop)
     now = _held(held_h, held_c, now, entered)
     return gates, now if weight_hr is None else (now[0] @ weight_hr.t(), *now[1:])
 
@@ -153,31 +193,37 @@ def recurrence_fwd(
     factors = noise.of_sequences(*hx.shape, hx.dtype)
     output, h_n, c_n, gates_seq, c_seq = [], [], [], [], []
     for d in range(D):
-        states, own = (hx[d], *cx[:, d]), () if vectors is None else tuple(vectors[d])
+        # Not by `unbind`, which gives an empty list for an h alone: torch cannot load a program with one.
+        states = (hx[d], *(cx[k, d] for k in range(len(cx))))
+        own = () if vectors is None else tuple(vectors[d])
         masks = noise.of_rows(preact_x.size(1), d, hx.size(-1), hx)
         by_step, gates = [None] * len(steps), [None] * len(steps)
+        rows, product = preact_x[d].split([n for _, n in steps]), product_with(spec.cell, weight_hh[d])
         for t in steps_of(len(steps), d):
             first, n = steps[t]  # sequences 0 to n - 1 have this step; the others have ended, or in reverse not begun
             lives, cut = _lives(layout, t), _cut(layout, steps, t, d)
-            entered = tuple(s[:n] for s in states)
+            entered = tuple(_first(n, s) for s in states)
             if clip is not None:
                 entered = tuple(transforms.apply(_ClipGradient, s, clip) for s in entered)
             if cut is not None:
                 entered = where(~cut, entered, 0.0)
             # What a sequence that has ended would have begun a step with has no gradient; zero times NaN is NaN.
-            entered, (x,) = where(lives, entered, 0.0), where(lives, (preact_x[d, first : first + n],), 0.0)
+            entered, (x,) = where(lives, entered, 0.0), where(lives, (rows[t],), 0.0)
             factor = None if factors is None else factors[d, :n]
             projection = weight_hr[d] if weight_hr else None
             of_step = _of_step(masks, first, n)
-            gates[t], now = step(spec.cell, x, entered, weight_hh[d], own, of_step, projection, factor)
+            gates[t], now = step(spec.cell, x, entered, product, own, of_step, projection, factor)
             by_step[t] = where(lives, now, 0.0)
-            now = where(lives, now, tuple(s[:n] for s in states))
-            states = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, states, strict=True))
+            now = where(lives, now, tuple(_first(n, s) for s in states))
+            if n < states[0].size(0):
+                now = tuple(torch.cat([new, old[n:]]) for new, old in zip(now, states, strict=True))
+            states = now
         output.append(torch.cat([s[0] for s in by_step]))
         h_n.append(states[0])
         c_n.append(_stack(states[1:], cx[:, d]))
-        gates_seq.append(torch.cat([torch.cat(g, -1) for g in gates]))
-        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : len(s[0])]) for s in by_step], 1))
+        if spec.save_gates:
+            gates_seq.append(torch.cat([torch.cat(g, -1) for g in gates]))
+        c_seq.append(torch.cat([_stack(s[1:], cx[:, d, : s[0].size(0)]) for s in by_step], 1))
     return Saved(
         torch.cat(output, -1).unflatten(0, leading),
         torch.stack(h_n),

@@ -11,11 +11,22 @@ from torch import Tensor, nn
 
 from fusedlstm.base import Recurrent
 from fusedlstm.cells import CELLS, PARAMETERS
-from fusedlstm.modules import GRU, LSTM, RNN, SLSTM, CoupledLSTM, LayerNormLSTM, PeepholeLSTM
+from fusedlstm.modules import (
+    GRU,
+    LSTM,
+    RNN,
+    SLSTM,
+    CoupledLSTM,
+    LayerNormGRU,
+    LayerNormLSTM,
+    PeepholeLSTM,
+    ResetBeforeGRU,
+)
 
 _NAME = re.compile(r"(?P<layer>(?:.*\.)?)(?P<parameter>\w+)_l(?P<number>\d+)(?P<reverse>_reverse)?")
 _CLASSES: dict[str, type[Recurrent]] = {
-    made.cell: made for made in (LSTM, GRU, PeepholeLSTM, CoupledLSTM, SLSTM, LayerNormLSTM)
+    made.cell: made
+    for made in (LSTM, GRU, PeepholeLSTM, CoupledLSTM, SLSTM, LayerNormLSTM, ResetBeforeGRU, LayerNormGRU)
 }
 
 
@@ -25,8 +36,8 @@ def layers(path: str | Path, cell: str | None = None, trust: bool = False) -> di
     Args:
         path: A file that `torch.save` wrote: a state_dict, a dictionary that has one at any depth, or a module.
         cell: The name of the cell, for a state_dict. The names and shapes of parameters leave open whether a layer is
-            an LSTM or an SLSTM, a GRU or a coupled LSTM, and which nonlinearity an RNN has. Without a name, the layer
-            is an LSTM, a GRU, or an RNN with tanh. With heads, a name is needed.
+            an LSTM or an SLSTM, which of both GRUs or a coupled LSTM, and which nonlinearity an RNN has. Without a
+            name, the layer is an LSTM, a GRU, or an RNN with tanh. With heads, a name is needed.
         trust: Whether a file may run code when it is read. A module needs this, and a state_dict does not.
 
     Raises:

@@ -470,19 +470,31 @@ def _keep(call: Call, ran: _Ran, blocks: Sequence[Tensor], after: list[Tensor], 
     cell, of, before = call.cell, call.cell.equations, _before(call, ran, after, direction)
     memory = min(1, cell.num_cell_states)  # c, or h without it
     one = torch.ones_like(before[memory])
-    if of.update is not None:
-        with torch.enable_grad():
-            before[memory].requires_grad_()
+    with torch.enable_grad():
+        before[memory].requires_grad_()
+        if of.update is not None:
             reached = of.update(blocks, before, 1.0)[memory]
-            # Element by element, so the gradient of the sum is the derivative. An RNN does not depend on its memory.
-            keep = torch.autograd.grad(reached, before[memory], one)[0] if reached.requires_grad else 0 * one
-    else:
-        vectors = () if ran.weights.vectors is None else tuple(ran.weights.vectors[direction])
-        dstate = tuple(one if k == memory else torch.zeros_like(s) for k, s in enumerate(after))
-        keep = of.step_backward(blocks, before, after, dstate, vectors, 1.0)[1][memory]
+        else:
+            reached = _stepped(call, ran, before, direction)[memory].view(one.shape)
+    # Element by element, so the gradient of the sum is the derivative. An RNN does not depend on its memory.
+    keep = torch.autograd.grad(reached, before[memory], one)[0] if reached.requires_grad else 0 * one
     rates = call.batch.noise.rates
     held = rates[memory] if rates else 0.0
     return held + (1 - held) * keep
+
+
+def _stepped(call: Call, ran: _Ran, before: list[Tensor], direction: int) -> Sequence[Tensor]:
+    """The states after every step, each [T * B, H], whose gradients do not pass through the recurrent weight."""
+    cell, weights, states = call.cell, ran.weights, [s.flatten(0, -2) for s in before]
+    vectors = () if weights.vectors is None else tuple(weights.vectors[direction])
+    with torch.no_grad():
+        preact_h: Any = reference.recurrent_part(
+            cell, states[0], reference.product_with(cell, weights.weight_hh[direction])
+        )
+    if cell.multiplies:
+        preact_h = torch.no_grad()(preact_h)
+    preact_x = ran.preact_x[direction].flatten(0, -2).chunk(cell.num_gates, -1)
+    return cell.equations.step(preact_x, preact_h, states, vectors, 1.0)[1]
 
 
 # Gradients through time.

@@ -8,6 +8,7 @@ from bench import kernels
 from bench.shapes import BY_ID
 from fusedlstm import cells
 from fusedlstm.engines import offline
+from fusedlstm.kernels.cells import STEPS
 from fusedlstm.plan import LAYOUTS, plan
 from fusedlstm.plan.devices import DEVICES
 from grids import grid
@@ -15,7 +16,7 @@ from grids import grid
 # How a step can run: hidden units that lead to it, and the protocol.
 KINDS = {"single": (64, None), "data": (256, "data"), "counter": (512, "counter"), "streamed": (4096, "counter")}
 AXES = {
-    "cell": [*cells.CELLS],
+    "cell": [*STEPS],
     "kind": [*KINDS],
     "pass_": ["fwd", "bwd"],
     "layout": [*LAYOUTS],

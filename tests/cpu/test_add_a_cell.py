@@ -1,5 +1,6 @@
 """docs/add_a_cell.md, followed literally: size, equations, and the layer on the engines without kernels."""
 
+import importlib
 import re
 
 import pytest
@@ -11,7 +12,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def test_the_cell_is_one_file_of_under_60_lines():
-    assert [*page.FILES] == ["ugrnn.py", "check_ugrnn.py"]
+    assert [*page.FILES] == ["ugrnn.py", "check_ugrnn.py", "mgu.py"]
     assert page.TEXT.count("```python") == len(page.FILES), "a block without the name of its file is not run"
     assert len(page.FILES["ugrnn.py"].splitlines()) < 60  # with its empty lines
 
@@ -69,3 +70,19 @@ def test_the_class_of_a_single_step(ugrnn):
     cell.load_state_dict({name.removesuffix("_l0"): p for name, p in layer.state_dict().items()})
     x, h = torch.randn(4, 3), torch.randn(4, 6)
     torch.testing.assert_close(cell(x, h), layer(x[None], h[None])[1][0])
+
+
+@pytest.mark.parametrize("sequence", page.SEQUENCES)
+def test_the_cell_without_a_written_out_backward(ugrnn, sequence):
+    """Its gate multiplies h before the product: as a loop by hand, and with every option."""
+    module = importlib.import_module("mgu")
+    layer, x = module.MGU(3, 6, dtype=torch.float64), torch.randn(5, 4, 3, dtype=torch.float64)
+    h, (w_f, w_g), (u_f, u_g) = torch.zeros(4, 6).double(), layer.weight_ih_l0.chunk(2), layer.weight_hh_l0.chunk(2)
+    b_f, b_g = (layer.bias_ih_l0 + layer.bias_hh_l0).chunk(2)
+    for x_t in x:
+        f = torch.sigmoid(x_t @ w_f.t() + h @ u_f.t() + b_f)
+        h = (1 - f) * h + f * torch.tanh(x_t @ w_g.t() + (f * h) @ u_g.t() + b_g)
+    torch.testing.assert_close(layer(x)[1][0], h, **EXACT)
+    for options in OPTIONS.values():
+        found = page.outcome(module.MGU(3, 6, **options, dtype=torch.float64), sequence, torch.float64)
+        assert all(value.isfinite().all() and value.any() for value in found.values())

@@ -32,7 +32,7 @@ EXCEPTIONS = {
 
 # What stands beside the house and could be left away: nothing of the house imports it.
 BESIDE = ("inspect", "onnx", "train", "weights", "commands", "__main__")
-MOST_MODULES = 45  # of the house
+MOST_MODULES = 47  # of the house
 MOST_KERNEL_FILES = 22
 MOST_LINES, MOST_PARAMETERS = 80, 12  # of a function
 

@@ -89,7 +89,7 @@ class NoCopy(TorchFunctionMode):
 
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "layernorm", "slstm"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "layernorm", "slstm", "layernorm_gru"])
 def test_a_dense_loop_asks_nothing_of_the_host(cell, directions, noisy):
     """`torch_loop` and the masks of all noise run on tensors of no device. A launch that failed continues with them."""
     of, T, B, H, D = cells.CELLS[cell], 3, 2, 4, directions

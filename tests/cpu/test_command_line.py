@@ -302,15 +302,17 @@ def test_inspect_takes_an_input_and_a_module(tmp_path, capsys):
         fusedlstm.RNN(3, 4),
         fusedlstm.PeepholeLSTM(3, 4, bias=False),
         fusedlstm.LayerNormLSTM(3, 4),
+        fusedlstm.LayerNormGRU(3, 4),
+        fusedlstm.ResetBeforeGRU(3, 4),
         fusedlstm.CoupledLSTM(3, 4, num_heads=2),
         fusedlstm.RNN(3, 4, nonlinearity="relu", dtype=torch.bfloat16),
     ],
     ids=lambda module: module.cell,
 )
 def test_layers_are_known_by_names_and_shapes(module, tmp_path):
-    """A coupled LSTM has the shapes of a GRU, so it must be named; and so must the rectifier."""
+    """What has the shapes of a GRU must be named, and so must the rectifier."""
     torch.save({f"model.rnn.{name}": p for name, p in module.state_dict().items()}, tmp_path / "file.pt")
-    named = module.cell if module.cell in ("coupled", "rnn_relu") else None
+    named = module.cell if module.cell in ("coupled", "rnn_relu", "gru_reset_before") else None
     ((name, found),) = checkpoint.layers(tmp_path / "file.pt", named).items()
     assert name == "model.rnn" and type(found) is type(module) and str(found) == str(module)
     for key, value in module.state_dict().items():
@@ -348,7 +350,7 @@ def test_files_without_a_layer_are_errors(tmp_path, capsys):
 # What `bench` measures.
 
 
-@pytest.mark.parametrize("cell", cells.CELLS)
+@pytest.mark.parametrize("cell", [name for name, of in cells.CELLS.items() if of.aten or name in bench.STEPS])
 def test_bench_compares_every_cell_with_a_rival_that_computes_the_same(cell, capsys):
     sizes = ["--hidden", "4", "--input", "3", "--steps", "5", "--batch", "2", "--layers", "2", "--directions", "2"]
     command.main(["bench", "--cell", cell, *sizes, "--seconds", "0.001", "--device", "cpu"])
@@ -391,6 +393,12 @@ def test_bench_knows_noise_from_a_difference(ms, text, capsys, monkeypatch):
     monkeypatch.setattr(timing, "take", lambda *args: fixed(*ms))
     command.main(["bench", "--hidden", "4", "--device", "cpu"])
     assert capsys.readouterr().out.splitlines()[-1] == text
+
+
+def test_bench_says_for_which_cells_it_has_a_rival(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["bench", "--cell", "layernorm_gru", "--hidden", "4", "--device", "cpu"])
+    assert "--cell: expected peephole, coupled" in capsys.readouterr().err
 
 
 def test_bench_refuses_to_time_what_computes_something_else(capsys, monkeypatch):

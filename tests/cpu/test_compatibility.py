@@ -14,7 +14,7 @@ QUICK = [name for name in features.FEATURES if not any(word in name for word in 
 # torch's counter does not know the layer of oneDNN, and a trace has no operators of ours.
 UNKNOWN = {
     "`FlopCounterMode` counts at least the products of the steps": ("LSTM",),
-    "`torch.jit.trace`": ("PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"),
+    "`torch.jit.trace`": features.OURS[3:],
 }
 
 

@@ -15,6 +15,8 @@ MEMBERS = (
     fusedlstm.CoupledLSTM,
     fusedlstm.LayerNormLSTM,
     fusedlstm.SLSTM,
+    fusedlstm.ResetBeforeGRU,
+    fusedlstm.LayerNormGRU,
 )
 OF_TORCH = ("LSTM", "GRU", "RNN")
 SIZES = torch.tensor([2, 2, 1])

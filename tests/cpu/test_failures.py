@@ -11,6 +11,7 @@ from fusedlstm import autograd, cells, engines, ops
 from fusedlstm.cells import CELLS, Grads
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import bound, failures, launch, reference
+from fusedlstm.kernels.cells import STEPS
 from fusedlstm.noise import NO_NOISE, Noise
 from fusedlstm.plan import devices
 from fusedlstm.plan.tiles import MOST_VARIANTS
@@ -29,7 +30,7 @@ LAYOUTS = {
     "packed": {"packed": [3, 2, 2, 1]},
 }
 AXES = {
-    "cell": list(cells.CELLS),
+    "cell": list(STEPS),
     "dtype": list(DTYPES),
     "layout": list(LAYOUTS),
     "directions": [1, 2],

@@ -27,10 +27,14 @@ MEMBERS = {
     "coupled": (fusedlstm.CoupledLSTM, fusedlstm.CoupledLSTMCell, {}),
     "layernorm": (fusedlstm.LayerNormLSTM, fusedlstm.LayerNormLSTMCell, {}),
     "sLSTM": (fusedlstm.SLSTM, fusedlstm.SLSTMCell, {}),
+    "reset before": (fusedlstm.ResetBeforeGRU, fusedlstm.ResetBeforeGRUCell, {}),
+    "layernorm GRU": (fusedlstm.LayerNormGRU, fusedlstm.LayerNormGRUCell, {}),
 }
+WITHOUT_KERNELS = (fusedlstm.ResetBeforeGRU, fusedlstm.LayerNormGRU)
 VECTORS = {  # numbers a unit
     "peephole": {"weight_ci": 1, "weight_cf": 1, "weight_co": 1},
     "layernorm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1},
+    "layernorm GRU": {"gain_ih": 3, "gain_hh": 3},
 }
 every_member = pytest.mark.parametrize("member", MEMBERS)
 
@@ -46,7 +50,7 @@ def make_cell(member, *args, **options):
 
 
 def heads_of(member, heads):
-    return 1 if member == "layernorm" else heads  # its norms mix the units of all heads
+    return 1 if member.startswith("layernorm") else heads  # its norms mix the units of all heads
 
 
 def states_of(hx):
@@ -75,6 +79,19 @@ def step(member, p, x, states):
         i, f, g, o = preact.chunk(4)
         c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
         return o.sigmoid() * layer_norm(c, c.shape, p["gain_c"], p["bias_c"]).tanh(), c
+    if member == "layernorm GRU":
+        a, u = (
+            layer_norm(y, y.shape, p[f"gain_{k}"], p.get(f"bias_{k}"))
+            for k, y in (("ih", p["weight_ih"] @ x), ("hh", p["weight_hh"] @ states[0]))
+        )
+        (a_r, a_z, a_n), (u_r, u_z, u_n) = a.chunk(3), u.chunk(3)
+        z = (a_z + u_z).sigmoid()
+        return ((1 - z) * (a_n + (a_r + u_r).sigmoid() * u_n).tanh() + z * states[0],)
+    if member == "reset before":
+        a_r, a_z, a_n = (p["weight_ih"] @ x + p.get("bias_ih", zero) + p.get("bias_hh", zero)).chunk(3)
+        u_r, u_z, u_n = p["weight_hh"].chunk(3)
+        r, z = (a_r + u_r @ states[0]).sigmoid(), (a_z + u_z @ states[0]).sigmoid()
+        return ((1 - z) * (a_n + u_n @ (r * states[0])).tanh() + z * states[0],)
     preact = p["weight_ih"] @ x + p.get("bias_ih", zero) + p["weight_hh"] @ states[0] + p.get("bias_hh", zero)
     if member == "peephole":
         i, f, g, o = preact.chunk(4)
@@ -167,7 +184,7 @@ def test_equals_a_loop_by_hand(monkeypatch, case):
     names = ("num_layers", "bidirectional", "bias", "batch_first", "grad_clip", "save")
     heads = heads_of(case["member"], case["heads"])
     module = make(case["member"], I, H, **{k: case[k] for k in names}, num_heads=heads, dtype=torch.float64)
-    if case["member"] == "layernorm":
+    if case["member"].startswith("layernorm"):
         for name, p in module.named_parameters():
             if not name.startswith("weight"):  # else 1 and 0
                 nn.init.normal_(p, 0.5)
@@ -278,7 +295,7 @@ def test_parameters(member):
     torch.manual_seed(3)
     for name, weight in module.named_parameters():
         expected = torch.empty_like(weight).uniform_(-(12**-0.5), 12**-0.5)
-        if member == "layernorm" and not name.startswith("weight"):
+        if member.startswith("layernorm") and not name.startswith("weight"):
             expected = torch.full_like(weight, name.startswith("gain"))
         assert torch.equal(weight, expected), name
     for other in (module, make(member, 5, 12, bias=False), make_cell(member, 5, 12), make_cell(member, 5, 12, False)):
@@ -332,6 +349,10 @@ def test_shapes_on_meta(member, engine, options):
         found = [output, *(states if isinstance(states, tuple) else (states,))]
         return [*found, *torch.autograd.grad(output.sum(), [*module.parameters()], allow_unused=True)]
 
+    if engine == "triton" and MEMBERS[member][0] in WITHOUT_KERNELS:
+        with pytest.raises(RuntimeError, match="cannot serve this call: the kernels have no cell"):
+            make(member, I, 6, device="meta", backend=engine)(torch.empty(T, 3, I, device="meta"))
+        return
     expected = outcome(make(member, I, 6, **options), torch.randn(T, 3, I))
     on_meta = outcome(make(member, I, 6, device="meta", backend=engine, **options), torch.empty(T, 3, I, device="meta"))
     for a, b in zip(on_meta, expected, strict=True):
@@ -358,7 +379,10 @@ def test_cell_loop_equals_layer(member, heads, backend):
 
 @pytest.mark.parametrize(
     ("member", "training"),
-    [*((member, False) for member in MEMBERS), ("GRU", True), ("peephole", True), ("sLSTM", True)],
+    [
+        *((member, False) for member in MEMBERS),
+        *((member, True) for member in ("GRU", "peephole", "sLSTM", "reset before", "layernorm GRU")),
+    ],
 )
 def test_compiles_without_a_graph_break(member, training):
     torch.compiler.reset()

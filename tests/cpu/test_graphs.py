@@ -21,7 +21,7 @@ CALLS = {
 
 @grid(
     {
-        "name": ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"],
+        "name": ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM", "LayerNormGRU"],
         "training": {"training": True, "inference": False},
         "call": CALLS,
         "dynamic": {"sizes marked": True, "sizes seen": None},
@@ -58,7 +58,7 @@ def test_two_graphs(name, training, call, dynamic):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("given", ["input", "hx", "lengths"])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormLSTM", "SLSTM"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormLSTM", "SLSTM", "LayerNormGRU"])
 def test_exported_for_any_sizes(name, given, strict):
     """Saved and loaded too. The strict way traces a backward if gradients are on."""
     module = getattr(fusedlstm, name)(3, 4).eval()
@@ -93,6 +93,24 @@ def test_exported_with_one_number_of_steps_needs_no_package(name):
     assert not [node for node in program.graph.nodes if "fusedlstm" in str(node.target)]
     x = torch.randn(7, 30, 3)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_steps_of_the_specification(strict):
+    """The steps that autograd differentiates are written out, so T is that of the export. The batch may vary."""
+    module, B = fusedlstm.ResetBeforeGRU(3, 4, bidirectional=True).eval(), torch.export.Dim("B", min=2, max=64)
+    arguments = {"input": torch.randn(4, 5, 3), "lengths": torch.tensor([4, 0, 2, 3, 1])}
+    options = {"dynamic_shapes": {"input": {1: B}, "lengths": {0: B}}, "strict": strict}
+    with torch.no_grad():
+        torch.export.save(torch.export.export(module, (), arguments, **options), file := io.BytesIO())
+        file.seek(0)
+        program = torch.export.load(file)
+        for size in (2, 30):
+            arguments = {"input": torch.randn(4, size, 3), "lengths": torch.arange(size) % 5}
+            torch.testing.assert_close(program.module()(**arguments), module(**arguments))
+        options["dynamic_shapes"]["input"][0] = torch.export.Dim("T", min=2, max=100)
+        with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
+            torch.export.export(module, (), arguments, **options)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "SLSTM"])

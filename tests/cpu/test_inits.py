@@ -19,6 +19,8 @@ KEEPING = {  # a layer or cell, the gate that forgets, in which direction, and t
     "sLSTM": (lambda **o: fusedlstm.SLSTM(5, 8, **OPTIONS, **o), 1, 1, 0),
     "coupled": (lambda **o: fusedlstm.CoupledLSTM(5, 8, **OPTIONS, **o), 0, -1, 0),
     "GRU": (lambda **o: fusedlstm.GRU(5, 8, **OPTIONS, **o), 1, 1, None),
+    "reset before": (lambda **o: fusedlstm.ResetBeforeGRU(5, 8, **OPTIONS, **o), 1, 1, None),
+    "layernorm GRU": (lambda **o: fusedlstm.LayerNormGRU(5, 8, **OPTIONS, **o), 1, 1, None),
     "GRUCell": (lambda **o: fusedlstm.GRUCell(5, 8, **o), 1, 1, None),
     "LSTMCell": (lambda **o: fusedlstm.LSTMCell(5, 8, **o), 1, 1, 0),
 }

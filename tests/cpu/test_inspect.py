@@ -20,12 +20,15 @@ MEMBERS = {
     "coupled": fusedlstm.CoupledLSTM,
     "slstm": fusedlstm.SLSTM,
     "layernorm": fusedlstm.LayerNormLSTM,
+    "reset before": fusedlstm.ResetBeforeGRU,
+    "layernorm GRU": fusedlstm.LayerNormGRU,
 }
+GRUS = ("gru", "reset before", "layernorm GRU")
 # Every option of a layer that a step depends on, for the members that have it.
 OPTIONS = {
     "plain": ({}, MEMBERS),
     "zoneout": ({"zoneout": (0.1, 0.3), "candidate_dropout": 0.5, "dropout": 0.5}, MEMBERS.keys() - {"slstm"}),
-    "heads": ({"num_heads": 2}, MEMBERS.keys() - {"layernorm"}),
+    "heads": ({"num_heads": 2}, MEMBERS.keys() - {"layernorm", "layernorm GRU"}),
     "projection": ({"proj_size": 2}, ["lstm"]),
     "without biases": ({"bias": False}, MEMBERS),
 }
@@ -88,7 +91,7 @@ def test_states_are_those_of_the_layer(member, case, side):
 
 EQUATIONS = {
     "lstm": lambda s, h, c: {"c": s.f * c + s.i * s.g},
-    "gru": lambda s, h, c: {"h": (1 - s.z) * s.n + s.z * h},
+    **dict.fromkeys(GRUS, lambda s, h, c: {"h": (1 - s.z) * s.n + s.z * h}),
     "rnn": lambda s, h, c: {"h": s.gates["h"]},
     "relu": lambda s, h, c: {"h": s.gates["h"]},
     "peephole": lambda s, h, c: {"c": s.f * c + s.i * s.g, "h": s.o * s.c.tanh()},
@@ -98,7 +101,7 @@ EQUATIONS = {
 }
 KEEPS = {
     "lstm": lambda s: s.f,
-    "gru": lambda s: s.z,
+    **dict.fromkeys(GRUS, lambda s: s.z),
     "rnn": lambda s: torch.zeros_like(s.h),
     "relu": lambda s: torch.zeros_like(s.h),
     "peephole": lambda s: s.f,
@@ -129,7 +132,8 @@ def test_gates_have_the_names_of_the_equations(member, direction):
     else:  # of an SLSTM, from log f and m
         torch.testing.assert_close(trace.keep, trace.f * torch.exp(before("m") - trace.m))
     # One sigmoid by itself, because gates could be swapped together with their weights.
-    gate = {"gru": "z", "coupled": "i", "rnn": "", "relu": "", "layernorm": ""}.get(member, "f")
+    gate = {"gru": "z", "reset before": "z", "coupled": "i"} | dict.fromkeys(("rnn", "relu"), "")
+    gate = "" if member.startswith("layernorm") else gate.get(member, "f")
     if gate:
         row, suffix = CELLS[module.cell].gates.index(gate), "_l0_reverse" if direction else "_l0"
         w, u, b, d = (
@@ -304,7 +308,7 @@ def test_an_lstm_without_recurrent_weights_hands_on_what_its_forget_gates_keep()
     assert (flow.norms["h"][:-1] == 0).all() and (flow.norms["h"][-1] == 1).all()
 
 
-@pytest.mark.parametrize("member", ["lstm", "gru", "rnn", "coupled", "layernorm", "slstm"])
+@pytest.mark.parametrize("member", ["lstm", *GRUS, "rnn", "coupled", "layernorm", "slstm"])
 def test_without_recurrent_weights_the_memory_hands_on_what_is_kept(member):
     """With zoneout, lengths and resets, in both directions."""
     module = make(member, num_layers=1, **({} if member == "slstm" else {"zoneout": (0.2, 0.3)}))

@@ -304,7 +304,10 @@ AUTOCAST = {
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM"])
+@pytest.mark.parametrize(
+    "name",
+    ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM", "ResetBeforeGRU", "LayerNormGRU"],
+)
 @pytest.mark.parametrize("given", AUTOCAST)
 def test_dtypes_under_autocast(given, name, backend):
     """Of layers, dense, with lengths, packed and in one step, and of cells: the table of docs/support.md."""
@@ -413,7 +416,7 @@ def test_differentiable_gradients_count_each_path_once(T, batched):
 
 
 @pytest.mark.parametrize("save", ["gates", "states"])
-@pytest.mark.parametrize("layer", [fusedlstm.GRU, fusedlstm.LayerNormLSTM])
+@pytest.mark.parametrize("layer", [fusedlstm.GRU, fusedlstm.LayerNormLSTM, fusedlstm.LayerNormGRU])
 def test_checkpoints_of_our_loops(layer, save):
     module, x = layer(3, 4, save=save), torch.randn(40, 2, 3, requires_grad=True)
     output = torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=False)

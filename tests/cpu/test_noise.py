@@ -17,7 +17,7 @@ KINDS = {
     "weight": {"weight_dropout": 0.4},
     "all": {"zoneout": 0.2, "candidate_dropout": 0.3, "recurrent_dropout": 0.3, "weight_dropout": 0.3},
 }
-LAYERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM")
+LAYERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "ResetBeforeGRU", "LayerNormGRU")
 
 
 def test_philox_known_answers():

@@ -103,6 +103,7 @@ def standard_cases() -> dict[str, Case]:
         "relu": lambda *a, **k: fusedlstm.RNN(*a, nonlinearity="relu", **k),
         "peephole": fusedlstm.PeepholeLSTM,
         "coupled": fusedlstm.CoupledLSTM,
+        "before": fusedlstm.ResetBeforeGRU,
     }
     cases, settings = {}, []
     for k, (name, make) in enumerate(makers.items()):
@@ -124,10 +125,13 @@ def standard_cases() -> dict[str, Case]:
 def scan_cases() -> dict[str, Case]:
     cells, every = {"return_cell_states": True}, {"return_states": True}
     layernorm = fusedlstm.LayerNormLSTM(I, H, num_layers=2)
-    for parameter in layernorm.parameters():
+    layernorm_gru = fusedlstm.LayerNormGRU(I, H, bidirectional=True)
+    for parameter in (*layernorm.parameters(), *layernorm_gru.parameters()):
         nn.init.normal_(parameter)
     return {
         "layernorm": Case(layernorm, hx=True, options=every),
+        "before": Case(fusedlstm.ResetBeforeGRU(I, H, bidirectional=True, num_heads=2), True, True, True),
+        "layernorm_gru": Case(layernorm_gru, lengths=True, hx=True),
         "slstm": Case(fusedlstm.SLSTM(I, H, bidirectional=True), lengths=True, hx=True),
         "projection": Case(fusedlstm.LSTM(I, H, proj_size=2, bidirectional=True), lengths=True, hx=True),
         "heads": Case(fusedlstm.PeepholeLSTM(I, H, num_heads=2, batch_first=True), options=cells),
@@ -169,7 +173,9 @@ def test_standard_operators_compute_the_layer():
     export = export_of(standard_cases())
     expected = collections.Counter()
     for name, case in export.model.cases.items():
-        kind = {"gru": "GRU", "wide": "GRU", "float16": "GRU", "rnn": "RNN", "relu": "RNN"}.get(name.partition("_")[0])
+        kind = {"gru": "GRU", "before": "GRU", "wide": "GRU", "float16": "GRU", "rnn": "RNN", "relu": "RNN"}.get(
+            name.partition("_")[0]
+        )
         expected[kind or "LSTM"] += case.layer.num_layers
     assert operators(export.proto) == expected
     for size in SIZES:
@@ -290,6 +296,7 @@ NODES = {
     "input_forget": ("LSTM", {"input_forget": 1}, fusedlstm.CoupledLSTM),
     "without bias": ("LSTM", {"without": ("B",)}, fusedlstm.LSTM),
     "GRU": ("GRU", {"linear_before_reset": 1}, fusedlstm.GRU),
+    "GRU, reset before": ("GRU", {}, fusedlstm.ResetBeforeGRU),
     "tanh": ("RNN", {}, fusedlstm.RNN),
     "relu": ("RNN", {"activations": ["Relu"]}, fusedlstm.RNN),
 }
@@ -352,7 +359,6 @@ def test_weights_keep_their_dtype(dtype):
     [
         ("LSTM", {"direction": "reverse"}, "direction of LSTM to be forward or bidirectional, got reverse"),
         ("GRU", {"clip": 3.0, "linear_before_reset": 1}, "clip of GRU to be absent, got 3"),
-        ("GRU", {}, "linear_before_reset of GRU to be 1, got 0, which applies the reset gate before the product"),
         ("LSTM", {"activations": ["Sigmoid", "Tanh", "Relu"]}, r"to be ['Sigmoid', 'Tanh', 'Tanh'] in every direction"),
         ("RNN", {"D": 2, "activations": ["Tanh", "Relu"]}, "activations of RNN to be"),
         ("RNN", {"activations": ["Affine"]}, "got ['Affine']"),

@@ -67,6 +67,35 @@ def test_without_update_there_is_no_zoneout():
         Mine(3, 6, zoneout=0.1)
 
 
+@pytest.mark.parametrize("like", [fusedlstm.LayerNormGRU, fusedlstm.ResetBeforeGRU])
+def test_without_step_backward_autograd_differentiates_the_step(like, monkeypatch):
+    """With vectors, or with a product of its own; and with zoneout, which needs no update then."""
+    fusedlstm.register_cell(CELLS[like.cell]._replace(name="mine"), (CELLS[like.cell].equations.step,))
+    heads = 1 if CELLS[like.cell].norms else 2
+    for options in ({"num_layers": 2, "num_heads": heads}, {"bias": False, "zoneout": 0.2}, {"grad_clip": 0.02}):
+        stock, mine = (cls(3, 6, bidirectional=True, dtype=torch.float64, **options).eval() for cls in (like, Mine))
+        mine.load_state_dict(stock.state_dict())
+        for sequence in page.SEQUENCES:
+            found, expected = (page.outcome(module, sequence, torch.float64) for module in (mine, stock))
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
+    found = fusedlstm.explain(mine, torch.randn(4, 2, 3).double())
+    assert found.engine == "reference" and "the cell mine has no step_backward" in found.why
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="cannot serve this call: the kernels have no cell 'mine', they have lstm, "):
+        Mine(3, 6, backend="triton")(torch.randn(4, 2, 3))
+
+
+def test_what_a_step_keeps_does_not_pass_through_its_products():
+    equations = CELLS["gru_reset_before"].equations
+    fusedlstm.register_cell(CELLS["gru_reset_before"]._replace(name="mine"), (equations.step,))
+    stock, mine, x = fusedlstm.ResetBeforeGRU(3, 6), Mine(3, 6), torch.randn(4, 2, 3)
+    mine.load_state_dict(stock.state_dict())
+    found, expected = (fusedlstm.inspect.gates(module, x) for module in (mine, stock))
+    torch.testing.assert_close(found.keep, expected.keep)
+    torch.testing.assert_close(found.keep, expected.z)
+
+
 WRONG_CELLS = {
     "name taken": (PLAIN._replace(name="gru"), ValueError, "cell.name: expected a new one, got 'gru', which is taken"),
     "no name": (PLAIN._replace(name="my cell"), ValueError, "cell.name: expected a name of letters"),
@@ -96,6 +125,11 @@ WRONG_CELLS = {
     ),
     "x_blocks beyond": (KEPT._replace(x_blocks=(1, 2, 3)), ValueError, "each of 0 to 2 once, got (1, 2, 3)"),
     "x_blocks twice": (KEPT._replace(x_blocks=(1, 1, 0)), ValueError, "each of 0 to 2 once, got (1, 1, 0)"),
+    "x_blocks with norms": (
+        KEPT._replace(norms=True),
+        ValueError,
+        "cell.x_blocks: expected the order of the gates with cell.norms, got (1, 2, 0)",
+    ),
     "a parameter of torch's": (
         PLAIN._replace(vectors=("bias_hh",)),
         ValueError,
@@ -129,7 +163,12 @@ def test_wrong_equations():
     names = "step, step_backward, update, vectors_backward"
     raises(TypeError, f"equations: expected a tuple of {names}, got <module", PLAIN, cells)
     raises(TypeError, f"equations: expected a tuple of {names}, got ", PLAIN, (step,) * 5)
-    raises(TypeError, "equations: expected step_backward to be a function, got None", PLAIN, (step,))
+    raises(TypeError, "equations: expected step to be a function, got None", PLAIN, (None, step_backward))
+    no_backward = "equations: expected step_backward to be a function, got None"
+    raises(TypeError, no_backward, PLAIN, (step,), KERNELS)
+    raises(TypeError, no_backward, PLAIN, (step, None, update), None, (step, step))
+    multiplies = "equations: expected step_backward to be None, because cell.multiplies, got a function"
+    raises(ValueError, multiplies, PLAIN._replace(multiplies=True), (step, step_backward))
     raises(TypeError, "equations: expected update to be a function, got 1", PLAIN, (step, step_backward, 1))
     own = PLAIN._replace(vectors=("p",))
     raises(TypeError, "expected vectors_backward to be a function, got None", own, (step, step_backward, update))

@@ -389,7 +389,17 @@ def test_triton_says_why_it_does_not_clip_projections(monkeypatch):
         lstm(torch.zeros(2, 3, I))
 
 
-MEMBERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM")
+MEMBERS = (
+    "LSTM",
+    "GRU",
+    "RNN",
+    "PeepholeLSTM",
+    "CoupledLSTM",
+    "LayerNormLSTM",
+    "SLSTM",
+    "ResetBeforeGRU",
+    "LayerNormGRU",
+)
 every_member = pytest.mark.parametrize("name", MEMBERS)
 both_engines = pytest.mark.parametrize("backend", ["torch", "reference"])
 

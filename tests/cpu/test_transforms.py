@@ -18,7 +18,17 @@ ATEN = {
     "one step": {"cell": "lstm", "steps": 1},
 }
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-NAMES = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM")
+NAMES = (
+    "LSTM",
+    "GRU",
+    "RNN",
+    "PeepholeLSTM",
+    "CoupledLSTM",
+    "LayerNormLSTM",
+    "SLSTM",
+    "ResetBeforeGRU",
+    "LayerNormGRU",
+)
 
 
 @pytest.mark.parametrize(("path", "case"), transforms.pairs(transforms.CASES))
@@ -65,8 +75,12 @@ def test_samples_share_calls(name, save, samples, monkeypatch):
     torch.manual_seed(0)
     module = getattr(fusedlstm, name)(3, 4, backend="torch", save=save, dtype=torch.float64)
     size, (batched, calls) = 3, SAMPLES[samples]
-    if name == "LayerNormLSTM" and "weight_hh_l0" in batched:  # its norms are over all units
+    if name.startswith("LayerNorm") and "weight_hh_l0" in batched:  # its norms are over all units
         calls = size
+    if name == "LayerNormGRU" and "bias_hh_l0" in batched:  # which is among the vectors of the step
+        calls = size
+    if name == "ResetBeforeGRU":  # whose steps are plain operations
+        calls = 0
     own = {k: v.detach() for k, v in module.named_parameters()}
     own |= {
         "input": torch.randn(6, 2, 3).double(),

@@ -113,6 +113,13 @@ def haste_gru(w, x, h):
     return keras_gru([w["kernel"], w["recurrent_kernel"], (w["bias"], w["recurrent_bias"])], x, h)
 
 
+def haste_layer_norm_gru(w, x, h):
+    of_x = split(normed(x @ w["kernel"]) * w["gamma"][0] + w["bias"], 3)
+    of_h = split(normed(h @ w["recurrent_kernel"]) * w["gamma"][1] + w["recurrent_bias"], 3)
+    z, r = sigmoid(of_x[0] + of_h[0]), sigmoid(of_x[1] + of_h[1])
+    return (z * h + (1 - z) * np.tanh(of_x[2] + r * of_h[2]),)
+
+
 def haste_indrnn(w, x, h):
     return (np.tanh(x @ w["kernel"] + w["bias"] + h * w["recurrent_scale"]),)
 
@@ -231,6 +238,11 @@ KINDS = {
     "haste.LSTM": (2, haste_lstm, lambda I: haste(I, 4)),
     "haste.GRU": (1, haste_gru, lambda I: haste(I, 3, recurrent_bias=(3 * H,))),
     "haste.IndRNN": (1, haste_indrnn, lambda I: {"kernel": (I, H), "recurrent_scale": (H,), "bias": (H,)}),
+    "haste.LayerNormGRU": (
+        1,
+        haste_layer_norm_gru,
+        lambda I: haste(I, 3, recurrent_bias=(3 * H,), gamma=(2, 3 * H)),
+    ),
     "haste.LayerNormLSTM": (
         2,
         haste_layer_norm_lstm,
@@ -340,6 +352,31 @@ def test_preactivations_are_the_input_without_weight_ih(kind):
     assert_same(module, kind, [layer], inputs)
 
 
+def keras_gru_before(w, x, h):
+    """With reset_after=False."""
+    kernels, recurrent, bias = split(w[0], 3), split(w[1], 3), split(w[2], 3) if len(w) == 3 else (0, 0, 0)
+    z, r = (sigmoid(x @ kernels[k] + h @ recurrent[k] + bias[k]) for k in (0, 1))
+    return (z * h + (1 - z) * np.tanh(x @ kernels[2] + (r * h) @ recurrent[2] + bias[2]),)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gru_of_keras_with_the_reset_before_the_product(bias):
+    """Its bias tells, or its configuration, which a bidirectional layer has inside."""
+    rng, step = np.random.default_rng(0), {"step": keras_gru_before}
+    shapes = [[(size, 3 * H), (H, 3 * H), (3 * H,)][: 2 + bias] for size in (I, 2 * H)]
+    layers = [drawn(shape * 2, rng) for shape in shapes]
+    config = bidirectional(reset_after=False)
+    for configs in ([config], []) if bias else ([config], [config["layer"]["config"]]):
+        module = weights.load("keras.GRU", *layers, configs=configs)
+        assert type(module) is fusedlstm.ResetBeforeGRU and (module.bias, module.bidirectional) == (bias, True)
+        assert_same(module, "keras.GRU", layers, directions=2, **step)
+        assert_equal(weights.dump("keras.GRU", module), layers)
+    module = fusedlstm.ResetBeforeGRU(I, H, 2, bias=bias, dtype=torch.float64)  # with two biases in the place of one
+    assert_same(module, "keras.GRU", weights.dump("keras.GRU", module), **step)
+    with pytest.raises(TypeError, match="module: expected"):
+        weights.dump("haste.GRU", module)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_layers_go_there(kind, bias):
@@ -431,7 +468,7 @@ KERAS = drawn(KINDS["keras.LSTM"][2](I))
 GRU = drawn(KINDS["keras.GRU"][2](I))
 EQUINOX = drawn(KINDS["equinox.LSTMCell"][2](I))
 FLASHRNN = drawn({"R": (4, HEADS, DH, DH), "b": (4, HEADS, DH)})
-BEFORE = "applies the reset gate before the product"
+BEFORE = [*GRU[:2], GRU[2][0]]
 
 
 def bidirectional(**options):
@@ -466,12 +503,12 @@ def bidirectional(**options):
             r"layers\[1\]: expected 2 direction\(s\) as in layers\[0\], got 1",
         ),
         (
-            lambda: weights.load("keras.GRU", [*GRU[:2], GRU[2][0]]),
-            rf"bias: expected shape \[2, 18\], got \[18\], as of reset_after=False, which {BEFORE}",
+            lambda: weights.load("keras.GRU", GRU, configs=[{"reset_after": False}]),
+            r"layers\[0\], bias: expected shape \[18\], got \[2, 18\]",
         ),
         (
-            lambda: weights.load("keras.GRU", GRU, configs=[{"reset_after": False}]),
-            rf"configs\[0\]: expected reset_after to be True, got False: False {BEFORE}.* and no layer here before",
+            lambda: weights.load("keras.GRU", GRU, BEFORE),
+            r"layers\[0\], bias: expected shape \[18\], got \[2, 18\]",
         ),
         (
             lambda: weights.load("keras.LSTM", KERAS, configs=[{}, {"recurrent_activation": "hard_sigmoid"}]),

@@ -8,6 +8,7 @@ import fusedlstm
 from fake_gpu import DEVICE, backward
 from fusedlstm import cells, engines
 from fusedlstm.engines import aten
+from fusedlstm.kernels.cells import STEPS
 from grids import grid
 
 I, H, B, T = 10, 64, 4, 5
@@ -19,6 +20,8 @@ LAYERS = {
     "CoupledLSTM": fusedlstm.CoupledLSTM,
     "LayerNormLSTM": fusedlstm.LayerNormLSTM,
     "SLSTM": fusedlstm.SLSTM,
+    "ResetBeforeGRU": fusedlstm.ResetBeforeGRU,
+    "LayerNormGRU": fusedlstm.LayerNormGRU,
 }
 
 
@@ -38,8 +41,20 @@ def chosen(cell="lstm", dtype=torch.bfloat16, hidden=H, directions=1, clipped=Fa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("cell", cells.CELLS)
 def test_the_kernels_serve_every_member(cell, dtype, directions, layout):
-    expected = "torch" if dtype == torch.float64 else "triton"
+    expected = "torch" if dtype == torch.float64 or cell not in STEPS else "triton"
     assert chosen(cell, dtype, H, directions, layout=layout) == expected
+
+
+@pytest.mark.parametrize(("layer", "engine"), [("ResetBeforeGRU", "reference"), ("LayerNormGRU", "torch")])
+def test_what_serves_a_member_without_kernels(gpu, layer, engine, caplog):
+    module, x = LAYERS[layer](I, H, device=DEVICE), torch.empty(T, B, I, device=DEVICE)
+    with caplog.at_level("DEBUG", "fusedlstm"):
+        module(x)
+    found = fusedlstm.explain(module, x)
+    assert found.engine == engine and f"engine {engine}: {found.why}" in caplog.text
+    module.backend = "triton"
+    with pytest.raises(RuntimeError, match="cannot serve this call: the kernels have no cell"):
+        module(x)
 
 
 def test_what_the_kernels_do_not_serve():

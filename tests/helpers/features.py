@@ -46,7 +46,7 @@ class Layer(NamedTuple):
         return self.of(I, H, **self.options, **more)
 
 
-OURS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM")
+OURS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM", "ResetBeforeGRU", "LayerNormGRU")
 COLUMNS = {name: Layer(getattr(fusedlstm, name), {}) for name in OURS}
 KERNELS = {f"{name}, triton": Layer(getattr(fusedlstm, name), {"backend": "triton"}) for name in OURS[:2]}
 STOCK = {f"nn.{name}": Layer(getattr(nn, name), {}) for name in OURS[:3]}

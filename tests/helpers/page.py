@@ -45,7 +45,8 @@ def imported(folder: Path):
             yield importlib.import_module("ugrnn")
         finally:
             sys.path.remove(str(folder))
-            sys.modules.pop("ugrnn", None)
+            for name in FILES:
+                sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def outcome(layer, sequence: str, dtype: torch.dtype) -> dict[str, Tensor]:

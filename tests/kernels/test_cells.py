@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlstm import cells
 from fusedlstm.cells import Grads, Saved
 from fusedlstm.cells.cell import EQUATIONS
 from fusedlstm.engines import launch, reference
@@ -41,7 +40,7 @@ LAYOUTS = {
     "packed": {"packed": [3] * 2 + [2] * 15 + [1]},
 }
 AXES = {
-    "cell": list(cells.CELLS),
+    "cell": list(STEPS),
     "dtype": list(DTYPES),
     "schedule": list(SCHEDULES),
     "layout": list(LAYOUTS),
@@ -54,11 +53,7 @@ AXES = {
 
 def cases() -> list:
     """All cells in one grid, or with whole grids every cell in one of its own."""
-    grids = (
-        [pairwise(AXES | {"cell": [cell]}, seed) for seed, cell in enumerate(cells.CELLS)]
-        if WHOLE
-        else [pairwise(AXES)]
-    )
+    grids = [pairwise(AXES | {"cell": [cell]}, seed) for seed, cell in enumerate(STEPS)] if WHOLE else [pairwise(AXES)]
     return [pytest.param(*case, id="-".join(map(str, case))) for found in grids for case in found]
 
 
@@ -93,7 +88,7 @@ def test_equals_specification(device, cell, dtype, schedule, layout, directions,
 
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("batch", [1, 18])
-@pytest.mark.parametrize("cell", [c for c in cells.CELLS if c != "layernorm"])
+@pytest.mark.parametrize("cell", [c for c in STEPS if c != "layernorm"])
 def test_one_launch_a_step(device, cell, batch, directions):
     """The schedule "stepped", forward and backward."""
     inputs = recurrence_inputs(3, batch, 19, directions, torch.float32, device, cell=cell)

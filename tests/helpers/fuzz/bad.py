@@ -391,6 +391,7 @@ NAMES = {
     "LSTM": ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
     "PeepholeLSTM": ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ci", "weight_cf", "weight_co"),
     "LayerNormLSTM": ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain_ih", "gain_hh", "gain_c", "bias_c"),
+    "LayerNormGRU": ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain_ih", "gain_hh"),
 }
 VALUES: dict[str, dict[str, Any]] = {
     "input": INPUT,

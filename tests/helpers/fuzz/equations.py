@@ -19,8 +19,11 @@ GATES = {
     "CoupledLSTM": 3,
     "LayerNormLSTM": 4,
     "SLSTM": 4,
+    "ResetBeforeGRU": 3,
+    "LayerNormGRU": 3,
 }
-STATES = dict.fromkeys(GATES, 2) | {"GRU": 1, "RNN tanh": 1, "RNN relu": 1, "SLSTM": 4}
+STATES = dict.fromkeys(GATES, 1) | {"LSTM": 2, "PeepholeLSTM": 2, "CoupledLSTM": 2, "LayerNormLSTM": 2, "SLSTM": 4}
+WITHOUT_KERNELS = ("ResetBeforeGRU", "LayerNormGRU")
 
 
 class Stack(NamedTuple):
@@ -49,8 +52,10 @@ class Stack(NamedTuple):
                 own["weight_hr"] = (P, H)
             if self.member == "PeepholeLSTM":
                 own |= {"weight_ci": (H,), "weight_cf": (H,), "weight_co": (H,)}
+            if self.member.startswith("LayerNorm"):
+                own |= {"gain_ih": (G * H,), "gain_hh": (G * H,)}
             if self.member == "LayerNormLSTM":
-                own |= {"gain_ih": (4 * H,), "gain_hh": (4 * H,), "gain_c": (H,), "bias_c": (H,)}
+                own |= {"gain_c": (H,), "bias_c": (H,)}
             found += [own] * self.directions
         return found
 
@@ -119,11 +124,15 @@ def _one(stack, x, state, p, exists, resets, backwards) -> tuple[list[Tensor], l
 def step(stack: Stack, p: dict[str, Tensor], x: Tensor, state: list[Tensor]) -> list[Tensor]:
     """One step of every sequence: x [B, I], states [B, P or H]."""
     member, H = stack.member, stack.hidden
-    a, u = x @ p["weight_ih"].T, state[0] @ _dense(p["weight_hh"], stack).T
-    if member == "LayerNormLSTM":
+    U = _dense(p["weight_hh"], stack)
+    a, u = x @ p["weight_ih"].T, state[0] @ U.T
+    if member.startswith("LayerNorm"):
         a, u = p["gain_ih"] * _norm(a), p["gain_hh"] * _norm(u)
     if stack.bias:
         a, u = a + p["bias_ih"], u + p["bias_hh"]
+    if member == "ResetBeforeGRU":  # the product of n is with r h
+        r = (a + u)[:, :H].sigmoid()
+        u = u + torch.cat([torch.zeros_like(u[:, : 2 * H]), (r * state[0] - state[0]) @ U[2 * H :].T], -1)
     a, u = a.split(H, -1), u.split(H, -1)
     z = [one + other for one, other in zip(a, u, strict=True)]
     new = _STEPS[member](p, z, a, u, state)
@@ -164,6 +173,11 @@ def _gru(p, z, a, u, state):
     return [(1 - z_) * n + z_ * state[0]]
 
 
+def _reset_before(p, z, a, u, state):
+    n, z_ = z[2].tanh(), z[1].sigmoid()
+    return [(1 - z_) * n + z_ * state[0]]
+
+
 def _peephole(p, z, a, u, state):
     c = state[1]
     i, f = (z[0] + p["weight_ci"] * c).sigmoid(), (z[1] + p["weight_cf"] * c).sigmoid()
@@ -200,4 +214,6 @@ _STEPS = {
     "CoupledLSTM": _coupled,
     "LayerNormLSTM": _layernorm,
     "SLSTM": _slstm,
+    "ResetBeforeGRU": _reset_before,
+    "LayerNormGRU": _gru,
 }
