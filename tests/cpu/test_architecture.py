@@ -31,8 +31,8 @@ EXCEPTIONS = {
 }
 
 # What stands beside the house and could be left away: nothing of the house imports it.
-BESIDE = ("inspect", "onnx", "train", "weights", "commands", "__main__")
-MOST_MODULES = 47  # of the house
+BESIDE = ("inspect", "onnx", "train", "weights", "tuning", "timing", "commands", "__main__", "engines.offline")
+MOST_MODULES = 45  # of the house
 MOST_KERNEL_FILES = 22
 MOST_LINES, MOST_PARAMETERS = 80, 12  # of a function
 
@@ -125,8 +125,8 @@ def test_kernels_know_neither_torch_nor_the_host():
 
 
 def test_there_are_no_more_files_than_can_be_known():
-    house = [name for name in HOST if name.partition(".")[0] not in BESIDE]
-    needed = {arrow for arrow in ARROWS if arrow[0] in house and arrow[1].partition(".")[0] in BESIDE}
+    house = [name for name in HOST if not {name, name.partition(".")[0]} & {*BESIDE}]
+    needed = {arrow for arrow in ARROWS if arrow[0] in house and arrow[1] not in house}
     assert {name for name, _ in needed} <= {"__init__"}, "the house needs what should stand beside it"
     assert len(house) <= MOST_MODULES, f"fusedlstm: expected at most {MOST_MODULES} modules, got {len(house)}"
     assert len(KERNELS) <= MOST_KERNEL_FILES, f"kernels: expected at most {MOST_KERNEL_FILES}, got {len(KERNELS)}"
