@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as dropout_fn
 
 from fusedlstm import autograd, engines, noise, ops, transforms
-from fusedlstm.cells import Cell
+from fusedlstm.cells import CELLS, Cell
 from fusedlstm.engines import aten, onnx
 from fusedlstm.layout import Layout, Pieces
 from fusedlstm.noise import NO_RATES, Rates
@@ -181,7 +181,7 @@ def _is_plain(call: _Call) -> bool:
         and not (rows.masked or spec.sequences or spec.grad_clip is not None or any(spec.rates))
         and not (torch.compiler.is_compiling() or transforms.transformed() or transforms.has_tangents(call.tensors))
         and call.heads == 1
-        and engines.requested(spec.backend) in ("auto", "torch")
+        and engines.choose(spec.backend, input.device, call.dtype) == "torch"
         and aten.schedule(spec.cell, input, call.dtype, None, rows.batch_first, call.hidden, spec.proj_size) == "stack"
         and not engines.LOGGER.isEnabledFor(logging.DEBUG)
     )
@@ -263,7 +263,7 @@ def explain(spec: Spec, input: Tensor, states: tuple[Tensor, ...], weights: list
     if engine == "torch":
         if call.rows.masked and not spec.in_steps and _has_steps(call.input, call.rows.lengths):
             call, _ = _dense_if_equal(_in_pieces(call)[0])
-        return Explanation(engine, why, aten.IN_WORDS[_ways(call, engine)[0]])
+        return Explanation(engine, why, aten.IN_WORDS[_ways(_as_lstm(call, engine), engine)[0]])
     from fusedlstm.engines import launch
 
     like_weight_hh = [call.input.new_empty(0, call.hidden // call.heads)]
@@ -500,12 +500,24 @@ def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
     return schedule, aten.compute_dtype(cell, call.input.device, call.dtype, schedule, dense=dense)
 
 
+def _as_lstm(call: _Call, engine: str) -> _Call:
+    """The call as that of an LSTM, if the cell is one with other parameters and ATen serves it then."""
+    cell = call.spec.cell
+    if not cell.as_lstm:
+        return call
+    lstm = call._replace(spec=call.spec._replace(cell=CELLS["lstm"]))
+    if _ways(lstm, engine)[0] == "loop":
+        return call
+    return lstm._replace(weights=[cell.rows_of_lstm(w) for w in call.weights])
+
+
 # The computation.
 
 
 def _computed(call: _Call, engine: str) -> Results:
     """The results of a call, computed by an engine, in the form of the call."""
     drawn, call = _with_noise(call)
+    call = _as_lstm(call, engine)
     schedule, compute_dtype = _ways(call, engine)
     if compute_dtype != call.input.dtype or call.autocast:  # else all of them have it
         input, states, weights = _cast((call.input, call.states, call.weights), compute_dtype)

@@ -6,6 +6,8 @@ tests/compiled  the kernels compiled for every target, without a GPU
 tests/fake_cuda the host code of a GPU, on tensors that only say that they are on one (`fake_gpu`)
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -16,6 +18,10 @@ def pytest_collection_modifyitems(items):
         raise pytest.UsageError("tests/kernels and tests/compiled need a process each: make test")
     if "fake_cuda" in folders and len(folders) > 1:
         raise pytest.UsageError("tests/fake_cuda needs a process of its own: make test")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays, and the collector need not look at all of torch again and again
 
 
 @pytest.fixture(autouse=True)

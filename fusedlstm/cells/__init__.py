@@ -132,6 +132,11 @@ def _check_cell(cell: Cell) -> None:
         raise ValueError(f"cell.x_blocks: expected {wanted}, got {cell.x_blocks!r}")
     if cell.norms and [*cell.x_blocks] != [*places]:
         raise ValueError(f"cell.x_blocks: expected the order of the gates with cell.norms, got {cell.x_blocks!r}")
+    of_gates = [name.removeprefix("-") in cell.gates for name in cell.as_lstm]
+    if cell.as_lstm and (of_gates != [True] * 4 or cell.states != ("h", "c") or cell.vectors):
+        raise ValueError(
+            f"cell.as_lstm: expected four gates of a cell with states h and c and without vectors, got {cell.as_lstm!r}"
+        )
     if taken := sorted({*cell.vectors} & {*PARAMETERS}):
         raise ValueError(f"cell.vectors: expected names that the parameters of torch.nn leave, got {', '.join(taken)}")
 

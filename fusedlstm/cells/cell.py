@@ -30,6 +30,7 @@ then the vectors of the cell.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedlstm.products import joined, normed_input, stacked
@@ -77,6 +78,8 @@ class Cell(NamedTuple):
         without_norms: For a cell with norms and a state beside h, the name of the cell with the same gates and states
             but without them.
         aten: The name of ATen's function of the same cell, or None.
+        as_lstm: For each gate i, f, g and o of an LSTM the gate of this cell that has its preactivation, with a minus
+            before the name if the sign is the other. The LSTM then has the states of this cell, and ATen can serve it.
         before_sigmoid: The names of gates that a step keeps before their sigmoid. `fusedlstm.inspect` shows them after
             it.
         multiplies: Whether the step itself multiplies with the recurrent weight. It has no step_backward then.
@@ -92,6 +95,7 @@ class Cell(NamedTuple):
     norms: bool = False
     without_norms: str | None = None
     aten: str | None = None
+    as_lstm: tuple[str, ...] = ()
     before_sigmoid: tuple[str, ...] = ()
     multiplies: bool = False
 
@@ -144,6 +148,11 @@ class Cell(NamedTuple):
     def adds(self) -> bool:
         """Whether a step needs only the sum of both parts of a preactivation."""
         return not (self.kept or self.bias_in_step or self.norms or self.multiplies)
+
+    def rows_of_lstm(self, parameter: Tensor) -> Tensor:
+        """One of the parameters [G*H, ...] as that [4*H, ...] of the LSTM that `as_lstm` tells."""
+        of_gate = dict(zip(self.gates, parameter.chunk(self.num_gates), strict=True))
+        return torch.cat([-of_gate[k[1:]] if k.startswith("-") else of_gate[k] for k in self.as_lstm])
 
     def has_bias(self, parameters: list[Tensor]) -> bool:
         return len(parameters) - len(self.vectors) == 4

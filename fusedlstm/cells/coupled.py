@@ -3,6 +3,8 @@ r"""LSTM with coupled input and forget gate (CIFG; Greff et al. 2015). Gates i, 
 .. math::
     i, o = \sigma(\mathrm{preact}), \quad g = \tanh(\mathrm{preact}), \quad
     c' = (1 - i) c + i g, \quad h' = o \tanh(c')
+
+Since 1 - σ(x) = σ(-x), it is an LSTM whose forget gate has the negative preactivation of its input gate.
 """
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from fusedlstm.cells.cell import Cell, Equations, Loop
 from fusedlstm.cells.lstm import candidate_factor, output_factor, steps_backward
 
-CELL = Cell("coupled", gates=("i", "g", "o"), states=("h", "c"))
+CELL = Cell("coupled", gates=("i", "g", "o"), states=("h", "c"), as_lstm=("i", "-i", "g", "o"))
 
 
 def step(preact_x, preact_h, state, vectors, drop):

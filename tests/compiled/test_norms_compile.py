@@ -18,9 +18,7 @@ from fusedlstm.plan.devices import DEVICES
     ("arch", "dtype", "shape", "layout"),
     [
         ("sm_80", "bf16", "L1", "dense"),
-        ("sm_80", "fp32", "M1", "dense"),
         ("sm_90", "bf16", "S2", "ragged"),
-        ("sm_90", "bf16", "L1", "dense"),
         ("sm_90", "fp32", "F1", "dense"),
     ],
 )

@@ -54,14 +54,12 @@ def test_compiles_as_the_table_says(name):
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])
 @pytest.mark.parametrize("cell", [name for name in STEPS if name != "lstm"])
 def test_the_family_compiles(cell, pass_):
-    """Each cell at H 512 with masks; and with zoneout and dropouts, which may cost registers but not correctness."""
+    """Each cell at H 512 with masks, zoneout and dropouts, which may cost registers but not correctness."""
     p = plan(cell, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, layout="packed")
-    numbers = kernels.compile_numbers(p)
-    assert not kernels.faults(p, numbers), kernels.faults(p, numbers)
-    assert numbers[2] <= p.smem_bytes
     noises = {"DROPS_CANDIDATE": True, "DROPS_H": True, "TRAINING": True}
     noises |= {"HOLDS": True} if EQUATIONS[cell].update else {}
-    assert offline.compile_plan(p, **noises).spill_bytes <= allowed_bytes("sm_120")
+    found = offline.compile_plan(p, **noises)
+    assert found.spill_bytes <= allowed_bytes("sm_120") and found.smem_bytes <= p.smem_bytes
 
 
 def test_the_committed_table_is_of_these_plans():

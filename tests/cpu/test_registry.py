@@ -130,6 +130,11 @@ WRONG_CELLS = {
         ValueError,
         "cell.x_blocks: expected the order of the gates with cell.norms, got (1, 2, 0)",
     ),
+    "not the gates of an LSTM": (
+        PLAIN._replace(states=("h", "c"), as_lstm=("f", "-f", "f", "o")),
+        ValueError,
+        "expected four gates of a cell with states h and c and without vectors, got ('f', '-f', 'f', 'o')",
+    ),
     "a parameter of torch's": (
         PLAIN._replace(vectors=("bias_hh",)),
         ValueError,
