@@ -332,7 +332,7 @@ class OneDnn(Layer):
             arguments = (input, hx[at], cx[0, at], [*own], d == 1, output.chunk(self.recurrences, -1)[d], c_n[0, at])
             *gradients, bias = onednn_bwd([of_output, *of_states], *arguments, kept[d])
             found.append([*gradients, *[bias] * (len(own) - 2)])
-        grad_input, grad_hx, grad_cx, *_ = (x for x in zip(*found, strict=True))
+        grad_input, grad_hx, grad_cx, *_ = zip(*found, strict=True)
         of_parameters = (g for own in found for g in own[3:])
         return sum(grad_input), torch.cat(grad_hx), torch.cat(grad_cx).unsqueeze(0), None, *of_parameters
 
