@@ -591,6 +591,17 @@ def _(input, hx, cx, parameters, *_, **__) -> int:
     return _operations(input[:-1], parameters[:2])
 
 
+# torch's counter does not know the layer of oneDNN either.
+@register_flop_formula(torch.ops.aten.mkldnn_rnn_layer)
+def _(input, weight_ih, weight_hh, *_, **__) -> int:
+    return _operations(input[:-1], [weight_ih, weight_hh])
+
+
+@register_flop_formula(torch.ops.aten.mkldnn_rnn_layer_backward)
+def _(input, weight_ih, weight_hh, *_, **__) -> int:
+    return 2 * _operations(input[:-1], [weight_ih, weight_hh])
+
+
 @register_flop_formula(torch.ops.fusedlstm.aten_fwd)
 def _(cell, input, hx, weights, *_, **__) -> int:
     return _operations(input[:2], [p for p in weights if len(p) == 2])

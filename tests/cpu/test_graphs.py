@@ -13,9 +13,8 @@ from grids import grid
 SIZES = ((5, 2), (33, 4), (3, 20))
 CALLS = {
     "plain": {},
-    "input has a gradient": {"input_grad": True},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "autocast": {"autocast": True},
+    "bfloat16": {"dtype": torch.bfloat16, "input_grad": True},
+    "autocast": {"autocast": True, "input_grad": True},
 }
 
 

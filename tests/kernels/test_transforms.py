@@ -15,12 +15,13 @@ def waves(monkeypatch):
 
 
 SERVED = {name: case for name, case in transforms.CASES.items() if case["cell"] in launch.STEPS}
-# One of every op, and masks: a Jacobian runs a launch for each of its rows, and interpreted that takes seconds.
+# One of every op, and masks: compilation, and a Jacobian, for which each row is a launch, take seconds.
 FEW = ("lstm", "one step", "two layers", "states", "packed", "resets")
+SLOW = ("jacrev", "compile")
 
 
 @pytest.mark.parametrize(
-    ("path", "case"), [p for p in transforms.pairs(SERVED) if "jacrev" not in p.id or p.id.endswith(FEW)]
+    ("path", "case"), [p for p in transforms.pairs(SERVED) if not p.id.startswith(SLOW) or p.id.endswith(FEW)]
 )
 def test_ours(device, path, case, waves):
     found = transforms.found(path, case, "triton", torch.float32, device)
