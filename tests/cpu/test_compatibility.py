@@ -11,11 +11,8 @@ from tests import compatibility
 # Graphs, programs and processes.
 SLOW = ("compile", "graph", "export", "dynamic", "AOT", "autocast, compiled", "new process")
 QUICK = [name for name in features.FEATURES if not any(word in name for word in SLOW)]
-# torch's counter does not know the layer of oneDNN, and a trace has no operators of ours.
-UNKNOWN = {
-    "`FlopCounterMode` counts at least the products of the steps": ("LSTM",),
-    "`torch.jit.trace`": features.OURS[3:],
-}
+# A trace has no operators of ours.
+UNKNOWN = {"`torch.jit.trace`": [name for name in features.OURS[3:] if name != "CoupledLSTM"]}
 
 
 @pytest.mark.parametrize("name", QUICK)
