@@ -108,10 +108,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given several times")
+    parser.add_argument("--engine", choices=("torch", "triton"), help="only this one")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, every step once")
     args = parser.parse_args()
     parts = args.part or [*PARTS]
-    processes = work(parts, args.rehearse)
+    processes = [place for place in work(parts, args.rehearse) if args.engine in (None, place[0])]
     minutes = 0.0 if args.rehearse else args.minutes
     a_share = 60 * minutes / sum(PARTS[part] for *_, own in processes for part in own)
     failed = False

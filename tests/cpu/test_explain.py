@@ -21,6 +21,7 @@ CASES = {
     "lengths": (fusedlstm.LSTM(5, 6), X, {"lengths": torch.tensor([4, 2, 1])}, "stretches of steps"),
     "equal lengths": (fusedlstm.LSTM(5, 6), X, {"lengths": torch.tensor([3, 3, 3])}, "take the stack whole"),
     "cell states": (fusedlstm.LSTM(5, 6), X, {"return_cell_states": True}, "a loop of torch operations"),
+    "clipped": (fusedlstm.LSTM(5, 6, grad_clip=1.0), X, {}, "a loop of torch operations"),
     "projected": (fusedlstm.LSTM(5, 6, proj_size=2), X, {}, "take the stack whole"),
     "an LSTM with other weights": (fusedlstm.CoupledLSTM(5, 6), X, {}, "take the stack whole"),
     "a cell that ATen has not": (fusedlstm.PeepholeLSTM(5, 6), X, {}, "a loop of torch operations"),

@@ -384,22 +384,20 @@ def test_cell_loop_equals_layer(member, heads, backend):
         *((member, True) for member in ("GRU", "peephole", "sLSTM", "reset before", "layernorm GRU")),
     ],
 )
-def test_compiles_without_a_graph_break(member, training):
+def test_cells_compile_without_a_graph_break(member, training):
+    """The layers are compiled in test_graphs.py."""
     torch.compiler.reset()
-    module, cell = make(member, I, 6, bidirectional=True), make_cell(member, I, 6)
-    x = torch.randn(T, B, I)
-    for m, input in ((module, x), (cell, x[0])):
-        found = []
-        for f in (m, torch.compile(m, fullgraph=True, backend="aot_eager")):
-            with torch.set_grad_enabled(training):
-                m.zero_grad()
-                results = torch.utils._pytree.tree_leaves(f(input))
-            if training:
-                sum(y.square().sum() for y in results).backward()
-                results += [p.grad for p in m.parameters()]
-            found.append(results)
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b)
+    cell, x = make_cell(member, I, 6), torch.randn(B, I)
+    found = []
+    for f in (cell, torch.compile(cell, fullgraph=True, backend="aot_eager")):
+        with torch.set_grad_enabled(training):
+            cell.zero_grad()
+            results = torch.utils._pytree.tree_leaves(f(x))
+        if training:
+            sum(y.square().sum() for y in results).backward()
+            results += [p.grad for p in cell.parameters()]
+        found.append(results)
+    torch.testing.assert_close(*found)
 
 
 @every_member

@@ -14,7 +14,7 @@ SIZES = ((5, 2), (33, 4), (3, 20))
 CALLS = {
     "plain": {},
     "bfloat16": {"dtype": torch.bfloat16, "input_grad": True},
-    "autocast": {"autocast": True, "input_grad": True},
+    "autocast": {"autocast": True, "input_grad": True, "bidirectional": True},
 }
 
 
@@ -35,7 +35,7 @@ def test_two_graphs(name, training, call, dynamic):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    module = getattr(fusedlstm, name)(3, 4).to(dtype)
+    module = getattr(fusedlstm, name)(3, 4, bidirectional=call.get("bidirectional", False)).to(dtype)
     compiled = torch.compile(module, fullgraph=True, backend=counting, dynamic=dynamic)
     # Half precision differs by what the engines round: ATen's layers in bfloat16, and our loop in float32.
     close = (

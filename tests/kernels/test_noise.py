@@ -45,8 +45,14 @@ def run(module, x, **options):
     return [y.detach().cpu() for y in found]
 
 
-@pytest.mark.parametrize("save", ["gates", "states"])
-@pytest.mark.parametrize("layer", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM"])
+@pytest.mark.parametrize(
+    ("layer", "save"),
+    [
+        ("LSTM", "states"),
+        ("GRU", "states"),
+        *((layer, "gates") for layer in ("LSTM", "RNN", "PeepholeLSTM", "CoupledLSTM")),
+    ],
+)
 def test_layers_see_the_masks_of_the_specification(device, monkeypatch, layer, save):
     monkeypatch.setattr(autograd, "FEWEST_STEPS", 2)
     monkeypatch.setattr(autograd, "FEWEST_ROWS", 1)
