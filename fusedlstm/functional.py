@@ -152,39 +152,16 @@ def run(
     Precision: Products have the dtype of the results. On a CPU float16 is computed in float32, and so is bfloat16 if
         the CPU has no instructions for it.
     """
+    if spec.grad_clip is not None and not torch.is_grad_enabled():
+        spec = spec._replace(grad_clip=None)
     autocast = autocasts(input)
     call = _Call(spec, input, states, weights, rows, _result_dtype(input, autocast), autocast)
-    if _is_plain(call):
-        return *_by_aten(call, "stack"), ()
-    if spec.grad_clip is not None and not torch.is_grad_enabled():
-        call = call._replace(spec=spec._replace(grad_clip=None))
     if transforms.wants_grad_samples(weights):
         return _with_grad_samples(call)
     if not autocast:
         return _run(call)
     with without_autocast(input):
         return _run(call)
-
-
-def _is_plain(call: _Call) -> bool:
-    """Whether ATen's layers take a call on a CPU as it stands.
-
-    `_run` would find the same. But a small layer takes less time than all of its questions, and these are fewer.
-    """
-    spec, input, rows = call.spec, call.input, call.rows
-    return (
-        spec.cell.aten is not None
-        and input.is_cpu
-        and not (call.autocast or transforms.wants_grad_samples(call.weights))
-        and call.dtype in (torch.float32, torch.float64)
-        and rows.batch_sizes is None
-        and not (rows.masked or spec.sequences or spec.grad_clip is not None or any(spec.rates))
-        and not (torch.compiler.is_compiling() or transforms.transformed() or transforms.has_tangents(call.tensors))
-        and call.heads == 1
-        and engines.choose(spec.backend, input.device, call.dtype) == "torch"
-        and aten.schedule(spec.cell, input, call.dtype, None, rows.batch_first, call.hidden, spec.proj_size) == "stack"
-        and not engines.LOGGER.isEnabledFor(logging.DEBUG)
-    )
 
 
 def _run(call: _Call) -> Results:

@@ -2,6 +2,7 @@
 
 import math
 
+import features
 import numpy as np
 import pytest
 import torch
@@ -389,17 +390,7 @@ def test_triton_says_why_it_does_not_clip_projections(monkeypatch):
         lstm(torch.zeros(2, 3, I))
 
 
-MEMBERS = (
-    "LSTM",
-    "GRU",
-    "RNN",
-    "PeepholeLSTM",
-    "CoupledLSTM",
-    "LayerNormLSTM",
-    "SLSTM",
-    "ResetBeforeGRU",
-    "LayerNormGRU",
-)
+MEMBERS = features.OURS
 every_member = pytest.mark.parametrize("name", MEMBERS)
 both_engines = pytest.mark.parametrize("backend", ["torch", "reference"])
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import features
 import pytest
 import torch
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
@@ -18,17 +19,7 @@ ATEN = {
     "one step": {"cell": "lstm", "steps": 1},
 }
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-NAMES = (
-    "LSTM",
-    "GRU",
-    "RNN",
-    "PeepholeLSTM",
-    "CoupledLSTM",
-    "LayerNormLSTM",
-    "SLSTM",
-    "ResetBeforeGRU",
-    "LayerNormGRU",
-)
+NAMES = features.OURS
 
 
 @pytest.mark.parametrize(("path", "case"), transforms.pairs(transforms.CASES))
