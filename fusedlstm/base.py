@@ -1,6 +1,7 @@
 """What all layers and cells share: the parameters and conventions of `torch.nn`, but no arithmetic."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import cells, checks, functional, inits, sequences
+from fusedlstm import cells, checks, engines, functional, inits, products, sequences, transforms
+from fusedlstm.engines import aten
 from fusedlstm.noise import NO_RATES, Rates
 
 State = Tensor | tuple[Tensor, ...]  # h alone is a tensor, as in torch.nn
@@ -310,6 +312,10 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         if isinstance(input, Tensor) and input.is_nested:
             checks.with_jagged_input(input, lengths, resets, return_states)
             return self._of_jagged(input, hx, return_cell_states=return_cell_states, grad_clip=grad_clip)
+        masked = lengths is not None or resets is not None or padding_side != "right"
+        asks_more = masked or return_cell_states or return_states or grad_clip is not None
+        if isinstance(input, Tensor) and not asks_more and self._is_plain(input, hx):
+            return self._by_aten(input, hx)
         spec = self._spec(return_cell_states, return_states, grad_clip)
         data, states, rows, restore = self._prepared(input, hx, lengths, resets, padding_side)
         output, states, of_steps = restore(*functional.run(spec, data, states, self._flat_weights, rows))
@@ -319,6 +325,53 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
 
     if TYPE_CHECKING:  # torch says of every call that it returns Any
         __call__ = forward
+
+    def _is_plain(self, input: Tensor, hx: State | None) -> bool:
+        """Whether ATen's layers take a call on a CPU as it stands. If so, its arguments are checked.
+
+        `functional.run` finds the same. But a small layer takes less time than all of its questions, whose code the
+        layers before have driven out of the caches. These are fewer.
+        """
+        of = cells.CELLS[self.cell]
+        if (
+            of.aten is None
+            or (of.aten != "lstm" and torch.is_grad_enabled())
+            or type(input) is not Tensor
+            or not input.is_cpu
+            or _in_a_graph()
+            or input.dim() != 3
+            or input.size(2) != self.input_size
+            or input.size(1 if self.batch_first else 0) < 2
+            or input.dtype not in (torch.float32, torch.float64)
+            or self.grad_clip is not None
+            or self.num_heads > 1
+            or any(self.rates)
+            or engines.requested(self.backend) not in ("auto", "torch")
+            or engines.LOGGER.isEnabledFor(logging.DEBUG)
+            or products.autocasts(input)
+            or transforms.transformed()
+        ):
+            return False
+        self._update_flat_weights()
+        weights = self._flat_weights
+        if hx is not None or weights[0].dtype is not input.dtype or not weights[0].is_cpu:
+            checks.sequence(self, input, hx)
+        self._check_parameters()
+        tensors = (input, *weights, *(() if hx is None else as_states(hx)))
+        return not (transforms.has_tangents(tensors) or transforms.wants_grad_samples(weights))
+
+    def _by_aten(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
+        """`forward` of a plain call."""
+        of, batch = cells.CELLS[self.cell], input.size(0 if self.batch_first else 1)
+        states = self._zeros(input, batch) if hx is None else as_states(hx)
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
+        output, states = aten.layers(of, input, None, states, self._flat_weights, *options)
+        return output, _state(states)
+
+    def _check_parameters(self) -> None:
+        sizes = (self.num_layers, self._directions, self.bias, self.num_heads, self.proj_size)
+        shapes = _all_shapes(cells.CELLS[self.cell], self.input_size, self.hidden_size, *sizes)
+        checks.parameters(self._flat_weights, shapes, self._flat_weights_names)
 
     def _weights_have_changed(self) -> bool:
         """What torch's function of this name finds, without its search of the whole module for every weight."""
@@ -361,9 +414,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         self._update_flat_weights()
         checks.sequence(self, input, hx)
         if not _in_a_graph():
-            sizes = (self.num_layers, self._directions, self.bias, self.num_heads, self.proj_size)
-            shapes = _all_shapes(cells.CELLS[self.cell], self.input_size, self.hidden_size, *sizes)
-            checks.parameters(self._flat_weights, shapes, self._flat_weights_names)
+            self._check_parameters()
         if lengths is not None or resets is not None:
             lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
         padded_left = checks.padding_side(padding_side, lengths) == "left"

@@ -103,7 +103,8 @@ def transformed() -> bool:
 
 def wants_grad_samples(weights: Sequence[Tensor]) -> bool:
     """Whether the weights are those of torch's `call_for_per_sample_grads`, of which few functions can be called."""
-    return any(type(w) is not nn.Parameter and hasattr(type(w), "handled_functions") for w in weights)
+    kinds = {*map(type, weights)} - {nn.Parameter}
+    return any(hasattr(kind, "handled_functions") for kind in kinds)
 
 
 def followed(tensors: Sequence[Tensor]) -> bool:

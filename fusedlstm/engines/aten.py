@@ -138,7 +138,7 @@ def stack(
         warns = input.is_cuda and not torch.compiler.is_compiling()
         order = (bidirectional,) if batch_sizes is not None else (bidirectional, batch_first)
         with _weights_as_they_lie() if warns else contextlib.nullcontext():
-            return _layers(cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, *order)
+            return layers(cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, *order)
     options = (num_layers, dropout, bidirectional)
     if schedule == "step":
         output, states = _step(cell, input.squeeze(1 if batch_first else 0), states, weights, bias, *options)
@@ -176,7 +176,7 @@ def _given(states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
     return states if len(states) == 2 else states[0]
 
 
-def _layers(cell: Cell, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
+def layers(cell: Cell, input: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights, *options):
     """Call ATen's function of the cell for whole layers."""
     sizes = () if batch_sizes is None else (batch_sizes,)
     output, *states = getattr(torch._VF, cell.aten)(input, *sizes, _given(states), weights, *options)
@@ -242,7 +242,7 @@ def _dense(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run one layer forward in time, with x [T, B, I] and states [1, B, H]."""
     states = tuple(s.contiguous() for s in states)
-    return _layers(cell, x, None, states, weights, len(weights) == 4, 1, 0.0, training, False, False)
+    return layers(cell, x, None, states, weights, len(weights) == 4, 1, 0.0, training, False, False)
 
 
 def _by_runs(cell: Cell, runs: list[tuple[int, int, int]], training: bool):

@@ -37,6 +37,7 @@ def test_says_what_a_call_does(monkeypatch, case):
     ran, by_aten, by_layers = [], functional._by_aten, functional._by_layers
     monkeypatch.setattr(functional, "_by_aten", lambda call, schedule: ran.append(schedule) or by_aten(call, schedule))
     monkeypatch.setattr(functional, "_by_layers", lambda *arguments: ran.append("loop") or by_layers(*arguments))
+    monkeypatch.setattr(fusedlstm.Recurrent, "_is_plain", lambda *_: False)  # that has a test of its own below
     module(input, **options)
     assert [said.how] == [aten.IN_WORDS[way] for way in ran]
 
@@ -76,3 +77,80 @@ def test_the_environment_variable(tmp_path):
             [sys.executable, "-c", code], env={"FUSEDLSTM_LOG": value}, capture_output=True, text=True, check=True
         )
         assert ran.stderr.count("gru, dense: engine torch: auto takes the kernels on a GPU only") == lines
+
+
+HX = tuple(torch.randn(1, 3, 6) for _ in "hc")
+PLAIN = {
+    "dense": (fusedlstm.LSTM(5, 6), X, {}),
+    "with states": (fusedlstm.LSTM(5, 6), X, {"hx": HX}),
+    "batch first": (fusedlstm.LSTM(5, 6, batch_first=True), X, {}),
+    "float64": (fusedlstm.LSTM(5, 6).double(), X.double(), {}),
+    "by name": (fusedlstm.LSTM(5, 6, backend="torch"), X, {}),
+    "without biases": (fusedlstm.LSTM(5, 6, 2, bias=False, bidirectional=True), X, {}),
+    "projected": (fusedlstm.LSTM(5, 6, 3, proj_size=2), X, {}),
+    "evaluated": (fusedlstm.LSTM(5, 6, 2, dropout=0.5).eval(), X, {}),
+    "dropout": (fusedlstm.LSTM(5, 6, 2, dropout=0.5), X, {}),
+}
+WITHOUT_GRADIENTS = {
+    "GRU": (fusedlstm.GRU(5, 6), X, {}),
+    "RNN": (fusedlstm.RNN(5, 6, 2), X, {"hx": torch.ones(2, 3, 6)}),
+}
+NOT_PLAIN = {name: case[:3] for name, case in CASES.items() if name not in ("dense", "projected")} | {
+    "without a batch": (fusedlstm.LSTM(5, 6), X[:, 0], {}),
+    "two-step limit": (fusedlstm.LSTM(5, 6, batch_first=True), X[:, :1], {}),
+    "limited for this call": (fusedlstm.LSTM(5, 6), X, {"grad_clip": 0.5}),
+    "all states": (fusedlstm.LSTM(5, 6), X, {"return_states": True}),
+    "resets": (fusedlstm.LSTM(5, 6), X, {"resets": torch.ones(4, 3)}),
+    "heads": (fusedlstm.LSTM(5, 6, num_heads=2), X, {}),
+    "weight dropout": (fusedlstm.LSTM(5, 6, weight_dropout=0.5), X, {}),
+    "bfloat16": (fusedlstm.LSTM(5, 6).bfloat16(), X.bfloat16(), {}),
+    "another engine": (fusedlstm.LSTM(5, 6, backend="reference"), X, {}),
+    "a GRU that trains": (fusedlstm.GRU(5, 6), X, {}),
+}
+
+
+def _ran(module, input, options, plain: bool) -> list:
+    """Results and gradients of a call, by the short way if there is one, or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not plain:
+            patch.setattr(fusedlstm.Recurrent, "_is_plain", lambda *_: False)
+        torch.manual_seed(0)
+        results = torch.utils._pytree.tree_leaves(module(input, **options))
+    results = [x for x in results if torch.is_tensor(x) and x.is_floating_point()]
+    if not results[0].requires_grad:
+        return results
+    return [*results, *torch.autograd.grad(results, [*module.parameters()], [torch.ones_like(x) for x in results])]
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *WITHOUT_GRADIENTS])
+def test_the_short_way_of_a_plain_call(case):
+    module, input, options = (PLAIN | WITHOUT_GRADIENTS)[case]
+    with torch.set_grad_enabled(case in PLAIN):
+        assert module._is_plain(input, options.get("hx"))
+        assert "take the stack whole" in fusedlstm.explain(module, input, **options).how
+        for short, long in zip(*(_ran(module, input, options, plain) for plain in (True, False)), strict=True):
+            assert torch.equal(short, long)
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_who_asks_more_goes_the_long_way(case):
+    module, input, options = NOT_PLAIN[case]
+    for short, long in zip(*(_ran(module, input, options, plain) for plain in (True, False)), strict=True):
+        assert torch.equal(short, long)
+
+
+def test_what_is_around_a_call_makes_it_not_plain(monkeypatch, caplog):
+    module = fusedlstm.LSTM(5, 6)
+    found = {}
+    with torch.autocast("cpu"):
+        found["autocast"] = module._is_plain(X, None)
+    torch.func.vmap(lambda x: found.update(vmap=module._is_plain(x, None)) or x)(X.expand(2, -1, -1, -1))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(1, 3, 6), torch.ones(1, 3, 6))
+        found["tangent"] = module._is_plain(X, (HX[0], dual))
+    with caplog.at_level(logging.DEBUG, "fusedlstm"):
+        found["logger"] = module._is_plain(X, None)
+    with monkeypatch.context() as patch:
+        patch.setenv("FUSEDLSTM_BACKEND", "reference")
+        found["environment"] = module._is_plain(X, None)
+    assert found == dict.fromkeys(found, False) and len(found) == 5 and module._is_plain(X, None)
