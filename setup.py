@@ -16,11 +16,13 @@ TRITON = ['triton>=3.6,<3.8; platform_system == "Linux"']
 INTERPRET = [*TRITON, "numpy"]
 DEMO = ["babel", "matplotlib", "scikit-learn", "statsmodels", "tqdm"]
 ONNX = ["onnx", "onnxscript"]
+SAFETENSORS = ["safetensors"]
 BENCH = [*INTERPRET, "matplotlib", "rich"]
 DOCS = ["furo", "myst-parser", "sphinx", "ziamath"]
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run examples/long_range.ipynb without a browser
 TOOLS = ["build", "mypy", "ruff", "setuptools>=64", "twine", "wheel"]
-TESTS = ["expecttest", "hypothesis", "ml_dtypes", *ONNX, "onnxruntime", "pytest", "pytest-xdist", *NOTEBOOK]
+FILES = [*ONNX, "onnxruntime", *SAFETENSORS]
+TESTS = ["expecttest", "hypothesis", "ml_dtypes", "pytest", "pytest-xdist", *FILES, *NOTEBOOK]
 
 setup(
     name="fusedlstm",
@@ -57,6 +59,7 @@ setup(
         "demo": DEMO,
         "bench": BENCH,
         "onnx": ONNX,
+        "safetensors": SAFETENSORS,
         "docs": DOCS,
         "dev": sorted({*DEMO, *BENCH, *DOCS, *TOOLS, *TESTS}),
     },

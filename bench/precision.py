@@ -28,6 +28,7 @@ LAYERS = {
     "PeepholeLSTM": {},
     "CoupledLSTM": {},
     "LayerNormLSTM": {},
+    "LayerNormGRU": {},
     "SLSTM": {},
 }
 

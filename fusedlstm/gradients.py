@@ -121,7 +121,7 @@ class ParameterGradients:
         found = []
         of_weight_ih, of_bias_ih = self._by_direction(self.of_weight_ih), self._by_direction(self.of_bias_ih)
         for d, parameters in enumerate(self.per_direction):
-            own = [None] * (len(self.cell.vectors) - self.cell.norms + self.normed_bias)
+            own = [None] * (len(self.cell.vectors) - (self.cell.norms > 0) + self.normed_bias)
             if self.of_vectors[d] is not None:
                 own = self.cell.vectors_gradients(self.of_vectors[d].to(parameters[1].dtype))
             of_normed_bias, own = own[: self.normed_bias], own[self.normed_bias :]

@@ -386,8 +386,7 @@ class LayerNormGRU(Recurrent[Tensor]):
         a_t = \gamma_x N(W x_t) + b, \quad u_t = \gamma_h N(U h_{t-1}) + b'
 
     N shifts and scales a vector to mean 0 and variance 1, as `torch.nn.LayerNorm` does, with its epsilon of 1e-5. It
-    normalises all 3H values of a product together. The kernels do not have this layer. On a GPU a loop of torch
-    operations serves it.
+    normalises all 3H values of a product together.
 
     Args and shapes: As in :class:`Recurrent`, without `num_heads`. The parameters are those of `torch.nn.GRU`, in the
         gate order r, z, n. After them, each layer and direction has `gain_ih_l*` and `gain_hh_l*`, each [3H]. b and b'

@@ -17,9 +17,9 @@ and each of them stored these only after it had read exchange k. On AMD, where
 a load sees what others stored only after an acquire, a counter is awaited before the words are read.
 
 The functions of a cell take the `Slots` of a step and a tuple `norm`: mean and 1 / s of this step's recurrent product,
-each [BLOCK_B, 1], and in the backward the same two of its c. (In the forward the two of the product are computed before
-it is split into gates. The tiles of single gates are spread over the threads in such a way that summing them would fill
-all registers.)
+each [BLOCK_B, 1], and in the backward the same two of its c, if that has a norm. (In the forward the two of the product
+are computed before it is split into gates. The tiles of single gates are spread over the threads in such a way that
+summing them would fill all registers.)
 """
 
 from typing import NamedTuple
@@ -234,14 +234,15 @@ def _statistics(ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def row_statistics_kernel(
     # inputs
     gates_ptr,  # [R, D*KEPT*H]
-    c_seq_ptr,  # [R, D*H]  float32
+    c_seq_ptr,  # [R, D*H]  float32; read if NORMS is 2
     # outputs
-    statistics_ptr,  # [R, D, 4]  float32: mean and 1 / s of the recurrent product, which is kept last, and of c
+    statistics_ptr,  # [R, D, 2*NORMS]  float32: mean and 1 / s of the recurrent product, which is kept last, and of c
     # sizes
     D,
     H: tl.constexpr,
     G: tl.constexpr,
     KEPT: tl.constexpr,
+    NORMS: tl.constexpr,  # 1 or 2: without or with that of c
     # tiling
     BLOCK_GH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -249,8 +250,9 @@ def row_statistics_kernel(
     """What the backward of the norms of one row needs that is not kept. A program is one row of one direction."""
     row = tl.program_id(0).to(tl.int64) * D + tl.program_id(1)
     mean_u, rstd_u = _statistics(gates_ptr + (row * KEPT + KEPT - G) * H, G * H, BLOCK_GH)
-    mean_c, rstd_c = _statistics(c_seq_ptr + row * H, H, BLOCK_H)
-    tl.store(statistics_ptr + row * 4, mean_u)
-    tl.store(statistics_ptr + row * 4 + 1, rstd_u)
-    tl.store(statistics_ptr + row * 4 + 2, mean_c)
-    tl.store(statistics_ptr + row * 4 + 3, rstd_c)
+    tl.store(statistics_ptr + row * (2 * NORMS), mean_u)
+    tl.store(statistics_ptr + row * (2 * NORMS) + 1, rstd_u)
+    if NORMS > 1:
+        mean_c, rstd_c = _statistics(c_seq_ptr + row * H, H, BLOCK_H)
+        tl.store(statistics_ptr + row * (2 * NORMS) + 2, mean_c)
+        tl.store(statistics_ptr + row * (2 * NORMS) + 3, rstd_c)

@@ -102,7 +102,7 @@ def recurrence_bwd_kernel(
     output_ptr,  # [R, D*H]  h of every step; these three: [D, R, ...] if STACK
     gates_ptr,  # [R, D*KEPT*H]  after the nonlinearity
     c_seq_ptr,  # [S, R, D*H]  float32
-    statistics_ptr,  # [R, D, 4]  float32, of the norms; read if NORMS
+    statistics_ptr,  # [R, D, 2*NORMS]  float32, of the norms; read if NORMS
     # outputs
     grad_preact_ptr,  # [R, D*KEPT*H]; [D, R, KEPT*H] if STACK
     grad_hx_ptr,  # [D, B, H]
@@ -123,7 +123,7 @@ def recurrence_bwd_kernel(
     KEPT: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
-    NORMS: tl.constexpr,  # whether a step needs sums over the units of all programs (`norms`)
+    NORMS: tl.constexpr,  # how many sums over the units of all programs a step needs (`norms`)
     # strides of grad_output, in rows; 0: one row stands for all
     rows_grad_output_t,  # not used if PACKED
     rows_grad_output_b,
@@ -176,7 +176,7 @@ def recurrence_bwd_kernel(
     offs_state = offs_b * H + offs_h
     offs_seq = offs_b * (recurrence.side_by_side * H) + offs_h
     offs_gates = offs_b * (recurrence.side_by_side * KEPT_H) + offs_h
-    offs_norm = offs_b * (recurrence.side_by_side * 4)
+    offs_norm = offs_b * (recurrence.side_by_side * 2 * NORMS)
     offs_grad_output = tl.arange(0, BLOCK_B).to(tl.int64)[:, None] * rows_grad_output_b * (recurrence.side_by_side * H)
     offs_grad_output += offs_h
     stride_state = D.to(tl.int64) * B * H
@@ -244,9 +244,9 @@ def recurrence_bwd_kernel(
             # Fetched before anybody waits, and not looked at until then.
             rows = with_resets(rows, before, tile, recurrence, batch, LAYOUT)
             fetched_gates = fetch_tuple(gates_ptr + rows.start * KEPT_H, offs_gates, mask, H, KEPT)
-            if NORMS:
-                p_norm = statistics_ptr + rows.start * 4 + offs_norm
-                norm = fetch_tuple(p_norm, 0, rows.mask[:, None], 1, 4)
+            if NORMS > 0:
+                p_norm = statistics_ptr + rows.start * (2 * NORMS) + offs_norm
+                norm = fetch_tuple(p_norm, 0, rows.mask[:, None], 1, 2 * NORMS)
             fetched_state = fetch_before(step, rows, before, saved, initial, units, tile, recurrence, H, S, LAYOUT)
             start = strided_start(rows, tile, rows_grad_output_t, rows_grad_output_b, LAYOUT)
             start_h = start * (recurrence.side_by_side * H)
@@ -288,10 +288,12 @@ def recurrence_bwd_kernel(
                 # The state that the step itself made is in no memory.
                 state = UPDATE(gates, entered, drop)
             dstepped, dheld = hold_backward(dstepped, words, noise, NOISE)
-            if NORMS:
-                k = (2 + NOISE.HOLDS) * step + NOISE.HOLDS
+            if NORMS > 0:
+                # The norm of c is that of a state which zoneout may have replaced.
+                AGAIN: tl.constexpr = NOISE.HOLDS and NORMS > 1
+                k = (NORMS + AGAIN) * step + AGAIN
                 slots = Slots(slots_ptr, counter_ptr + 16, k, units.program, units.mask[None, :])
-                if NOISE.HOLDS:
+                if AGAIN:
                     norm = norm[:2] + statistics(state[1], units.mask[None, :], 1, slots, -1, H, EXCHANGE)
                 dpreact, dprev = STEP(gates, entered, state, dstepped, vectors, drop, slots, norm, H, EXCHANGE)
             else:

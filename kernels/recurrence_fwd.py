@@ -111,7 +111,7 @@ def recurrence_fwd_kernel(
     KEPT: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
-    NORMS: tl.constexpr,  # whether a step needs sums over the units of all programs (`norms`)
+    NORMS: tl.constexpr,  # how many sums over the units of all programs a step needs (`norms`)
     # strides of preact_x, in rows of G*H elements
     rows_preact_d,
     rows_preact_t,  # not used if PACKED
@@ -236,8 +236,8 @@ def recurrence_fwd_kernel(
             else:
                 acc = awaited_product(counter_ptr, GROUP * step, p_h, rows.stored, ~begins, w, DOT, EXCHANGE)
             norm = ()
-            if NORMS:
-                slots = Slots(slots_ptr, counter_ptr + 16, 2 * step, units.program, units.mask[None, :])
+            if NORMS > 0:
+                slots = Slots(slots_ptr, counter_ptr + 16, NORMS * step, units.program, units.mask[None, :])
                 norm = statistics(acc, mask_n[None, :], G, slots, 0, H, EXCHANGE)
             preact_h = split_gates(acc, BLOCK_B, BLOCK_H, G_PADDED)
             if not LOCAL:
@@ -259,7 +259,7 @@ def recurrence_fwd_kernel(
 
             # Through the cell's step: from the state that enters it to the one that leaves it.
             words, drop = step_noise(noise, pid_d, rows.first + tile.first, tile.offs, units.offs, NOISE)
-            if NORMS:
+            if NORMS > 0:
                 gates, stepped = STEP(preact_x, preact_h, state, vectors, drop, slots, norm, H, EXCHANGE)
             else:
                 gates, stepped = STEP(preact_x, preact_h, state, vectors, drop)

@@ -72,9 +72,10 @@ class Cell(NamedTuple):
         vectors: The names of parameters [H], beside the four of `torch.nn`.
         bias_in_step: Whether the step itself adds `bias_hh` to the recurrent product. It then comes as the first G of
             the vectors. If not, `bias_hh` is a part of the input's preactivations.
-        norms: Whether both products are normalised over all G*H values before they are added, so a unit needs sums over
-            the others within a step. The first two vectors are then the gains of these norms, [G*H] each. The step
-            takes the second one only, as G vectors. They come after the biases of `bias_in_step`.
+        norms: How many norms over all units a step has: none, one of the recurrent product over its G*H values, or also
+            one of the state beside h. With any, the input product is normalised too, before the loop. The first two
+            vectors are then the gains of both products, [G*H] each. The step takes the second one only, as G vectors.
+            They come after the biases of `bias_in_step`.
         without_norms: For a cell with norms and a state beside h, the name of the cell with the same gates and states
             but without them.
         aten: The name of ATen's function of the same cell, or None.
@@ -92,7 +93,7 @@ class Cell(NamedTuple):
     x_blocks: tuple[int, ...] = ()
     vectors: tuple[str, ...] = ()
     bias_in_step: bool = False
-    norms: bool = False
+    norms: int = 0
     without_norms: str | None = None
     aten: str | None = None
     as_lstm: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ CELL = Cell(
     kept=("i", "f", "g", "o", "m", "u_i", "u_f", "u_g", "u_o"),
     x_blocks=(0, 1, 2, 3),
     vectors=("gain_ih", "gain_hh", "gain_c", "bias_c"),
-    norms=True,
+    norms=2,
     without_norms="lstm",
 )
 

@@ -26,7 +26,7 @@ CELL = Cell(
     x_blocks=(0, 1, 2),
     vectors=("gain_ih", "gain_hh"),
     bias_in_step=True,
-    norms=True,
+    norms=1,
 )
 
 

@@ -1,12 +1,12 @@
 """Convert weights between PyTorch, ONNX and other libraries.
 
-A file of torch.save is read as `python -m fusedlstm inspect` does: every
-recurrent layer in it is found by the names and shapes of its parameters. An
-ONNX model gives a layer for every node LSTM, GRU and RNN. With --from, the
-file has the weights of another library, by the names that they have there:
-a file of torch.save, or of numpy.savez (.npz). Several files, or a name that
-ends with a number, are the layers of one stack. Names that end with forward
-and backward are the two directions of a layer.
+A file of torch.save or .safetensors is read as `python -m fusedlstm inspect`
+does: every recurrent layer in it is found by the names and shapes of its
+parameters. An ONNX model gives a layer for every node LSTM, GRU and RNN. With
+--from, the file has the weights of another library, by the names that they
+have there: a file of torch.save, .safetensors, or numpy.savez (.npz). Several
+files, or a name that ends with a number, are the layers of one stack. Names
+that end with forward and backward are the two directions of a layer.
 
 The result is a state_dict, which torch.nn and this package can load, or with
 --to the weights of another library under the same names. If there is only one
@@ -43,12 +43,12 @@ DIRECTIONS = ("forward", "backward")
 
 
 def add_arguments(add: commands.Add) -> None:
-    add("files", type=Path, nargs="+", metavar="FILE", help="file of torch.save, .onnx, or .npz with --from")
+    add("files", type=Path, nargs="+", metavar="FILE", help="file of torch, .safetensors, .onnx, or .npz with --from")
     add("--from", dest="kind", choices=weights.KINDS, metavar="KIND", help="kind of layer whose weights the file has")
     add("--to", choices=weights.KINDS, metavar="KIND", help="kind of layer to write (default: a state_dict)")
     commands.add_cell(add, "cell of the layers, where names and shapes leave it open")
     add("--name", help="name of the one layer to convert (default: all)")
-    add("--out", type=Path, required=True, help="file to write, by torch.save, or by numpy if it ends with .npz")
+    add("--out", type=Path, required=True, help="file to write: .safetensors, .npz, or any other by torch.save")
     add("--force", action="store_true", help="write over a file that exists")
     add("--trust", action="store_true", help="read a file with objects, whose code runs then")
 
@@ -56,7 +56,8 @@ def add_arguments(add: commands.Add) -> None:
 def run(args: argparse.Namespace) -> None:
     try:
         if args.out.suffix == ".onnx":
-            args.parser.error("--out: expected a file of torch or .npz, got .onnx", "torch.onnx.export writes those.")
+            text = "--out: expected a file of torch, .safetensors or .npz, got .onnx"
+            args.parser.error(text, "torch.onnx.export writes those.")
         with commands.working(f"reading {args.files[0]}"):
             modules = read(args)
         chosen = commands.chosen_layers(args, modules)
@@ -164,5 +165,8 @@ def write(path: Path, tensors: dict[str, Tensor], force: bool) -> None:
             # NumPy has no bfloat16.
             arrays = {k: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for k, x in tensors.items()}
             checks.needs("numpy", "interpret").savez(file, **arrays)
+        elif path.suffix == ".safetensors":
+            whole = {k: x.detach().contiguous() for k, x in tensors.items()}
+            file.write(checks.needs("safetensors.torch", "safetensors").save(whole))
         else:
             torch.save(tensors, file)

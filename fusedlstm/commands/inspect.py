@@ -29,7 +29,7 @@ examples:
 
 def add_arguments(add: commands.Add) -> None:
     positive = commands.positive
-    add("checkpoint", type=Path, help="file of torch.save: a state_dict, a dictionary with one, or a module")
+    add("checkpoint", type=Path, help="file of torch.save or .safetensors: a state_dict, or what holds one")
     add("--name", help="name of the one layer to look at (default: all)")
     commands.add_cell(add, "cell of the layers, where names and shapes leave it open")
     add("--input", type=Path, help="file of torch.save with an input [T, B, I] or [T, I] (default: random numbers)")

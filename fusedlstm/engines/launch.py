@@ -664,9 +664,9 @@ def _sums(plan: Plan, unread: Tensor) -> Tensor:
 
 
 def _row_statistics(cell: Cell, gates: Tensor, c_seq: Tensor, D: int, H: int) -> Tensor:
-    """Of every row and direction what the backward of both norms needs, [R, D, 4] float32 (`kernels.norms`)."""
+    """Of every row and direction what the backward of n norms needs, [R, D, 2 n] float32 (`kernels.norms`)."""
     R = gates.numel() // gates.size(-1)
-    found = torch.empty(R, D, 4, dtype=torch.float32, device=gates.device)
+    found = torch.empty(R, D, 2 * cell.norms, dtype=torch.float32, device=gates.device)
     if R:
         told = row_statistics_constants(cell, H)
         options = {"num_warps": told.pop("num_warps")}
@@ -683,6 +683,7 @@ def row_statistics_constants(cell: Cell, H: int) -> dict:
         "H": H,
         "G": cell.num_gates,
         "KEPT": cell.num_kept,
+        "NORMS": cell.norms,
         "BLOCK_GH": block,
         "BLOCK_H": triton.next_power_of_2(H),
         "num_warps": max(1, min(32, block // 1024)),

@@ -1,4 +1,4 @@
-"""Find the recurrent layers of a file that `torch.save` wrote."""
+"""Find the recurrent layers of a file of `torch.save` or of safetensors."""
 
 import pickle
 import re
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedlstm import checks
 from fusedlstm.base import Recurrent
 from fusedlstm.cells import CELLS, PARAMETERS
 from fusedlstm.modules import (
@@ -34,7 +35,8 @@ def layers(path: str | Path, cell: str | None = None, trust: bool = False) -> di
     """Return the recurrent layers of a file, by their names.
 
     Args:
-        path: A file that `torch.save` wrote: a state_dict, a dictionary that has one at any depth, or a module.
+        path: A file that `torch.save` wrote: a state_dict, a dictionary that has one at any depth, or a module. Or a
+            file of safetensors with a state_dict, whose name ends with .safetensors.
         cell: The name of the cell, for a state_dict. The names and shapes of parameters leave open whether a layer is
             an LSTM or an SLSTM, which of both GRUs or a coupled LSTM, and which nonlinearity an RNN has. Without a
             name, the layer is an LSTM, a GRU, or an RNN with tanh. With heads, a name is needed.
@@ -55,7 +57,9 @@ def layers(path: str | Path, cell: str | None = None, trust: bool = False) -> di
 
 
 def read(path: str | Path, trust: bool = False) -> Any:
-    """Return what a file of `torch.save` holds. The errors are those of `layers`."""
+    """Return what a file of `torch.save` or of safetensors holds. The errors are those of `layers`."""
+    if Path(path).suffix == ".safetensors":
+        return _safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ImportError, KeyError) as error:
@@ -64,6 +68,14 @@ def read(path: str | Path, trust: bool = False) -> Any:
         if isinstance(error, AttributeError | ImportError):
             raise ValueError(f"{path}: expected objects whose code is here, got others: {error}") from None
         raise ValueError(f"{path}: expected a file of torch.save, got one that torch cannot read") from None
+
+
+def _safetensors(path: str | Path) -> dict[str, Tensor]:
+    library = checks.needs("safetensors.torch", "safetensors")
+    try:
+        return library.load(Path(path).read_bytes())
+    except checks.needs("safetensors", "safetensors").SafetensorError as error:
+        raise ValueError(f"{path}: expected a file of safetensors, got another: {error}") from None
 
 
 def _of_tensors(found: Any, cell: str | None) -> Iterator[tuple[str, nn.RNNBase]]:

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
     @property
     def norms(self) -> bool:
-        return cells.CELLS[self.cell].norms
+        return cells.CELLS[self.cell].norms > 0
 
     @property
     def masked(self) -> bool:
@@ -176,8 +176,11 @@ class Plan:
 
     @property
     def norms_per_step(self) -> int:
-        """Exchanges of sums, by words with tags in either protocol. A backward with zoneout has one more."""
-        return 2 if cells.CELLS[self.cell].norms and not self.local else 0
+        """Exchanges of sums, by words with tags in either protocol.
+
+        A backward with zoneout has one more, if a state beside h has a norm.
+        """
+        return 0 if self.local else cells.CELLS[self.cell].norms
 
     @property
     def walked(self) -> int:

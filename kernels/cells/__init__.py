@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from triton.runtime.jit import KernelInterface
 
-from fusedlstm.kernels.cells import coupled, gru, layernorm, lstm, peephole, rnn, slstm
+from fusedlstm.kernels.cells import coupled, gru, layernorm, layernorm_gru, lstm, peephole, rnn, slstm
 
 
 class Steps(NamedTuple):
@@ -40,5 +40,6 @@ STEPS = {
     "peephole": of_module(peephole),
     "coupled": of_module(coupled),
     "layernorm": of_module(layernorm),
+    "layernorm_gru": of_module(layernorm_gru),
     "slstm": of_module(slstm),
 }

@@ -8,9 +8,12 @@ from bench import kernels
 from bench.shapes import BY_ID
 from fusedlstm.cells import CELLS
 from fusedlstm.engines import launch, offline
+from fusedlstm.kernels.cells import STEPS
 from fusedlstm.kernels.norms import row_statistics_kernel
 from fusedlstm.plan import plan
 from fusedlstm.plan.devices import DEVICES
+
+CELLS_WITH_NORMS = [name for name in STEPS if CELLS[name].norms]
 
 
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])
@@ -22,9 +25,10 @@ from fusedlstm.plan.devices import DEVICES
         ("sm_90", "fp32", "F1", "dense"),
     ],
 )
-def test_compiles_within_the_limits(arch, dtype, shape, layout, pass_):
+@pytest.mark.parametrize("cell", CELLS_WITH_NORMS)
+def test_compiles_within_the_limits(cell, arch, dtype, shape, layout, pass_):
     s = BY_ID[shape]
-    p = plan("layernorm", s.B, s.H, dtype, 1, DEVICES[arch], pass_, layout=layout)
+    p = plan(cell, s.B, s.H, dtype, 1, DEVICES[arch], pass_, layout=layout)
     numbers = kernels.compile_numbers(p)
     assert not kernels.faults(p, numbers), kernels.faults(p, numbers)
     assert numbers.smem_bytes <= p.smem_bytes
@@ -32,19 +36,21 @@ def test_compiles_within_the_limits(arch, dtype, shape, layout, pass_):
 
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 @pytest.mark.parametrize("pass_", ["fwd", "bwd"])
-def test_exchanges_of_a_step(pass_, protocol):
-    """Two of norms, each by words of 64 bits that are stored and polled, and h by its protocol: nobody else counts."""
-    p = plan("layernorm", 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
+@pytest.mark.parametrize("cell", CELLS_WITH_NORMS)
+def test_exchanges_of_a_step(cell, pass_, protocol):
+    """Of every norm one, by words of 64 bits that are stored and polled, and h by its protocol: nobody else counts."""
+    p = plan(cell, 64, 512, "bf16", 1, DEVICES["sm_90"], pass_, protocol=protocol)
     ptx = offline.compile_plan(p).asm["ptx"]
-    assert p.barriers_per_step == 3
+    assert p.barriers_per_step == 1 + CELLS[cell].norms
     for instruction in ("atom.global.gpu.release.add", "ld.global.gpu.acquire"):
         assert ptx.count(instruction) == (protocol == "counter")
     assert re.search(r"ld\.global\.cg\.(v2\.)?b64", ptx) and re.search(r"st\.global\.(v2\.)?b64", ptx)
 
 
 @pytest.mark.parametrize("hidden", [7, 1024, 8192])
-def test_row_statistics(hidden):
-    constants = launch.row_statistics_constants(CELLS["layernorm"], hidden)
+@pytest.mark.parametrize("cell", CELLS_WITH_NORMS)
+def test_row_statistics(cell, hidden):
+    constants = launch.row_statistics_constants(CELLS[cell], hidden)
     options = {"num_warps": constants.pop("num_warps")}
     types = {"gates_ptr": "*bf16", "c_seq_ptr": "*fp32", "statistics_ptr": "*fp32", "D": "i32"}
     assert offline.compile_kernel(row_statistics_kernel, types, constants, "sm_90", **options).spill_bytes == 0

@@ -217,7 +217,7 @@ def test_info_goes_on_where_something_is_missing(capsys, monkeypatch):
         (["convert", "nowhere.npz", "--out", "x.pt"], "nowhere.npz: expected --from with a file of numpy"),
         (["convert", __file__, "--from", "keras.LSTM", "--out", "x.pt"], "expected a file of torch.save, got"),
         (["convert", __file__, __file__, "--out", "x.pt"], "expected one file without --from, got 2"),
-        (["convert", __file__, "--out", "x.onnx"], "--out: expected a file of torch or .npz, got .onnx"),
+        (["convert", __file__, "--out", "x.onnx"], "--out: expected a file of torch, .safetensors or .npz, got .onnx"),
         (["convert", __file__, "--to", "haste.Toaster", "--out", "x.pt"], "--to: invalid choice: 'haste.Toaster'"),
         ([], "COMMAND"),
     ],
@@ -415,7 +415,7 @@ def as_user(*arguments):
     command.main(["convert", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
 @pytest.mark.parametrize("kind", weights.KINDS)
 def test_convert_goes_both_ways(kind, suffix, tmp_path, capsys):
     heads = {"num_heads": 6} if kind == "haste.IndRNN" else {"num_heads": 2} if weights.KINDS[kind].has_heads else {}
@@ -446,6 +446,18 @@ def test_convert_keeps_names_unless_there_is_one_layer(tmp_path, capsys):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], p) for name, p in expected.items())
     as_user(file, "--name", "decoder", "--out", one)
     torch.nn.GRU(12, 5, bias=False).load_state_dict(torch.load(one, weights_only=True))
+
+
+def test_safetensors(tmp_path, capsys):
+    """A state_dict there and back, and pictures of it."""
+    module, file = fusedlstm.LayerNormGRU(3, 4, 2, bidirectional=True), tmp_path / "a.safetensors"
+    torch.save({"model": {f"rnn.{name}": p for name, p in module.state_dict().items()}}, tmp_path / "a.pt")
+    as_user(tmp_path / "a.pt", "--out", file)
+    (found,) = checkpoint.layers(file).values()
+    assert type(found) is fusedlstm.LayerNormGRU
+    assert all(torch.equal(p, module.state_dict()[name]) for name, p in found.state_dict().items())
+    command.main(["inspect", str(file), "--out", str(tmp_path / "pictures")])
+    assert [*(tmp_path / "pictures").glob("*.png")] and "LayerNormGRU" in capsys.readouterr().out
 
 
 def test_convert_takes_the_lists_of_keras_and_the_modules_of_haste(tmp_path):
@@ -508,6 +520,7 @@ def test_convert_writes_over_nothing_and_runs_no_code(tmp_path, capsys):
     ("name", "content", "text"),
     [
         ("a.onnx", b"no model", "expected a model in the ONNX format, got another file"),
+        ("a.safetensors", b"no tensors", "expected a file of safetensors, got another"),
         ("a.npz", b"no archive", "expected a file of numpy.savez with numbers, got another"),
         ("a.npz", b"", "expected a file of numpy.savez with numbers, got another"),
         ("a.npz", b"PK\x03\x04 and no more", "expected a file of numpy.savez with numbers, got another"),

@@ -26,6 +26,7 @@ MEMBERS = {
     "PeepholeLSTM": (fusedlstm.PeepholeLSTM, {}),
     "CoupledLSTM": (fusedlstm.CoupledLSTM, {}),
     "LayerNormLSTM": (fusedlstm.LayerNormLSTM, {}),
+    "LayerNormGRU": (fusedlstm.LayerNormGRU, {}),
     "SLSTM": (fusedlstm.SLSTM, {}),
 }
 # Arguments of the constructor, of the call, and steps. What a member has not is left out.
@@ -98,7 +99,7 @@ def kernels(cell, module, layout: str, steps: int, training: bool) -> tuple[list
     dense = layout == "dense" or (layout == "packed" and steps == 1)  # packed, all of one length
     in_steps = any(module.rates[:4]) if training else any(module.rates[:2])
     between = training and module.dropout and L > 1
-    statistics = ["row_statistics"] * cell.norms
+    statistics = ["row_statistics"] * bool(cell.norms)
     if dense and steps == 1 and not (cell.norms or module.proj_size or in_steps):
         return ["step_fwd"] * L, ["recurrence_bwd"] * L
     launches = L
@@ -106,7 +107,7 @@ def kernels(cell, module, layout: str, steps: int, training: bool) -> tuple[list
         launches = 1  # a wave
     blocks, recomputed = 1, []
     if module.save == "states" and training:
-        recomputed = ["recompute"] * (cell.adds or cell.norms)
+        recomputed = ["recompute"] * (cell.adds or cell.norms > 1)
         if D == 1 and "packed" not in layout:
             blocks = len(autograd.begins_of_blocks(steps, B)) - 1
             assert blocks > 1
@@ -182,11 +183,11 @@ def test_autocast(gpu, member, dtype):
     assert gpu.launches[0].arguments["weight_hh_ptr"].dtype == dtype
     found = backward([output], [torch.empty_like(output)])
     assert {grad.dtype for grad in found.values()} == {torch.float32}
-    assert len(gpu.kernels) == 2 + cell.norms
+    assert len(gpu.kernels) == 2 + bool(cell.norms)
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("member", [name for name in MEMBERS if name != "LayerNormLSTM"])
+@pytest.mark.parametrize("member", [name for name in MEMBERS if "LayerNorm" not in name])
 def test_a_launch_a_step(gpu, member, directions):
     """Where no group of programs fits the device."""
     _, module = made(member, {}, hidden=16384, bidirectional=directions == 2, dtype=torch.bfloat16)
@@ -209,12 +210,13 @@ def test_a_launch_a_step(gpu, member, directions):
         fusedlstm.PeepholeLSTMCell,
         fusedlstm.CoupledLSTMCell,
         fusedlstm.LayerNormLSTMCell,
+        fusedlstm.LayerNormGRUCell,
         fusedlstm.SLSTMCell,
     ],
 )
 def test_cell_classes(gpu, cls, dtype, training):
     module = cls(I, H, device=DEVICE, dtype=dtype).requires_grad_(training)
-    norms = cells.CELLS[module.cell].norms
+    norms = cells.CELLS[module.cell].norms > 0
     states = _tensors(module(torch.empty(B, I, device=DEVICE, dtype=dtype)))
     assert all((s.shape, s.dtype, s.device) == ((B, H), dtype, DEVICE) for s in states)
     assert gpu.kernels == ["recurrence_fwd" if norms else "step_fwd"]

@@ -58,7 +58,7 @@ KERNELS = {
         "output": ("True", "R, D * H", "x"),
         "gates": ("True", "R, D * KEPT * H", "x"),
         "c_seq": ("True", "S, R, D * H", "f32"),
-        "statistics": ("NORMS", "R, D, 4", "f32"),
+        "statistics": ("NORMS", "R, D, 2 * NORMS", "f32"),
         "grad_preact": ("True", "R, D * KEPT * H", "x"),
         "exchanged": ("HP > H", "R, D * KEPT * HP", "x"),
         "grad_hx": ("True", "D, B, H", "x"),
@@ -101,8 +101,8 @@ KERNELS = {
     },
     "row_statistics": {
         "gates": ("True", "grid[0], D * KEPT * H", "x"),
-        "c_seq": ("True", "grid[0], D * H", "f32"),
-        "statistics": ("True", "grid[0], D, 4", "f32"),
+        "c_seq": ("NORMS > 1", "grid[0], D * H", "f32"),
+        "statistics": ("True", "grid[0], D, 2 * NORMS", "f32"),
     },
 }
 # Tensors that may have gaps: when they are used, their shape, and how many rows of the last axis are between one index

@@ -148,6 +148,7 @@ KINDS = (
     Kind("CoupledLSTM", dtype=torch.bfloat16, lengths=FEW_LENGTHS, options={"bidirectional": True}),
     # Its gradients grow with T, and every error with them; the more so where few units share a norm.
     Kind("LayerNormLSTM", hidden=24, lengths=range(2, 5)),
+    Kind("LayerNormGRU", hidden=24, rows="lengths"),
     Kind("SLSTM", options={"num_heads": 2}),
     Kind("LSTM", options={"zoneout": 0.1, "recurrent_dropout": 0.2}),
     Kind("GRU", rows="lengths", options={"weight_dropout": 0.3}),

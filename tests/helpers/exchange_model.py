@@ -25,7 +25,7 @@ class Case:
     group: int = 2
     steps: tuple[int, ...] = (2,)  # of every batch tile that the group walks
     layers: int = 1  # of a wave
-    norms: bool = False
+    norms: int = 0  # of a step: of the recurrent product, and of c'
     zoneout: bool = False  # with norms
     acquires: bool = False  # as on AMD
     nan: bool = False  # whether the first program's tiles hold NaN
@@ -34,7 +34,7 @@ class Case:
     @property
     def exchanges(self) -> int:
         """Of sums, within a step. With zoneout the backward needs those of c' again."""
-        return self.norms * (2 + (self.zoneout and self.pass_ == "bwd"))
+        return self.norms + (self.norms > 1 and self.zoneout and self.pass_ == "bwd")
 
     @property
     def programs(self) -> list[tuple[int, int]]:
@@ -180,12 +180,12 @@ class Kernel:
             counter = self.counter(layer, tile)
             for step in range(steps):
                 self.awaited_product(layer, tile, step - 1, counter, group * step)
-                if norms:
-                    self.of_group(tile, 2 * step)
+                if norms > 0:
+                    self.of_group(tile, norms * step)
                 if layer > 0:
                     self.awaited_product(layer - 1, tile, step, self.counter(layer - 1, tile), group * (step + 1))
-                if norms:
-                    self.of_group(tile, 2 * step + 1)
+                if norms > 1:
+                    self.of_group(tile, norms * step + 1)
                 self.publish(layer, tile, step, counter)
 
     def recurrence_bwd(self) -> None:
@@ -237,14 +237,21 @@ CASES = {
     "data, wave backward": Case("data", "bwd", layers=2, steps=(2,)),
     "data, NaN": Case("data", group=3, steps=(3,), nan=True),
     "data, buffers used again": Case("data", steps=(1, 2), launches=2),
-    "norms": Case("data", group=3, steps=(3,), norms=True),
-    "norms, backward": Case("data", "bwd", group=3, steps=(2,), norms=True),
-    "norms, backward of zoneout": Case("data", "bwd", steps=(2,), norms=True, zoneout=True),
-    "norms, tiles walked": Case("data", steps=(1, 0, 3), norms=True),
-    "norms, buffers used again": Case("data", steps=(1, 2), norms=True, launches=2),
-    "norms, counter": Case("counter", steps=(3,), norms=True),
-    "norms on AMD": Case("counter", steps=(2,), norms=True, acquires=True),
-    "norms on AMD, backward": Case("counter", "bwd", norms=True, acquires=True),
+    "norms": Case("data", group=3, steps=(3,), norms=2),
+    "norms, backward": Case("data", "bwd", group=3, steps=(2,), norms=2),
+    "norms, backward of zoneout": Case("data", "bwd", steps=(2,), norms=2, zoneout=True),
+    "norms, tiles walked": Case("data", steps=(1, 0, 3), norms=2),
+    "norms, buffers used again": Case("data", steps=(1, 2), norms=2, launches=2),
+    "norms, counter": Case("counter", steps=(3,), norms=2),
+    "norms on AMD": Case("counter", steps=(2,), norms=2, acquires=True),
+    "norms on AMD, backward": Case("counter", "bwd", norms=2, acquires=True),
+    "one norm": Case("data", group=3, steps=(3,), norms=1),
+    "one norm, backward": Case("data", "bwd", group=3, steps=(2,), norms=1),
+    "one norm, backward of zoneout": Case("data", "bwd", steps=(2,), norms=1, zoneout=True),
+    "one norm, tiles walked": Case("data", steps=(1, 0, 3), norms=1),
+    "one norm, counter": Case("counter", steps=(3,), norms=1),
+    "one norm on AMD": Case("counter", steps=(2,), norms=1, acquires=True),
+    "one norm on AMD, backward": Case("counter", "bwd", norms=1, acquires=True),
 }
 
 

@@ -11,6 +11,7 @@ MEMBERS = (
     fusedlstm.GRU,
     fusedlstm.PeepholeLSTM,
     fusedlstm.LayerNormLSTM,
+    fusedlstm.LayerNormGRU,
     fusedlstm.SLSTM,
 )
 

@@ -28,10 +28,13 @@ CASES = {
     "tiles walked, one has no step": Case("data", steps=(2, 0)),
     "wave": Case("counter", layers=2, steps=(3,)),
     "wave, tiles walked": Case("data", layers=2, steps=(2, 1)),
-    "norms": Case("data", norms=True, steps=(2, 1)),
-    "norms, zoneout": Case("data", norms=True, zoneout=True),
-    "norms by counter": Case("counter", norms=True),
-    "norms on AMD": Case("counter", norms=True, acquires=True),
+    "norms": Case("data", norms=2, steps=(2, 1)),
+    "norms, zoneout": Case("data", norms=2, zoneout=True),
+    "norms by counter": Case("counter", norms=2),
+    "norms on AMD": Case("counter", norms=2, acquires=True),
+    "one norm": Case("data", norms=1, steps=(2, 1)),
+    "one norm, zoneout": Case("counter", norms=1, zoneout=True),
+    "one norm on AMD": Case("counter", norms=1, acquires=True),
 }
 
 
@@ -158,7 +161,7 @@ def recorders(monkeypatch):
 
 def run_both(case: Case) -> None:
     """Forward and backward of a case, one walker of all its tiles in a group."""
-    cell, H, T = "layernorm" if case.norms else "lstm", BLOCK * case.group, max(case.steps)
+    cell, H, T = ("lstm", "layernorm_gru", "layernorm")[case.norms], BLOCK * case.group, max(case.steps)
     lengths = [steps for steps in case.steps for _ in range(BLOCK)]
     layout = {"lengths": lengths if len({*case.steps}) > 1 else None, "cell": cell}
     make = stack_inputs if case.layers > 1 else recurrence_inputs

@@ -17,22 +17,28 @@ from groups import is_caught
 from support import DTYPES, Inputs, assert_accurate, cast, recurrence, recurrence_inputs, tiled, without_padding
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: run without a GPU")
+CELLS_WITH_NORMS = [name for name in STEPS if cells.CELLS[name].norms]
 NAMES = (*Saved._fields, "grad_preact", "grad_hx", "grad_cx")
 
 
 def gradients(inputs):
     generator = torch.Generator().manual_seed(1)
-    hx, leading = inputs.state.hx, inputs.preact_x.shape[1:-1]
+    (hx, cx), leading = inputs.state, inputs.preact_x.shape[1:-1]
     D, B, H = hx.shape
-    shapes = ((*leading, D * H), (1, *leading, D * H), (D, B, H), (1, D, B, H))
+    shapes = ((*leading, D * H), (len(cx), *leading, D * H), (D, B, H), (len(cx), D, B, H))
     return Grads(*(torch.randn(s, generator=generator).to(hx) for s in shapes))
+
+
+def cell_of(inputs) -> str:
+    """The one with as many states."""
+    return "layernorm" if len(inputs.state.cx) else "layernorm_gru"
 
 
 def run(inputs, clip=None, **tiles):
     """Every tensor of both passes by name."""
-    hx, spec = inputs.state.hx, recurrence("layernorm", clip=clip)
+    hx, spec = inputs.state.hx, recurrence(cell_of(inputs), clip=clip)
     D, B, H = hx.shape
-    options = {"cell": "layernorm", "directions": D, "precision": "ieee", **tiles}
+    options = {"cell": cell_of(inputs), "directions": D, "precision": "ieee", **tiles}
     fwd, bwd = (tiled(pass_, B, H, launch.DTYPES[hx.dtype], **options) for pass_ in ("fwd", "bwd"))
     saved = launch.recurrence_fwd(spec, *inputs, plan=fwd)
     grads = launch.recurrence_bwd(spec, gradients(inputs), saved, *inputs[1:], plan=bwd)
@@ -40,7 +46,7 @@ def run(inputs, clip=None, **tiles):
 
 
 def specified(inputs, dtype, clip=None):
-    grads, inputs, spec = cast(gradients(inputs), dtype), cast(inputs, dtype), recurrence("layernorm", clip=clip)
+    grads, inputs, spec = cast(gradients(inputs), dtype), cast(inputs, dtype), recurrence(cell_of(inputs), clip=clip)
     saved = reference.recurrence_fwd(spec, *inputs)
     found = reference.recurrence_bwd(spec, grads, saved, *inputs[1:])
     return dict(zip(NAMES, (*saved, *found), strict=True))
@@ -57,8 +63,8 @@ def check(inputs, clip=None, **tiles):
     return ours
 
 
-def inputs_of(T, B, H, D=1, dtype="fp32", device="cpu", **options):
-    return recurrence_inputs(T, B, H, D, DTYPES[dtype], device, cell="layernorm", **options)
+def inputs_of(T, B, H, D=1, dtype="fp32", device="cpu", cell="layernorm", **options):
+    return recurrence_inputs(T, B, H, D, DTYPES[dtype], device, cell=cell, **options)
 
 
 # Tiles are 16 x 16: hidden sizes on both sides of a block, one batch tile and several, one program a group and three.
@@ -67,8 +73,16 @@ SIZES = [(1, 1, 1), (2, 3, 15), (3, 3, 16), (2, 17, 17), (2, 3, 33)]
 
 @pytest.mark.parametrize(("T", "B", "H"), SIZES, ids=str)
 @pytest.mark.parametrize("schedule", ["single", "resident", "streamed"])
-def test_equals_specification(device, schedule, T, B, H):
-    check(inputs_of(T, B, H, device=device), schedule=schedule)
+@pytest.mark.parametrize("cell", CELLS_WITH_NORMS)
+def test_equals_specification(device, cell, schedule, T, B, H):
+    check(inputs_of(T, B, H, device=device, cell=cell), schedule=schedule)
+
+
+def test_a_mean_far_from_zero_of_a_gru(device):
+    """Recurrent products near 1000 in all units."""
+    preact_x, weights, (hx, cx), batch = inputs_of(2, 3, 33, device=device, cell="layernorm_gru")
+    weights = weights._replace(weight_hh=[w * 1e-3 + 30 for w in weights.weight_hh])
+    check(Inputs(preact_x, weights, State(hx * 1e-2 + 1, cx), batch))
 
 
 def test_a_mean_far_from_zero(device):
@@ -82,11 +96,12 @@ def test_a_mean_far_from_zero(device):
 @interpreted
 @pytest.mark.parametrize("protocol", ["counter", "data"])
 @pytest.mark.parametrize("seed", range(2))
-def test_under_seeded_schedules_to_the_last_bit(seed, protocol):
+@pytest.mark.parametrize("cell", CELLS_WITH_NORMS)
+def test_under_seeded_schedules_to_the_last_bit(cell, seed, protocol):
     """Whoever comes first: the baton moves at every load and store."""
     from fusedlstm.engines import interpreter
 
-    inputs = inputs_of(3, 0, 20, lengths=[2, 3, 0, 1], resets=0.2)
+    inputs = inputs_of(3, 0, 20, lengths=[2, 3, 0, 1], resets=0.2, cell=cell)
     expected = run(inputs, protocol=protocol)
     with interpreter.side_by_side(seed, yield_on_memory=True):
         found = run(inputs, protocol=protocol)
@@ -116,10 +131,11 @@ BROKEN = {
 
 @interpreted
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_exchange_is_caught(monkeypatch, fault):
+@pytest.mark.parametrize("cell", CELLS_WITH_NORMS)
+def test_a_broken_exchange_is_caught(monkeypatch, cell, fault):
     """Negative control: of four seeds with memory yields at least one shows wrong numbers or a deadlock."""
     monkeypatch.setattr(norms, *BROKEN[fault])
-    inputs = inputs_of(2, 3, 20)
+    inputs = inputs_of(2, 3, 20, cell=cell)
     assert is_caught(lambda: check(inputs, protocol="data"))
 
 
@@ -141,14 +157,11 @@ def test_a_wait_without_end_is_an_error(monkeypatch, protocol):
         check(inputs_of(2, 3, 20), protocol=protocol)
 
 
-def test_other_cells_have_no_norms():
-    assert [name for name in STEPS if cells.CELLS[name].norms] == ["layernorm"]
-
-
-def test_padding_has_no_part_in_the_gradients(device):
+@pytest.mark.parametrize("cls", [fusedlstm.LayerNormLSTM, fusedlstm.LayerNormGRU])
+def test_padding_has_no_part_in_the_gradients(device, cls):
     """All gradients of a layer, where no sequence has the last step: nothing writes the gates of that."""
     lengths, x = torch.tensor([3, 0, 1, 2, 3]), torch.randn(4, 5, 7)
-    same_dtype = fusedlstm.LayerNormLSTM(7, 20, 2, backend="reference")
+    same_dtype = cls(7, 20, 2, backend="reference")
     results = []
     for module in (copy.deepcopy(same_dtype).to(device), same_dtype, copy.deepcopy(same_dtype).double()):
         module.backend = "reference" if results else "triton"

@@ -23,7 +23,7 @@ GATES = {
     "LayerNormGRU": 3,
 }
 STATES = dict.fromkeys(GATES, 1) | {"LSTM": 2, "PeepholeLSTM": 2, "CoupledLSTM": 2, "LayerNormLSTM": 2, "SLSTM": 4}
-WITHOUT_KERNELS = ("ResetBeforeGRU", "LayerNormGRU")
+WITHOUT_KERNELS = ("ResetBeforeGRU",)
 
 
 class Stack(NamedTuple):
