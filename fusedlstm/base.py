@@ -354,11 +354,13 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             return False
         self._update_flat_weights()
         weights = self._flat_weights
+        if transforms.wants_grad_samples(weights):  # nothing else can be asked of these
+            return False
         if hx is not None or weights[0].dtype is not input.dtype or not weights[0].is_cpu:
             checks.sequence(self, input, hx)
         self._check_parameters()
         tensors = (input, *weights, *(() if hx is None else as_states(hx)))
-        return not (transforms.has_tangents(tensors) or transforms.wants_grad_samples(weights))
+        return not transforms.has_tangents(tensors)
 
     def _by_aten(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
         """`forward` of a plain call."""

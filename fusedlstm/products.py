@@ -30,6 +30,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 from torch.nn.functional import layer_norm
 
 from fusedlstm import transforms
@@ -162,7 +163,7 @@ def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     return _multiplied(a, b, added)
 
 
-@_product.register_fake
+@register_fake("fusedlstm::product")
 def _(a, b, added):
     return a.new_empty(*a.shape[:-1], b.size(-1))
 
@@ -183,7 +184,7 @@ def _backward(ctx, grad):
     return grad_a, grad_b, grad_added
 
 
-_product.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fusedlstm::product", _backward, setup_context=_setup_context)
 
 
 # Heads.
