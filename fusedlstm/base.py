@@ -338,6 +338,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or (of.aten != "lstm" and torch.is_grad_enabled())
             or type(input) is not Tensor
             or not input.is_cpu
+            or input.layout is not torch.strided
             or _in_a_graph()
             or input.dim() != 3
             or input.size(2) != self.input_size

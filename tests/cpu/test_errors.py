@@ -50,6 +50,15 @@ def test_constructor_errors_are_torchs(options):
     both_raise(lambda module: module.LSTM(**{"input_size": 3, "hidden_size": 4, **options}))
 
 
+@pytest.mark.parametrize("layer", [fusedlstm.LSTM, fusedlstm.GRU, fusedlstm.PeepholeLSTM])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_an_input_without_strides(layer, backend, kind):
+    text = "input: expected a dense tensor, got torch\\._?(sparse|mkldnn)"
+    with torch.no_grad(), pytest.raises(ValueError, match=text):
+        layer(3, 4, backend=backend)(getattr(torch.randn(5, 2, 3), kind)())
+
+
 FORWARD = {
     "1D": (torch.zeros(3),),
     "4D": (torch.zeros(5, 2, 3, 1),),
