@@ -335,6 +335,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         of = cells.CELLS[self.cell]
         if (
             of.aten is None
+            or of.equations.step_backward is None
             or (of.aten != "lstm" and torch.is_grad_enabled())
             or type(input) is not Tensor
             or not input.is_cpu
@@ -351,24 +352,25 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or engines.LOGGER.isEnabledFor(logging.DEBUG)
             or products.autocasts(input)
             or transforms.transformed()
+            or transforms.takes_tangents(input)
+            or transforms.wants_grad_samples(self._parameters.values())
         ):
             return False
+        # From here on the answer is yes: a parametrization, which may draw random numbers, is computed only once.
         self._update_flat_weights()
-        weights = self._flat_weights
-        if transforms.wants_grad_samples(weights):  # nothing else can be asked of these
-            return False
-        if hx is not None or weights[0].dtype is not input.dtype or not weights[0].is_cpu:
+        weight = self._flat_weights[0]
+        if hx is not None or weight.dtype is not input.dtype or not weight.is_cpu:
             checks.sequence(self, input, hx)
         self._check_parameters()
-        tensors = (input, *weights, *(() if hx is None else as_states(hx)))
-        return not transforms.has_tangents(tensors)
+        return True
 
     def _by_aten(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
         """`forward` of a plain call."""
         of, batch = cells.CELLS[self.cell], input.size(0 if self.batch_first else 1)
         states = self._zeros(input, batch) if hx is None else as_states(hx)
-        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
-        output, states = aten.layers(of, input, None, states, self._flat_weights, *options)
+        options = (self.bias, self.num_layers, self.dropout if self.training else 0.0, self.training)
+        order = (self.bidirectional, self.batch_first)
+        output, states = aten.layers(of, input, None, states, self._flat_weights, *options, *order)
         return output, _state(states)
 
     def _check_parameters(self) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from fusedlstm import engines, transforms
@@ -110,7 +109,7 @@ def loop_fwd(
     return Saved(*(x.to(dtype) for x, dtype in zip(saved, dtypes, strict=True)))
 
 
-@register_fake("fusedlstm::recurrence_fwd")
+@recurrence_fwd.register_fake
 def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, tables, rates, place, save_gates, save_states):
     D, *rows, _ = preact_x.shape
     S, H = cx.size(0), hx.size(-1)
@@ -176,7 +175,7 @@ def loop_bwd(
     return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
 
 
-@register_fake("fusedlstm::recurrence_bwd")
+@recurrence_bwd.register_fake
 def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_):
     return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
@@ -221,7 +220,7 @@ def step_fwd(
     return failures.attempt(engine, at, kernels, loop)
 
 
-@register_fake("fusedlstm::step_fwd")
+@step_fwd.register_fake
 def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engine="triton"):
     (_, B, H), D = hx.shape, directions
     gates = input.new_empty((B, D * CELLS[cell].num_kept * hx.size(-1)) if save_gates else 0)
@@ -262,7 +261,7 @@ def recompute(
     return failures.attempt(engine, at, kernels, loop)
 
 
-@register_fake("fusedlstm::recompute")
+@recompute.register_fake
 def _(cell, engine, preact, vectors, hx, cx, *_):
     D, *rows, GH = preact.shape
     c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=c_seq_dtype(engine, preact))
@@ -319,7 +318,7 @@ def _of_layer(k: int, weight_hh: list[Tensor], vectors: Tensor | None, hx: Tenso
     return Weights(weight_hh[own], None if vectors is None else vectors[own]), State(hx[own], cx[:, own])
 
 
-@register_fake("fusedlstm::wave_fwd")
+@wave_fwd.register_fake
 def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, tables, save_gates, save_states, *_):
     _, *rows, _ = preact_x.shape
     L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
@@ -372,7 +371,7 @@ def wave_bwd(
     return failures.attempt(engine, at, kernels, loop)
 
 
-@register_fake("fusedlstm::wave_bwd")
+@wave_bwd.register_fake
 def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_):
     return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
@@ -409,7 +408,7 @@ def _with_biases(parameters: list[Tensor]) -> list[Tensor]:
     return [*parameters, *[weight_hh.new_zeros(len(weight_hh))] * (4 - len(parameters))]
 
 
-@register_fake("fusedlstm::onednn_fwd")
+@onednn_fwd.register_fake
 def _(input, hx, cx, parameters, reverse):
     output = input.new_empty(*input.shape[:2], hx.size(-1))
     return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape), input.new_empty(0, dtype=torch.uint8)
@@ -441,7 +440,7 @@ def onednn_bwd(
     return grad_input, grad_hx.view(hx.shape), grad_cx.view(cx.shape), grad_weight_ih, grad_weight_hh, grad_bias
 
 
-@register_fake("fusedlstm::onednn_bwd")
+@onednn_bwd.register_fake
 def _(grads, input, hx, cx, parameters, *_):
     made = [x.new_empty(x.shape) for x in (input, hx, cx, *parameters[:2])]
     return *made, hx.new_empty(len(parameters[1]))
@@ -464,7 +463,7 @@ def aten_fwd(
     return output.contiguous(), h_n
 
 
-@register_fake("fusedlstm::aten_fwd")
+@aten_fwd.register_fake
 def _(cell, input, hx, weights, bias, num_layers, bidirectional, batch_first):
     features = hx.size(-1) * (2 if bidirectional else 1)
     return input.new_empty(*input.shape[:2], features), hx.new_empty(hx.shape)

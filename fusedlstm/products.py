@@ -30,7 +30,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 from torch.nn.functional import layer_norm
 
 from fusedlstm import transforms
@@ -163,7 +162,7 @@ def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     return _multiplied(a, b, added)
 
 
-@register_fake("fusedlstm::product")
+@_product.register_fake
 def _(a, b, added):
     return a.new_empty(*a.shape[:-1], b.size(-1))
 
@@ -184,7 +183,7 @@ def _backward(ctx, grad):
     return grad_a, grad_b, grad_added
 
 
-torch.library.register_autograd("fusedlstm::product", _backward, setup_context=_setup_context)
+_product.register_autograd(_backward, setup_context=_setup_context)
 
 
 # Heads.

@@ -17,7 +17,7 @@ gradient like any other, and is clipped.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +28,6 @@ from fusedlstm import samples
 from fusedlstm.samples import Axes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-FUNCTIONS: dict[torch._ops.OpOverload, Callable] = {}  # what our ops do
 
 
 def constant(function: Function) -> Function:
@@ -94,6 +93,14 @@ def many_at_once(grad: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+def takes_tangents(x: Tensor) -> bool:
+    """Whether a level of forward-mode AD is open, so that any tensor may have a tangent. `x` may be any tensor."""
+    try:
+        return forward_ad.unpack_dual(x).primal is not x
+    except RuntimeError:  # it cannot be unpacked, see `has_tangents`
+        return True
+
+
 def transformed() -> bool:
     """Whether a transform of `torch.func` runs. It hides what is behind a tensor: samples, gradients or tangents.
 
@@ -102,7 +109,7 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def wants_grad_samples(weights: Sequence[Tensor]) -> bool:
+def wants_grad_samples(weights: Iterable[Tensor | None]) -> bool:
     """Whether the weights are those of torch's `call_for_per_sample_grads`, of which few functions can be called."""
     kinds = {*map(type, weights)} - {nn.Parameter}
     return any(hasattr(kind, "handled_functions") for kind in kinds)
@@ -169,7 +176,7 @@ def op(
     as_sequences: Axes | None = None,
     as_units: Callable[[dict[str, Any], int], Axes | None] = lambda arguments, samples: None,
 ) -> Callable:
-    """An operator of torch that is a function, with the rules for transforms that all of our ops have.
+    """A `torch.library.custom_op` of a function, with the rules for transforms that all of our ops have.
 
     Args:
         name: The name of the op.
@@ -203,15 +210,9 @@ def op(
             check(arguments)  # an op under torch.func.jvp no longer sees what it drops
             return made(*arguments)
 
-        # Not by torch.library.custom_op, which adds two functions of Python to every call: that is half of its time.
-        schema = torch.library.infer_schema(checked, mutates_args=mutates_args)
-        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(name, "default", checked)
-        made = functools.reduce(getattr, (*name.split("::"), "default"), torch.ops)
-        FUNCTIONS[made] = checked
+        made = torch.library.custom_op(name, checked, mutates_args=mutates_args)
         if not mutates_args:  # what all samples share cannot be changed for each
-            together = functools.partial(samples.together, of_sample, as_sequences, as_units)
-            torch.library.register_vmap(name, together)
+            made.register_vmap(functools.partial(samples.together, of_sample, as_sequences, as_units))
         return made
 
     return of_function

@@ -130,6 +130,10 @@ def _check_cell(cell: Cell) -> None:
     if not isinstance(cell.x_blocks, tuple) or {*cell.x_blocks} != {*places} or len(cell.x_blocks) != len(places):
         wanted = f"a place for every gate, each of 0 to {places[-1]} once" if places else "() without cell.kept"
         raise ValueError(f"cell.x_blocks: expected {wanted}, got {cell.x_blocks!r}")
+    expected = 2 if len(cell.states) > 1 else 1
+    if isinstance(cell.norms, bool) or cell.norms not in (0, expected):
+        what = "0, or 2 of a cell with a state beside h" if expected == 2 else "0, or 1 of a cell with h alone"
+        raise ValueError(f"cell.norms: expected {what}, got {cell.norms!r}")
     if cell.norms and [*cell.x_blocks] != [*places]:
         raise ValueError(f"cell.x_blocks: expected the order of the gates with cell.norms, got {cell.x_blocks!r}")
     of_gates = [name.removeprefix("-") in cell.gates for name in cell.as_lstm]

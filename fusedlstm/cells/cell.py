@@ -72,8 +72,9 @@ class Cell(NamedTuple):
         vectors: The names of parameters [H], beside the four of `torch.nn`.
         bias_in_step: Whether the step itself adds `bias_hh` to the recurrent product. It then comes as the first G of
             the vectors. If not, `bias_hh` is a part of the input's preactivations.
-        norms: How many norms over all units a step has: none, one of the recurrent product over its G*H values, or also
-            one of the state beside h. With any, the input product is normalised too, before the loop. The first two
+        norms: How many norms over all units a step has: 0; or 1, of the recurrent product over its G*H values, if h is
+            the only state; or 2, also of the state beside h. With any, the input product is normalised too, before the
+            loop. The first two
             vectors are then the gains of both products, [G*H] each. The step takes the second one only, as G vectors.
             They come after the biases of `bias_in_step`.
         without_norms: For a cell with norms and a state beside h, the name of the cell with the same gates and states

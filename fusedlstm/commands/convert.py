@@ -15,6 +15,7 @@ what agrees and what does not.
 """
 
 import argparse
+import io
 import textwrap
 import zipfile
 from collections.abc import Mapping
@@ -160,13 +161,16 @@ def parameters(module: nn.RNNBase, name: str, to: str | None) -> dict[str, Tenso
 
 
 def write(path: Path, tensors: dict[str, Tensor], force: bool) -> None:
+    content = io.BytesIO()  # first, so that nothing is written over by what cannot be written
+    if path.suffix == ".npz":
+        # NumPy has no bfloat16.
+        arrays = {k: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for k, x in tensors.items()}
+        checks.needs("numpy", "interpret").savez(content, **arrays)
+    elif path.suffix == ".safetensors":
+        whole = {k: x.detach().contiguous() for k, x in tensors.items()}
+        # Other libraries ask for the format.
+        content.write(checks.needs("safetensors.torch", "safetensors").save(whole, {"format": "pt"}))
+    else:
+        torch.save(tensors, content)
     with path.open("wb" if force else "xb") as file:
-        if path.suffix == ".npz":
-            # NumPy has no bfloat16.
-            arrays = {k: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for k, x in tensors.items()}
-            checks.needs("numpy", "interpret").savez(file, **arrays)
-        elif path.suffix == ".safetensors":
-            whole = {k: x.detach().contiguous() for k, x in tensors.items()}
-            file.write(checks.needs("safetensors.torch", "safetensors").save(whole))
-        else:
-            torch.save(tensors, file)
+        file.write(content.getvalue())

@@ -448,6 +448,17 @@ def test_convert_keeps_names_unless_there_is_one_layer(tmp_path, capsys):
     torch.nn.GRU(12, 5, bias=False).load_state_dict(torch.load(one, weights_only=True))
 
 
+def test_convert_writes_nothing_over_by_what_cannot_be_written(tmp_path, capsys, monkeypatch):
+    torch.save(fusedlstm.GRU(3, 4).state_dict(), tmp_path / "a.pt")
+    kept = tmp_path / "kept.safetensors"
+    kept.write_text("mine")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(SystemExit):
+        as_user(tmp_path / "a.pt", "--force", "--out", kept)
+    assert kept.read_text() == "mine" and "safetensors" in capsys.readouterr().err
+
+
 def test_safetensors(tmp_path, capsys):
     """A state_dict there and back, and pictures of it."""
     module, file = fusedlstm.LayerNormGRU(3, 4, 2, bidirectional=True), tmp_path / "a.safetensors"

@@ -146,11 +146,37 @@ def test_what_is_around_a_call_makes_it_not_plain(monkeypatch, caplog):
         found["autocast"] = module._is_plain(X, None)
     torch.func.vmap(lambda x: found.update(vmap=module._is_plain(x, None)) or x)(X.expand(2, -1, -1, -1))
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(torch.ones(1, 3, 6), torch.ones(1, 3, 6))
-        found["tangent"] = module._is_plain(X, (HX[0], dual))
+        found["tangents"] = module._is_plain(X, None)
     with caplog.at_level(logging.DEBUG, "fusedlstm"):
         found["logger"] = module._is_plain(X, None)
     with monkeypatch.context() as patch:
         patch.setenv("FUSEDLSTM_BACKEND", "reference")
         found["environment"] = module._is_plain(X, None)
     assert found == dict.fromkeys(found, False) and len(found) == 5 and module._is_plain(X, None)
+
+
+def test_a_parametrization_is_computed_once(monkeypatch):
+    """It may draw random numbers, so the short way may not ask for a weight that it does not use."""
+    times = []
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            times.append(1)
+            return weight
+
+    found, module = {}, fusedlstm.LSTM(5, 6)
+    nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", Counted())
+    for name in ("plain", "tangents", "without the short way"):
+        times.clear()
+        if name == "without the short way":
+            monkeypatch.setattr(fusedlstm.Recurrent, "_is_plain", lambda *_: False)
+        with torch.autograd.forward_ad.dual_level() if name == "tangents" else torch.no_grad():
+            module(X)
+        found[name] = len(times)
+    assert len({*found.values()}) == 1, found
+
+
+def test_a_dropout_that_does_not_act_may_be_anything():
+    module = fusedlstm.LSTM(5, 6, 2).eval()
+    expected, module.dropout = module(X)[0], None
+    assert torch.equal(module(X)[0], expected)

@@ -94,6 +94,15 @@ def test_exported_with_one_number_of_steps_needs_no_package(name):
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.parametrize("name", ["LSTM", "LayerNormGRU"])
+def test_an_exported_program_does_not_lose_gradients(name):
+    """Its operations have no gradients, and torch says so. A warning and no gradients would be a trap."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), getattr(fusedlstm, name)(3, 4))
+    program = torch.export.export(model, (torch.randn(5, 2, 3),), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
+    with pytest.raises(RuntimeError, match="Trying to backward through fusedlstm.recurrence_fwd.default"):
+        program.module()(torch.randn(6, 2, 3))[0].sum().backward()
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_steps_of_the_specification(strict):
     """The steps that autograd differentiates are written out, so T is that of the export. The batch may vary."""

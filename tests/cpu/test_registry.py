@@ -48,6 +48,14 @@ def test_vectors_become_parameters():
     assert [*Mine(3, 6)._parameters] == [*fusedlstm.PeepholeLSTM(3, 6)._parameters]
 
 
+def test_equations_are_not_those_of_aten_without_a_backward():
+    """A cell that names ATen's, but leaves the backward to autograd, is computed by its own step."""
+    equations = CELLS["lstm"].equations
+    fusedlstm.register_cell(CELLS["lstm"]._replace(name="mine"), (equations.step,))
+    module, x = Mine(3, 6), torch.randn(4, 2, 3)
+    assert fusedlstm.explain(module, x).engine == "reference" and not module._is_plain(x, None)
+
+
 def test_without_kernels_the_engine_says_so(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     fusedlstm.register_cell(KEPT, EQUATIONS)
@@ -126,9 +134,20 @@ WRONG_CELLS = {
     "x_blocks beyond": (KEPT._replace(x_blocks=(1, 2, 3)), ValueError, "each of 0 to 2 once, got (1, 2, 3)"),
     "x_blocks twice": (KEPT._replace(x_blocks=(1, 1, 0)), ValueError, "each of 0 to 2 once, got (1, 1, 0)"),
     "x_blocks with norms": (
-        KEPT._replace(norms=True),
+        KEPT._replace(norms=1),
         ValueError,
         "cell.x_blocks: expected the order of the gates with cell.norms, got (1, 2, 0)",
+    ),
+    "norms that say no number": (
+        KEPT._replace(norms=True),
+        ValueError,
+        "cell.norms: expected 0, or 1 of a cell with h alone, got True",
+    ),
+    "two norms of one state": (KEPT._replace(norms=2), ValueError, "expected 0, or 1 of a cell with h alone, got 2"),
+    "one norm of two states": (
+        PLAIN._replace(states=("h", "c"), norms=1),
+        ValueError,
+        "cell.norms: expected 0, or 2 of a cell with a state beside h, got 1",
     ),
     "not the gates of an LSTM": (
         PLAIN._replace(states=("h", "c"), as_lstm=("f", "-f", "f", "o")),

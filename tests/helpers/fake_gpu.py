@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contract
-from fusedlstm import products, transforms
+from fusedlstm import ops, products, transforms
 from fusedlstm.engines import bound
 
 # Not the current device, so that an allocation or a launch that forgets its device shows.
@@ -87,10 +87,10 @@ class Gpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in transforms.FUNCTIONS:
+        if func in BODIES:
             self.ops.append(func.name().removeprefix("fusedlstm::"))
             with self:
-                found = transforms.FUNCTIONS[func](*args, **kwargs)
+                found = BODIES[func](*args, **kwargs)
             if func not in MUTATING:
                 _same(func, found, func(*args, **kwargs))
             return found
@@ -147,7 +147,14 @@ def gpu():
         triton.JITFunction.run, bound.Bound._compiled, transforms.gradients = run, compiled, found
 
 
-MUTATING = {products._add_product}
+# What custom ops do, which fake tensors never reach.
+BODIES = {
+    op._opoverload: op._init_fn
+    for module in (products, ops)
+    for op in vars(module).values()
+    if isinstance(op, torch.library.CustomOpDef)
+}
+MUTATING = {products._add_product._opoverload}
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
