@@ -42,23 +42,21 @@ def step_backward_relu(gates, state_prev, state, dstate, vectors, drop):
 
 
 def loop_forward(at, activation):
-    preact, gates, h_seq = map(at.by_step, (at.preact_x, at.gates, *at.states))
+    preact, h_seq = map(at.by_step, (at.preact_x, *at.states))
 
     def step(t, state):
         (h,) = state
-        h = activation(at.add_recurrent(preact[t], h, gates[t]), out=h_seq[t])
-        gates[t].copy_(h)
-        return (h,)
+        return (activation(at.add_recurrent(preact[t], h, h_seq[t])),)
 
     return step
 
 
 def loop_forward_tanh(at):
-    return loop_forward(at, torch.tanh)
+    return loop_forward(at, torch.tanh_)
 
 
 def loop_forward_relu(at):
-    return loop_forward(at, lambda x, out: torch.clamp(x, min=0, out=out))
+    return loop_forward(at, lambda x: x.clamp_(min=0))
 
 
 def loop_backward(at):

@@ -138,7 +138,9 @@ def recurrence_fwd(
     sizes = [n for _, n in steps]
     R = sum(sizes)
     output, c_seq = preact_x.new_empty(R, D, H), preact_x.new_empty(S, R, D, H)
-    gates = preact_x.new_empty(R, D, K * H)
+    # The gates of a vanilla RNN are its states, and are copied at the end.
+    are_states = spec.cell.loop is not None and spec.cell.gates == spec.cell.states
+    gates = output if are_states else preact_x.new_empty(R, D, K * H)
     h_n, c_n = hx.clone(), cx.clone()  # rows beyond a step's keep what they have
     # The steps write to tensors that were made outside. Autograd would keep a history of every view of them. That takes
     # longer than the steps where a compiler asks for it.
@@ -155,6 +157,8 @@ def recurrence_fwd(
                 add_recurrent=_recurrent_product(weight, H),
             )
             _run(_step_of(spec.cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
+    if are_states and spec.save_gates:
+        gates = output.clone()
     return Saved(
         output.view(*leading, D * H),
         h_n,
