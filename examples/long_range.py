@@ -23,8 +23,8 @@ as long as the gap is. A second picture shows the gates of a network that has so
 what counts is shown, and the forget gate stays open.
 
 With the defaults, expect that the LSTM with chrono biases solves everything but `copy` at gap 100, that the GRU solves
-`adding` and `order`, that the other LSTMs solve these at gap 20 only, or nearly, and that the RNN solves nothing. This
-took 1.4 minutes on two idle cores, and 15 on two that other jobs used too.
+`adding` and `order`, that the other LSTMs solve these at gap 20 only, or nearly do, and that the RNN solves nothing.
+This took 1.4 minutes on two cores, and 15 on two that other jobs used too.
 
     python examples/long_range.py
     python examples/long_range.py --gaps 20 --tasks order           # half a minute

@@ -329,8 +329,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
     def _is_plain(self, input: Tensor, hx: State | None) -> bool:
         """Whether ATen's layers take a call on a CPU as it stands. If so, its arguments are checked.
 
-        `functional.run` finds the same. But a small layer takes less time than all of its questions, whose code the
-        layers before have driven out of the caches. These are fewer.
+        `functional.run` finds the same, but it asks more. A small layer takes less time than that, because the code of
+        the questions is seldom in the caches of the processor.
         """
         of = cells.CELLS[self.cell]
         if (
@@ -356,7 +356,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or transforms.wants_grad_samples(self._parameters.values())
         ):
             return False
-        # From here on the answer is yes: a parametrization, which may draw random numbers, is computed only once.
+        # The answer is yes. A no below would compute a parametrization twice, and it may draw random numbers.
         self._update_flat_weights()
         weight = self._flat_weights[0]
         if hx is not None or weight.dtype is not input.dtype or not weight.is_cpu:

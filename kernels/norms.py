@@ -158,6 +158,20 @@ def _all_rows_sum(tiles):
 
 
 @triton.jit
+def normalised(
+    x,  # tuple of tiles [BLOCK_B, BLOCK_H]
+    mean,  # [BLOCK_B, 1]
+    rstd,
+    COUNT: tl.constexpr,
+):
+    """COUNT tiles with mean 0 and variance 1 in every row."""
+    n = ()
+    for k in tl.static_range(COUNT):
+        n = n + ((x[k] - mean) * rstd,)
+    return n
+
+
+@triton.jit
 def statistics(
     x,  # [BLOCK_B, N], all that the program has of a row
     mask,  # [1, N]

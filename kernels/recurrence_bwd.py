@@ -289,7 +289,7 @@ def recurrence_bwd_kernel(
                 state = UPDATE(gates, entered, drop)
             dstepped, dheld = hold_backward(dstepped, words, noise, NOISE)
             if NORMS > 0:
-                # The norm of c is that of a state which zoneout may have replaced.
+                # With zoneout, the c that the step made is in no memory, nor are the sums for its norm.
                 AGAIN: tl.constexpr = NOISE.HOLDS and NORMS > 1
                 k = (NORMS + AGAIN) * step + AGAIN
                 slots = Slots(slots_ptr, counter_ptr + 16, k, units.program, units.mask[None, :])

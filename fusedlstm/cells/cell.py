@@ -74,9 +74,8 @@ class Cell(NamedTuple):
             the vectors. If not, `bias_hh` is a part of the input's preactivations.
         norms: How many norms over all units a step has: 0; or 1, of the recurrent product over its G*H values, if h is
             the only state; or 2, also of the state beside h. With any, the input product is normalised too, before the
-            loop. The first two
-            vectors are then the gains of both products, [G*H] each. The step takes the second one only, as G vectors.
-            They come after the biases of `bias_in_step`.
+            loop. The first two vectors are then the gains of both products, [G*H] each. The step takes the second one
+            only, as G vectors. They come after the biases of `bias_in_step`.
         without_norms: For a cell with norms and a state beside h, the name of the cell with the same gates and states
             but without them.
         aten: The name of ATen's function of the same cell, or None.

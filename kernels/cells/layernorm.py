@@ -16,16 +16,17 @@ import triton
 import triton.language as tl
 
 from fusedlstm.kernels.activations import sigmoid, tanh
-from fusedlstm.kernels.norms import normalised_bwd, statistics
+from fusedlstm.kernels.norms import normalised, normalised_bwd, statistics
 
 
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop, slots, norm, H: tl.constexpr, EXCHANGE: tl.constexpr):
     mean, rstd = norm
-    i = sigmoid(preact_x[0] + vectors[0] * ((preact_h[0] - mean) * rstd))
-    f = sigmoid(preact_x[1] + vectors[1] * ((preact_h[1] - mean) * rstd))
-    g = tanh(preact_x[2] + vectors[2] * ((preact_h[2] - mean) * rstd))
-    o = sigmoid(preact_x[3] + vectors[3] * ((preact_h[3] - mean) * rstd))
+    n = normalised(preact_h, mean, rstd, 4)
+    i = sigmoid(preact_x[0] + vectors[0] * n[0])
+    f = sigmoid(preact_x[1] + vectors[1] * n[1])
+    g = tanh(preact_x[2] + vectors[2] * n[2])
+    o = sigmoid(preact_x[3] + vectors[3] * n[3])
     c = f * state[1] + i * (g * drop)
     mean, rstd = statistics(c, slots.mask, 1, slots, 1, H, EXCHANGE)
     m = tanh(vectors[4] * ((c - mean) * rstd) + vectors[5])
@@ -39,18 +40,7 @@ def update(gates, state_prev, drop):
 
 
 @triton.jit
-def step_bwd(
-    gates,
-    state_prev,
-    state,
-    dstate,
-    vectors,
-    drop,
-    slots,
-    norm,
-    H: tl.constexpr,
-    EXCHANGE: tl.constexpr,
-):
+def step_bwd(gates, state_prev, state, dstate, vectors, drop, slots, norm, H: tl.constexpr, EXCHANGE: tl.constexpr):
     i, f, g, o, m = gates[:5]
     mean_u, rstd_u, mean_c, rstd_c = norm
     dh = dstate[0]
@@ -62,8 +52,6 @@ def step_bwd(
     dpreact_g = dc * i * drop * (1.0 - g * g)
     dpreact_o = dh * m * o * (1.0 - o)
     dn = (dpreact_i * vectors[0], dpreact_f * vectors[1], dpreact_g * vectors[2], dpreact_o * vectors[3])
-    n = ()
-    for k in tl.static_range(4):
-        n = n + ((gates[5 + k] - mean_u) * rstd_u,)
+    n = normalised(gates[5:], mean_u, rstd_u, 4)
     du = normalised_bwd(dn, n, rstd_u, 4, slots, 1, H, EXCHANGE)
     return (dpreact_i, dpreact_f, dpreact_g, dpreact_o, dm) + du, (tl.zeros_like(dh), dc * f)

@@ -12,15 +12,14 @@ import triton
 import triton.language as tl
 
 from fusedlstm.kernels.cells import gru
-from fusedlstm.kernels.norms import normalised_bwd
+from fusedlstm.kernels.norms import normalised, normalised_bwd
 
 
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop, slots, norm, H: tl.constexpr, EXCHANGE: tl.constexpr):
     mean, rstd = norm
-    scaled = ()
-    for k in tl.static_range(3):
-        scaled = scaled + (vectors[3 + k] * ((preact_h[k] - mean) * rstd),)
+    n_r, n_z, n_n = normalised(preact_h, mean, rstd, 3)
+    scaled = (vectors[3] * n_r, vectors[4] * n_z, vectors[5] * n_n)
     kept, stepped = gru.step_fwd(preact_x, scaled, state, vectors, drop)
     n, r, z, v_n = kept
     return (r, z, n, v_n) + preact_h, stepped
@@ -33,25 +32,11 @@ def update(gates, state_prev, drop):
 
 
 @triton.jit
-def step_bwd(
-    gates,
-    state_prev,
-    state,
-    dstate,
-    vectors,
-    drop,
-    slots,
-    norm,
-    H: tl.constexpr,
-    EXCHANGE: tl.constexpr,
-):
+def step_bwd(gates, state_prev, state, dstate, vectors, drop, slots, norm, H: tl.constexpr, EXCHANGE: tl.constexpr):
     r, z, n, v_n = gates[:4]
     mean, rstd = norm
     dpreact, dstate_prev = gru.step_bwd((n, r, z, v_n), state_prev, state, dstate, vectors, drop)
     dpreact_n, dpreact_r, dpreact_z, dv_n = dpreact
     dn = (dpreact_r * vectors[3], dpreact_z * vectors[4], dv_n * vectors[5])
-    normalised = ()
-    for k in tl.static_range(3):
-        normalised = normalised + ((gates[4 + k] - mean) * rstd,)
-    du = normalised_bwd(dn, normalised, rstd, 3, slots, 0, H, EXCHANGE)
+    du = normalised_bwd(dn, normalised(gates[4:], mean, rstd, 3), rstd, 3, slots, 0, H, EXCHANGE)
     return (dpreact_r, dpreact_z, dpreact_n, dv_n) + du, dstate_prev
