@@ -22,11 +22,11 @@ from fusedlstm.kernels.norms import normalised, normalised_bwd, statistics
 @triton.jit
 def step_fwd(preact_x, preact_h, state, vectors, drop, slots, norm, H: tl.constexpr, EXCHANGE: tl.constexpr):
     mean, rstd = norm
-    n = normalised(preact_h, mean, rstd, 4)
-    i = sigmoid(preact_x[0] + vectors[0] * n[0])
-    f = sigmoid(preact_x[1] + vectors[1] * n[1])
-    g = tanh(preact_x[2] + vectors[2] * n[2])
-    o = sigmoid(preact_x[3] + vectors[3] * n[3])
+    # One gate after the other: all four norms at once would take more registers.
+    i = sigmoid(preact_x[0] + vectors[0] * ((preact_h[0] - mean) * rstd))
+    f = sigmoid(preact_x[1] + vectors[1] * ((preact_h[1] - mean) * rstd))
+    g = tanh(preact_x[2] + vectors[2] * ((preact_h[2] - mean) * rstd))
+    o = sigmoid(preact_x[3] + vectors[3] * ((preact_h[3] - mean) * rstd))
     c = f * state[1] + i * (g * drop)
     mean, rstd = statistics(c, slots.mask, 1, slots, 1, H, EXCHANGE)
     m = tanh(vectors[4] * ((c - mean) * rstd) + vectors[5])
