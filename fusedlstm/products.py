@@ -30,7 +30,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import conv2d, layer_norm
+from torch.nn.grad import conv2d_weight
 
 from fusedlstm import transforms
 
@@ -114,9 +115,14 @@ def product(
     added: Tensor | None = None,  # [N] or [M, N]; not of a batch
 ) -> Tensor:
     """a @ b (+ added), [M, N]. torch's transforms can differentiate it."""
-    if a.is_cuda and a.dtype == torch.float32:
-        return (_multiplied if transforms.transformed() else _product)(a, b, added)
-    return a @ b if added is None else torch.addmm(added, a, b)
+    return (_product if _is_op(a) else _multiplied)(a, b, added)
+
+
+def _is_op(a: Tensor) -> bool:
+    """Whether a product is an op of ours, so that flags and sizes are read when it runs, and not when it is traced."""
+    if a.dtype != torch.float32 or transforms.transformed():
+        return False
+    return a.is_cuda or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
 
 
 def add_product(
@@ -127,11 +133,12 @@ def add_product(
     """total + a @ b, [M, N], in place if there is a total. No gradient flows through it."""
     if total is None:
         return product(a, b)
-    if transforms.transformed():  # torch.vmap has no rule for addmm_
-        return total.add_(product(a, b))
-    if a.is_cuda and a.dtype == torch.float32:
+    if a.is_cuda and _is_op(a):
         _add_product(total, a, b)
         return total
+    # torch.vmap has no rule for addmm_.
+    if transforms.transformed() or _is_op(a) or _is_large(a, b):
+        return total.add_(product(a, b))
     return total.addmm_(a, b)
 
 
@@ -144,10 +151,21 @@ def add_sum_of_rows(
     return add_product(total, a, b) if total is None or a.is_cuda else total.add_(product(a, b))
 
 
-# torch's transforms see this operation directly.
+# torch's transforms see these operations directly.
 def _multiplied(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
-    with as_recurrent():
-        return a @ b if added is None else torch.addmm(added, a, b)
+    if a.is_cuda and a.dtype == torch.float32:
+        with as_recurrent():
+            return _plain(a, b, added)
+    if _is_large(a, b) and not transforms.followed((a, b) if added is None else (a, b, added)):
+        if a.stride(1) == 1 and len(a) >= FEWEST_ROWS:
+            return _rows_by_onednn(a, b, added)
+        if a.stride(0) == 1 and len(b) >= FEWEST_ROWS and added is None:
+            return _sum_by_onednn(a.t(), b)
+    return _plain(a, b, added)
+
+
+def _plain(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+    return a @ b if added is None else torch.addmm(added, a, b)
 
 
 @transforms.op("fusedlstm::add_product", mutates_args=("total",))
@@ -156,7 +174,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
 
 
-# This is an op, so that the flag is read when it runs and not when a compiler traces it.
 @transforms.op("fusedlstm::product")
 def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     return _multiplied(a, b, added)
@@ -184,6 +201,54 @@ def _backward(ctx, grad):
 
 
 _product.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Large products on a CPU. torch multiplies float32 by MKL, which does not use AVX-512 on a processor of AMD. oneDNN
+# does, and takes half of the time (docs/engines.md). Of torch's public functions, convolutions reach it. So rows [R, C]
+# are an image of R by 1 pixels with C channels, and weights are a filter of one pixel.
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+# oneDNN compiles a program for each new number of rows, in 0.5 to 2 ms. It gets multiples, so that there are few.
+FEWEST_ROWS, MULTIPLE, FEWEST_MULTIPLICATIONS = 1024, 256, 1 << 23
+
+
+def _is_large(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN is faster for a product, and as exact."""
+    return (
+        HAS_ONEDNN
+        # Nobody may ask for sizes there.
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms.transformed())
+        and a.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and a.dim() == 2
+        and max(a.shape) >= FEWEST_ROWS
+        and a.numel() * b.size(1) >= FEWEST_MULTIPLICATIONS
+        and torch.backends.mkldnn.enabled
+        and all(flag.fp32_precision in ("none", "ieee") for flag in (_ONEDNN, torch.backends.mkldnn.conv))
+    )
+
+
+def _rows_by_onednn(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+    """a @ b (+ added), [M, N]."""
+    whole = len(a) - len(a) % MULTIPLE
+    bias = added if added is None or added.dim() == 1 else None
+    first = conv2d(_image(a[:whole]), b.t()[:, :, None, None], bias).permute(0, 2, 3, 1).view(whole, b.size(1))
+    if whole < len(a):
+        first = torch.cat([first, _plain(a[whole:], b, bias)])
+    return first if added is bias else first.add_(added)
+
+
+def _sum_by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, [M, N], of a [R, M] and b [R, N]."""
+    whole = len(a) - len(a) % MULTIPLE
+    size = (a.size(1), b.size(1), 1, 1)
+    total = conv2d_weight(_image(b[:whole]), size, _image(a[:whole])).view(size[:2])
+    return total if whole == len(a) else total.add_(a[whole:].t() @ b[whole:])
+
+
+def _image(rows: Tensor) -> Tensor:
+    """[1, C, R, 1] in the memory format of channels last, of rows [R, C]."""
+    return rows.contiguous().view(1, len(rows), 1, rows.size(1)).permute(0, 3, 1, 2)
 
 
 # Heads.

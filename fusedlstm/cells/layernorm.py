@@ -20,7 +20,6 @@ from fusedlstm.cells.cell import Cell, Equations, Loop
 from fusedlstm.cells.lstm import candidate_factor
 from fusedlstm.products import EPS, aten_backward, by_gate, normalised, normalised_backward
 
-ROWS_AT_ONCE = 256
 # Units of a row that has almost no gradient: that of one unit is zero, and ATen's backward makes 1e-5 of it.
 FEW = 5
 CELL = Cell(
@@ -141,9 +140,7 @@ class Norm:
 
     def __init__(self, at, x, gain):
         self.gain, self.shape, self.by_step = gain, x.shape[1:], at.by_step(x)
-        # Some steps at a time. For all steps at once, the normalised rows, which are not needed, would take new pages.
-        parts = [torch.native_layer_norm(rows, self.shape, None, None, EPS)[1:] for rows in x.split(ROWS_AT_ONCE)]
-        self.mean, self.rstd = (at.by_step(torch.cat(of)) for of in zip(*parts, strict=True))
+        self.mean, self.rstd = map(at.by_step, torch.native_layer_norm(x, self.shape, None, None, EPS)[1:])
 
     def backward(self, t, grad):
         """The gradient of x at step t."""

@@ -2,10 +2,10 @@
 
 Serves what ATen serves badly there, packed sequences of different lengths, GRUs and vanilla RNNs, or not at all: other
 cells, all cell states, clipped gradients of the states, lengths and resets inside a compiled graph. What makes it fast
-is that nothing is done
-at a step that can be done for all steps at once: beside the recurrent product a step has only operations on states, in
-place, on views that are made beforehand; factors that do not depend on the gradients of later steps are one operation
-each; and the gradients of the weights are one product outside. Heads are a batch in the recurrent product.
+is that nothing is done at a step that can be done for many steps at once: beside the recurrent product a step has only
+operations on states, in place, on views that are made beforehand; factors that do not depend on the gradients of later
+steps are one operation each for a block of steps; and the gradients of the weights are one product outside. Heads are a
+batch in the recurrent product.
 Equations, names and layouts are those of `fusedlstm.engines.reference`.
 
 A cell's step is two functions (`fusedlstm.cells.cell.Loop`):
@@ -13,16 +13,17 @@ A cell's step is two functions (`fusedlstm.cells.cell.Loop`):
     forward(at) -> step(t, state) -> state
     backward(at) -> step(t, dstate) -> dh_direct
 
-Each is called once a direction, and does what can be done for all steps at once. The function that it returns is called
-step by step. Forward, that takes the states before a step, each [n, H], fills the rows of step t and returns the states
-after it. Backward, it takes the gradients of the states beside h after step t, each [n, H], makes them those before the
-step in place, and fills `at.dpreact` of step t from `at.dh`, which is complete by then. It returns the gradient of the
-h before that does not pass through `weight_hh`, [n, H], or None. A cell that has no such functions gets them from its
-equations (`derived`).
+Each is called once for a block of steps, and does what can be done for all of them at once. The function that it
+returns is called step by step, and t counts from the first step of the block. Forward, that takes the states before a
+step, each [n, H], fills the rows of step t and returns the states after it. Backward, it takes the gradients of the
+states beside h after step t, each [n, H], makes them those before the step in place, and fills `at.dpreact` of step t
+from `at.dh`, which is complete by then. It returns the gradient of the h before that does not pass through `weight_hh`,
+[n, H], or None. A cell that has no such functions gets them from its equations (`derived`).
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,9 +35,13 @@ from fusedlstm.engines.reference import steps_of
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.noise import EVERY_ROW, Batch
 
+# The elements that torch gives a thread at least. A pass over a block of steps has as many for every thread. So what it
+# makes is still in the cache when the steps take it.
+GRAIN = 1 << 15
+
 
 class Forward(NamedTuple):
-    """One direction. Rows lie step by step; what is not given is to be filled."""
+    """A block of steps of one direction. Rows lie step by step; what is not given is to be filled."""
 
     sizes: list[int]  # rows of every step
     preact_x: Tensor  # [R, G*H], given
@@ -52,13 +57,13 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """One direction. Rows lie step by step."""
+    """A block of steps of one direction. Rows lie step by step."""
 
     sizes: list[int]
     vectors: tuple[Tensor, ...]  # each [H]
     gates: Tensor  # [R, K*H]
     states: tuple[Tensor, ...]  # each [R, H]
-    before: Callable[[int], Tensor]  # of a state, by its number: what entered every row, [R, H]
+    before: Callable[[int], Tensor]  # of a state, by its number: what entered every row, [R, H]; not to be changed
     dh: Tensor  # [R, H]
     dpreact: Tensor  # [R, K*H], to be filled
 
@@ -112,6 +117,25 @@ def _step_of(cell: Cell) -> Loop:
     return cell.loop or derived(cell)
 
 
+def _in_blocks(begin: Callable, of_block: Callable, steps: list[tuple[int, int]], H: int) -> Callable:
+    """The step of a direction, from the first function of a cell, which is called for one block of steps after another.
+
+    `of_block` gives from a slice of the steps what that function takes.
+    """
+    most = max((n for _, n in steps), default=0)
+    length = max(1, GRAIN * torch.get_num_threads() // max(1, most * H))
+    number = step = None
+
+    def of_direction(t: int, state):
+        nonlocal number, step
+        if t // length != number:
+            number, step = t // length, None  # the buffers of the block before are free when those of this one are made
+            step = begin(of_block(slice(number * length, min((number + 1) * length, len(steps)))))
+        return step(t - number * length, state)
+
+    return of_direction
+
+
 def recurrence_fwd(
     spec: Recurrence,
     preact_x: Tensor,  # [D, T, B, G*H] or packed [D, R, G*H]
@@ -142,21 +166,28 @@ def recurrence_fwd(
     are_states = spec.cell.loop is not None and spec.cell.gates == spec.cell.states
     gates = output if are_states else preact_x.new_empty(R, D, K * H)
     h_n, c_n = hx.clone(), cx.clone()  # rows beyond a step's keep what they have
+    weight_hh = weights.weight_hh or [None] * D
+    add_recurrent = [_recurrent_product(weight, H) for weight in weight_hh]
+    by_rows = preact_x.reshape(D, R, GH)
+
+    def of_block(d: int, block: slice) -> Forward:
+        rows = _rows(steps, block)
+        return Forward(
+            sizes=sizes[block],
+            preact_x=by_rows[d, rows],
+            vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
+            gates=gates[rows, d],
+            states=(output[rows, d], *c_seq[:, rows, d]),
+            weight_hh=weight_hh[d],
+            add_recurrent=add_recurrent[d],
+        )
+
     # The steps write to tensors that were made outside. Autograd would keep a history of every view of them. That takes
     # longer than the steps where a compiler asks for it.
     with torch.inference_mode():
         for d in range(D):
-            weight = weights.weight_hh[d] if weights.weight_hh else None
-            at = Forward(
-                sizes=sizes,
-                preact_x=preact_x[d].reshape(R, GH),
-                vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
-                gates=gates[:, d],
-                states=(output[:, d], *c_seq[:, :, d]),
-                weight_hh=weight,
-                add_recurrent=_recurrent_product(weight, H),
-            )
-            _run(_step_of(spec.cell).forward(at), sizes, d, (h_n[d], *c_n[:, d]))
+            step = _in_blocks(_step_of(spec.cell).forward, partial(of_block, d), steps, H)
+            _run(step, sizes, d, (h_n[d], *c_n[:, d]))
     if are_states and spec.save_gates:
         gates = output.clone()
     return Saved(
@@ -247,26 +278,29 @@ def recurrence_bwd(
         ends = _last_rows(steps, hx.size(1), dh.device)
         for d in range(D):  # a final h is the output of a last step
             dh[:, d].index_add_(0, ends[d], grads.h_n[d])
+
+    def of_block(d: int, block: slice) -> Backward:
+        rows, states, initial = _rows(steps, block), (output[:, d], *c_seq[:, :, d]), (hx[d], *cx[:, d])
+        return Backward(
+            sizes=sizes[block],
+            vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
+            gates=gates[rows, d],
+            states=tuple(s[rows] for s in states),
+            before=lambda k: _states_before(states[k], initial[k], steps, d, block),
+            dh=dh[rows, d],
+            dpreact=grad_preact[rows, d],
+        )
+
     with torch.inference_mode():  # as in the forward
         for d in range(D):
-            states = (output[:, d], *c_seq[:, :, d])
-            initial = (hx[d], *cx[:, d])
-            at = Backward(
-                sizes=sizes,
-                vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
-                gates=gates[:, d],
-                states=states,
-                before=lambda k, d=d, own=states, initial=initial: _states_before(own[k], initial[k], steps, d),
-                dh=dh[:, d],
-                dpreact=grad_preact[:, d],
-            )
-            through = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
+            dpreact_h = grad_preact[:, d, of.first_h_block * H :][:, : of.num_gates * H]
             _run_backward(
-                _step_of(spec.cell).backward(at),
-                at,
+                _in_blocks(_step_of(spec.cell).backward, partial(of_block, d), steps, H),
+                sizes,
                 d,
-                at.by_step(through),
-                [at.by_step(g[:, d]) for g in dc_seq],
+                dh[:, d].split(sizes),
+                dpreact_h.split(sizes),
+                [g[:, d].split(sizes) for g in dc_seq],
                 grad_hx[d],
                 tuple(grad_cx[:, d]),
                 _recurrent_backward(weights.weight_hh[d], H, clip),
@@ -275,11 +309,10 @@ def recurrence_bwd(
     return grad_preact.view(*leading, D * K * H), grad_hx, grad_cx
 
 
-def _run_backward(step, at, d, dpreact_h, dc_seq, grad_hx, dfinals, add_recurrent_backward, clip) -> None:
+def _run_backward(step, sizes, d, dh, dpreact_h, dc_seq, grad_hx, dfinals, add_recurrent_backward, clip) -> None:
     """One direction; `dfinals`, each [B, H], come as the gradients of the final states beside h, and become the initial
     ones'.
     """
-    sizes, dh = at.sizes, at.by_step(at.dh)
     order = list(steps_of(len(sizes), d))
     dstate, m = dfinals, len(grad_hx)  # the gradients of the first m sequences
     for k in range(len(order) - 1, -1, -1):
@@ -338,24 +371,30 @@ def _last_rows(steps: list[tuple[int, int]], batch: int, device: torch.device) -
     return [torch.tensor(forward, device=device), sequence]
 
 
-def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int) -> Tensor:
-    """The state that entered every row, [R, H]: that of the step before, or `initial` [B, H] where a sequence
-    begins.
+def _states_before(seq: Tensor, initial: Tensor, steps: list[tuple[int, int]], d: int, block: slice) -> Tensor:
+    """The states that entered the rows of a block of steps, [R', H], from those of all rows [R, H]: those of the step
+    before, or `initial` [B, H] where a sequence begins.
     """
-    if not steps:
-        return seq
-    if steps[-1][1] == len(initial):  # all have every step
-        n = len(initial)
-        return torch.cat([initial, seq[: len(seq) - n]] if d == 0 else [seq[n:], initial])
-    pieces: list[Tensor] = [None] * len(steps)
-    first_prev, n_prev = 0, 0
-    for t in steps_of(len(steps), d):
-        first, n = steps[t]
-        pieces[t] = seq[first_prev : first_prev + min(n, n_prev)]
+    n, rows = len(initial), _rows(steps, block)
+    if steps[-1][1] == n:  # all have every step
+        first, last = (rows.start - n, rows.stop - n) if d == 0 else (rows.start + n, rows.stop + n)
+        before = seq[max(first, 0) : last]
+        if len(before) == rows.stop - rows.start:
+            return before
+        return torch.cat([initial, before] if d == 0 else [before, initial])
+    pieces: list[Tensor] = []
+    for t in range(block.start, block.stop):
+        n, prev = steps[t][1], t - 1 if d == 0 else t + 1
+        first_prev, n_prev = steps[prev] if 0 <= prev < len(steps) else (0, 0)
+        pieces.append(seq[first_prev : first_prev + min(n, n_prev)])
         if n > n_prev:
-            pieces[t] = torch.cat([pieces[t], initial[n_prev:n]])
-        first_prev, n_prev = first, n
+            pieces.append(initial[n_prev:n])
     return torch.cat(pieces)
+
+
+def _rows(steps: list[tuple[int, int]], block: slice) -> slice:
+    """The rows of a block of steps."""
+    return slice(steps[block.start][0], sum(steps[block.stop - 1]))
 
 
 def _pieces(layout: Layout, leading: list[int], device: torch.device) -> tuple[Pieces, Layout]:
