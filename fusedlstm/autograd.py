@@ -32,8 +32,6 @@ from fusedlstm.ops import (
     is_batch_major,
     is_one_step,
     one_by_one,
-    onednn_bwd,
-    onednn_fwd,
     preact_from,
     recompute,
     recurrence_bwd,
@@ -308,35 +306,6 @@ class Layer(Loop):
         return [slice(begin, end) for begin, end in itertools.pairwise(begins)]
 
 
-class OneDnn(Layer):
-    """A layer of an LSTM by oneDNN, with products and all: what ATen's is on a CPU, in a form for compilers."""
-
-    def forward(self, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...]:
-        """What `Layer.forward` returns. In the places of gates and c_seq is what oneDNN keeps of both directions."""
-        hx, cx = hx.split(1), cx[0].split(1)
-        found = [onednn_fwd(input, hx[d], cx[d], [*p], d == 1) for d, p in enumerate(parameters)]
-        output, h_n, c_n, (kept, *other) = zip(*found, strict=True)
-        c_n, other = torch.stack(c_n, 1), other[0] if other else input.new_empty(0)
-        return joined(output, -1), torch.cat(h_n), c_n, kept, other, c_n.clone(), input.new_empty(0)
-
-    def kept(self, gates, c_seq, borders, products) -> tuple[Tensor | None, ...]:
-        return gates, c_seq, borders
-
-    def backward(self, grads, kept, inputs, batch, needs) -> tuple[Tensor | None, ...]:
-        grad_output, grad_h_n, grad_c_n, _ = grads
-        (output, *kept, c_n), (input, hx, cx, _, *parameters) = kept, inputs
-        found = []
-        for d, own in enumerate(grouped(parameters, self.recurrences)):
-            at, of_output = slice(d, d + 1), None if grad_output is None else grad_output.chunk(self.recurrences, -1)[d]
-            of_states = (None if g is None else g[at] for g in (grad_h_n, None if grad_c_n is None else grad_c_n[0]))
-            arguments = (input, hx[at], cx[0, at], [*own], d == 1, output.chunk(self.recurrences, -1)[d], c_n[0, at])
-            *gradients, bias = onednn_bwd([of_output, *of_states], *arguments, kept[d])
-            found.append([*gradients, *[bias] * (len(own) - 2)])
-        grad_input, grad_hx, grad_cx, *_ = zip(*found, strict=True)
-        of_parameters = (g for own in found for g in own[3:])
-        return sum(grad_input), torch.cat(grad_hx), torch.cat(grad_cx).unsqueeze(0), None, *of_parameters
-
-
 @dataclass(frozen=True)
 class Specified(Loop):
     """A layer of the specification whose gradient is clipped, perhaps with a projection. It keeps nothing.
@@ -460,7 +429,7 @@ def layer(
 
     Args:
         cell: One of `fusedlstm.cells.CELLS`.
-        engine: Of the ops, see `fusedlstm.ops`. Or "onednn", for a dense LSTM without any of the options below.
+        engine: Of the ops, see `fusedlstm.ops`.
         clip: The largest element of the gradient of a state that enters a step.
         wants_c_seq: Whether the states beside h are wanted of every step.
         preact_0: Added to the preactivations of every sequence's first step, unless a reset drops its initial state.
@@ -474,12 +443,9 @@ def layer(
     """
     hx, cx = state[0], states_beside_h(state)
     _, *of_noise = noise
-    kind = OneDnn if engine == "onednn" else Layer
-    loop, batch = kind(cell, engine, len(parameters), clip, wants_c_seq, save, *of_noise), Batch(layout, noise)
+    loop, batch = Layer(cell, engine, len(parameters), clip, wants_c_seq, save, *of_noise), Batch(layout, noise)
     found = followed = _followed(loop, input, hx, cx, preact_0, parameters, batch)
-    if found is None and kind is OneDnn:
-        found = loop.forward(input, hx, cx, None, parameters, batch)
-    elif found is None:
+    if found is None:
         found = _block_fwd(cell, engine, input, parameters, hx, cx, preact_0, batch, False, wants_c_seq)
     output, h_n, c_n, _, c_seq, *_ = found
     if wants_c_seq:  # the backward needs its own, and users change results in place

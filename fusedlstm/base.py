@@ -317,8 +317,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         if isinstance(input, Tensor) and not asks_more and self._is_plain(input, hx):
             return self._by_aten(input, hx)
         spec = self._spec(return_cell_states, return_states, grad_clip)
-        data, states, rows, restore = self._prepared(input, hx, lengths, resets, padding_side)
-        output, states, of_steps = restore(*functional.run(spec, data, states, self._flat_weights, rows))
+        *call, restore = self._prepared(input, hx, lengths, resets, padding_side)
+        output, states, of_steps = restore(*functional.run(spec, *call))
         if return_states:
             of_steps = tuple(map(self._of_layers, of_steps))
         return (output, states, _state(of_steps)) if spec.sequences else (output, states)
@@ -327,20 +327,20 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         __call__ = forward
 
     def _is_plain(self, input: Tensor, hx: State | None) -> bool:
-        """Whether ATen's layers take a call on a CPU as it stands. If so, its arguments are checked.
+        """Whether ATen's layers take a call on a CPU as it stands.
 
         `functional.run` finds the same, but it asks more. A small layer takes less time than that, because the code of
         the questions is seldom in the caches of the processor.
         """
         of = cells.CELLS[self.cell]
-        if (
+        return not (
             of.aten is None
             or of.equations.step_backward is None
             or (of.aten != "lstm" and torch.is_grad_enabled())
             or type(input) is not Tensor
             or not input.is_cpu
             or input.layout is not torch.strided
-            or _in_a_graph()
+            or (_in_a_graph() and not self._is_plain_in_a_graph(input))
             or input.dim() != 3
             or input.size(2) != self.input_size
             or input.size(1 if self.batch_first else 0) < 2
@@ -349,34 +349,51 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or self.num_heads > 1
             or any(self.rates)
             or engines.requested(self.backend) not in ("auto", "torch")
-            or engines.LOGGER.isEnabledFor(logging.DEBUG)
+            or (not _in_a_graph() and engines.LOGGER.isEnabledFor(logging.DEBUG))
             or products.autocasts(input)
             or transforms.transformed()
             or transforms.takes_tangents(input)
             or transforms.wants_grad_samples(self._parameters.values())
-        ):
+        )
+
+    def _is_plain_in_a_graph(self, input: Tensor) -> bool:
+        """Whether `functional.run_compiled` takes a plain call in a compiled graph, of other dtypes and sizes asked."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return False
-        # The answer is yes. A no below would compute a parametrization twice, and it may draw random numbers.
-        self._update_flat_weights()
-        weight = self._flat_weights[0]
-        if hx is not None or weight.dtype is not input.dtype or not weight.is_cpu:
-            checks.sequence(self, input, hx)
-        self._check_parameters()
-        return True
+        if cells.CELLS[self.cell].aten != "lstm":
+            draws = self.training and self.dropout > 0 and self.num_layers > 1
+            return not (draws or aten.is_followed(input))
+        return input.dtype is torch.float32 and aten.HAS_ONEDNN and self.proj_size == 0 and input.numel() > 0
 
     def _by_aten(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
         """`forward` of a plain call."""
+        weights = self._weights()
+        if hx is not None or weights[0].dtype is not input.dtype or not weights[0].is_cpu:
+            checks.sequence(self, input, hx, weights[0])
+        self._check_parameters(weights)
         of, batch = cells.CELLS[self.cell], input.size(0 if self.batch_first else 1)
         states = self._zeros(input, batch) if hx is None else as_states(hx)
-        options = (self.bias, self.num_layers, self.dropout if self.training else 0.0, self.training)
-        order = (self.bidirectional, self.batch_first)
-        output, states = aten.layers(of, input, None, states, self._flat_weights, *options, *order)
+        dropout, order = self.dropout if self.training else 0.0, (self.bidirectional, self.batch_first)
+        options = (self.bias, self.num_layers, dropout)
+        if torch.compiler.is_compiling():
+            output, states = functional.run_compiled(of, input, states, weights, *options, *order)
+        else:
+            output, states = aten.layers(of, input, None, states, weights, *options, self.training, *order)
         return output, _state(states)
 
-    def _check_parameters(self) -> None:
+    def _weights(self) -> list[Tensor]:
+        """The parameters, in the order of `_flat_weights_names`. A parametrization is computed once."""
+        if torch.compiler.is_compiling():  # a graph must not store what a transform makes of them
+            return [getattr(self, name) for name in self._flat_weights_names]
+        self._update_flat_weights()
+        return self._flat_weights
+
+    def _check_parameters(self, weights: list[Tensor]) -> None:
+        if _in_a_graph():
+            return
         sizes = (self.num_layers, self._directions, self.bias, self.num_heads, self.proj_size)
         shapes = _all_shapes(cells.CELLS[self.cell], self.input_size, self.hidden_size, *sizes)
-        checks.parameters(self._flat_weights, shapes, self._flat_weights_names)
+        checks.parameters(weights, shapes, self._flat_weights_names)
 
     def _weights_have_changed(self) -> bool:
         """What torch's function of this name finds, without its search of the whole module for every weight."""
@@ -416,10 +433,9 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
 
         The last value that is returned is a function that brings the results of `run` into the form of `forward`.
         """
-        self._update_flat_weights()
-        checks.sequence(self, input, hx)
-        if not _in_a_graph():
-            self._check_parameters()
+        weights = self._weights()
+        checks.sequence(self, input, hx, weights[0])
+        self._check_parameters(weights)
         if lengths is not None or resets is not None:
             lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
         padded_left = checks.padding_side(padding_side, lengths) == "left"
@@ -433,7 +449,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
                 )
                 return output, _state(self.permute_hidden(states, unsorted_indices)), of_steps
 
-            return data, as_states(hx), functional.Rows(batch_sizes=batch_sizes, resets=resets), restore
+            return data, as_states(hx), weights, functional.Rows(batch_sizes=batch_sizes, resets=resets), restore
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
         if not batched:
             input, resets = input.unsqueeze(batch_dim), None if resets is None else resets.unsqueeze(batch_dim)
@@ -449,7 +465,7 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             return output, _state(states), of_steps
 
         rows = functional.Rows(self.batch_first, None, lengths, padded_left, resets)
-        return input, as_states(hx), rows, restore
+        return input, as_states(hx), weights, rows, restore
 
     def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
         """The initial states if none are given."""

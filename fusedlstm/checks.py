@@ -250,8 +250,8 @@ def parameters(weights: list[Tensor], shapes: tuple[tuple[int, ...], ...], names
             raise ValueError(f"{name}: expected the dtype of {names[0]} ({first.dtype}), got {weight.dtype}")
 
 
-def sequence(module, input: Tensor | PackedSequence, hx) -> None:
-    """Check the input and the states of `Recurrent.forward`, before anything is reshaped."""
+def sequence(module, input: Tensor | PackedSequence, hx, weight: Tensor) -> None:
+    """Check the input and the states of `Recurrent.forward`, before anything is reshaped. `weight` is any of it."""
     of, packed = _cell_of(module), isinstance(input, PackedSequence)
     if isinstance(input, PackedSequence):
         if onnx.exporting():
@@ -266,7 +266,6 @@ def sequence(module, input: Tensor | PackedSequence, hx) -> None:
         if input.dim() not in (2, 3):
             tensor = "tensor " if _name(module, of) == "RNN" else ""
             raise ValueError(f"{_name(module, of)}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
-    weight = module._flat_weights[0]
     if input.dtype != weight.dtype and not products.autocasts(input):
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "

@@ -400,6 +400,8 @@ def _engine(call: _Call) -> tuple[str, str]:
     engine, why = engines.choice(spec.backend, call.input.device, call.dtype, *layer)
     if engine == "torch" and cell.equations.step_backward is None:
         return "reference", f"the cell {cell.name} has no step_backward, so autograd differentiates its specification"
+    if transforms.in_a_graph():
+        return "reference", "a transform of torch.func in a compiled graph, where torch loses the rules of our ops"
     if transforms.has_tangents(call.tensors):
         return "reference", "forward-mode AD, of whose tangents neither the kernels nor ATen's layers know"
     if engine == "torch" and call.dtype.is_complex and _ways(call, engine)[0] == "loop":
@@ -499,8 +501,8 @@ def _computed(call: _Call, engine: str) -> Results:
     if compute_dtype != call.input.dtype or call.autocast:  # else all of them have it
         input, states, weights = _cast((call.input, call.states, call.weights), compute_dtype)
         call = call._replace(input=input, states=states, weights=weights)
-    if schedule in ("loop", "onednn"):
-        results = _by_layers(call, engine if schedule == "loop" else schedule, drawn)
+    if schedule == "loop":
+        results = _by_layers(call, engine, drawn)
     else:
         output, states = _by_aten(call, schedule)
         results = (output, states, ())
@@ -513,12 +515,46 @@ def _by_aten(call: _Call, schedule: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     first = rows.batch_first and rows.batch_sizes is None
     options = (spec.num_layers, spec.dropout, spec.training, spec.bidirectional, first)
     bias = _has_bias(call)
-    if _is_hidden(spec.cell):
-        sizes = (bias, spec.num_layers, spec.bidirectional, first)
-        output, h_n = ops.aten_fwd(spec.cell.name, call.input, *call.states, call.weights, *sizes)
-        return output, (h_n,)
+    if schedule == "onednn" or _is_hidden(spec.cell):
+        sizes = (bias, spec.num_layers, spec.between_layers, spec.bidirectional, first)
+        return run_compiled(spec.cell, call.input, call.states, call.weights, *sizes)
     arguments = (call.input, rows.batch_sizes, call.states, call.weights, bias)
     return aten.stack(spec.cell, schedule, *arguments, *options)
+
+
+def run_compiled(
+    cell: Cell,
+    input: Tensor,  # [T, B, I], or [B, T, I] with batch_first
+    states: tuple[Tensor, ...],  # each [L * D, B, H]
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,  # between layers, of an LSTM
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`run` by our ops around ATen's layers, on a CPU in a compiled graph. Returns output and final states.
+
+    `Recurrent.forward` calls it for a plain call. Before each call of a graph, torch checks that every function in it
+    is still the one that was traced. So they are few.
+    """
+    if cell.aten != "lstm":
+        output, h_n = ops.aten_fwd(cell.name, input, *states, weights, bias, num_layers, bidirectional, batch_first)
+        return output, (h_n,)
+    if not aten.is_followed(input):
+        options = (bias, num_layers, dropout, dropout > 0, bidirectional, batch_first)
+        return aten.layers(cell, input, None, states, weights, *options)
+    input = input.transpose(0, 1) if batch_first else input
+    D = 2 if bidirectional else 1
+    parameters, finals = ops.grouped(weights, num_layers * D), []
+    for k in range(0, num_layers * D, D):
+        if k > 0 and dropout > 0:
+            input = dropout_fn(input, dropout)
+        own = slice(k, k + D)
+        input, final = ops.onednn_layer(input, tuple(s[own] for s in states), parameters[own])
+        finals.append(final)
+    h_n, c_n = (joined([*of_layers]) for of_layers in zip(*finals, strict=True))
+    return input.transpose(0, 1) if batch_first else input, (h_n, c_n)
 
 
 def _is_hidden(cell: Cell) -> bool:

@@ -446,6 +446,36 @@ def _(grads, input, hx, cx, parameters, *_):
     return *made, hx.new_empty(len(parameters[1]))
 
 
+def _keep_for_onednn(ctx, inputs, output):
+    input, hx, cx, parameters, ctx.reverse = inputs
+    y, _, c_n, workspace = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y, c_n, workspace, input, hx, cx, *parameters)
+
+
+def _through_onednn(ctx, grad_output, grad_h_n, grad_c_n, _):
+    y, c_n, workspace, input, hx, cx, *parameters = ctx.saved_tensors
+    given = (input, hx, cx, parameters, ctx.reverse, y, c_n, workspace)
+    *gradients, of_weight_ih, of_weight_hh, of_bias = onednn_bwd([grad_output, grad_h_n, grad_c_n], *given)
+    return *gradients, [of_weight_ih, of_weight_hh, *[of_bias] * (len(parameters) - 2)], None
+
+
+onednn_fwd.register_autograd(_through_onednn, setup_context=_keep_for_onednn)
+
+
+def onednn_layer(
+    input: Tensor,  # [T, B, I]
+    states: tuple[Tensor, ...],  # h and c, each [D, B, H]
+    parameters: list[list[Tensor]],  # per direction
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output [T, B, D*H] and the final states of one layer in all its directions."""
+    each = zip(*(s.split(1) for s in states), parameters, strict=True)
+    found = [onednn_fwd(input, h, c, [*own], d == 1)[:3] for d, (h, c, own) in enumerate(each)]
+    output, h_n, c_n = zip(*found, strict=True)
+    # Users change results in place, and the backward needs c_n.
+    return joined(output, -1), (joined(h_n), joined([c.clone() for c in c_n]))
+
+
 @transforms.op("fusedlstm::aten_fwd")
 def aten_fwd(
     cell: str,

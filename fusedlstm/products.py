@@ -153,7 +153,7 @@ def add_sum_of_rows(
 
 # torch's transforms see these operations directly.
 def _multiplied(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
-    if a.is_cuda and a.dtype == torch.float32:
+    if a.is_cuda and a.dtype == torch.float32 and not torch.compiler.is_compiling():
         with as_recurrent():
             return _plain(a, b, added)
     if _is_large(a, b) and not transforms.followed((a, b) if added is None else (a, b, added)):

@@ -8,6 +8,7 @@ These are gradients of gradients, many gradients at once, and forward-mode deriv
 | `is_grads_batched=True` | the specification (`cannot_take`) |
 | forward-mode AD | the specification, in the forward too (`has_tangents`); `tangents` if a transform hides them |
 | `torch.vmap` | one op for all samples (`samples.together`); never ATen, which has no rules for layers |
+| any of these but `torch.vmap` without gradients, inside of a compiled graph | the specification (`in_a_graph`) |
 | forward-mode AD of a compiled graph without gradients | nothing: this is an error (`op`) |
 
 `grad_clip` is a part of the backward, as a function of the gradients that enter it: its derivative is 1 within the
@@ -106,7 +107,16 @@ def transformed() -> bool:
 
     No public function of torch says so.
     """
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_a_graph() -> bool:
+    """Whether a transform of `torch.func` runs that a compiler traces and that may ask for gradients.
+
+    torch then loses the rules of custom ops and of `torch.autograd.Function`: it raises errors, or `torch.func.jacrev`
+    is wrong without one.
+    """
+    return torch.compiler.is_compiling() and transformed() and torch.is_grad_enabled()
 
 
 def wants_grad_samples(weights: Iterable[Tensor | None]) -> bool:

@@ -89,7 +89,7 @@ def schedule(
         if batch_sizes is not None or dtype not in (torch.float32, torch.float64):
             return "loop"
         fused = cell.aten == "lstm" and dtype == torch.float32
-        if not torch.is_grad_enabled() and not input.requires_grad:
+        if not is_followed(input):
             return "stack" if fused or cell.aten != "lstm" else "loop"
         return "onednn" if fused and HAS_ONEDNN and proj_size == 0 and input.numel() > 0 else "loop"
     if cell.aten != "lstm":
@@ -105,6 +105,11 @@ def schedule(
     if steps >= SHORTEST_RUN * len(torch.unique_consecutive(batch_sizes)):
         return "runs"
     return "stretches" if hidden <= WIDEST_STRETCH or not torch.is_grad_enabled() else "loop"
+
+
+def is_followed(input: Tensor) -> bool:
+    """Whether a compiler may ask for gradients of a call."""
+    return torch.is_grad_enabled() or input.requires_grad
 
 
 @contextlib.contextmanager

@@ -117,14 +117,16 @@ def _step_of(cell: Cell) -> Loop:
     return cell.loop or derived(cell)
 
 
+def _steps_of_block(batch: int, H: int) -> int:
+    return max(1, GRAIN * torch.get_num_threads() // max(1, batch * H))
+
+
 def _in_blocks(begin: Callable, of_block: Callable, steps: list[tuple[int, int]], H: int) -> Callable:
     """The step of a direction, from the first function of a cell, which is called for one block of steps after another.
 
     `of_block` gives from a slice of the steps what that function takes.
     """
-    most = max((n for _, n in steps), default=0)
-    length = max(1, GRAIN * torch.get_num_threads() // max(1, most * H))
-    number = step = None
+    length, number, step = _steps_of_block(max((n for _, n in steps), default=0), H), None, None
 
     def of_direction(t: int, state):
         nonlocal number, step

@@ -64,5 +64,5 @@ def explain(
     """
     checks.instance("module", module, Recurrent)
     spec = module._spec(return_cell_states, return_states, grad_clip)
-    data, states, rows, _ = module._prepared(input, hx, lengths, resets, padding_side)
-    return functional.explain(spec, data, states, module._flat_weights, rows)
+    *call, _ = module._prepared(input, hx, lengths, resets, padding_side)
+    return functional.explain(spec, *call)

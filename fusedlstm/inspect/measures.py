@@ -377,12 +377,12 @@ def call_of(
     if isinstance(input, Tensor) and input.is_nested:
         checks.with_jagged_input(input, lengths, resets, False)
         input, lengths = sequences.padded_from_jagged(input, batch_first=module.batch_first)
-    data, states, rows, _ = module._prepared(input, hx, lengths, resets, padding_side)
+    data, states, weights, rows, _ = module._prepared(input, hx, lengths, resets, padding_side)
     if isinstance(input, PackedSequence):
         if isinstance(resets, PackedSequence):
             resets, _ = pad_packed_sequence(resets, module.batch_first)
         padded, lengths = sequences.padded_from_packed(input, batch_first=module.batch_first)
-        data, states, rows, _ = module._prepared(padded, hx, lengths, resets, "right")
+        data, states, weights, rows, _ = module._prepared(padded, hx, lengths, resets, "right")
     x, cuts, lengths = data, rows.resets, rows.lengths
     if rows.batch_first:
         x, cuts = x.transpose(0, 1), None if cuts is None else cuts.transpose(0, 1)
@@ -390,7 +390,7 @@ def call_of(
     lengths = None if lengths is None else lengths.to(x.device, torch.int64).clamp(0, len(x))
     if rows.padded_left and lengths is not None:
         x, cuts = functional.rolled(x, lengths), None if cuts is None else functional.rolled(cuts, lengths)
-    cell, D, weights = CELLS[module.cell], module._directions, module._flat_weights
+    cell, D = CELLS[module.cell], module._directions
     count = len(weights) // (module.num_layers * D)
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
     parameters = [[w.detach().to(dtype) for w in weights[k : k + count]] for k in range(0, len(weights), count)]

@@ -2,6 +2,7 @@
 
 import io
 
+import features
 import pytest
 import torch
 
@@ -231,6 +232,35 @@ def test_inference_by_aten(name, num_layers, bidirectional, bias, batch_first, d
                 torch.testing.assert_close(*found)
     by_aten = ["aten_fwd" in str(graph.graph) for graph in graphs]
     assert by_aten == [True] * (len(graphs) - bool(dropout)) + [False] * bool(dropout)
+
+
+def test_results_of_a_graph_may_change_in_place():
+    """Those that torch.nn.LSTM lets change: the backward needs the output, and c for itself."""
+    torch.compiler.reset()
+    module, x = fusedlstm.LSTM(3, 4), torch.randn(5, 2, 3)
+    found = []
+    for of in (torch.compile(module, backend="aot_eager", fullgraph=True), module):
+        output, (h, c) = of(x)
+        loss = output.sin().sum() + h.mul_(2).sum() + c.mul_(3).sin().sum()
+        found.append(torch.autograd.grad(loss, [*module.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("name", "row"), [("LSTM", "of a function with"), ("GRU", "(fullgraph=True)` of functions")])
+def test_transforms_inside_of_a_graph(name, row):
+    """torch loses the rules of ops and functions there: with ours, `jacrev` was wrong without an error."""
+    (feature,) = (own for own in features.FEATURES if row in own)
+    assert features.outcome(feature, features.COLUMNS[name]) == "yes"
+
+
+def test_a_graph_stores_nothing_in_the_module():
+    """What a transform makes of a parameter has no meaning after it."""
+    module, x = fusedlstm.LSTM(3, 4), torch.randn(5, 2, 3)
+    before = list(module._flat_weights)
+    own = {name: p.detach() for name, p in module.named_parameters()}
+    with torch.no_grad():
+        torch.compile(lambda own: torch.func.functional_call(module, own, (x,)), backend="eager", fullgraph=True)(own)
+    assert all(ours is same for ours, same in zip(module._flat_weights, before, strict=True))
 
 
 def _copy(x):

@@ -47,9 +47,11 @@ def assert_all_close(names, ours, exact):
 
 
 @pytest.mark.parametrize("by_equations", [False, True], ids=["own file", "by equations"])
+@pytest.mark.parametrize("block", [2, 100], ids=["blocks", "one block"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("cell", SERVED)
-def test_equals_the_specification(monkeypatch, cell, case, by_equations):
+def test_equals_the_specification(monkeypatch, cell, case, block, by_equations):
+    monkeypatch.setattr(torch_loop, "_steps_of_block", lambda batch, H: block)
     if by_equations:
         monkeypatch.delitem(LOOPS, cell)
     else:
@@ -71,6 +73,13 @@ def test_equals_the_specification(monkeypatch, cell, case, by_equations):
     grads = grads._replace(**{name: None for name in ("output", "c_seq") if name in without})
     found = (engine.recurrence_bwd(spec, grads, saved, *inputs[1:]) for engine in (torch_loop, reference))
     assert_all_close(("grad_preact", "grad_hx", "grad_cx"), *found)
+
+
+def test_a_block_has_work_for_every_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch_loop._steps_of_block(32, 128) == 3 * 8
+    assert torch_loop._steps_of_block(1000, 1000) == 1
+    assert torch_loop._steps_of_block(0, 128) == 3 * (1 << 15)
 
 
 @pytest.mark.parametrize("cell", SERVED)

@@ -324,6 +324,42 @@ def _(layer):
     )
 
 
+@feature("`torch.compile` of a function with `torch.func.grad`, graph breaks allowed")
+def _(layer):
+    torch.compiler.reset()
+    module, x = layer(), data()
+    own, loss = parameters(module), loss_of(module)
+    compiled = torch.compile(lambda own, x: torch.func.grad(loss)(own, x), backend="aot_eager")
+    close([*compiled(own, x).values()], [*torch.func.grad(loss)(own, x).values()])
+
+
+@feature("`torch.compile(fullgraph=True)` of functions with transforms of `torch.func`")
+def _(layer):
+    module, x, xs = layer(), data(2, 2), torch.stack([data(2, 2), data(3, 2)[1:]])
+    own, loss = parameters(module), loss_of(module)
+
+    def run(x):
+        return module(x)[0]
+
+    def in_x(x):
+        return loss(own, x)
+
+    for function in (
+        lambda: [*torch.func.grad(loss)(own, x).values()],
+        lambda: torch.func.grad(in_x)(x),
+        lambda: torch.func.jacrev(run)(x),
+        lambda: torch.func.jvp(run, (x,), (x,)),
+        lambda: torch.func.hessian(in_x)(x),
+        lambda: torch.vmap(run)(xs),
+        lambda: [*torch.vmap(torch.func.grad(loss), (None, 0))(own, xs).values()],
+    ):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        close(compiled(), function())
+    with torch.no_grad():
+        close(torch.compile(lambda: torch.vmap(run)(xs), backend="aot_eager", fullgraph=True)(), torch.vmap(run)(xs))
+
+
 @feature("`is_grads_batched=True`")
 def _(layer):
     module, x = layer(), data().requires_grad_()
