@@ -21,7 +21,7 @@ LAYERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", 
 SIZES = [(300, 16, 32, 64), (128, 32, 128, 128)]
 
 
-def calls_of(module: nn.Module, T: int, B: int, I: int, H: int, training: bool) -> dict:  # noqa: E741
+def calls_of(module: nn.Module, T: int, B: int, I: int, H: int, training: bool) -> dict:
     """A call of the module and of its compiled form, with a backward in training."""
     x, grad = torch.randn(T, B, I), torch.randn(T, B, H)
     parameters = [*module.parameters()]
@@ -54,7 +54,9 @@ def measured(name: str, sizes: tuple[int, int, int, int], training: bool, second
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
-    parser.add_argument("--layer", choices=["nn.Linear", *LAYERS], action="append", help="may be repeated; default: all")
+    parser.add_argument(
+        "--layer", choices=["nn.Linear", *LAYERS], action="append", help="may be repeated; default: all"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="of rounds, a line (default: %(default)s)")
     options = parser.parse_args(arguments)
     drawn = Table("layer", "T, B, I, H", "mode", "eager ms", "compiled ms", "extra ms", "ratio")

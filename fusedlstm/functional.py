@@ -472,9 +472,7 @@ def _ways(call: _Call, engine: str) -> tuple[str, torch.dtype]:
     schedule = "loop"
     if not asks_more and not transforms.transformed():
         sizes = (rows.batch_sizes, rows.batch_first, call.hidden, spec.proj_size)
-        schedule = aten.schedule(cell, call.input, call.dtype, *sizes)
-        if schedule == "stack" and spec.between_layers and _is_hidden(cell):
-            schedule = "loop"  # a compiler must see who draws random numbers
+        schedule = aten.schedule(cell, call.input, call.dtype, *sizes, spec.between_layers > 0)
     dense = rows.batch_sizes is None
     return schedule, aten.compute_dtype(cell, call.input.device, call.dtype, schedule, dense=dense)
 
@@ -541,8 +539,8 @@ def run_compiled(
     if cell.aten != "lstm":
         output, h_n = ops.aten_fwd(cell.name, input, *states, weights, bias, num_layers, bidirectional, batch_first)
         return output, (h_n,)
-    if not aten.is_followed(input):
-        options = (bias, num_layers, dropout, dropout > 0, bidirectional, batch_first)
+    if not (aten.is_followed(input) or dropout):
+        options = (bias, num_layers, 0.0, False, bidirectional, batch_first)
         return aten.layers(cell, input, None, states, weights, *options)
     input = input.transpose(0, 1) if batch_first else input
     D = 2 if bidirectional else 1

@@ -59,8 +59,11 @@ def schedule(
     batch_first: bool,
     hidden: int,
     proj_size: int = 0,
+    draws: bool = False,
 ) -> str:
-    """How a stack runs: "stack", "runs", "stretches", "step", "onednn" or "loop". `dtype` is that of the results.
+    """How a stack runs: "stack", "runs", "stretches", "step", "onednn" or "loop".
+
+    `dtype` is that of the results. `draws` says whether there is dropout between the layers.
 
     With "stack" ATen takes the whole stack. With "runs" and "stretches" it takes some steps at a time. With "step" its
     cells take the only step. With "onednn" our op around its layer takes it. With "loop" `torch_loop` takes it.
@@ -73,6 +76,8 @@ def schedule(
     if torch.jit.is_tracing() or dtype.is_complex:
         return "stack"  # a trace is for any lengths, and the written-out backward of the loop is for real numbers
     steps = len(batch_sizes) if batch_sizes is not None else input.size(1 if batch_first else 0)
+    if draws and torch.compiler.is_compiling() and not input.is_cpu:
+        return "loop"  # where torch takes layers apart, it forgets the dropout between them
     if input.is_cuda:
         return "runs" if batch_sizes is None and steps > CUDNN_STEPS else "stack"
     if input.device.type != "cpu":
@@ -85,11 +90,11 @@ def schedule(
             # say whether there is one.
             says = not torch.compiler.is_dynamo_compiling()
             fixed = says and batch_sizes is None and not isinstance(steps, torch.SymInt)
-            return "stack" if fixed else "loop"
+            return "stack" if fixed and not draws else "loop"
         if batch_sizes is not None or dtype not in (torch.float32, torch.float64):
             return "loop"
         fused = cell.aten == "lstm" and dtype == torch.float32
-        if not is_followed(input):
+        if not (is_followed(input) or draws):
             return "stack" if fused or cell.aten != "lstm" else "loop"
         return "onednn" if fused and HAS_ONEDNN and proj_size == 0 and input.numel() > 0 else "loop"
     if cell.aten != "lstm":

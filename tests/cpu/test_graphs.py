@@ -246,6 +246,27 @@ def test_results_of_a_graph_may_change_in_place():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_dropout_between_layers(training, gradients):
+    """Of all units, so that it does not matter in which order the masks are drawn."""
+    torch.compiler.reset()
+    module, x = fusedlstm.LSTM(3, 4, 2, dropout=1.0, bidirectional=True).train(training), torch.randn(5, 2, 3)
+    with torch.set_grad_enabled(gradients):
+        found = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(found, module(x))
+        assert torch.equal(found[0], module(torch.zeros_like(x))[0]) == training
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_exported_dropout_between_layers(name):
+    """torch's own rule for layers, which takes them apart, forgets it."""
+    module, x = getattr(fusedlstm, name)(3, 4, 2, dropout=1.0).train(), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,)).run_decompositions()
+        torch.testing.assert_close(program.module()(x), module(x))
+
+
 @pytest.mark.parametrize(("name", "row"), [("LSTM", "of a function with"), ("GRU", "(fullgraph=True)` of functions")])
 def test_transforms_inside_of_a_graph(name, row):
     """torch loses the rules of ops and functions there: with ours, `jacrev` was wrong without an error."""
