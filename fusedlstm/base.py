@@ -340,7 +340,6 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or type(input) is not Tensor
             or not input.is_cpu
             or input.layout is not torch.strided
-            or (_in_a_graph() and not self._is_plain_in_a_graph(input))
             or input.dim() != 3
             or input.size(2) != self.input_size
             or input.size(1 if self.batch_first else 0) < 2
@@ -349,33 +348,34 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or self.num_heads > 1
             or any(self.rates)
             or engines.requested(self.backend) not in ("auto", "torch")
-            or (not _in_a_graph() and engines.LOGGER.isEnabledFor(logging.DEBUG))
+            or (self._asks_more_of_a_graph(input) if _in_a_graph() else engines.LOGGER.isEnabledFor(logging.DEBUG))
             or products.autocasts(input)
             or transforms.transformed()
             or transforms.takes_tangents(input)
             or transforms.wants_grad_samples(self._parameters.values())
         )
 
-    def _is_plain_in_a_graph(self, input: Tensor) -> bool:
-        """Whether `functional.run_compiled` takes a plain call in a compiled graph, of other dtypes and sizes asked."""
+    def _asks_more_of_a_graph(self, input: Tensor) -> bool:
+        """Whether a graph is traced for which a call that is plain else needs more than `functional.run_compiled`."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return False
+            return True
         if cells.CELLS[self.cell].aten != "lstm":
             draws = self.training and self.dropout > 0 and self.num_layers > 1
-            return not (draws or aten.is_followed(input))
-        return input.dtype is torch.float32 and aten.HAS_ONEDNN and self.proj_size == 0 and input.numel() > 0
+            return draws or aten.is_followed(input)
+        return input.dtype is not torch.float32 or not aten.HAS_ONEDNN or self.proj_size > 0 or input.numel() == 0
 
     def _by_aten(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
         """`forward` of a plain call."""
-        weights = self._weights()
+        weights, compiled = self._weights(), torch.compiler.is_compiling()
         if hx is not None or weights[0].dtype is not input.dtype or not weights[0].is_cpu:
             checks.sequence(self, input, hx, weights[0])
-        self._check_parameters(weights)
+        if not compiled:
+            self._check_parameters(weights)
         of, batch = cells.CELLS[self.cell], input.size(0 if self.batch_first else 1)
         states = self._zeros(input, batch) if hx is None else as_states(hx)
         dropout, order = self.dropout if self.training else 0.0, (self.bidirectional, self.batch_first)
         options = (self.bias, self.num_layers, dropout)
-        if torch.compiler.is_compiling():
+        if compiled:
             output, states = functional.run_compiled(of, input, states, weights, *options, *order)
         else:
             output, states = aten.layers(of, input, None, states, weights, *options, self.training, *order)
@@ -389,8 +389,6 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         return self._flat_weights
 
     def _check_parameters(self, weights: list[Tensor]) -> None:
-        if _in_a_graph():
-            return
         sizes = (self.num_layers, self._directions, self.bias, self.num_heads, self.proj_size)
         shapes = _all_shapes(cells.CELLS[self.cell], self.input_size, self.hidden_size, *sizes)
         checks.parameters(weights, shapes, self._flat_weights_names)
@@ -435,7 +433,8 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         """
         weights = self._weights()
         checks.sequence(self, input, hx, weights[0])
-        self._check_parameters(weights)
+        if not _in_a_graph():
+            self._check_parameters(weights)
         if lengths is not None or resets is not None:
             lengths, resets = checks.lengths_and_resets(input, lengths, resets, self.batch_first)
         padded_left = checks.padding_side(padding_side, lengths) == "left"

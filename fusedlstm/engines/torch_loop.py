@@ -127,6 +127,8 @@ def _in_blocks(begin: Callable, of_block: Callable, steps: list[tuple[int, int]]
     `of_block` gives from a slice of the steps what that function takes.
     """
     length, number, step = _steps_of_block(max((n for _, n in steps), default=0), H), None, None
+    if 0 < len(steps) <= length:
+        return begin(of_block(slice(0, len(steps))))
 
     def of_direction(t: int, state):
         nonlocal number, step
