@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedlstm import cells, checks, engines, functional, inits, products, sequences, transforms
+from fusedlstm import cells, checks, engines, functional, inits, sequences, transforms
 from fusedlstm.engines import aten
 from fusedlstm.noise import NO_RATES, Rates
 
@@ -349,10 +349,10 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or any(self.rates)
             or engines.requested(self.backend) not in ("auto", "torch")
             or (self._asks_more_of_a_graph(input) if _in_a_graph() else engines.LOGGER.isEnabledFor(logging.DEBUG))
-            or products.autocasts(input)
+            or torch.is_autocast_enabled("cpu")
             or transforms.transformed()
             or transforms.takes_tangents(input)
-            or transforms.wants_grad_samples(self._parameters.values())
+            or transforms.wants_grad_samples(tuple(self._parameters.values())[:1])  # which all are alike
         )
 
     def _asks_more_of_a_graph(self, input: Tensor) -> bool:

@@ -56,7 +56,7 @@ def loop_forward_tanh(at):
 
 
 def loop_forward_relu(at):
-    return loop_forward(at, lambda x: x.clamp_(min=0))
+    return loop_forward(at, torch.relu_)
 
 
 def loop_backward(at):

@@ -21,6 +21,7 @@ from `at.dh`, which is complete by then. It returns the gradient of the h before
 [n, H], or None. A cell that has no such functions gets them from its equations (`derived`).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -319,23 +320,24 @@ def _run_backward(step, sizes, d, dh, dpreact_h, dc_seq, grad_hx, dfinals, add_r
     """
     order = list(steps_of(len(sizes), d))
     dstate, m = dfinals, len(grad_hx)  # the gradients of the first m sequences
-    for k in range(len(order) - 1, -1, -1):
-        t, before = order[k], order[k - 1]
+    for t, before in itertools.pairwise([*reversed(order), None]):
         n = sizes[t]
         if n != m:
             dstate, m = tuple(ds[:n] for ds in dfinals), n
-        for ds, of_step in zip(dstate, dc_seq, strict=False):
-            ds += of_step[t]
+        if dc_seq:
+            for ds, of_step in zip(dstate, dc_seq, strict=True):
+                ds += of_step[t]
         direct = step(t, dstate)
         if clip is not None:
             for ds in dstate:
                 ds.clamp_(-clip, clip)
         # The gradient of h goes to the step before, or to hx for those that begin here.
-        n_prev = min(n, sizes[before]) if k > 0 else 0
-        if n_prev == n == sizes[before]:
+        if before is not None and sizes[before] == n:
             add_recurrent_backward(dh[before], dpreact_h[t], direct)
             continue
-        for rows, grad_h in ((slice(0, n_prev), dh[before]), (slice(n_prev, n), grad_hx)):
+        dh_before = grad_hx[:0] if before is None else dh[before]
+        n_before = min(n, len(dh_before))
+        for rows, grad_h in ((slice(0, n_before), dh_before), (slice(n_before, n), grad_hx)):
             if rows.start < rows.stop:
                 add_recurrent_backward(grad_h[rows], dpreact_h[t][rows], None if direct is None else direct[rows])
 
