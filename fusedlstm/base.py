@@ -352,11 +352,11 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
             or torch.is_autocast_enabled("cpu")
             or transforms.transformed()
             or transforms.takes_tangents(input)
-            or transforms.wants_grad_samples(tuple(self._parameters.values())[:1])  # which all are alike
+            or transforms.wants_grad_samples(self._parameters.values())
         )
 
     def _asks_more_of_a_graph(self, input: Tensor) -> bool:
-        """Whether a graph is traced for which a call that is plain else needs more than `functional.run_compiled`."""
+        """Whether a graph is traced in which a plain call needs more than `functional.run_compiled`."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return True
         if cells.CELLS[self.cell].aten != "lstm":

@@ -251,7 +251,10 @@ def parameters(weights: list[Tensor], shapes: tuple[tuple[int, ...], ...], names
 
 
 def sequence(module, input: Tensor | PackedSequence, hx, weight: Tensor) -> None:
-    """Check the input and the states of `Recurrent.forward`, before anything is reshaped. `weight` is any of it."""
+    """Check the input and the states of `Recurrent.forward`, before anything is reshaped.
+
+    `weight` is one of the parameters of the module.
+    """
     of, packed = _cell_of(module), isinstance(input, PackedSequence)
     if isinstance(input, PackedSequence):
         if onnx.exporting():

@@ -400,7 +400,7 @@ def _engine(call: _Call) -> tuple[str, str]:
     engine, why = engines.choice(spec.backend, call.input.device, call.dtype, *layer)
     if engine == "torch" and cell.equations.step_backward is None:
         return "reference", f"the cell {cell.name} has no step_backward, so autograd differentiates its specification"
-    if transforms.in_a_graph():
+    if transforms.loses_rules():
         return "reference", "a transform of torch.func in a compiled graph, where torch loses the rules of our ops"
     if transforms.has_tangents(call.tensors):
         return "reference", "forward-mode AD, of whose tangents neither the kernels nor ATen's layers know"

@@ -207,7 +207,7 @@ _product.register_autograd(_backward, setup_context=_setup_context)
 # does, and takes half of the time (docs/engines.md). Of torch's public functions, convolutions reach it. So rows [R, C]
 # are an image of R by 1 pixels with C channels, and weights are a filter of one pixel.
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ONEDNN_IS_FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 # oneDNN compiles a program for each new number of rows, in 0.5 to 2 ms. It gets multiples, so that there are few.
 FEWEST_ROWS, MULTIPLE, FEWEST_MULTIPLICATIONS = 1024, 256, 1 << 23
 
@@ -215,7 +215,7 @@ FEWEST_ROWS, MULTIPLE, FEWEST_MULTIPLICATIONS = 1024, 256, 1 << 23
 def _is_large(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is faster for a product, and as exact."""
     return (
-        HAS_ONEDNN
+        ONEDNN_IS_FASTER
         # Nobody may ask for sizes there.
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms.transformed())
         and a.device.type == "cpu"
@@ -232,7 +232,7 @@ def _rows_by_onednn(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     """a @ b (+ added), [M, N]."""
     whole = len(a) - len(a) % MULTIPLE
     bias = added if added is None or added.dim() == 1 else None
-    first = conv2d(_image(a[:whole]), b.t()[:, :, None, None], bias).permute(0, 2, 3, 1).view(whole, b.size(1))
+    first = conv2d(_image(a[:whole]), b.t()[:, :, None, None], bias).permute(0, 2, 3, 1).flatten(0, 2)
     if whole < len(a):
         first = torch.cat([first, _plain(a[whole:], b, bias)])
     return first if added is bias else first.add_(added)

@@ -8,7 +8,7 @@ These are gradients of gradients, many gradients at once, and forward-mode deriv
 | `is_grads_batched=True` | the specification (`cannot_take`) |
 | forward-mode AD | the specification, in the forward too (`has_tangents`); `tangents` if a transform hides them |
 | `torch.vmap` | one op for all samples (`samples.together`); never ATen, which has no rules for layers |
-| any of these but `torch.vmap` without gradients, inside of a compiled graph | the specification (`in_a_graph`) |
+| any of these inside of a compiled graph | the specification (`loses_rules`); our ops for `vmap` without gradients |
 | forward-mode AD of a compiled graph without gradients | nothing: this is an error (`op`) |
 
 `grad_clip` is a part of the backward, as a function of the gradients that enter it: its derivative is 1 within the
@@ -110,19 +110,18 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def in_a_graph() -> bool:
-    """Whether a transform of `torch.func` runs that a compiler traces and that may ask for gradients.
+def loses_rules() -> bool:
+    """Whether a compiler traces a transform of `torch.func` that may ask for gradients.
 
-    torch then loses the rules of custom ops and of `torch.autograd.Function`: it raises errors, or `torch.func.jacrev`
-    is wrong without one.
+    torch then loses the rules of custom ops and of `torch.autograd.Function`. It raises errors, or `torch.func.jacrev`
+    gives wrong numbers without an error.
     """
     return torch.compiler.is_compiling() and transformed() and torch.is_grad_enabled()
 
 
 def wants_grad_samples(weights: Iterable[Tensor | None]) -> bool:
     """Whether the weights are those of torch's `call_for_per_sample_grads`, of which few functions can be called."""
-    kinds = {*map(type, weights)} - {nn.Parameter}
-    return any(hasattr(kind, "handled_functions") for kind in kinds)
+    return any(type(w) is not nn.Parameter and hasattr(type(w), "handled_functions") for w in weights)
 
 
 def followed(tensors: Sequence[Tensor]) -> bool:

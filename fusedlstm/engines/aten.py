@@ -73,11 +73,13 @@ def schedule(
     """
     if cell.aten is None:
         return "loop"
-    if torch.jit.is_tracing() or dtype.is_complex:
+    # Where torch takes layers apart, it forgets the dropout between them.
+    forgets = draws and torch.compiler.is_compiling()
+    if torch.jit.is_tracing() or (dtype.is_complex and not forgets):
         return "stack"  # a trace is for any lengths, and the written-out backward of the loop is for real numbers
     steps = len(batch_sizes) if batch_sizes is not None else input.size(1 if batch_first else 0)
-    if draws and torch.compiler.is_compiling() and not input.is_cpu:
-        return "loop"  # where torch takes layers apart, it forgets the dropout between them
+    if forgets and (dtype.is_complex or not input.is_cpu):
+        return "loop"
     if input.is_cuda:
         return "runs" if batch_sizes is None and steps > CUDNN_STEPS else "stack"
     if input.device.type != "cpu":
@@ -93,10 +95,12 @@ def schedule(
             return "stack" if fixed and not draws else "loop"
         if batch_sizes is not None or dtype not in (torch.float32, torch.float64):
             return "loop"
+        if input.numel() == 0:
+            return "loop"  # oneDNN's layer would end the process
         fused = cell.aten == "lstm" and dtype == torch.float32
         if not (is_followed(input) or draws):
             return "stack" if fused or cell.aten != "lstm" else "loop"
-        return "onednn" if fused and HAS_ONEDNN and proj_size == 0 and input.numel() > 0 else "loop"
+        return "onednn" if fused and HAS_ONEDNN and proj_size == 0 else "loop"
     if cell.aten != "lstm":
         return "loop" if torch.is_grad_enabled() and steps >= SHORTEST_LOOP else "stack"
     if batch_sizes is None:

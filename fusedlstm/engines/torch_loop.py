@@ -36,8 +36,8 @@ from fusedlstm.engines.reference import steps_of
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.noise import EVERY_ROW, Batch
 
-# The elements that torch gives a thread at least. A pass over a block of steps has as many for every thread. So what it
-# makes is still in the cache when the steps take it.
+# The fewest elements for which torch takes one more thread. A pass over a block of steps has as many for every thread,
+# and what it makes is still in the cache when the steps take it.
 GRAIN = 1 << 15
 
 

@@ -258,6 +258,24 @@ def test_dropout_between_layers(training, gradients):
         assert torch.equal(found[0], module(torch.zeros_like(x))[0]) == training
 
 
+@pytest.mark.parametrize("name", ["GRU", "RNN", "LSTM"])
+def test_dropout_between_layers_of_complex_numbers(name):
+    torch.compiler.reset()
+    module, x = getattr(fusedlstm, name)(3, 4, 2, dropout=1.0, dtype=torch.complex64), torch.randn(5, 2, 3) + 0j
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "PeepholeLSTM"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_empty_batch(name, gradients):
+    """oneDNN's layer would end the process."""
+    torch.compiler.reset()
+    module, x = getattr(fusedlstm, name)(3, 4, bidirectional=True), torch.randn(5, 0, 3)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_exported_dropout_between_layers(name):
     """torch's own rule for layers, which takes them apart, forgets it."""

@@ -179,6 +179,16 @@ def test_what_would_drop_tangents_raises(cell):
     transforms.check_tangents_in_graphs(f)
 
 
+def test_call_for_per_sample_grads_with_a_frozen_parameter():
+    """torch then wraps the others only."""
+    module, x = fusedlstm.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3)
+    module.weight_ih_l0.requires_grad_(False)
+    call_for_per_sample_grads(module)(x)[0].sum().backward()
+    expected = [torch.autograd.grad(module(one.unsqueeze(0))[0].sum(), module.weight_hh_l0)[0] for one in x]
+    torch.testing.assert_close(module.weight_hh_l0.grad_sample, torch.stack(expected))
+    assert module.weight_ih_l0.grad is None
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("form", ["dense", "batch first", "packed"])
 def test_call_for_per_sample_grads(form, name):
