@@ -359,10 +359,9 @@ class Recurrent(_CheckedAttributes, nn.RNNBase, Generic[States]):
         """Whether a graph is traced in which a plain call needs more than `functional.run_compiled`."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return True
-        if cells.CELLS[self.cell].aten != "lstm":
-            draws = self.training and self.dropout > 0 and self.num_layers > 1
-            return draws or aten.is_followed(input)
-        return input.dtype is not torch.float32 or not aten.HAS_ONEDNN or self.proj_size > 0 or input.numel() == 0
+        draws = self.training and self.dropout > 0 and self.num_layers > 1
+        sizes = (None, self.batch_first, self.hidden_size, self.proj_size, draws)
+        return aten.schedule(cells.CELLS[self.cell], input, input.dtype, *sizes) == "loop"
 
     def _by_aten(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
         """`forward` of a plain call."""
