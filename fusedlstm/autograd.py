@@ -14,12 +14,14 @@ between.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fusedlstm import transforms
-from fusedlstm.cells import Cell, Recurrence, State, Weights
+from fusedlstm.cells import CELLS, Cell, Recurrence, State, Weights
 from fusedlstm.engines import reference
 from fusedlstm.gradients import ParameterGradients, of_first_steps
 from fusedlstm.layout import DENSE, Layout
@@ -32,6 +34,7 @@ from fusedlstm.ops import (
     is_batch_major,
     is_one_step,
     one_by_one,
+    operations,
     preact_from,
     recompute,
     recurrence_bwd,
@@ -217,7 +220,7 @@ class Layer(Loop):
     def forward(self, input, hx, cx, preact_0, parameters, batch) -> tuple[Tensor, ...]:
         """What `recurrence_fwd` returns; c of all steps that begin a block but the first, [blocks - 1, S, D, B, H]; and
         the products of `_block_fwd`."""
-        blocks = self._blocks(input, batch.layout)
+        blocks = self.blocks(input, batch.layout)
         keeps_gates, saves_states = self.save == "gates", self.save == "gates" or self.wants_c_seq
         output, c_seq, borders = None, None, []
         h, c = hx, cx if keeps_gates else cx.to(state_dtype(input.dtype))
@@ -258,7 +261,7 @@ class Layer(Loop):
         parameters = grouped(parameters, self.recurrences)
         weight_hh, vectors = [p[1] for p in parameters], self.cell.step_vectors(parameters)
         gradients = ParameterGradients(self.cell, parameters, grouped(needs[4:], self.recurrences))
-        blocks = self._blocks(input, batch.layout)
+        blocks = self.blocks(input, batch.layout)
         of_states = cx.dtype if self.save == "gates" else state_dtype(input.dtype)
         grad_h = torch.zeros_like(hx) if grad_h_n is None else grad_h_n
         grad_c = torch.zeros_like(cx, dtype=of_states) if grad_c_n is None else grad_c_n.to(of_states)
@@ -298,7 +301,7 @@ class Layer(Loop):
             grad_preact = by_direction = None
         return grad_input, grad_h, grad_c.to(cx.dtype), grad_preact_0, *gradients.flat()
 
-    def _blocks(self, input: Tensor, layout: Layout) -> list[slice]:
+    def blocks(self, input: Tensor, layout: Layout) -> list[slice]:
         """The steps of every block, all there are in one where they cannot be told apart by the rows."""
         if self.save == "gates" or self.recurrences == 2 or layout.first_row is not None:
             return [slice(None)]
@@ -517,7 +520,126 @@ def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) ->
 
 
 def _applied(loop: Loop, *arguments) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling():
+        return layer_fwd(*_as_op(loop, *arguments))
     return transforms.apply(LoopFunction, loop, *arguments, name=_name(loop))
+
+
+# In the graph of a compiler a layer is an op that has its gradient. So an exported program has gradients too.
+
+
+def _as_op(loop: Loop, *arguments) -> tuple[Any, ...]:
+    """The arguments of `layer_fwd`, from those of `LoopFunction.forward`."""
+    *tables, input, hx, cx, preact_0 = arguments[:8]
+    options = (loop.clip, [*loop.rates], [*loop.place], loop.save, loop.wants_c_seq)
+    return loop.cell.name, loop.engine, tables, [input, hx, cx, *arguments[8:]], preact_0, *options
+
+
+def _as_function(cell, engine, tables, tensors, preact_0, clip, rates, place, save, wants_c_seq) -> tuple[Any, ...]:
+    """And back."""
+    loop = Layer(CELLS[cell], engine, len(tensors[1]), clip, wants_c_seq, save, rates, place)
+    return loop, *tables, *tensors[:3], preact_0, *tensors[3:]
+
+
+def _keep(ctx, inputs, output):
+    ctx.of_op = inputs[:2], inputs[5:9]
+    # torch takes a list of tensors apart, even an empty one, and wants its gradients.
+    taken_apart = [isinstance(x, list) and all(isinstance(y, Tensor) for y in x) for x in inputs]
+    ctx.of_lists = [[None] * len(x) if apart else None for x, apart in zip(inputs, taken_apart, strict=True)]
+    LoopFunction.setup_context(ctx, _as_function(*inputs), output)
+
+
+def _through(ctx, grad_output, grad_h_n, grad_c_n, _grad_gates, grad_c_seq, *_):
+    saved, (names, options) = ctx.saved_tensors, ctx.of_op
+    of_tensors, of_preact_0 = ctx.needs_input_grad[3:5]
+    needs = [*of_tensors[:3], of_preact_0, *of_tensors[3:]]
+    inputs, kept = [*saved[4:8], *saved[12:]], [*saved[8:12]]
+    grads = [grad_output, grad_h_n, grad_c_n, grad_c_seq if ctx.loop.wants_c_seq else None]
+    found = iter(layer_bwd(*names, grads, kept, [*saved[:4]], inputs, *options, needs))
+    gradients = [next(found) if need else None for need in needs]
+    grad_preact_0 = gradients.pop(3)
+    return *[None] * 2, ctx.of_lists[2], gradients, grad_preact_0, *ctx.of_lists[5:]
+
+
+@transforms.op("layer_fwd", _through, _keep)
+def layer_fwd(
+    cell: str,
+    engine: str,
+    tables: list[Tensor | None],  # `Batch.flat`
+    tensors: list[Tensor],  # input, hx, cx and the parameters of `LoopFunction`
+    preact_0: Tensor | None,
+    clip: float | None,  # these five: as in `Loop`
+    rates: list[float],
+    place: list[int],
+    save: str,
+    wants_c_seq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`LoopFunction` of a layer."""
+    given = (cell, engine, tables, tensors, preact_0, clip, rates, place, save, wants_c_seq)
+    return tuple(x.contiguous() for x in LoopFunction.forward(*_as_function(*given)))
+
+
+@torch.library.register_fake(layer_fwd)
+def _(*given):
+    loop, *tables, input, hx, cx, _, weight_ih = _as_function(*given)[:10]
+    (*rows, _), (D, _, H), keeps_gates = input.shape, hx.shape, loop.save == "gates"
+    blocks = 1 if keeps_gates else len(loop.blocks(input, loop.batch(tables).layout))
+    of_states, states = cx.dtype if keeps_gates else state_dtype(input.dtype), c_seq_dtype(loop.engine, input)
+
+    def made(wanted: bool, *shape, dtype=input.dtype):
+        return input.new_empty(shape if wanted else 0, dtype=dtype)
+
+    return (
+        made(True, *rows, D * H),
+        hx.new_empty(hx.shape),
+        cx.new_empty(cx.shape),
+        made(keeps_gates, *rows, D * loop.cell.num_kept * H),
+        made(keeps_gates or loop.wants_c_seq, len(cx), *rows, D * H, dtype=states),
+        made(blocks > 1, blocks - 1, *cx.shape, dtype=of_states),
+        made(keeps_gates and loop.cell.norms > 0, *rows, D, len(weight_ih)),
+        made(keeps_gates and loop.engine == "torch", *rows, D * H),
+    )
+
+
+@transforms.op("layer_bwd")
+def layer_bwd(
+    cell: str,
+    engine: str,
+    grads: list[Tensor | None],  # of output, h_n, c_n and c_seq
+    kept: list[Tensor | None],  # output and `Layer.kept`
+    tables: list[Tensor | None],  # these: as in the forward
+    inputs: list[Tensor | None],  # input, hx, cx, preact_0 and the parameters of `LoopFunction`
+    clip: float | None,
+    rates: list[float],
+    place: list[int],
+    save: str,
+    needs: list[bool],  # of each of `inputs`
+) -> list[Tensor]:
+    """The gradients that are needed."""
+    loop = Layer(CELLS[cell], engine, len(inputs[1]), clip, False, save, rates, place)
+    with without_autocast(inputs[0]):
+        found = loop.backward(grads, kept, inputs, loop.batch(tables), needs)
+    return [_apart(g) for g, need in zip(found, needs, strict=True) if need]
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x without gaps in memory of its own, as the results of an op must be: gradients may be views of one tensor."""
+    return x.clone(memory_format=torch.contiguous_format) if x.untyped_storage().nbytes() > x.nbytes else x.contiguous()
+
+
+@torch.library.register_fake(layer_bwd)
+def _(cell, engine, grads, kept, tables, inputs, clip, rates, place, save, needs):
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
+
+
+@register_flop_formula(torch.ops.fusedlstm.layer_fwd)
+def _(cell, engine, tables, tensors, *_, **__) -> int:
+    return operations(tensors[0][:-1], [p for p in tensors[3:] if len(p) == 2])
+
+
+@register_flop_formula(torch.ops.fusedlstm.layer_bwd)
+def _(cell, engine, grads, kept, tables, inputs, *_, **__) -> int:
+    return 2 * operations(inputs[0][:-1], [p for p in inputs[4:] if len(p) == 2])
 
 
 def _name(loop: Loop) -> str:

@@ -64,7 +64,7 @@ def _can_be_heads(arguments: dict[str, Any], samples: int) -> bool:
 
 
 @transforms.op(
-    "fusedlstm::recurrence_fwd",
+    "recurrence_fwd",
     as_sequences=Axes({"preact_x": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (1, 1, 2, 1, 2)),
     as_units=_fwd_units,
 )
@@ -109,7 +109,7 @@ def loop_fwd(
     return Saved(*(x.to(dtype) for x, dtype in zip(saved, dtypes, strict=True)))
 
 
-@recurrence_fwd.register_fake
+@torch.library.register_fake(recurrence_fwd)
 def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, tables, rates, place, save_gates, save_states):
     D, *rows, _ = preact_x.shape
     S, H = cx.size(0), hx.size(-1)
@@ -119,7 +119,7 @@ def _(cell, engine, preact_x, weight_hh, vectors, hx, cx, tables, rates, place, 
 
 
 @transforms.op(
-    "fusedlstm::recurrence_bwd",
+    "recurrence_bwd",
     as_sequences=Axes({"grads": (1, 2, 1, 2), "hx": 1, "cx": 2, "saved": (1, 1, 2), "tables": _TABLES}, (1, 1, 2)),
     as_units=_bwd_units,
 )
@@ -175,12 +175,12 @@ def loop_bwd(
     return tuple(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
 
 
-@recurrence_bwd.register_fake
+@torch.library.register_fake(recurrence_bwd)
 def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_):
     return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
 
-@transforms.op("fusedlstm::step_fwd", as_sequences=Axes({"input": 0, "hx": 1, "cx": 2}, (0, 1, 2, 0, 1)))
+@transforms.op("step_fwd", as_sequences=Axes({"input": 0, "hx": 1, "cx": 2}, (0, 1, 2, 0, 1)))
 def step_fwd(
     cell: str,
     input: Tensor,  # [B, I]
@@ -220,7 +220,7 @@ def step_fwd(
     return failures.attempt(engine, at, kernels, loop)
 
 
-@step_fwd.register_fake
+@torch.library.register_fake(step_fwd)
 def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engine="triton"):
     (_, B, H), D = hx.shape, directions
     gates = input.new_empty((B, D * CELLS[cell].num_kept * hx.size(-1)) if save_gates else 0)
@@ -228,7 +228,7 @@ def _(cell, input, hx, cx, parameters, directions, save_gates, save_states, engi
     return input.new_empty(B, D * H), input.new_empty(hx.shape), cx.new_empty(cx.shape), gates, c_seq
 
 
-@transforms.op("fusedlstm::recompute", as_sequences=Axes({"preact": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (1, 2)))
+@transforms.op("recompute", as_sequences=Axes({"preact": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (1, 2)))
 def recompute(
     cell: str,
     engine: str,
@@ -261,16 +261,14 @@ def recompute(
     return failures.attempt(engine, at, kernels, loop)
 
 
-@recompute.register_fake
+@torch.library.register_fake(recompute)
 def _(cell, engine, preact, vectors, hx, cx, *_):
     D, *rows, GH = preact.shape
     c_seq = preact.new_empty(len(cx), *rows, D * hx.size(-1), dtype=c_seq_dtype(engine, preact))
     return preact.new_empty(*rows, D * GH), c_seq
 
 
-@transforms.op(
-    "fusedlstm::wave_fwd", as_sequences=Axes({"preact_x": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (2, 1, 2, 2, 3))
-)
+@transforms.op("wave_fwd", as_sequences=Axes({"preact_x": 2, "hx": 1, "cx": 2, "tables": _TABLES}, (2, 1, 2, 2, 3)))
 def wave_fwd(
     cell: str,
     preact_x: Tensor,  # [1, T, B, G*H] or packed [1, R, G*H]: the first layer's
@@ -318,7 +316,7 @@ def _of_layer(k: int, weight_hh: list[Tensor], vectors: Tensor | None, hx: Tenso
     return Weights(weight_hh[own], None if vectors is None else vectors[own]), State(hx[own], cx[:, own])
 
 
-@wave_fwd.register_fake
+@torch.library.register_fake(wave_fwd)
 def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, tables, save_gates, save_states, *_):
     _, *rows, _ = preact_x.shape
     L, H, S = len(weight_hh), hx.size(-1), cx.size(0)
@@ -328,7 +326,7 @@ def _(cell, preact_x, weight_ih, bias, weight_hh, vectors, hx, cx, tables, save_
 
 
 @transforms.op(
-    "fusedlstm::wave_bwd",
+    "wave_bwd",
     as_sequences=Axes({"grads": (1, 2, 1, 2), "hx": 1, "cx": 2, "saved": (2, 2, 3), "tables": _TABLES}, (2, 1, 2)),
 )
 def wave_bwd(
@@ -371,7 +369,7 @@ def wave_bwd(
     return failures.attempt(engine, at, kernels, loop)
 
 
-@wave_bwd.register_fake
+@torch.library.register_fake(wave_bwd)
 def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_):
     return saved[1].new_empty(saved[1].shape), hx.new_empty(hx.shape), cx.new_empty(cx.shape)
 
@@ -382,7 +380,21 @@ def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_):
 LSTM_OF_ATEN = 2  # its number among ATen's recurrent layers
 
 
-@transforms.op("fusedlstm::onednn_fwd")
+def _keep_for_onednn(ctx, inputs, output):
+    input, hx, cx, parameters, ctx.reverse = inputs
+    y, _, c_n, workspace = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y, c_n, workspace, input, hx, cx, *parameters)
+
+
+def _through_onednn(ctx, grad_output, grad_h_n, grad_c_n, _):
+    y, c_n, workspace, input, hx, cx, *parameters = ctx.saved_tensors
+    given = (input, hx, cx, parameters, ctx.reverse, y, c_n, workspace)
+    *gradients, of_weight_ih, of_weight_hh, of_bias = onednn_bwd([grad_output, grad_h_n, grad_c_n], *given)
+    return *gradients, [of_weight_ih, of_weight_hh, *[of_bias] * (len(parameters) - 2)], None
+
+
+@transforms.op("onednn_fwd", _through_onednn, _keep_for_onednn)
 def onednn_fwd(
     input: Tensor,  # [T, B, I]
     hx: Tensor,  # [1, B, H]
@@ -408,13 +420,13 @@ def _with_biases(parameters: list[Tensor]) -> list[Tensor]:
     return [*parameters, *[weight_hh.new_zeros(len(weight_hh))] * (4 - len(parameters))]
 
 
-@onednn_fwd.register_fake
+@torch.library.register_fake(onednn_fwd)
 def _(input, hx, cx, parameters, reverse):
     output = input.new_empty(*input.shape[:2], hx.size(-1))
     return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape), input.new_empty(0, dtype=torch.uint8)
 
 
-@transforms.op("fusedlstm::onednn_bwd")
+@transforms.op("onednn_bwd")
 def onednn_bwd(
     grads: list[Tensor | None],  # of output, h_n and c_n
     input: Tensor,  # these five: as in the forward
@@ -440,27 +452,10 @@ def onednn_bwd(
     return grad_input, grad_hx.view(hx.shape), grad_cx.view(cx.shape), grad_weight_ih, grad_weight_hh, grad_bias
 
 
-@onednn_bwd.register_fake
+@torch.library.register_fake(onednn_bwd)
 def _(grads, input, hx, cx, parameters, *_):
     made = [x.new_empty(x.shape) for x in (input, hx, cx, *parameters[:2])]
     return *made, hx.new_empty(len(parameters[1]))
-
-
-def _keep_for_onednn(ctx, inputs, output):
-    input, hx, cx, parameters, ctx.reverse = inputs
-    y, _, c_n, workspace = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y, c_n, workspace, input, hx, cx, *parameters)
-
-
-def _through_onednn(ctx, grad_output, grad_h_n, grad_c_n, _):
-    y, c_n, workspace, input, hx, cx, *parameters = ctx.saved_tensors
-    given = (input, hx, cx, parameters, ctx.reverse, y, c_n, workspace)
-    *gradients, of_weight_ih, of_weight_hh, of_bias = onednn_bwd([grad_output, grad_h_n, grad_c_n], *given)
-    return *gradients, [of_weight_ih, of_weight_hh, *[of_bias] * (len(parameters) - 2)], None
-
-
-onednn_fwd.register_autograd(_through_onednn, setup_context=_keep_for_onednn)
 
 
 def onednn_layer(
@@ -476,7 +471,7 @@ def onednn_layer(
     return joined(output, -1), (joined(h_n), joined([c.clone() for c in c_n]))
 
 
-@transforms.op("fusedlstm::aten_fwd")
+@transforms.op("aten_fwd")
 def aten_fwd(
     cell: str,
     input: Tensor,  # [T, B, I], or [B, T, I] with batch_first
@@ -493,7 +488,7 @@ def aten_fwd(
     return output.contiguous(), h_n
 
 
-@aten_fwd.register_fake
+@torch.library.register_fake(aten_fwd)
 def _(cell, input, hx, weights, bias, num_layers, bidirectional, batch_first):
     features = hx.size(-1) * (2 if bidirectional else 1)
     return input.new_empty(*input.shape[:2], features), hx.new_empty(hx.shape)
@@ -608,54 +603,54 @@ def preact_from(
 
 @register_flop_formula(torch.ops.fusedlstm.recurrence_fwd)
 def _(cell, engine, preact_x, weight_hh, *_, **__) -> int:
-    return _operations(preact_x[1:-1], weight_hh)
+    return operations(preact_x[1:-1], weight_hh)
 
 
 @register_flop_formula(torch.ops.fusedlstm.recurrence_bwd)
 def _(cell, engine, grads, weight_hh, vectors, hx, cx, saved, *_, **__) -> int:
-    return _operations(saved[0][:-1], weight_hh)
+    return operations(saved[0][:-1], weight_hh)
 
 
 @register_flop_formula(torch.ops.fusedlstm.onednn_fwd)
 def _(input, hx, cx, parameters, *_, **__) -> int:
-    return _operations(input[:-1], parameters[:2])
+    return operations(input[:-1], parameters[:2])
 
 
 # torch's counter does not know the layer of oneDNN either.
 @register_flop_formula(torch.ops.aten.mkldnn_rnn_layer)
 def _(input, weight_ih, weight_hh, *_, **__) -> int:
-    return _operations(input[:-1], [weight_ih, weight_hh])
+    return operations(input[:-1], [weight_ih, weight_hh])
 
 
 @register_flop_formula(torch.ops.aten.mkldnn_rnn_layer_backward)
 def _(input, weight_ih, weight_hh, *_, **__) -> int:
-    return 2 * _operations(input[:-1], [weight_ih, weight_hh])
+    return 2 * operations(input[:-1], [weight_ih, weight_hh])
 
 
 @register_flop_formula(torch.ops.fusedlstm.aten_fwd)
 def _(cell, input, hx, weights, *_, **__) -> int:
-    return _operations(input[:2], [p for p in weights if len(p) == 2])
+    return operations(input[:2], [p for p in weights if len(p) == 2])
 
 
 @register_flop_formula(torch.ops.fusedlstm.onednn_bwd)
 def _(grads, input, hx, cx, parameters, *_, **__) -> int:
-    return 2 * _operations(input[:-1], parameters[:2])
+    return 2 * operations(input[:-1], parameters[:2])
 
 
 @register_flop_formula(torch.ops.fusedlstm.step_fwd)
 def _(cell, input, hx, cx, parameters, *_, **__) -> int:
-    return _operations(input[:1], [p for p in parameters if len(p) == 2])
+    return operations(input[:1], [p for p in parameters if len(p) == 2])
 
 
 @register_flop_formula(torch.ops.fusedlstm.wave_fwd)
 def _(cell, preact_x, weight_ih, bias, weight_hh, *_, **__) -> int:
-    return _operations(preact_x[1:-1], [weight_ih, *weight_hh])
+    return operations(preact_x[1:-1], [weight_ih, *weight_hh])
 
 
 @register_flop_formula(torch.ops.fusedlstm.wave_bwd)
 def _(cell, grads, weight_ih, weight_hh, vectors, hx, cx, saved, *_, **__) -> int:
-    return _operations(saved[0][1:-1], [weight_ih, *weight_hh])
+    return operations(saved[0][1:-1], [weight_ih, *weight_hh])
 
 
-def _operations(rows, weights) -> int:
+def operations(rows, weights) -> int:
     return 2 * math.prod(rows) * sum(map(math.prod, weights))

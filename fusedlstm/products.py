@@ -168,20 +168,10 @@ def _plain(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
     return a @ b if added is None else torch.addmm(added, a, b)
 
 
-@transforms.op("fusedlstm::add_product", mutates_args=("total",))
+@transforms.op("add_product", mutates_args=("total",))
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     with as_recurrent():
         total.addmm_(a, b)
-
-
-@transforms.op("fusedlstm::product")
-def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
-    return _multiplied(a, b, added)
-
-
-@_product.register_fake
-def _(a, b, added):
-    return a.new_empty(*a.shape[:-1], b.size(-1))
 
 
 def _setup_context(ctx, inputs, output):
@@ -200,7 +190,14 @@ def _backward(ctx, grad):
     return grad_a, grad_b, grad_added
 
 
-_product.register_autograd(_backward, setup_context=_setup_context)
+@transforms.op("product", _backward, _setup_context)
+def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+    return _multiplied(a, b, added)
+
+
+@torch.library.register_fake(_product)
+def _(a, b, added):
+    return a.new_empty(*a.shape[:-1], b.size(-1))
 
 
 # Large products on a CPU. torch multiplies float32 by MKL, which does not use AVX-512 on a processor of AMD. oneDNN

@@ -18,6 +18,7 @@ gradient like any other, and is clipped.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -179,16 +180,27 @@ def _with_jvp(function: type[torch.autograd.Function], name: str) -> type[torch.
     return type(name or function.__name__, (function,), own)
 
 
+OURS = torch.library.Library("fusedlstm", "FRAGMENT")  # as long as this object lives, so do the ops
+
+FUNCTIONS: dict[Any, Callable] = {}  # what each op does
+
+
 def op(
     name: str,
+    backward: Callable | None = None,
+    keep: Callable | None = None,
     mutates_args: tuple[str, ...] = (),
     as_sequences: Axes | None = None,
     as_units: Callable[[dict[str, Any], int], Axes | None] = lambda arguments, samples: None,
 ) -> Callable:
-    """A `torch.library.custom_op` of a function, with the rules for transforms that all of our ops have.
+    """A custom op of a function, with the rules for transforms that all of our ops have.
+
+    `define` and `impl` of `torch.library` make it, unless it changes an argument. So a call takes less time than one of
+    `torch.library.custom_op`, and the first one does not import Dynamo, which takes as long as to import torch.
 
     Args:
-        name: The name of the op.
+        name: The name of the op, in the namespace "fusedlstm".
+        backward, keep: Its gradient, as in `torch.library.register_autograd`. Without one, a backward is an error.
         mutates_args: The names of the arguments that it changes.
         as_sequences: Where samples go if they become sequences. None says that they cannot.
         as_units: From the arguments, with samples on their first axes, and the number of samples: where samples go if
@@ -202,11 +214,17 @@ def op(
     def check(arguments) -> None:
         if has_tangents([x for a in arguments for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]):
             raise NotImplementedError(
-                f"{name}: expected tensors without tangents, got a level of forward-mode AD, "
+                f"{OURS.ns}::{name}: expected tensors without tangents, got a level of forward-mode AD, "
                 "which is not served in a compiled graph, nor under torch.vmap without gradients; "
                 "take the derivative inside of the graph, "
                 "call the module without torch.compile and torch.no_grad, or use reverse mode"
             )
+
+    def no_backward(ctx, *grads):
+        raise RuntimeError(
+            f"{OURS.ns}::{name}: expected tensors without requires_grad, as the op has no gradient, got a backward; "
+            "call the module, whose gradients are around its ops"
+        )
 
     def of_function(function: Callable):
         @functools.wraps(function)
@@ -219,12 +237,36 @@ def op(
             check(arguments)  # an op under torch.func.jvp no longer sees what it drops
             return made(*arguments)
 
-        made = torch.library.custom_op(name, checked, mutates_args=mutates_args)
-        if not mutates_args:  # what all samples share cannot be changed for each
-            made.register_vmap(functools.partial(samples.together, of_sample, as_sequences, as_units))
+        if mutates_args:  # what all samples share cannot be changed for each, nor differentiated
+            torch.library.custom_op(f"{OURS.ns}::{name}", checked, mutates_args=mutates_args)
+        else:
+            schema = torch.library.infer_schema(function, mutates_args=())
+            OURS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+            OURS.impl(name, _hidden_from_dynamo(checked), "CompositeExplicitAutograd")
+        made = getattr(getattr(torch.ops, OURS.ns), name).default
+        if not mutates_args:
+            rule = functools.partial(samples.together, of_sample, as_sequences, as_units)
+            torch.library.register_vmap(made, rule, lib=OURS)
+            torch.library.register_autograd(made, backward or no_backward, setup_context=keep, lib=OURS)
+        FUNCTIONS[made] = checked
         return made
 
     return of_function
+
+
+def _hidden_from_dynamo(function: Callable) -> Callable:
+    """`torch.compiler.disable` of a function, without importing Dynamo.
+
+    Dynamo does not look into an op while it traces the caller. But it looks at every function that a frame calls which
+    it did not trace, and so at that of an op.
+    """
+    disabled = functools.cache(lambda: torch.compiler.disable(function))
+
+    @functools.wraps(function)
+    def run(*arguments):
+        return (disabled() if "torch._dynamo" in sys.modules else function)(*arguments)
+
+    return run
 
 
 def not_traced(

@@ -5,11 +5,29 @@ import io
 import features
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlstm
-from fusedlstm import ops, transforms
+from fusedlstm import autograd, ops, transforms
 from fusedlstm.cells import CELLS
+from fusedlstm.engines import aten
 from grids import grid
+
+RESETS = torch.rand(30, 3, generator=torch.Generator().manual_seed(0)) < 0.2
+
+
+class Recorded(TorchDispatchMode):
+    """The arguments of all calls of an op."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.seen = op, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is self.op:
+            self.seen.append(args)
+        return func(*args, **(kwargs or {}))
+
 
 SIZES = ((5, 2), (33, 4), (3, 20))
 CALLS = {
@@ -95,13 +113,86 @@ def test_exported_with_one_number_of_steps_needs_no_package(name):
     torch.testing.assert_close(program.module()(x), module(x))
 
 
-@pytest.mark.parametrize("name", ["LSTM", "LayerNormGRU"])
-def test_an_exported_program_does_not_lose_gradients(name):
-    """Its operations have no gradients, and torch says so. A warning and no gradients would be a trap."""
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), getattr(fusedlstm, name)(3, 4))
-    program = torch.export.export(model, (torch.randn(5, 2, 3),), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
-    with pytest.raises(RuntimeError, match="Trying to backward through fusedlstm.recurrence_fwd.default"):
-        program.module()(torch.randn(6, 2, 3))[0].sum().backward()
+MEMBERS = ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "SLSTM", "LayerNormGRU"]
+
+
+@pytest.mark.parametrize("sizes", ["fixed", "dynamic"])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_an_exported_program_has_gradients(name, strict, sizes):
+    """torch.nn's has them too, for one T. A program that lost those of the layers below would be a trap."""
+    below, own = torch.nn.Linear(3, 3), getattr(fusedlstm, name)(3, 4, bidirectional=True, num_layers=2)
+    model, T = torch.nn.Sequential(below, own), torch.export.Dim("T", min=3)
+    shapes = ({0: T, 1: torch.export.Dim("B", min=2)},) if sizes == "dynamic" else None
+    program = torch.export.export(model, (torch.randn(5, 2, 3),), dynamic_shapes=shapes, strict=strict).module()
+    x = torch.randn(*((9, 6) if sizes == "dynamic" else (5, 2)), 3)
+    found = []
+    for of in (program, model):
+        output, states = of(x)
+        states = states if isinstance(states, tuple) else (states,)
+        total = sum(y.square().sum() for y in (output, *states))
+        found.append(
+            dict(zip(dict(of.named_parameters()), torch.autograd.grad(total, [*of.parameters()]), strict=True))
+        )
+    torch.testing.assert_close(*found)
+
+
+def test_an_exported_program_clips_gradients_and_takes_lengths():
+    module, T = fusedlstm.PeepholeLSTM(3, 4, grad_clip=0.01), torch.export.Dim("T", min=3)
+    arguments = {"input": torch.randn(5, 2, 3), "lengths": torch.tensor([5, 2])}
+    shapes = {"input": {0: T}, "lengths": None}
+    program = torch.export.export(module, (), arguments, dynamic_shapes=shapes).module()
+    arguments = {"input": torch.randn(8, 2, 3), "lengths": torch.tensor([3, 8])}
+    found = [torch.autograd.grad(of(**arguments)[0].sum(), [*of.parameters()]) for of in (program, module)]
+    torch.testing.assert_close(*found)
+
+
+def test_a_program_exported_without_gradients_says_so():
+    """A warning and no gradients would be a trap."""
+    module = fusedlstm.PeepholeLSTM(3, 4)
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(5, 2, 3),)).module()
+    with pytest.raises(RuntimeError, match="fusedlstm::recurrence_fwd: expected .* no gradient"):
+        program(torch.randn(5, 2, 3))[0].sum().backward()
+
+
+CALLS_OF_THE_OP = {
+    "dense": ({"bidirectional": True}, {}),
+    "batch first": ({"batch_first": True}, {}),
+    "lengths and resets": ({"grad_clip": 0.01}, {"lengths": torch.tensor([30, 0, 7]), "resets": RESETS}),
+    "packed": ({"bidirectional": True}, {}),
+    "cell states": ({"save": "states"}, {"return_states": True}),
+    "blocks of steps": ({"save": "states"}, {}),
+    "dropout of states": ({"recurrent_dropout": 0.2, "bidirectional": True}, {"lengths": torch.tensor([30, 1, 7])}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS_OF_THE_OP)
+@pytest.mark.parametrize("name", ["PeepholeLSTM", "GRU", "LayerNormLSTM", "SLSTM", "LayerNormGRU"])
+def test_the_op_of_a_layer_passes_opcheck(name, call, monkeypatch):
+    """What it tells a compiler of its results is true, and its gradients in a graph are those without one."""
+    options, arguments = CALLS_OF_THE_OP[call]
+    module, seen, apply = getattr(fusedlstm, name)(3, 4, backend="torch", **options), [], transforms.apply
+    x = torch.randn(30, 100 if call == "blocks of steps" else 3, 3)
+    x = x.transpose(0, 1) if options.get("batch_first") else x
+    if call == "packed":
+        x = torch.nn.utils.rnn.pack_padded_sequence(x, [5, 30, 7], enforce_sorted=False)
+
+    def record(function, loop, *given, name=""):
+        if function is autograd.LoopFunction:
+            seen.append(autograd._as_op(loop, *given))
+        return apply(function, loop, *given, name=name)
+
+    monkeypatch.setattr(aten, "SHORTEST_LOOP", 1)
+    monkeypatch.setattr(transforms, "apply", record)
+    module(x, **arguments)
+    monkeypatch.undo()
+    (given,) = seen
+    given[3][0].requires_grad_()
+    torch.library.opcheck(autograd.layer_fwd, given)
+    with Recorded(autograd.layer_bwd) as backward:
+        sum(y.square().sum() for y in autograd.layer_fwd(*given)[:3]).backward()
+    torch.library.opcheck(autograd.layer_bwd, *backward.seen, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("strict", [False, True])

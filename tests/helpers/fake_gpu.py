@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contract
-from fusedlstm import ops, products, transforms
+from fusedlstm import transforms
 from fusedlstm.engines import bound
 
 # Not the current device, so that an allocation or a launch that forgets its device shows.
@@ -87,11 +87,11 @@ class Gpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in BODIES:
+        if func in transforms.FUNCTIONS:
             self.ops.append(func.name().removeprefix("fusedlstm::"))
             with self:
-                found = BODIES[func](*args, **kwargs)
-            if func not in MUTATING:
+                found = transforms.FUNCTIONS[func](*args, **kwargs)
+            if not func._schema.is_mutable:
                 _same(func, found, func(*args, **kwargs))
             return found
         if func.namespace == "prim":  # questions about a tensor
@@ -147,14 +147,6 @@ def gpu():
         triton.JITFunction.run, bound.Bound._compiled, transforms.gradients = run, compiled, found
 
 
-# What custom ops do, which fake tensors never reach.
-BODIES = {
-    op._opoverload: op._init_fn
-    for module in (products, ops)
-    for op in vars(module).values()
-    if isinstance(op, torch.library.CustomOpDef)
-}
-MUTATING = {products._add_product._opoverload}
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
