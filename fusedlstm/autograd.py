@@ -520,12 +520,13 @@ def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) ->
 
 
 def _applied(loop: Loop, *arguments) -> tuple[Tensor, ...]:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         return layer_fwd(*_as_op(loop, *arguments))
     return transforms.apply(LoopFunction, loop, *arguments, name=_name(loop))
 
 
-# In the graph of a compiler a layer is an op that has its gradient. So an exported program has gradients too.
+# An exported program has no `autograd.Function`. There a layer is an op that has its gradient. Other graphs keep the
+# function, because a compiler fuses what is around the loop.
 
 
 def _as_op(loop: Loop, *arguments) -> tuple[Any, ...]:
