@@ -17,7 +17,10 @@ from torch import nn
 import fusedlstm
 from fusedlstm import timing
 
-LAYERS = ("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM")
+LAYERS = (
+    *("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM"),
+    "ResetBeforeGRU",
+)
 SIZES = [(300, 16, 32, 64), (128, 32, 128, 128)]
 
 

@@ -801,10 +801,14 @@ def _recomputed_at_once(
     dtype = state_dtype(preact_x.dtype)
     for d, p in enumerate(parameters):
         h = before(d)
-        preact_h = torch.zeros_like(preact_x[d].flatten(0, -2))
-        add_recurrent_product(preact_h, h, p[1])
-        parts = (x.flatten(0, -2).to(dtype).chunk(cell.num_gates, -1) for x in (preact_x[d], preact_h))
+        x = preact_x[d].flatten(0, -2)
+        if cell.multiplies:
+            preact_h = reference.recurrent_part(cell, h, reference.product_with(cell, p[1]))
+        else:
+            preact_h = torch.zeros_like(x)
+            add_recurrent_product(preact_h, h, p[1])
+            preact_h = preact_h.to(dtype).chunk(cell.num_gates, -1)
         own = () if vectors is None else vectors[d].to(dtype).unbind(0)
-        kept, _ = cell.equations.step(*parts, (h.to(dtype),), own, 1.0)
+        kept, _ = cell.equations.step(x.to(dtype).chunk(cell.num_gates, -1), preact_h, (h.to(dtype),), own, 1.0)
         gates.append(torch.cat(kept, -1))
     return joined(gates, -1).to(output.dtype).unflatten(0, output.shape[:-1])

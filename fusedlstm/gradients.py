@@ -78,9 +78,13 @@ class ParameterGradients:
             if any(n[1] for n in self.needs):
                 num_heads = H // self.per_direction[d][1].size(1)
                 h, h_0 = (y, hx[d]) if factor is None else entering(y, hx[d], factor[d], layout)
-                self.of_weight_hh[d] = _add_recurrent_weight_gradient(
-                    self.of_weight_hh[d], of_h, h, h_0, d, layout, num_heads
-                )
+                if self.cell.multiplies:
+                    part = self._of_products(of_h, kept, layout.states_before(h, h_0, d), layout, num_heads)
+                    self.of_weight_hh[d] = _added(self.of_weight_hh[d], part)
+                else:
+                    self.of_weight_hh[d] = _add_recurrent_weight_gradient(
+                        self.of_weight_hh[d], of_h, h, h_0, d, layout, num_heads
+                    )
             needs_bias_hh = self.has_bias and self.cell.bias_in_step and any(n[3] for n in self.needs)
             if needs_bias_hh and not self.normed_bias:
                 self.of_bias_hh[d] = _added(self.of_bias_hh[d], of_h.flatten(0, -2).sum(0))
@@ -96,16 +100,20 @@ class ParameterGradients:
                 add_sum_of_rows(total, g.t(), x.flatten(0, -2)) for total, g in zip(totals, of_x, strict=True)
             ]
 
+    def _of_products(self, dpreact, gates, h: Tensor, layout: Layout, num_heads: int) -> Tensor:
+        """The gradient of weight_hh [G*H, DH] in one direction of a cell that multiplies. h [R, H] enters the steps."""
+        by_gate = dpreact.flatten(0, -2).chunk(self.cell.num_gates, -1)
+        kept = _without_padding(gates, layout).flatten(0, -2).chunk(self.cell.num_kept, -1)
+        pairs = zip(by_gate, self.equations.multiplied(kept, h), strict=True)
+        return torch.cat([recurrent_weight_gradient(g, x, num_heads) for g, x in pairs])
+
     def _of_vectors(self, grad_preact, gates, states, initial, direction: int, layout: Layout, noise: Noise) -> Tensor:
         """The gradients of vectors [V, H] in one direction, of tensors [T, B, ...] or [R, ...] and initial states [B,
         H].
         """
         before = [layout.states_before(s, i, direction) for s, i in zip(states, initial, strict=True)]
         after = [s.flatten(0, -2) for s in states]
-        if layout.lengths is not None and layout.first_row is None:  # gates of padding have no meaning
-            steps = torch.arange(len(gates), device=gates.device).unsqueeze(1)
-            gates = gates.masked_fill((steps >= layout.lengths).unsqueeze(-1), 0)
-        dpreact, kept = grad_preact.flatten(0, -2), gates.flatten(0, -2)
+        dpreact, kept = grad_preact.flatten(0, -2), _without_padding(gates, layout).flatten(0, -2)
         if noise.holds:  # the state that the step itself made is in no memory
             drop = noise.of_rows(len(kept), direction, self.H, initial[0])[2]
             after = self.equations.update(kept.chunk(self.cell.num_kept, -1), before, drop)
@@ -170,6 +178,14 @@ class ParameterGradients:
     def _in_gates(self, gradient: Tensor | None) -> Tensor | None:
         """And back."""
         return gradient if gradient is None else _reordered(gradient, list(self.cell.x_blocks))
+
+
+def _without_padding(gates: Tensor, layout: Layout) -> Tensor:
+    """gates [T, B, ...] or [R, ...], with zeros in the padding, where they have no meaning."""
+    if layout.lengths is None or layout.first_row is not None:
+        return gates
+    steps = torch.arange(len(gates), device=gates.device).unsqueeze(1)
+    return gates.masked_fill((steps >= layout.lengths).unsqueeze(-1), 0)
 
 
 def _row_blocks(rows: int, device: torch.device) -> list[slice]:

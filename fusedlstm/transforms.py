@@ -260,11 +260,16 @@ def _hidden_from_dynamo(function: Callable) -> Callable:
     Dynamo does not look into an op while it traces the caller. But it looks at every function that a frame calls which
     it did not trace, and so at that of an op.
     """
-    disabled = functools.cache(lambda: torch.compiler.disable(function))
+    disabled = None
 
     @functools.wraps(function)
     def run(*arguments):
-        return (disabled() if "torch._dynamo" in sys.modules else function)(*arguments)
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*arguments)
 
     return run
 

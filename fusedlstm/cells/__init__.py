@@ -60,10 +60,10 @@ def register_cell(
 
     Args:
         cell: The names of the cell, its gates, its states and its vectors. The name of the cell must be a new one.
-        equations: The functions step, step_backward, update and vectors_backward, in this order. They work on torch
-            tensors, and `fusedlstm.cells.cell` says what they take and return. Without step_backward (None) the engine
-            "reference" serves the cell, and autograd differentiates step. With it, vectors_backward is needed if the
-            cell has vectors, and without update the cell has no zoneout.
+        equations: The functions step, step_backward, update, vectors_backward and multiplied, in this order. They work
+            on torch tensors, and `fusedlstm.cells.cell` says what they take and return. Without step_backward (None)
+            the engine "reference" serves the cell, and autograd differentiates step. With it, vectors_backward is
+            needed if the cell has vectors, and multiplied if it multiplies. Without update the cell has no zoneout.
         kernels: The functions step_fwd, step_bwd and update, in this order, each under `triton.jit`.
             `fusedlstm.kernels.cells` says what they take and return. update is needed if the equations have it. You can
             also pass the name of a module with these functions. It is imported only if Triton is installed. With None,
@@ -77,10 +77,11 @@ def register_cell(
     _check_cell(cell)
     _check_functions("equations", equations, Equations._fields, {"step"})
     has_backward = len(equations) > 1 and equations[1] is not None
-    if has_backward and cell.multiplies:
-        raise ValueError("equations: expected step_backward to be None, because cell.multiplies, got a function")
+    if kernels is not None and cell.multiplies:
+        raise ValueError(f"kernels: expected None, because cell.multiplies, got {kernels!r}")
     needed = {"step_backward"} if kernels is not None or loop is not None else set()
     needed |= {"vectors_backward"} if has_backward and cell.vectors else set()
+    needed |= {"multiplied"} if has_backward and cell.multiplies else set()
     _check_functions("equations", equations, Equations._fields, needed)
     if loop is not None:
         _check_functions("loop", loop, Loop._fields, {*Loop._fields})
@@ -165,7 +166,7 @@ for _cell, _equations, _loop in (
     (coupled.CELL, coupled.EQUATIONS, coupled.LOOP),
     (layernorm.CELL, layernorm.EQUATIONS, layernorm.LOOP),
     (slstm.CELL, slstm.EQUATIONS, slstm.LOOP),
-    (gru_reset_before.CELL, gru_reset_before.EQUATIONS, None),
+    (gru_reset_before.CELL, gru_reset_before.EQUATIONS, gru_reset_before.LOOP),
     (layernorm_gru.CELL, layernorm_gru.EQUATIONS, layernorm_gru.LOOP),
 ):
     register_cell(_cell, _equations, loop=_loop)

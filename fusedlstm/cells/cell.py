@@ -19,9 +19,13 @@ step are not among them, because their gradients are those of the recurrent prea
 recurrent preactivations are then what is normalised, and the biases are added after it.
 
 A cell may leave out `step_backward`. Then autograd differentiates its step, and only the engine "reference" serves it.
-Such a cell may also multiply with the recurrent weight itself (`Cell.multiplies`), as for a gate that changes what
-enters the product. In the place of `preact_h` its step gets a function: product(x, *names) multiplies x [B, H] with the
-rows of the gates that are named, and returns a tuple by gate, [B, H] each.
+
+A cell may multiply with the recurrent weight itself (`Cell.multiplies`), as for a gate that changes what enters the
+product. In the place of `preact_h` its step gets a function: product(x, *names) multiplies x [B, H] with the rows of
+the gates that are named, and returns a tuple by gate, [B, H] each. Its `step_backward` gets one more argument:
+product_backward(dpreact, *names) takes the gradients of the products, a tuple by gate, and returns that of x. The
+gradient of h in its `dstate_prev` is then whole. A function `multiplied(gates, h)` tells for each gate what its rows
+were multiplied with.
 
 The parameters of one layer and direction are a list: weight_ih, weight_hh, bias_ih and bias_hh if there are biases, and
 then the vectors of the cell.
@@ -45,6 +49,7 @@ class Equations(NamedTuple):
     step_backward: Callable[..., tuple[Tensors, Tensors]] | None = None  # without it, autograd through the step
     update: Callable[..., Tensors] | None = None  # a step_backward without it has no zoneout
     vectors_backward: Callable[..., Tensors] | None = None  # a step_backward needs it for vectors of its own
+    multiplied: Callable[..., Tensors] | None = None  # a step_backward needs it in a cell that multiplies
 
 
 class Loop(NamedTuple):
@@ -83,7 +88,7 @@ class Cell(NamedTuple):
             before the name if the sign is the other. The LSTM then has the states of this cell, and ATen can serve it.
         before_sigmoid: The names of gates that a step keeps before their sigmoid. `fusedlstm.inspect` shows them after
             it.
-        multiplies: Whether the step itself multiplies with the recurrent weight. It has no step_backward then.
+        multiplies: Whether the step itself multiplies with the recurrent weight. There are no kernels for that.
     """
 
     name: str

@@ -155,6 +155,25 @@ def recurrent_part(
     return with_factor if cell.multiplies else with_factor(h, *cell.gates)
 
 
+def product_backward_with(
+    cell: Cell,
+    weight_hh: Tensor,  # [G * H, DH]
+    hidden: int,
+    factor: Tensor | None = None,  # [B, H], as in `recurrent_part`
+) -> Callable[..., Tensor]:
+    """A function from the gradients of products by gate, and the names of the gates, to the gradient of x [B, H]."""
+    by_gate = dict(zip(cell.gates, weight_hh.chunk(cell.num_gates), strict=True))
+    weights: dict[tuple[str, ...], Tensor] = {}
+
+    def product_backward(dpreact: States, *names: str) -> Tensor:
+        if names not in weights:
+            weights[names] = joined([by_gate[name] for name in names])
+        dx = recurrent_product_backward(joined([*dpreact], -1), weights[names], hidden)
+        return dx if factor is None else dx * factor
+
+    return product_backward
+
+
 def step(
     cell: Cell,
     preact_x: Tensor,  # [B, G * H]
@@ -289,12 +308,15 @@ def recurrence_bwd(
                 reached = of.equations.update(kept, entered, drop)
                 through = tuple(held * ds for held, ds in zip((held_h, *[held_c] * (len(now) - 1)), now, strict=True))
                 now = tuple(ds - part for ds, part in zip(now, through, strict=True))
-            dpreact, now = step_backward(kept, entered, reached, now, own, drop)
+            factor = None if factors is None else factors[d, :n]
+            more = (product_backward_with(of, weight_hh[d], H, factor),) if of.multiplies else ()
+            dpreact, now = step_backward(kept, entered, reached, now, own, drop, *more)
             now = tuple(ds + part for ds, part in zip(now, through, strict=True))
             dpreact = where(lives, dpreact, 0.0)
             dpreacts[t] = torch.cat(dpreact, -1)
-            dh = recurrent_product_backward(torch.cat(dpreact[first_h:], -1), weight_hh[d], H)
-            now = (now[0] + (dh if factors is None else dh * factors[d, :n]), *now[1:])
+            if not of.multiplies:
+                dh = recurrent_product_backward(torch.cat(dpreact[first_h:], -1), weight_hh[d], H)
+                now = (now[0] + (dh if factor is None else dh * factor), *now[1:])
             if cut is not None:
                 now = where(~cut, now, 0.0)
             if clip is not None:

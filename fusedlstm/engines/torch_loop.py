@@ -18,7 +18,8 @@ returns is called step by step, and t counts from the first step of the block. F
 step, each [n, H], fills the rows of step t and returns the states after it. Backward, it takes the gradients of the
 states beside h after step t, each [n, H], makes them those before the step in place, and fills `at.dpreact` of step t
 from `at.dh`, which is complete by then. It returns the gradient of the h before that does not pass through `weight_hh`,
-[n, H], or None. A cell that has no such functions gets them from its equations (`derived`).
+[n, H], or None; the whole gradient if the cell multiplies. A cell that has no such functions gets them from its
+equations (`derived`).
 """
 
 import itertools
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from fusedlstm import products
 from fusedlstm.cells import Cell, Grads, Loop, Recurrence, Saved, State, Weights
-from fusedlstm.engines.reference import steps_of
+from fusedlstm.engines.reference import product_backward_with, product_with, recurrent_part, steps_of
 from fusedlstm.layout import Layout, Pieces, spans
 from fusedlstm.noise import EVERY_ROW, Batch
 
@@ -52,6 +53,11 @@ class Forward(NamedTuple):
     weight_hh: Tensor | None  # [G*H, DH], given; None: `preact_x` has the recurrent part
     add_recurrent: Callable[[Tensor, Tensor, Tensor], Tensor]  # preact [n, G*H], h [n, H], out: preact + h U^T
 
+    def add_product(self, gates: slice) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`add_recurrent` with the rows of some gates."""
+        H = self.states[0].size(1)
+        return _recurrent_product(self.weight_hh[gates.start * H : gates.stop * H], H)
+
     def by_step(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Views of the rows of every step."""
         return rows.split(self.sizes)
@@ -62,11 +68,17 @@ class Backward(NamedTuple):
 
     sizes: list[int]
     vectors: tuple[Tensor, ...]  # each [H]
+    weight_hh: Tensor  # [G*H, DH]
     gates: Tensor  # [R, K*H]
     states: tuple[Tensor, ...]  # each [R, H]
     before: Callable[[int], Tensor]  # of a state, by its number: what entered every row, [R, H]; not to be changed
     dh: Tensor  # [R, H]
     dpreact: Tensor  # [R, K*H], to be filled
+
+    def add_product_backward(self, gates: slice) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of dx [n, H] and dpreact [n, gates*H]: dx += dpreact U, with the rows of some gates."""
+        H = self.dh.size(1)
+        return _recurrent_backward(self.weight_hh[gates.start * H : gates.stop * H], H, None)
 
     def by_step(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(self.sizes)
@@ -83,12 +95,10 @@ def derived(cell: Cell) -> Loop:
     def forward(at: Forward):
         preact_x, gates = map(at.by_step, (at.preact_x, at.gates))
         states = [*zip(*map(at.by_step, at.states), strict=True)]  # step by step
+        product = None if at.weight_hh is None else product_with(cell, at.weight_hh)
 
         def step(t, state):
-            if at.weight_hh is None:
-                preact_h = (0.0,) * G
-            else:
-                preact_h = products.recurrent_product(state[0], at.weight_hh).chunk(G, -1)
+            preact_h = (0.0,) * G if product is None else recurrent_part(cell, state[0], product)
             kept, state = equations.step(preact_x[t].chunk(G, -1), preact_h, state, at.vectors, 1.0)
             torch.cat(kept, -1, out=gates[t])
             return tuple(seq.copy_(s) for seq, s in zip(states[t], state, strict=True))
@@ -99,10 +109,11 @@ def derived(cell: Cell) -> Loop:
         gates, dpreact = at.blocks_by_step(at.gates), at.blocks_by_step(at.dpreact)
         before = [*zip(*(at.by_step(at.before(k)) for k in range(len(at.states))), strict=True)]
         states, dh = [*zip(*map(at.by_step, at.states), strict=True)], at.by_step(at.dh)
+        more = (product_backward_with(cell, at.weight_hh, at.dh.size(1)),) if cell.multiplies else ()
 
         def step(t, dstate):
             dpreacts, (dh_direct, *dstate_prev) = equations.step_backward(
-                gates[t].unbind(1), before[t], states[t], (dh[t], *dstate), at.vectors, 1.0
+                gates[t].unbind(1), before[t], states[t], (dh[t], *dstate), at.vectors, 1.0, *more
             )
             torch.stack(dpreacts, 1, out=dpreact[t])
             for ds, ds_prev in zip(dstate, dstate_prev, strict=True):
@@ -289,6 +300,7 @@ def recurrence_bwd(
         return Backward(
             sizes=sizes[block],
             vectors=() if weights.vectors is None else weights.vectors[d].unbind(),
+            weight_hh=weights.weight_hh[d],
             gates=gates[rows, d],
             states=tuple(s[rows] for s in states),
             before=lambda k: _states_before(states[k], initial[k], steps, d, block),
@@ -308,7 +320,7 @@ def recurrence_bwd(
                 [g[:, d].split(sizes) for g in dc_seq],
                 grad_hx[d],
                 tuple(grad_cx[:, d]),
-                _recurrent_backward(weights.weight_hh[d], H, clip),
+                _recurrent_backward(None if of.multiplies else weights.weight_hh[d], H, clip),
                 clip,
             )
     return grad_preact.view(*leading, D * K * H), grad_hx, grad_cx
@@ -342,13 +354,15 @@ def _run_backward(step, sizes, d, dh, dpreact_h, dc_seq, grad_hx, dfinals, add_r
                 add_recurrent_backward(grad_h[rows], dpreact_h[t][rows], None if direct is None else direct[rows])
 
 
-def _recurrent_backward(weight_hh: Tensor, H: int, clip: float | None):
+def _recurrent_backward(weight_hh: Tensor | None, H: int, clip: float | None):
     """A function of grad_h [B, H], dpreact [B, G*H] and direct [B, H] or None: grad_h += dpreact U + direct,
-    clipped.
+    clipped. Without weights it is only direct, which then is not None.
     """
+    if weight_hh is None:
+        return lambda grad_h, _, direct: grad_h.add_(direct if clip is None else direct.clamp(-clip, clip))
     dense = weight_hh.size(1) == H
 
-    def add(grad_h, dpreact, direct):
+    def add(grad_h, dpreact, direct=None):
         if direct is not None:
             grad_h += direct
         if dense:

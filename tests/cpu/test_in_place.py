@@ -111,12 +111,9 @@ def test_what_is_given_stays(member, call):
     assert all(map(torch.equal, given, before))
 
 
-@pytest.mark.parametrize("member", [member for member in MEMBERS if member != "ResetBeforeGRU"])
+@pytest.mark.parametrize("member", MEMBERS)
 def test_every_gradient(member):
-    """No two are one tensor, as those of both biases could be: whoever scales them would scale it twice.
-
-    Where autograd goes through a sum of both, as of ResetBeforeGRU, it is torch that makes them one.
-    """
+    """No two are one tensor, as those of both biases could be: whoever scales them would scale it twice."""
     module, x = MEMBERS[member](3, 4, bidirectional=True, backend="torch"), torch.randn(5, 2, 3)
     found = torch.autograd.grad(module(x, lengths=torch.tensor([5, 2]))[0].sum(), [*module.parameters()])
     expected = [grad + k for k, grad in enumerate(found)]

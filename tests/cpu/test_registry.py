@@ -183,16 +183,17 @@ def test_a_name_is_taken_once():
 
 
 def test_wrong_equations():
-    step, step_backward, update, _ = EQUATIONS
-    names = "step, step_backward, update, vectors_backward"
+    step, step_backward, update, *_ = EQUATIONS
+    names = "step, step_backward, update, vectors_backward, multiplied"
     raises(TypeError, f"equations: expected a tuple of {names}, got <module", PLAIN, cells)
-    raises(TypeError, f"equations: expected a tuple of {names}, got ", PLAIN, (step,) * 5)
+    raises(TypeError, f"equations: expected a tuple of {names}, got ", PLAIN, (step,) * 6)
     raises(TypeError, "equations: expected step to be a function, got None", PLAIN, (None, step_backward))
     no_backward = "equations: expected step_backward to be a function, got None"
     raises(TypeError, no_backward, PLAIN, (step,), KERNELS)
     raises(TypeError, no_backward, PLAIN, (step, None, update), None, (step, step))
-    multiplies = "equations: expected step_backward to be None, because cell.multiplies, got a function"
-    raises(ValueError, multiplies, PLAIN._replace(multiplies=True), (step, step_backward))
+    multiplies = PLAIN._replace(multiplies=True)
+    raises(TypeError, "equations: expected multiplied to be a function, got None", multiplies, (step, step_backward))
+    raises(ValueError, "kernels: expected None, because cell.multiplies, got ", multiplies, EQUATIONS, KERNELS)
     raises(TypeError, "equations: expected update to be a function, got 1", PLAIN, (step, step_backward, 1))
     own = PLAIN._replace(vectors=("p",))
     raises(TypeError, "expected vectors_backward to be a function, got None", own, (step, step_backward, update))

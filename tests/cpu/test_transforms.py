@@ -70,8 +70,6 @@ def test_samples_share_calls(name, save, samples, monkeypatch):
         calls = size
     if name == "LayerNormGRU" and "bias_hh_l0" in batched:  # which is among the vectors of the step
         calls = size
-    if name == "ResetBeforeGRU":  # whose steps are plain operations
-        calls = 0
     own = {k: v.detach() for k, v in module.named_parameters()}
     own |= {
         "input": torch.randn(6, 2, 3).double(),

@@ -50,7 +50,7 @@ def test_what_serves_a_member_without_kernels(gpu, caplog):
     with caplog.at_level("DEBUG", "fusedlstm"):
         module(x)
     found = fusedlstm.explain(module, x)
-    assert found.engine == "reference" and f"engine reference: {found.why}" in caplog.text
+    assert found.engine == "torch" and f"engine torch: {found.why}" in caplog.text
     module.backend = "triton"
     with pytest.raises(RuntimeError, match="cannot serve this call: the kernels have no cell"):
         module(x)

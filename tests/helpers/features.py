@@ -158,6 +158,28 @@ def _(layer):
     exported(layer, True, ANY, SIZES)
 
 
+def trained(layer: Layer, shapes, size) -> None:
+    """The gradients of exported programs, also those of what is below the layer."""
+    module = layer()
+    for strict in (False, True):
+        program = export(module, (data(),), dynamic_shapes=shapes, strict=strict).module()
+        found = []
+        for of in (program, module):
+            x = data(*size).requires_grad_()
+            found.append(torch.autograd.grad(of(x)[0].square().sum(), [x, *of.parameters()]))
+        close(*found)
+
+
+@feature("the gradients of an exported program, fixed sizes")
+def _(layer):
+    trained(layer, None, SIZES[0])
+
+
+@feature("the gradients of an exported program, any T and B")
+def _(layer):
+    trained(layer, ({0: torch.export.Dim("T", min=3), 1: torch.export.Dim("B", min=2)},), SIZES[1])
+
+
 @feature("an exported program, saved and run by a new process (ours: after `import fusedlstm`)")
 def _(layer):
     module = layer().eval()
