@@ -2,8 +2,8 @@
 
 A layer and its compiled form run in turns in one process, with the same parameters and input. The extra time is that of
 the compiled call less that of the eager one. `torch.compile` itself takes some time in every call, whatever the graph
-holds: the row of `torch.nn.Linear` shows how much. A graph of `torch.nn.LSTM` would break at the layer, which then runs
-as if it was not compiled, so there is no row of it.
+holds. Two rows show how much: `torch.nn.Linear`, and, beside an eager LSTM, a graph with nothing but its op. A graph of
+`torch.nn.LSTM` would break at the layer, which then runs as if it was not compiled, so there is no row of it.
 """
 
 import argparse
@@ -15,19 +15,40 @@ from rich.table import Table
 from torch import nn
 
 import fusedlstm
-from fusedlstm import timing
+from fusedlstm import ops, timing
 
 LAYERS = (
     *("LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM"),
     "ResetBeforeGRU",
 )
-SIZES = [(300, 16, 32, 64), (128, 32, 128, 128)]
+SIZES = [(300, 16, 32, 64), (128, 32, 128, 128), (300, 32, 128, 256)]
 
 
-def calls_of(module: nn.Module, T: int, B: int, I: int, H: int, training: bool) -> dict:
-    """A call of the module and of its compiled form, with a backward in training."""
+class Op(nn.Module):
+    """An LSTM as nothing but its op."""
+
+    def __init__(self, lstm: fusedlstm.LSTM) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x):
+        h = x.new_zeros(1, x.size(1), self.lstm.hidden_size)
+        return ops.onednn_fwd(x, h, h, [*self.lstm.parameters()], False)
+
+
+OP, LINEAR = "LSTM's op alone", "nn.Linear"
+
+
+def pair_of(name: str, I: int, H: int) -> tuple[nn.Module, nn.Module]:
+    """A module, and what is compiled."""
+    module = (nn.Linear if name == LINEAR else getattr(fusedlstm, "LSTM" if name == OP else name))(I, H)
+    return module, Op(module) if name == OP else module
+
+
+def calls_of(eager: nn.Module, compiled: nn.Module, T: int, B: int, I: int, H: int, training: bool) -> dict:
+    """A call of each module, the second one compiled, with a backward in training."""
     x, grad = torch.randn(T, B, I), torch.randn(T, B, H)
-    parameters = [*module.parameters()]
+    parameters = [*eager.parameters()]
 
     def of(layer):
         def call():
@@ -39,15 +60,15 @@ def calls_of(module: nn.Module, T: int, B: int, I: int, H: int, training: bool) 
 
         return call
 
-    return {"eager": of(module), "compiled": of(torch.compile(module))}
+    return {"eager": of(eager), "compiled": of(torch.compile(compiled))}
 
 
 def measured(name: str, sizes: tuple[int, int, int, int], training: bool, seconds: float) -> tuple[str, ...]:
     """A line of the table."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    module = (nn.Linear if name == "nn.Linear" else getattr(fusedlstm, name))(*sizes[2:])
-    samples = timing.time_cpu(calls_of(module, *sizes, training), seconds)
+    calls = calls_of(*pair_of(name, *sizes[2:]), *sizes, training)
+    samples = timing.time_cpu(calls, seconds)
     eager, compiled = (statistics.median(samples.ms[side]) for side in ("eager", "compiled"))
     ratio, _, _ = timing.percentiles(timing.ratios(samples, "compiled", "eager"))
     mode = "training" if training else "inference"
@@ -57,13 +78,11 @@ def measured(name: str, sizes: tuple[int, int, int, int], training: bool, second
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--layer", choices=["nn.Linear", *LAYERS], action="append", help="may be repeated; default: all"
-    )
+    parser.add_argument("--layer", choices=[LINEAR, OP, *LAYERS], action="append", help="may be repeated; default: all")
     parser.add_argument("--seconds", type=float, default=4.0, help="of rounds, a line (default: %(default)s)")
     options = parser.parse_args(arguments)
     drawn = Table("layer", "T, B, I, H", "mode", "eager ms", "compiled ms", "extra ms", "ratio")
-    for name in options.layer or ("nn.Linear", *LAYERS):
+    for name in options.layer or (LINEAR, OP, *LAYERS):
         for sizes in SIZES:
             for training in (True, False):
                 drawn.add_row(*measured(name, sizes, training, options.seconds))
