@@ -5,6 +5,7 @@ import itertools
 import pickle
 import weakref
 
+import features
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,3 +279,21 @@ def test_blocks_add_up_as_exactly_as_one_product():
         found.append([p.grad for p in layer.parameters()])
     for name, *values in zip(dict(module.named_parameters()), *found, strict=True):
         assert_accurate(name, *values)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("name", features.OURS)
+def test_blocks_of_every_member(name, heads, dropout):
+    """Two blocks of steps have the gradients of one."""
+    assert len(autograd.begins_of_blocks(60, 10)) == 3
+    x, found = torch.randn(60, 10, 3, dtype=torch.float64), []
+    lengths = torch.tensor([60, 1, 0, 30, 29, 31, 60, 59, 2, 45])
+    for save in ("gates", "states"):
+        torch.manual_seed(0)
+        options = {} if name.startswith("LayerNorm") else {"num_heads": heads}  # norms are over all units
+        options |= {"backend": "torch", "dtype": torch.float64, "save": save, "recurrent_dropout": dropout}
+        module = getattr(fusedlstm, name)(3, 4, **options)
+        output, _ = module(x, lengths=lengths)
+        found.append([output, *torch.autograd.grad(output.sin().sum(), [*module.parameters()])])
+    torch.testing.assert_close(*found, **EXACT)
