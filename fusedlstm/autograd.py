@@ -520,12 +520,13 @@ def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) ->
 
 
 def _applied(loop: Loop, *arguments) -> tuple[Tensor, ...]:
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and loop.cell.norms):
         return layer_fwd(*_as_op(loop, *arguments))
     return transforms.apply(LoopFunction, loop, *arguments, name=_name(loop))
 
 
-# An exported program has no `autograd.Function`. There a layer is an op that has its gradient. Other graphs keep the
+# An exported program has no `autograd.Function`. There a layer is an op that has its gradient. A layer with norms is one
+# in every graph: the op passes over the rows block by block, and a compiler over all at once. The other layers keep the
 # function, because a compiler fuses what is around the loop.
 
 
