@@ -525,9 +525,9 @@ def _applied(loop: Loop, *arguments) -> tuple[Tensor, ...]:
     return transforms.apply(LoopFunction, loop, *arguments, name=_name(loop))
 
 
-# An exported program has no `autograd.Function`. There a layer is an op that has its gradient. A layer with norms is one
-# in every graph: the op passes over the rows block by block, and a compiler over all at once. The other layers keep the
-# function, because a compiler fuses what is around the loop.
+# An exported program has no `autograd.Function`. There a layer is an op that has its gradient. A layer with norms is an
+# op in every graph: the op passes over the rows block by block, and a compiler over all at once. The other layers keep
+# the function, because a compiler fuses what is around the loop.
 
 
 def _as_op(loop: Loop, *arguments) -> tuple[Any, ...]:
