@@ -520,14 +520,15 @@ def _followed(loop: Layer | Wave, input, hx, cx, preact_0, parameters, batch) ->
 
 
 def _applied(loop: Loop, *arguments) -> tuple[Tensor, ...]:
-    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and loop.cell.norms):
+    in_blocks = loop.cell.norms > 0 and loop.engine == "torch"
+    if torch.compiler.is_exporting() or (in_blocks and torch.compiler.is_compiling()):
         return layer_fwd(*_as_op(loop, *arguments))
     return transforms.apply(LoopFunction, loop, *arguments, name=_name(loop))
 
 
 # An exported program has no `autograd.Function`. There a layer is an op that has its gradient. A layer with norms is an
-# op in every graph: the op passes over the rows block by block, and a compiler over all at once. The other layers keep
-# the function, because a compiler fuses what is around the loop.
+# op in every graph for a CPU: the op passes over the rows block by block, and a compiler over all at once. The others
+# keep the function, because a compiler fuses what is around the loop.
 
 
 def _as_op(loop: Loop, *arguments) -> tuple[Any, ...]:
